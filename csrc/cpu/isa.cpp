@@ -1,0 +1,56 @@
+// Which compiled variant of the hot loops runs: the best that the processor has, or the one that MOE_EXT_ISA names.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/loops.h"
+#include "moe.h"
+
+namespace moe_ext::cpu {
+namespace {
+
+struct Variant {
+  const char* name;
+  bool (*runs_here)();
+  const Loops* loops;
+};
+
+#if defined(__x86_64__)
+const Variant kVariants[kIsaCount] = {
+    {"avx512", [] { return __builtin_cpu_supports("avx512f") != 0; }, &kAvx512Loops},
+    {"avx2",
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
+     &kAvx2Loops},
+    {"portable", [] { return true; }, &kPortableLoops},
+};
+#else
+const Variant kVariants[kIsaCount] = {
+    {"avx512", [] { return false; }, nullptr},
+    {"avx2", [] { return false; }, nullptr},
+    {"portable", [] { return true; }, &kPortableLoops},
+};
+#endif
+
+}  // namespace
+
+const char* isa_name(int isa) { return kVariants[isa].name; }
+
+bool isa_runs_here(int isa) { return kVariants[isa].runs_here(); }
+
+int active_isa() {
+  const char* forced = std::getenv("MOE_EXT_ISA");
+  const bool any = forced == nullptr || *forced == '\0';
+  std::string known;
+  for (int isa = 0; isa < kIsaCount; ++isa) {
+    const bool wanted = any || std::string(forced) == isa_name(isa);
+    if (wanted && isa_runs_here(isa)) return isa;
+    if (wanted && !any)
+      throw std::runtime_error(std::string("MOE_EXT_ISA=") + forced + " does not run on this processor");
+    known += (isa == 0 ? "" : ", ") + std::string(isa_name(isa));
+  }
+  throw std::runtime_error(std::string("MOE_EXT_ISA=") + forced + " is unknown; the variants are " + known);
+}
+
+const Loops& active_loops() { return *kVariants[active_isa()].loops; }
+
+}  // namespace moe_ext::cpu

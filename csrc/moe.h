@@ -1,0 +1,75 @@
+// What the torch binding (ops.cpp) and the kernels (cpu/, cuda/) agree on: plain structs, no torch types. Every pointer
+// is to a dense row-major array whose shape stands beside it. T tokens, E experts, K slots a token (top_k), H hidden
+// size, I expert intermediate size. A slot that carries expert index E (the sentinel) has no expert: it costs nothing
+// and adds nothing.
+#pragma once
+
+#include <cstdint>
+
+namespace moe_ext {
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+enum class Activation : int32_t { kSilu, kGeluErf, kGeluTanh };
+
+// How a CPU kernel gets its threads: the caller's pool, so that no second one is started.
+// run(workers, body, context) calls body(context) at least once and at most `workers` times, concurrently if it can,
+// and returns when all calls have.
+struct Threads {
+  int64_t count;
+  void (*run)(int64_t workers, void (*body)(void* context), void* context);
+};
+
+// weights[t, j], experts[t, j] = the K largest of softmax(logits[t, :]), largest first; equal logits: lower index
+// first.
+struct RouteParams {
+  const void* logits;       // (T, E) of `dtype`
+  const float* thresholds;  // (K - 1), or null: nothing is skipped
+  float* weights;           // (T, K) out
+  int32_t* experts;         // (T, K) out
+  int64_t tokens;
+  int64_t num_experts;
+  int64_t top_k;
+  DType dtype;
+  bool renormalise;  // true: a token's weights sum to 1; false: they keep their softmax values
+};
+
+// out[t, :] = sum over slots s of weights[t, s] * f_e(x[t, :]),  e = experts[t, s],
+// f_e(x) = down[e] (act(gate[e] x) * (up[e] x)),  gate[e] = gate_up[e, :I, :], up[e] = gate_up[e, I:, :].
+struct ExpertsParams {
+  const void* x;        // (T, H) of `dtype`
+  const void* gate_up;  // (E, 2 I, H) of `dtype`
+  const void* down;     // (E, H, I) of `dtype`
+  const void* experts;  // (T, K) int64 if experts_are_int64, else int32; in [0, E]
+  const void* weights;  // (T, K) of `weights_dtype`
+  void* out;            // (T, H) of `dtype`
+  double* moments;      // (E, 3, 3) += sum over counted slots of g^a ||f_e||^b, or null: nothing is observed
+  const bool* counted;  // (T) tokens that enter the moments, or null: all
+  int64_t tokens;
+  int64_t num_experts;
+  int64_t top_k;
+  int64_t hidden;
+  int64_t intermediate;
+  DType dtype;
+  DType weights_dtype;
+  Activation activation;
+  bool experts_are_int64;
+};
+
+namespace cpu {
+
+void route(const RouteParams& p, const Threads& threads);
+void experts(const ExpertsParams& p, const Threads& threads);
+
+// Position in the flattened (T, K) array of the first expert index outside [0, E], or -1.
+int64_t first_bad_expert(const void* experts, bool is_int64, int64_t slots, int64_t num_experts);
+
+// Instruction sets: the compiled variants, best first; whether this machine runs one; the one in use. MOE_EXT_ISA
+// forces one by name; active_isa() throws std::runtime_error if that name is unknown or does not run here.
+inline constexpr int kIsaCount = 3;
+const char* isa_name(int isa);
+bool isa_runs_here(int isa);
+int active_isa();
+
+}  // namespace cpu
+}  // namespace moe_ext

@@ -1,0 +1,301 @@
+// Operators of the torch namespace `moe_ext`: schemas and argument checks on torch's ABI-stable API, so that one binary
+// runs on every torch from 2.10 on. The only file that knows torch and every operator; it contains no arithmetic. Every
+// check runs before a kernel does, names the argument, and says what was expected and what came.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "moe.h"
+
+namespace moe_ext {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+
+// ---- messages
+
+template <typename... Parts>
+[[noreturn]] void refuse(const char* op, const Parts&... parts) {
+  std::ostringstream text;
+  text << op << ": ";
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+std::string text_of(const Shape& shape) {
+  std::ostringstream text;
+  text << "(";
+  for (size_t i = 0; i < shape.size(); ++i) text << (i == 0 ? "" : ", ") << shape[i];
+  text << (shape.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+const char* text_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
+  }
+}
+
+Shape shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return Shape(sizes.begin(), sizes.end());
+}
+
+// ---- checks
+
+void check_dims(const char* op, const char* name, const Tensor& tensor, int64_t dims, const char* meaning) {
+  if (tensor.dim() != dims) {
+    refuse(op, "'", name, "' has shape ", text_of(shape_of(tensor)), "; expected ", dims, " dimensions ", meaning);
+  }
+}
+
+void check_shape(const char* op, const char* name, const Tensor& tensor, const Shape& expected, const char* meaning) {
+  const Shape got = shape_of(tensor);
+  if (got != expected) {
+    refuse(op, "'", name, "' has shape ", text_of(got), "; expected ", text_of(expected), " = ", meaning);
+  }
+}
+
+void check_type(const char* op, const char* name, const Tensor& tensor, const std::vector<ScalarType>& allowed) {
+  const ScalarType got = tensor.scalar_type();
+  std::string expected;
+  for (const ScalarType type : allowed) {
+    if (type == got) return;
+    expected += (expected.empty() ? "" : " or ") + std::string(text_of(type));
+  }
+  refuse(op, "'", name, "' has dtype ", text_of(got), "; expected ", expected);
+}
+
+void check_cpu(const char* op, const char* name, const Tensor& tensor) {
+  if (!tensor.is_cpu()) refuse(op, "'", name, "' is not on the CPU like the first argument; move it there");
+}
+
+void check_contiguous(const char* op, const char* name, const Tensor& tensor) {
+  if (!tensor.is_contiguous()) refuse(op, "'", name, "' is not contiguous; pass ", name, ".contiguous()");
+}
+
+DType float_type(const char* op, const char* name, const Tensor& tensor) {
+  check_type(op, name, tensor, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  switch (tensor.scalar_type()) {
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+Activation activation_named(const char* op, const std::string& name) {
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu") return Activation::kGeluErf;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  refuse(op, "'activation' is \"", name, "\"; expected \"silu\", \"gelu\" or \"gelu_tanh\"");
+}
+
+// Activations and routing are small: a strided one is copied. Weights are not: they must be contiguous
+// (check_contiguous).
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+// ---- torch's thread pool
+
+void run_on_torch_threads(int64_t workers, void (*body)(void*), void* context) {
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    // A pool smaller than `workers` gives one call several indices: one body call drains the shared queue for all.
+    if (begin < end) body(context);
+  });
+}
+
+Threads torch_threads() { return {static_cast<int64_t>(torch::stable::get_num_threads()), run_on_torch_threads}; }
+
+// ---- route
+
+struct RouteShape {
+  int64_t tokens;
+  int64_t num_experts;
+};
+
+RouteShape check_route(const Tensor& logits, int64_t top_k, const std::optional<Tensor>& thresholds) {
+  constexpr const char* op = "route";
+  check_dims(op, "logits", logits, 2, "(T, E)");
+  const RouteShape shape{logits.size(0), logits.size(1)};
+  if (top_k < 1 || top_k > shape.num_experts) {
+    refuse(op, "'top_k' is ", top_k, "; expected 1 to ", shape.num_experts, ", the number of experts in 'logits'");
+  }
+  if (thresholds.has_value()) {
+    check_shape(op, "thresholds", *thresholds, {top_k - 1}, "(top_k - 1,)");
+    check_type(op, "thresholds", *thresholds, {ScalarType::Float});
+  }
+  return shape;
+}
+
+std::tuple<Tensor, Tensor> route_cpu(const Tensor& logits, int64_t top_k, const std::optional<Tensor>& thresholds,
+                                     bool renormalise) {
+  const RouteShape shape = check_route(logits, top_k, thresholds);
+  const DType dtype = float_type("route", "logits", logits);
+  if (thresholds.has_value()) check_cpu("route", "thresholds", *thresholds);
+
+  const Tensor dense_logits = dense(logits);
+  const std::optional<Tensor> dense_thresholds =
+      thresholds.has_value() ? std::optional<Tensor>(dense(*thresholds)) : std::nullopt;
+  const Tensor weights = torch::stable::new_empty(logits, {shape.tokens, top_k}, ScalarType::Float);
+  const Tensor experts = torch::stable::new_empty(logits, {shape.tokens, top_k}, ScalarType::Int);
+
+  RouteParams p{};
+  p.logits = dense_logits.const_data_ptr();
+  p.thresholds = dense_thresholds.has_value() ? static_cast<const float*>(dense_thresholds->const_data_ptr()) : nullptr;
+  p.weights = static_cast<float*>(weights.mutable_data_ptr());
+  p.experts = static_cast<int32_t*>(experts.mutable_data_ptr());
+  p.tokens = shape.tokens;
+  p.num_experts = shape.num_experts;
+  p.top_k = top_k;
+  p.dtype = dtype;
+  p.renormalise = renormalise;
+  cpu::route(p, torch_threads());
+  return {weights, experts};
+}
+
+// ---- experts, experts_observed
+
+ExpertsParams check_experts(const char* op, const Tensor& x, const Tensor& gate_up, const Tensor& down,
+                            const Tensor& experts, const Tensor& weights, const std::string& activation) {
+  check_dims(op, "x", x, 2, "(T, H)");
+  check_dims(op, "gate_up", gate_up, 3, "(E, 2I, H)");
+  check_dims(op, "experts", experts, 2, "(T, K)");
+
+  ExpertsParams p{};
+  p.tokens = x.size(0);
+  p.hidden = x.size(1);
+  p.num_experts = gate_up.size(0);
+  p.intermediate = gate_up.size(1) / 2;
+  p.top_k = experts.size(1);
+  if (p.num_experts < 1 || p.intermediate < 1 || p.hidden < 1 || gate_up.size(1) % 2 != 0) {
+    refuse(op, "'gate_up' has shape ", text_of(shape_of(gate_up)),
+           "; expected (E, 2I, H) with an even second dimension and none of them 0");
+  }
+  check_shape(op, "gate_up", gate_up, {p.num_experts, 2 * p.intermediate, p.hidden}, "(E, 2I, H) with H from 'x'");
+  check_shape(op, "down", down, {p.num_experts, p.hidden, p.intermediate}, "(E, H, I) from 'gate_up'");
+  check_shape(op, "experts", experts, {p.tokens, p.top_k}, "(T, K) with T from 'x'");
+  check_shape(op, "weights", weights, {p.tokens, p.top_k}, "(T, K) from 'experts'");
+
+  p.dtype = float_type(op, "x", x);
+  check_type(op, "gate_up", gate_up, {x.scalar_type()});
+  check_type(op, "down", down, {x.scalar_type()});
+  check_type(op, "experts", experts, {ScalarType::Int, ScalarType::Long});
+  check_type(op, "weights", weights, {ScalarType::Float, x.scalar_type()});
+  p.weights_dtype = float_type(op, "weights", weights);
+  p.experts_are_int64 = experts.scalar_type() == ScalarType::Long;
+  check_contiguous(op, "gate_up", gate_up);
+  check_contiguous(op, "down", down);
+  p.activation = activation_named(op, activation);
+  return p;
+}
+
+void check_observation(const char* op, const ExpertsParams& p, const Tensor& moments,
+                       const std::optional<Tensor>& counted) {
+  check_shape(op, "moments", moments, {p.num_experts, 3, 3}, "(E, 3, 3) with E from 'gate_up'");
+  check_type(op, "moments", moments, {ScalarType::Double});
+  check_contiguous(op, "moments", moments);
+  if (counted.has_value()) {
+    check_shape(op, "counted", *counted, {p.tokens}, "(T,) with T from 'x'");
+    check_type(op, "counted", *counted, {ScalarType::Bool});
+  }
+}
+
+void check_expert_range(const char* op, const ExpertsParams& p) {
+  const int64_t bad = cpu::first_bad_expert(p.experts, p.experts_are_int64, p.tokens * p.top_k, p.num_experts);
+  if (bad < 0) return;
+  refuse(op, "'experts' holds ",
+         p.experts_are_int64 ? static_cast<const int64_t*>(p.experts)[bad]
+                             : int64_t{static_cast<const int32_t*>(p.experts)[bad]},
+         " at token ", bad / p.top_k, ", slot ", bad % p.top_k, "; expected 0 to ", p.num_experts,
+         " (that one marks an empty slot)");
+}
+
+Tensor run_experts_cpu(const char* op, const Tensor& x, const Tensor& gate_up, const Tensor& down,
+                       const Tensor& experts, const Tensor& weights, const std::string& activation,
+                       const Tensor* moments, const std::optional<Tensor>& counted) {
+  ExpertsParams p = check_experts(op, x, gate_up, down, experts, weights, activation);
+  check_cpu(op, "x", x);
+  check_cpu(op, "gate_up", gate_up);
+  check_cpu(op, "down", down);
+  check_cpu(op, "experts", experts);
+  check_cpu(op, "weights", weights);
+  if (moments != nullptr) {
+    check_observation(op, p, *moments, counted);
+    check_cpu(op, "moments", *moments);
+    if (counted.has_value()) check_cpu(op, "counted", *counted);
+  }
+
+  const Tensor dense_x = dense(x);
+  const Tensor dense_experts = dense(experts);
+  const Tensor dense_weights = dense(weights);
+  const std::optional<Tensor> dense_counted =
+      counted.has_value() ? std::optional<Tensor>(dense(*counted)) : std::nullopt;
+  p.x = dense_x.const_data_ptr();
+  p.gate_up = gate_up.const_data_ptr();
+  p.down = down.const_data_ptr();
+  p.experts = dense_experts.const_data_ptr();
+  p.weights = dense_weights.const_data_ptr();
+  p.moments = moments != nullptr ? static_cast<double*>(moments->mutable_data_ptr()) : nullptr;
+  p.counted = dense_counted.has_value() ? static_cast<const bool*>(dense_counted->const_data_ptr()) : nullptr;
+  check_expert_range(op, p);
+
+  const Tensor out = torch::stable::new_empty(x, {p.tokens, p.hidden});
+  p.out = out.mutable_data_ptr();
+  cpu::experts(p, torch_threads());
+  return out;
+}
+
+Tensor experts_cpu(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts,
+                   const Tensor& weights, std::string activation) {
+  return run_experts_cpu("experts", x, gate_up, down, experts, weights, activation, nullptr, std::nullopt);
+}
+
+Tensor experts_observed_cpu(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts,
+                            const Tensor& weights, std::string activation, const Tensor& moments,
+                            std::optional<Tensor> counted) {
+  return run_experts_cpu("experts_observed", x, gate_up, down, experts, weights, activation, &moments, counted);
+}
+
+}  // namespace
+}  // namespace moe_ext
+
+STABLE_TORCH_LIBRARY(moe_ext, m) {
+  m.def("route(Tensor logits, int top_k, Tensor? thresholds=None, bool renormalise=True) -> (Tensor, Tensor)");
+  m.def("experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights, str activation) -> Tensor");
+  m.def(
+      "experts_observed(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights, str activation, "
+      "Tensor(a!) moments, Tensor? counted=None) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
+  m.impl("route", TORCH_BOX(&moe_ext::route_cpu));
+  m.impl("experts", TORCH_BOX(&moe_ext::experts_cpu));
+  m.impl("experts_observed", TORCH_BOX(&moe_ext::experts_observed_cpu));
+}

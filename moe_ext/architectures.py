@@ -1,0 +1,113 @@
+"""What differs between model families: where the MoE blocks are, and which config fields count experts.
+
+One small record per ``config.model_type``. Everything else in the package works on the :class:`MoeBlock` list that
+:func:`moe_blocks` returns, in layer order.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+# transformers' names (config.hidden_act) of the activations that the operators compute.
+ACTIVATION_OF_HIDDEN_ACT = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model family names the parts of its MoE layers.
+
+    Attributes:
+        block: class name of the MoE block.
+        router: attribute of the block that holds the router (``weight`` (E, H); returns logits, weights, experts).
+        experts: attribute of the block that holds the experts (``gate_up_proj`` (E, 2I, H), ``down_proj`` (E, H, I)).
+        num_experts_fields: config fields that hold the number of experts.
+        gate: what the routing weight g_e is, as written into statistics files.
+    """
+
+    block: str
+    router: str
+    experts: str
+    num_experts_fields: tuple[str, ...]
+    gate: str
+
+
+FAMILIES = {
+    "mixtral": Family(
+        block="MixtralSparseMoeBlock",
+        router="gate",
+        experts="experts",
+        num_experts_fields=("num_local_experts",),
+        gate="softmax over the selected logits",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class MoeBlock:
+    """One MoE layer of a live model; ``name`` is the block's module name, such as ``model.layers.0.mlp``."""
+
+    name: str
+    router: nn.Module
+    experts: nn.Module
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.experts.num_experts)  # type: ignore[arg-type]
+
+    @property
+    def top_k(self) -> int:
+        return int(self.router.top_k)  # type: ignore[arg-type]
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """The family record of a model.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: its model type has no MoE family here.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"expected a transformers model, got {type(model).__name__}")
+    model_type = model.config.model_type
+    if model_type not in FAMILIES:
+        raise ValueError(f"model type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def moe_blocks(model: PreTrainedModel) -> list[MoeBlock]:
+    """The MoE layers of a model in layer order.
+
+    Raises:
+        TypeError, ValueError: as :func:`family_of`; ValueError too if the model has no MoE layer.
+    """
+    family = family_of(model)
+    blocks = [
+        MoeBlock(name, getattr(module, family.router), getattr(module, family.experts))
+        for name, module in model.named_modules()
+        if type(module).__name__ == family.block
+    ]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no MoE layer ({family.block})")
+    return blocks
+
+
+def activation_of(config: Any) -> str:
+    """The operators' name of a config's activation.
+
+    Raises:
+        ValueError: the operators do not compute that activation.
+    """
+    activation = ACTIVATION_OF_HIDDEN_ACT.get(config.hidden_act)
+    if activation is None:
+        raise ValueError(
+            f"hidden_act {config.hidden_act!r} is not supported; supported: {', '.join(ACTIVATION_OF_HIDDEN_ACT)}"
+        )
+    return activation

@@ -1,0 +1,129 @@
+"""The operators, typed: thin wrappers over ``torch.ops.moe_ext`` and their fake (Meta) kernels for ``torch.compile``.
+
+T tokens, E experts, K slots a token, H hidden size, I expert intermediate size. A slot with expert index E (the
+sentinel) has no expert: it costs nothing and adds nothing. The CPU results do not depend on the number of threads nor
+on the other tokens of the batch. The operators have no backward: a patched model runs transformers' own
+differentiable path when gradients are required.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_ext.binary import _C  # noqa: F401  registers torch.ops.moe_ext
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
+def _refuse_gradients(op: str, *tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            f"{op}: an input requires gradients, and this operator has no backward. Call it under torch.no_grad(), "
+            "or use moe_ext.patch(model), which runs transformers' differentiable path where gradients are required."
+        )
+
+
+def route(
+    logits: Tensor, top_k: int, thresholds: Tensor | None = None, renormalise: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Softmax, top-K and, with thresholds, dynamic skipping of a token's weak experts (arXiv 2402.14800, section 3.3).
+
+    With thresholds, the slot of rank j >= 2 is skipped when ``w_j < thresholds[j - 2] * w_1``; the kept weights are
+    scaled so that they sum to what all K summed to.
+
+    Args:
+        logits: (T, E) float32, bfloat16 or float16. Equal logits: the lower expert index ranks first. A NaN ranks
+            first and makes the token's weights NaN.
+        top_k: K, from 1 to E.
+        thresholds: (K - 1,) float32, or None to skip nothing.
+        renormalise: whether a token's K weights are scaled to sum to 1; otherwise they are softmax values over E.
+
+    Returns:
+        weights (T, K) float32, largest first, 0 in skipped slots; experts (T, K) int32, E in skipped slots.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or value is not as above; the argument is named.
+    """
+    _refuse_gradients("route", logits)
+    weights, experts = torch.ops.moe_ext.route(logits, top_k, thresholds, renormalise)
+    return weights, experts
+
+
+def experts(x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str) -> Tensor:
+    """Weighted sum of each token's experts, ``sum_s weights[t, s] * f_e(x[t])`` with ``e = experts[t, s]`` and
+    ``f_e(x) = down[e] (act(gate[e] x) * (up[e] x))``.
+
+    Args:
+        x: (T, H) float32, bfloat16 or float16.
+        gate_up: (E, 2I, H), contiguous, dtype of ``x``: rows [0, I) are the gate, [I, 2I) the up projection.
+        down: (E, H, I), contiguous, dtype of ``x``.
+        experts: (T, K) int32 or int64, in [0, E]; E marks an empty slot.
+        weights: (T, K) float32 or dtype of ``x``.
+        activation: "silu", "gelu" (erf) or "gelu_tanh".
+
+    Returns:
+        (T, H), dtype of ``x``; products and sums are accumulated in float32 and rounded once.
+
+    Raises:
+        RuntimeError: a shape, dtype, device, contiguity or value is not as above; the argument is named.
+    """
+    _refuse_gradients("experts", x, gate_up, down, weights)
+    out: Tensor = torch.ops.moe_ext.experts(x, gate_up, down, experts, weights, activation)
+    return out
+
+
+def experts_observed(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    activation: str,
+    moments: Tensor,
+    counted: Tensor | None = None,
+) -> Tensor:
+    """:func:`experts` that also adds every routed slot to its expert's moments, in the same pass.
+
+    ``moments[e, a, b] += sum over counted slots of e of weights^a * ||f_e(x)||_2^b`` for a, b in {0, 1, 2}.
+
+    Args:
+        moments: (E, 3, 3) float64, contiguous; updated in place. Left as it was if an argument is refused.
+        counted: (T,) bool, the tokens that enter the moments (padding does not); None: all. The output has every token.
+
+    Returns:
+        The same bits as :func:`experts`.
+
+    Raises:
+        RuntimeError: as :func:`experts`.
+    """
+    _refuse_gradients("experts_observed", x, gate_up, down, weights)
+    out: Tensor = torch.ops.moe_ext.experts_observed(x, gate_up, down, experts, weights, activation, moments, counted)
+    return out
+
+
+@torch.library.register_fake("moe_ext::route")
+def _route_fake(
+    logits: Tensor, top_k: int, thresholds: Tensor | None = None, renormalise: bool = True
+) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+
+
+@torch.library.register_fake("moe_ext::experts")
+def _experts_fake(
+    x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("moe_ext::experts_observed")
+def _experts_observed_fake(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    activation: str,
+    moments: Tensor,
+    counted: Tensor | None = None,
+) -> Tensor:
+    return x.new_empty(x.shape)

@@ -1,0 +1,249 @@
+"""What one calibration pass learns about the experts: accumulate, merge, save, load.
+
+:class:`ExpertStatistics` holds plain sums, one row a Mixture-of-Experts layer, so that the statistics of two texts add
+up to the statistics of both. The file is a safetensors file: the tensors under their field names, the rest as metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from moe_ext.files import replace_file
+
+RATIO_BINS = 1024
+"""Bins of equal width over [0, 1] that ``ratio_histogram`` counts ``w_j / w_1`` in; a ratio of 1 falls in the last."""
+
+FORMAT = "moe_ext.expert_statistics"
+FORMAT_VERSION = 1
+
+
+class StatisticsFileError(ValueError):
+    """A file is not a statistics file that this version can read in full."""
+
+
+@dataclass(eq=False)
+class ExpertStatistics:
+    """Sums over the calibration tokens for L layers of E experts, K chosen per token; all tensors on the CPU.
+
+    Attributes:
+        model_type: transformers' name of the model family, such as ``"mixtral"``.
+        layers: L module names of the Mixture-of-Experts blocks, in model order.
+        top_k: K, experts per token.
+        gate: what ``g_e`` is, such as ``"softmax over the selected logits"``.
+        dataset: label of the text; ``"+"`` joins the labels of merged statistics.
+        moments: (L, E, 3, 3) float64; ``[l, e, a, b]`` = sum over routed tokens of ``g_e^a * ||f_e||_2^b``
+            (arXiv 2606.15716), ``[l, e, 0, 0]`` = tokens routed to e.
+        tokens: (L,) int64; tokens seen, padding not counted.
+        ratio_histogram: (L, K - 1, RATIO_BINS) int64; ``[l, j]`` counts tokens by ``w_{j + 2} / w_1``, the routing
+            weight of rank j + 2 over the largest (arXiv 2402.14800, dynamic skipping).
+        coactivation: (L, E, E) int64; tokens routed to both experts, on the diagonal tokens routed to e.
+
+    Raises:
+        ValueError: a tensor's shape, dtype or device is not as above, or ``layers`` is empty or repeats a name.
+    """
+
+    model_type: str
+    layers: tuple[str, ...]
+    top_k: int
+    gate: str
+    dataset: str
+    moments: torch.Tensor
+    tokens: torch.Tensor
+    ratio_histogram: torch.Tensor
+    coactivation: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"layers: expected one or more distinct names, got {self.layers!r}")
+        if self.moments.ndim != 4:
+            raise ValueError(f"moments: has shape {tuple(self.moments.shape)}; expected (L, E, 3, 3)")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k: expected 1 to {self.num_experts} experts, got {self.top_k}")
+        for name, (shape, dtype) in _tensor_layout(self.num_layers, self.num_experts, self.top_k).items():
+            tensor = getattr(self, name)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; expected {shape}")
+            if tensor.dtype != dtype or tensor.device.type != "cpu":
+                raise ValueError(f"{name}: is {tensor.dtype} on {tensor.device}; expected {dtype} on cpu")
+
+    @classmethod
+    def zeros(
+        cls, model_type: str, layers: tuple[str, ...], num_experts: int, top_k: int, gate: str, dataset: str = ""
+    ) -> ExpertStatistics:
+        """Statistics of no text at all, to accumulate into; arguments as the attributes, ``num_experts`` is E.
+
+        Raises:
+            ValueError: ``layers`` is empty or repeats a name, or ``top_k`` is not in 1..E.
+        """
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k: expected 1 to {num_experts} experts, got {top_k}")
+        layout = _tensor_layout(len(layers), num_experts, top_k)
+        tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+        return cls(model_type, tuple(layers), top_k, gate, dataset, **tensors)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.layers)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.moments.shape[1]
+
+    def routing_counts(self) -> torch.Tensor:
+        """(L, E) float64, a copy: ``n_e``, the tokens routed to each expert."""
+        return self.moments[:, :, 0, 0].clone()
+
+    def merge(self, other: ExpertStatistics) -> ExpertStatistics:
+        """The statistics of both texts; neither operand changes.
+
+        Counts add exactly. The other moments add in float64, so the order of several merges matters to rounding only.
+        Different dataset labels are joined with ``"+"``, each once, in alphabetical order.
+
+        Args:
+            other: statistics of the same model, from other text.
+
+        Raises:
+            ValueError: model type, layers, number of experts, ``top_k`` or gate definition differ; names which.
+        """
+        for name in ("model_type", "layers", "num_experts", "top_k", "gate"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise ValueError(f"other: statistics of different models do not add up: {name} {ours!r} and {theirs!r}")
+        labels = {label for label in (*self.dataset.split("+"), *other.dataset.split("+")) if label}
+        sums = {name: getattr(self, name) + getattr(other, name) for name in self._tensors()}
+        return ExpertStatistics(self.model_type, self.layers, self.top_k, self.gate, "+".join(sorted(labels)), **sums)
+
+    def __add__(self, other: object) -> ExpertStatistics:
+        """``merge`` as an operator."""
+        return self.merge(other) if isinstance(other, ExpertStatistics) else NotImplemented
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; ``path`` is replaced whole or left as it was.
+
+        Args:
+            path: the destination, conventionally ``*.safetensors``.
+
+        Raises:
+            ValueError: a tensor holds a negative, infinite or NaN value; nothing is written.
+            OSError: the file cannot be written.
+        """
+        self._check_values()
+        metadata = {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "model_type": self.model_type,
+            "layers": json.dumps(self.layers),
+            "top_k": str(self.top_k),
+            "gate": self.gate,
+            "dataset": self.dataset,
+            "token_count": str(int(self.tokens.max())),
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
+        with replace_file(path) as temporary:
+            temporary.write_bytes(safetensors.torch.save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ExpertStatistics:
+        """Read what :meth:`save` wrote, bit for bit.
+
+        Args:
+            path: a statistics file.
+
+        Raises:
+            StatisticsFileError: the file is truncated, foreign, from a newer version, or its content is not valid.
+            OSError: the file cannot be read.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                fields = _parse_metadata(file.metadata() or {})
+                # Clones: the originals are views of the mapped file.
+                tensors = {name: file.get_tensor(name).clone() for name in _present_tensors(file.keys())}
+            loaded = cls(**fields, **tensors)
+            loaded._check_values()
+        except SafetensorError as error:
+            raise StatisticsFileError(f"{path}: truncated, or not a safetensors file ({error})") from error
+        except ValueError as error:
+            raise StatisticsFileError(f"{path}: {error}") from error
+        return loaded
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name) for name in _tensor_layout(self.num_layers, self.num_experts, self.top_k)}
+
+    def _check_values(self) -> None:
+        for name, tensor in self._tensors().items():
+            valid = tensor.isfinite() & (tensor >= 0)
+            if not valid.all():
+                layer, *index = (~valid).nonzero()[0].tolist()
+                value = tensor[(layer, *index)].item()
+                raise ValueError(
+                    f"{name}: layer {self.layers[layer]!r} holds {value} at {index}; expected finite values >= 0"
+                )
+
+
+def _tensor_layout(layers: int, experts: int, top_k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor field."""
+    return {
+        "moments": ((layers, experts, 3, 3), torch.float64),
+        "tokens": ((layers,), torch.int64),
+        "ratio_histogram": ((layers, top_k - 1, RATIO_BINS), torch.int64),
+        "coactivation": ((layers, experts, experts), torch.int64),
+    }
+
+
+def _present_tensors(names: list[str]) -> list[str]:
+    """``names`` when they are exactly the tensor fields; ValueError otherwise."""
+    expected = _tensor_layout(1, 1, 1).keys()
+    if missing := sorted(expected - set(names)):
+        raise ValueError(f"tensor {missing[0]!r} is missing")
+    if unexpected := sorted(set(names) - expected):
+        raise ValueError(f"tensor {unexpected[0]!r} is not part of format version {FORMAT_VERSION}")
+    return names
+
+
+def _parse_metadata(metadata: dict[str, str]) -> dict[str, Any]:
+    """The fields of :class:`ExpertStatistics` that are not tensors; ValueError for another format or version."""
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"not a statistics file: its metadata names format {metadata.get('format')!r}, not {FORMAT!r}")
+    required = ("format_version", "model_type", "layers", "top_k", "gate", "dataset")
+    if missing := [name for name in required if name not in metadata]:
+        raise ValueError(f"metadata {missing[0]!r} is missing")
+    version = _parse_integer("format_version", metadata["format_version"])
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"written by a newer moe_ext (format version {version}, known is {FORMAT_VERSION}): upgrade moe_ext"
+        )
+    if version != FORMAT_VERSION:
+        raise ValueError(f"format version {version} is unknown; expected {FORMAT_VERSION}")
+    return {
+        "model_type": metadata["model_type"],
+        "layers": _parse_names("layers", metadata["layers"]),
+        "top_k": _parse_integer("top_k", metadata["top_k"]),
+        "gate": metadata["gate"],
+        "dataset": metadata["dataset"],
+    }
+
+
+def _parse_integer(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"metadata {name!r} is {text!r}; expected an integer") from None
+
+
+def _parse_names(name: str, text: str) -> tuple[str, ...]:
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
+        raise ValueError(f"metadata {name!r} is {text!r}; expected a JSON list of names")
+    return tuple(names)

@@ -1,0 +1,72 @@
+"""Builds moe_ext._C, the one binary of the package: operators on torch's ABI-stable API, CPU kernels, build facts.
+
+The CPU kernels are always built. The CUDA kernels are built when torch is a CUDA build and nvcc is there;
+MOE_EXT_CUDA=1 insists on them, MOE_EXT_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST chooses the architectures.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+ROOT = Path(__file__).parent
+CUDA_ARCHS = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+TORCH_TARGET_VERSION = "0x020a000000000000"  # torch 2.10: the oldest whose stable API has all that ops.cpp calls
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
+def wants_cuda(cuda_sources: list[str]) -> bool:
+    """Whether to build the CUDA kernels; exits with the reason when MOE_EXT_CUDA=1 cannot be honoured."""
+    choice = os.environ.get("MOE_EXT_CUDA", "")
+    if choice not in ("", "0", "1"):
+        raise SystemExit(f"MOE_EXT_CUDA={choice!r}: expected 0, 1 or nothing")
+    missing = [
+        reason
+        for reason, present in {
+            "this version of moe_ext has no CUDA kernels yet (csrc/cuda is empty)": cuda_sources,
+            f"torch {torch.__version__} is no CUDA build": torch.version.cuda,
+            "nvcc was not found (set CUDA_HOME)": CUDA_HOME,
+        }.items()
+        if not present
+    ]
+    if choice == "1" and missing:
+        raise SystemExit("MOE_EXT_CUDA=1, but " + " and ".join(missing))
+    return choice != "0" and not missing
+
+
+def extension() -> Extension:
+    cuda_sources = sources("csrc/cuda/*.cu")
+    cuda = wants_cuda(cuda_sources)
+    if cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
+    defines = [
+        ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
+        ("MOE_EXT_TORCH_VERSION", f'"{torch.__version__}"'),
+        ("MOE_EXT_CUDA_ARCHS", '"{}"'.format(os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else "")),
+    ]
+    cxx = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden"]
+    if cuda:
+        defines.append(("MOE_EXT_WITH_CUDA", "1"))
+    make = CUDAExtension if cuda else CppExtension
+    return make(
+        name="moe_ext._C",
+        sources=["csrc/ops.cpp", "csrc/module.cpp", *sources("csrc/cpu/*.cpp"), *(cuda_sources if cuda else [])],
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=defines,
+        extra_compile_args={"cxx": cxx, "nvcc": ["-std=c++17", "-O3", "--expt-relaxed-constexpr"]},
+    )
+
+
+def version() -> str:
+    match = re.search(r'^__version__ = "(.+)"$', (ROOT / "moe_ext" / "version.py").read_text(), re.MULTILINE)
+    assert match is not None
+    return match.group(1)
+
+
+setup(version=version(), ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

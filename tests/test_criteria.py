@@ -1,0 +1,156 @@
+"""Scores equal their definition, computed one routed token at a time."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from moe_ext.criteria import CRITERIA, OBJECTIVES, Scores, score
+from moe_ext.statistics import ExpertStatistics
+
+Routed = list[list[list[tuple[float, float]]]]  # layers, experts, (gate weight, output norm) of each routed token
+
+POINTS = [(average, a, b) for average in range(2) for a in range(3) for b in range(3)]
+
+
+def routed(experts: int) -> st.SearchStrategy[Routed]:
+    tokens = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 100)), max_size=4)
+    layer = st.lists(tokens, min_size=experts, max_size=experts)
+    return st.lists(layer, min_size=1, max_size=3)
+
+
+def observed(tokens: Routed, top_k: int = 1) -> ExpertStatistics:
+    layers = tuple(f"layers.{i}" for i in range(len(tokens)))
+    stats = ExpertStatistics.zeros("mixtral", layers, len(tokens[0]), top_k, "softmax", "c4")
+    for layer, experts in enumerate(tokens):
+        for expert, slots in enumerate(experts):
+            for a in range(3):
+                for b in range(3):
+                    stats.moments[layer, expert, a, b] = math.fsum(gate**a * norm**b for gate, norm in slots)
+    return stats
+
+
+ONE_LAYER = observed([[[(0.5, 2.0), (1.0, 4.0)], [(0.25, 3.0)], []]])
+
+
+@given(tokens=st.integers(1, 6).flatmap(routed), point=st.sampled_from(POINTS))
+@example(tokens=[[[], [(0.5, 2.0)]]], point=(1, 2, 2))
+def test_a_score_is_the_sum_or_mean_over_routed_tokens(tokens: Routed, point: tuple[int, int, int]) -> None:
+    average, a, b = point
+    values = score(observed(tokens), point).values
+    for layer, experts in enumerate(tokens):
+        for expert, slots in enumerate(experts):
+            total = math.fsum(gate**a * norm**b for gate, norm in slots)
+            expected = total / len(slots) if average and slots else total
+            assert values[layer, expert].item() == expected
+
+
+def test_an_expert_that_no_token_reached_scores_zero() -> None:
+    for criterion in CRITERIA:
+        assert score(ONE_LAYER, criterion).values[0, 2].item() == 0, criterion
+
+
+@pytest.mark.parametrize(
+    ("criterion", "expected"),
+    [
+        ("frequency", [2, 1, 0]),
+        ("seer", [1.5, 0.25, 0]),
+        ("ean", [6, 3, 0]),
+        ("reap", [2.5, 0.75, 0]),
+        ("man", [3, 3, 0]),
+        ("msan", [10, 9, 0]),
+        ("weighted_ean", [5, 0.75, 0]),
+        ("weighted_squared_ean", [17, 0.5625, 0]),
+    ],
+)
+def test_a_named_criterion_is_its_formula(criterion: str, expected: list[float]) -> None:
+    scores = score(ONE_LAYER, criterion)
+    assert scores.values.tolist() == [expected]
+    assert scores.criterion == criterion
+
+
+def test_the_default_is_man() -> None:
+    assert score(ONE_LAYER).criterion == "man"
+
+
+@pytest.mark.parametrize(("objective", "criterion"), [("task-agnostic", "man"), ("task-specific", "weighted_ean")])
+def test_an_objective_chooses_its_criterion(objective: str, criterion: str) -> None:
+    assert OBJECTIVES[objective] == criterion
+    scores = score(ONE_LAYER, objective=objective)
+    assert scores.criterion == criterion
+    assert torch.equal(scores.values, score(ONE_LAYER, criterion).values)
+
+
+def test_an_unnamed_point_is_named_by_its_numbers() -> None:
+    assert score(ONE_LAYER, (1, 0, 2)).criterion == "S(1,0,2)"
+
+
+def test_scores_say_where_they_come_from() -> None:
+    scores = score(ONE_LAYER, "ean")
+    assert (scores.model_type, scores.layers, scores.top_k, scores.dataset) == ("mixtral", ("layers.0",), 1, "c4")
+
+
+@pytest.mark.parametrize("criterion", [*CRITERIA, (0, 0, 0), "random"])
+def test_scores_are_float64_and_own_their_memory(criterion: str | tuple[int, int, int]) -> None:
+    before = ONE_LAYER.moments.clone()
+    values = score(ONE_LAYER, criterion).values
+    assert values.dtype == torch.float64
+    values.fill_(-1)
+    assert torch.equal(ONE_LAYER.moments, before)
+
+
+def test_random_scores_repeat_with_their_seed() -> None:
+    assert torch.equal(score(ONE_LAYER, "random", seed=3).values, score(ONE_LAYER, "random", seed=3).values)
+    assert not torch.equal(score(ONE_LAYER, "random", seed=3).values, score(ONE_LAYER, "random", seed=4).values)
+
+
+def test_random_scores_use_seed_zero_unless_told() -> None:
+    scores = score(ONE_LAYER, "random")
+    assert scores.criterion == "random(seed=0)"
+    assert torch.equal(scores.values, score(ONE_LAYER, "random", seed=0).values)
+
+
+def test_random_scores_leave_torchs_own_generator_alone() -> None:
+    before = torch.get_rng_state()
+    score(ONE_LAYER, "random", seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_moments_that_are_nan_show_in_the_score() -> None:
+    stats = observed([[[(1.0, 1.0)], [(1.0, math.nan)]]])
+    assert score(stats, "man").values.isnan().tolist() == [[False, True]]
+
+
+def test_an_unknown_criterion_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"criterion: expected one of frequency, .*, random, got 'mean'"):
+        score(ONE_LAYER, "mean")
+
+
+@pytest.mark.parametrize("objective", ["", "general"])
+def test_an_unknown_objective_is_refused_with_the_known_ones(objective: str) -> None:
+    with pytest.raises(ValueError, match=f"objective: expected one of task-agnostic, task-specific, got '{objective}'"):
+        score(ONE_LAYER, objective=objective)
+
+
+@pytest.mark.parametrize("point", [(2, 0, 0), (-1, 0, 0), (0, 3, 0), (0, 0, -1), (0, 0), (0, 0, 0, 0), (0, 0.5, 0)])
+def test_a_point_outside_the_family_is_refused(point: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match=r"criterion: expected \(avg, a, b\) with avg in 0..1 and a, b in 0..2"):
+        score(ONE_LAYER, point)
+
+
+def test_criterion_and_objective_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="criterion 'ean' and objective 'task-agnostic': expected one of them"):
+        score(ONE_LAYER, "ean", objective="task-agnostic")
+
+
+def test_a_seed_for_a_criterion_that_draws_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="seed: only criterion 'random' takes one, got 0 with 'man'"):
+        score(ONE_LAYER, seed=0)
+
+
+@pytest.mark.parametrize("values", [torch.zeros(2, 3), torch.zeros(3, 3, dtype=torch.float64)])
+def test_scores_of_another_shape_or_dtype_are_refused(values: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"values: is .*; expected torch.float64 of shape \(2, E\)"):
+        Scores(values, "man", "mixtral", ("a", "b"), 2, "c4")

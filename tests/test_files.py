@@ -1,0 +1,217 @@
+"""Files and folders appear whole or not at all."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moe_ext.files
+from moe_ext.files import replace_file, replace_folder
+
+INTERRUPTIONS = pytest.mark.parametrize("interruption", [ValueError, KeyboardInterrupt, SystemExit])
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def write_interrupted(path: Path, interruption: type[BaseException]) -> None:
+    with replace_file(path) as temporary:
+        temporary.write_bytes(b"ha")
+        raise interruption
+
+
+def fill_interrupted(path: Path, interruption: type[BaseException]) -> None:
+    with replace_folder(path) as temporary:
+        (temporary / "file").write_bytes(b"ha")
+        raise interruption
+
+
+def kill_while_writing(function: str, path: Path, write: str) -> None:
+    """Run ``with <function>(path) as temporary: <write>`` in a process that dies by SIGKILL inside the block."""
+    # The module is run by its path: the child needs nothing of the package, and starts in no time.
+    code = f"""
+import runpy, sys
+with runpy.run_path(sys.argv[1])["{function}"](sys.argv[2]) as temporary:
+    {write}
+    print("written", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, moe_ext.files.__file__, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"written\n"
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+
+
+def test_a_new_file_holds_what_was_written(tmp_path: Path) -> None:
+    with replace_file(tmp_path / "file") as temporary:
+        temporary.write_bytes(b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert names_in(tmp_path) == ["file"]
+
+
+def test_the_old_file_stays_visible_until_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with replace_file(path) as temporary:
+        temporary.write_bytes(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+
+
+def test_the_temporary_lies_in_the_folder_of_the_destination(tmp_path: Path) -> None:
+    with replace_file(tmp_path / "file") as temporary:
+        assert temporary.parent == tmp_path
+
+
+def test_the_data_reaches_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    existed_at_flush = []
+    monkeypatch.setattr(os, "fsync", lambda _: existed_at_flush.append(path.exists()))
+    with replace_file(path) as temporary:
+        temporary.write_bytes(b"new")
+    assert existed_at_flush == [False, True]  # the file's data, then the folder's entry
+
+
+@INTERRUPTIONS
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, interruption: type[BaseException]) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(interruption):
+        write_interrupted(path, interruption)
+    assert path.read_bytes() == b"old"
+    assert names_in(tmp_path) == ["file"]
+
+
+@INTERRUPTIONS
+def test_an_interrupted_first_write_leaves_nothing(tmp_path: Path, interruption: type[BaseException]) -> None:
+    with pytest.raises(interruption):
+        write_interrupted(tmp_path / "file", interruption)
+    assert names_in(tmp_path) == []
+
+
+def test_an_interruption_during_the_flush_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt), replace_file(path) as temporary:
+        temporary.write_bytes(b"new")
+    assert path.read_bytes() == b"old"
+    assert names_in(tmp_path) == ["file"]
+
+
+def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    kill_while_writing("replace_file", path, write="temporary.write_bytes(b'ha')")
+    assert path.read_bytes() == b"old"
+
+
+def test_a_write_after_a_killed_one_succeeds(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    kill_while_writing("replace_file", path, write="temporary.write_bytes(b'ha')")
+    assert not path.exists()
+    with replace_file(path) as temporary:
+        temporary.write_bytes(b"new")
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_the_umask_decides_the_mode_of_a_new_file(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        with replace_file(tmp_path / "file"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == mode
+
+
+def test_the_mode_of_a_replaced_file_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    path.chmod(0o640)
+    with replace_file(path) as temporary:
+        # As safetensors' save_file does: the writer puts a private file of its own in the temporary's place.
+        temporary.unlink()
+        temporary.touch(mode=0o600)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_symbolic_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "data" / "file")
+    with replace_file(tmp_path / "link") as temporary:
+        temporary.write_bytes(b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "data" / "file").read_bytes() == b"new"
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match="is a folder"), replace_file(tmp_path):
+        pytest.fail("the block ran")
+
+
+@pytest.mark.parametrize("replace", [replace_file, replace_folder])
+def test_a_missing_parent_folder_is_named(tmp_path: Path, replace: type) -> None:
+    with pytest.raises(FileNotFoundError, match="absent does not exist"), replace(tmp_path / "absent" / "new"):
+        pytest.fail("the block ran")
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_new_or_empty_folder_is_filled(tmp_path: Path, exists: bool) -> None:
+    path = tmp_path / "folder"
+    if exists:
+        path.mkdir()
+    with replace_folder(path) as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "file").write_bytes(b"new")
+        assert not path.exists() or names_in(path) == []
+    assert (path / "inner" / "file").read_bytes() == b"new"
+    assert names_in(tmp_path) == ["folder"]
+
+
+def test_a_folder_with_content_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="expected a new or an empty folder"), replace_folder(tmp_path):
+        pytest.fail("the block ran")
+
+
+def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="expected a new or an empty folder"), replace_folder(tmp_path / "file"):
+        pytest.fail("the block ran")
+
+
+@INTERRUPTIONS
+def test_an_interrupted_folder_leaves_nothing(tmp_path: Path, interruption: type[BaseException]) -> None:
+    with pytest.raises(interruption):
+        fill_interrupted(tmp_path / "folder", interruption)
+    assert names_in(tmp_path) == []
+
+
+def test_a_folder_filled_by_someone_else_meanwhile_is_left_to_them(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+
+    def fill_while_someone_else_does() -> None:
+        with replace_folder(path):
+            path.mkdir()
+            (path / "theirs").touch()
+
+    with pytest.raises(OSError, match="not empty"):
+        fill_while_someone_else_does()
+    assert names_in(path) == ["theirs"]
+    assert names_in(tmp_path) == ["folder"]
+
+
+def test_a_killed_process_leaves_no_folder(tmp_path: Path) -> None:
+    kill_while_writing("replace_folder", tmp_path / "folder", write="(temporary / 'file').write_bytes(b'ha')")
+    assert not (tmp_path / "folder").exists()

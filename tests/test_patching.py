@@ -1,0 +1,348 @@
+"""patch and unpatch on small random Mixtral models, against the unpatched model."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
+
+import moe_ext
+from moe_ext.patching import active_thresholds, is_patched
+from tests.conftest import MixtralFactory, random_tokens
+from tests.reference import DEVICES, DTYPES
+
+THRESHOLDS = torch.tensor([[0.6], [0.4], [0.8]])
+
+
+def logits_of(model: MixtralForCausalLM, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(tokens, **inputs).logits
+    return logits
+
+
+def skip_in_eager(model: MixtralForCausalLM, thresholds: torch.Tensor) -> None:
+    """NAEE's rule (K = 2), written into stock router outputs by a hook: the independent reference for skipping."""
+
+    def rule(threshold: float) -> Any:
+        def after(router: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            logits, weights, experts = output
+            skip = weights[:, 1] < threshold * weights[:, 0]
+            weights = torch.where(skip[:, None], torch.tensor([1.0, 0.0]), weights)
+            experts = torch.stack([experts[:, 0], experts[:, 1].masked_fill(skip, 8)], 1)
+            return logits, weights, experts
+
+        return after
+
+    for layer, threshold in zip(model.model.layers, thresholds[:, 0].tolist(), strict=True):
+        layer.mlp.gate.register_forward_hook(rule(threshold))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_patched_logits_equal_unpatched(
+    tiny_mixtral: MixtralFactory, device: str, dtype: torch.dtype, implementation: str
+) -> None:
+    model = tiny_mixtral(dtype=dtype).to(device)
+    model.set_experts_implementation(implementation)
+    tokens = random_tokens(2, 23).to(device)
+    expected = logits_of(model, tokens)
+    got = logits_of(moe_ext.patch(model), tokens)
+    # The stock path rounds to the dtype after every step of every layer: some 8 roundings a layer, 3 layers.
+    tolerance = 24 * {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+def test_generated_tokens_equal_the_unpatched_models(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    tokens = random_tokens(2, 5)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    expected = model.generate(tokens, **options)
+    assert torch.equal(moe_ext.patch(model).generate(tokens, **options), expected)
+
+
+def test_weights_stay_the_models_own_parameters(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    before = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
+    keys = list(model.state_dict())
+    moe_ext.patch(model, skip=THRESHOLDS)
+    assert {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()} == before
+    assert list(model.state_dict()) == keys
+
+
+def test_unpatch_restores_the_model_to_the_bit(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    model.set_experts_implementation("eager")
+    tokens = random_tokens(2, 9)
+    expected, config = logits_of(model, tokens), model.config.to_dict()
+    router_attributes = set(vars(model.model.layers[0].mlp.gate))
+    moe_ext.unpatch(moe_ext.patch(model, skip=THRESHOLDS))
+    assert torch.equal(logits_of(model, tokens), expected)
+    assert model.config.to_dict() == config
+    assert model.get_experts_implementation() == {"": "eager"}
+    assert set(vars(model.model.layers[0].mlp.gate)) == router_attributes
+    assert not is_patched(model)
+
+
+def test_unpatching_an_unpatched_model_changes_nothing(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    assert moe_ext.unpatch(model) is model
+    assert model.get_experts_implementation() == {"": "grouped_mm"}
+
+
+def test_patching_twice_replaces_the_thresholds(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    tokens = random_tokens(2, 9)
+    expected = logits_of(moe_ext.patch(model), tokens)
+    skipping = logits_of(moe_ext.patch(model, skip=torch.ones(3, 1)), tokens)
+    assert not torch.allclose(skipping, expected)
+    moe_ext.patch(model)  # "config": the thresholds that the patch before wrote there
+    assert torch.equal(logits_of(model, tokens), skipping)
+    moe_ext.patch(model, skip=None)
+    assert torch.equal(logits_of(model, tokens), expected)
+    assert not hasattr(model.config, "moe_ext")
+    moe_ext.unpatch(model)
+    assert model.get_experts_implementation() == {"": "grouped_mm"}
+
+
+def test_a_deep_copy_of_a_patched_model_stands_alone(tiny_mixtral: MixtralFactory) -> None:
+    model = moe_ext.patch(tiny_mixtral(), skip=THRESHOLDS)
+    tokens = random_tokens(1, 8)
+    expected = logits_of(model, tokens)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.zero_()
+    assert torch.equal(logits_of(twin, tokens), expected)
+
+
+# ---- skipping
+
+
+def test_skipping_equals_the_papers_rule_on_the_stock_model(tiny_mixtral: MixtralFactory) -> None:
+    stock, patched = tiny_mixtral(), tiny_mixtral()
+    stock.set_experts_implementation("eager")
+    skip_in_eager(stock, THRESHOLDS)
+    tokens = random_tokens(3, 20)
+    moe_ext.patch(patched, skip=THRESHOLDS)
+    with moe_ext.count_skips(patched) as count:
+        got = logits_of(patched, tokens)
+    assert 0.05 < count.rate() < 0.5
+    torch.testing.assert_close(got, logits_of(stock, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_thresholds_are_saved_in_the_config_and_read_from_it(tiny_mixtral: MixtralFactory, tmp_path: Path) -> None:
+    model = moe_ext.patch(tiny_mixtral(), skip=THRESHOLDS)
+    tokens = random_tokens(2, 9)
+    expected = logits_of(model, tokens)
+    model.save_pretrained(tmp_path)
+    loaded = MixtralForCausalLM.from_pretrained(tmp_path)
+    unskipped = logits_of(loaded, tokens)  # stock: does not skip
+    assert not torch.allclose(unskipped, expected)
+    moe_ext.patch(loaded)
+    assert torch.equal(logits_of(loaded, tokens), expected)
+    torch.testing.assert_close(active_thresholds(loaded), THRESHOLDS)
+    moe_ext.patch(loaded, skip=None)
+    torch.testing.assert_close(logits_of(loaded, tokens), unskipped, rtol=1e-4, atol=1e-4)
+
+
+def test_the_betas_of_naees_code_are_read(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    model.config.betas = {"0": 0.6, "1": 0.4, "2": 0.8}
+    torch.testing.assert_close(active_thresholds(moe_ext.patch(model)), THRESHOLDS)
+
+
+@pytest.mark.parametrize("betas", [{"0": 0.5}, {"0": 0.5, "1": 0.5, "3": 0.5}, [0.5, 0.5, 0.5]])
+def test_betas_that_do_not_fit_the_layers_are_refused(tiny_mixtral: MixtralFactory, betas: Any) -> None:
+    model = tiny_mixtral()
+    model.config.betas = betas
+    with pytest.raises(ValueError, match="expected a dict with the keys '0' to '2'"):
+        moe_ext.patch(model)
+    assert not is_patched(model)
+
+
+@pytest.mark.parametrize(
+    ("skip", "message"),
+    [
+        (torch.zeros(3), r"skip thresholds have shape \(3,\); expected \(3, 1\) = \(MoE layers, top_k - 1\)"),
+        (torch.zeros(2, 1), r"skip thresholds have shape \(2, 1\); expected \(3, 1\)"),
+        (torch.tensor([[0.1], [1.5], [0.0]]), "must be numbers from 0 to 1"),
+        (torch.tensor([[0.1], [torch.nan], [0.0]]), "must be numbers from 0 to 1"),
+        ("median", "skip is 'median'; expected thresholds, 'config' or None"),
+    ],
+)
+def test_bad_thresholds_leave_the_model_unpatched(tiny_mixtral: MixtralFactory, skip: Any, message: str) -> None:
+    model = tiny_mixtral()
+    with pytest.raises(ValueError, match=message):
+        moe_ext.patch(model, skip=skip)
+    assert not is_patched(model)
+    assert not hasattr(model.config, "moe_ext")
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_gradients_equal_the_unpatched_models(tiny_mixtral: MixtralFactory, implementation: str) -> None:
+    stock, patched = tiny_mixtral(), tiny_mixtral()
+    tokens = random_tokens(2, 11)
+    for model in (stock, patched):
+        model.set_experts_implementation(implementation)
+    moe_ext.patch(patched)
+    for model in (stock, patched):
+        model(tokens, labels=tokens).loss.backward()
+    for (name, expected), (_, got) in zip(stock.named_parameters(), patched.named_parameters(), strict=True):
+        assert expected.grad is not None, name
+        assert got.grad is not None, name
+        assert torch.equal(got.grad, expected.grad), name
+
+
+def test_gradients_of_a_skipping_model_equal_the_rule_on_the_stock_model(tiny_mixtral: MixtralFactory) -> None:
+    stock, patched = tiny_mixtral(), tiny_mixtral()
+    tokens = random_tokens(2, 11)
+    for model in (stock, patched):
+        model.set_experts_implementation("eager")
+    skip_in_eager(stock, THRESHOLDS)
+    moe_ext.patch(patched, skip=THRESHOLDS)
+    for model in (stock, patched):
+        model(tokens, labels=tokens).loss.backward()
+    for (name, expected), (_, got) in zip(stock.named_parameters(), patched.named_parameters(), strict=True):
+        assert expected.grad is not None, name
+        assert got.grad is not None, name
+        assert bool(((got.grad - expected.grad).abs() <= 1e-4 * expected.grad.abs() + 1e-6).all()), name
+
+
+def test_a_frozen_router_below_trained_experts_has_gradients(tiny_mixtral: MixtralFactory) -> None:
+    stock, patched = tiny_mixtral(), moe_ext.patch(tiny_mixtral())
+    for model in (stock, patched):
+        if model is stock:
+            model.set_experts_implementation("eager")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("layers.0.mlp.experts" in name)
+        model(random_tokens(1, 7), labels=random_tokens(1, 7)).loss.backward()
+    expected = stock.model.layers[0].mlp.experts.down_proj.grad
+    torch.testing.assert_close(patched.model.layers[0].mlp.experts.down_proj.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+# ---- what cannot be patched
+
+
+def test_a_model_without_moe_layers_is_refused() -> None:
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="model type 'llama' is not supported; supported: mixtral"):
+        moe_ext.patch(LlamaForCausalLM(config))
+
+
+def test_something_that_is_no_model_is_refused() -> None:
+    with pytest.raises(TypeError, match="expected a transformers model, got Linear"):
+        moe_ext.patch(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float64}, "model.layers.0.mlp: dtype torch.float64 is not supported; use float32"),
+        ({"hidden_act": "relu"}, "model.layers.0.mlp: hidden_act 'relu' is not supported; supported: silu"),
+    ],
+)
+def test_unsupported_dtypes_and_activations_are_refused(
+    tiny_mixtral: MixtralFactory, change: dict[str, Any], message: str
+) -> None:
+    model = tiny_mixtral(**change)
+    with pytest.raises(ValueError, match=message):
+        moe_ext.patch(model)
+    assert model.get_experts_implementation() == {"": "grouped_mm"}
+
+
+def test_an_unsupported_device_is_refused(tiny_mixtral: MixtralFactory) -> None:
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp: device meta is not supported; use the CPU"):
+        moe_ext.patch(tiny_mixtral().to("meta"))
+
+
+@pytest.mark.parametrize("flag", ["is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel"])
+def test_experts_with_another_layout_are_refused(tiny_mixtral: MixtralFactory, flag: str) -> None:
+    model = tiny_mixtral()
+    setattr(model.model.layers[1].mlp.experts, flag, True)
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1\.mlp: MixtralExperts has .*, which moe_ext does not support"
+    ):
+        moe_ext.patch(model)
+    assert not is_patched(model)
+
+
+# ---- how it fits into transformers
+
+
+def test_router_logits_are_still_recorded(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    tokens = random_tokens(1, 6)
+    with torch.no_grad():
+        expected = model(tokens, output_router_logits=True).router_logits
+        got = moe_ext.patch(model)(tokens, output_router_logits=True).router_logits
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_implementation_can_be_named_when_loading(tiny_mixtral: MixtralFactory, tmp_path: Path) -> None:
+    model = tiny_mixtral()
+    tokens = random_tokens(1, 6)
+    model.save_pretrained(tmp_path)
+    named = MixtralForCausalLM.from_pretrained(tmp_path, experts_implementation="moe_ext")
+    torch.testing.assert_close(logits_of(named, tokens), logits_of(model, tokens), rtol=1e-4, atol=1e-4)
+    named(tokens, labels=tokens).loss.backward()  # without patch, the differentiable path is eager
+    assert named.model.layers[0].mlp.experts.down_proj.grad is not None
+
+
+def test_a_patched_model_saves_a_config_that_stock_transformers_reads(
+    tiny_mixtral: MixtralFactory, tmp_path: Path
+) -> None:
+    moe_ext.patch(tiny_mixtral()).save_pretrained(tmp_path)
+    assert "moe_ext" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_patched_block_compiles_without_graph_breaks(tiny_mixtral: MixtralFactory) -> None:
+    model = moe_ext.patch(tiny_mixtral(), skip=THRESHOLDS)
+    block = model.model.layers[0].mlp
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), block(x), rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_keeps_the_input_dtype(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral(dtype=torch.bfloat16)
+    experts = moe_ext.patch(model).model.layers[0].mlp.experts
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        out = experts(x, torch.tensor([[0, 1]] * 3), torch.full((3, 2), 0.5))
+    assert out.dtype == torch.float32
+
+
+def test_an_old_torch_gives_one_clear_import_error() -> None:
+    from moe_ext.binary import require_torch
+
+    with pytest.raises(ImportError, match=r"moe_ext needs torch >= 2.10, found 2.9.1\+cpu. Run: pip install"):
+        require_torch("2.9.1+cpu")
+    for fine in ("2.10.0", "2.13.0+cpu", "3.0"):
+        require_torch(fine)
+
+
+def test_a_missing_binary_gives_one_clear_import_error(tmp_path: Path) -> None:
+    source = Path(moe_ext.__file__).parent
+    (tmp_path / "moe_ext").mkdir()
+    for file in source.glob("*.py"):
+        (tmp_path / "moe_ext" / file.name).write_text(file.read_text())
+    result = subprocess.run(
+        [sys.executable, "-c", "import moe_ext"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "ImportError: moe_ext's compiled extension cannot be loaded" in result.stderr
+    assert "pip install --no-build-isolation ." in result.stderr

@@ -1,0 +1,421 @@
+"""Statistics add up, and their files come back bit for bit or are refused with one clear line."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from moe_ext.statistics import RATIO_BINS, ExpertStatistics, StatisticsFileError
+
+TENSORS = ("moments", "tokens", "ratio_histogram", "coactivation")
+LABELS = ("model_type", "layers", "top_k", "gate", "dataset")
+Slot = tuple[int, float, float]  # expert, gate weight, output norm
+Routing = list[list[list[Slot]]]  # layers, tokens, K slots with the largest gate weight first
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> tuple[int, int, int]:
+    """L, E, K, from one expert a token to all of them."""
+    experts = draw(st.integers(1, 6))
+    return draw(st.integers(1, 3)), experts, draw(st.integers(1, experts))
+
+
+def filled(shape: tuple[int, int, int], seed: int, *, whole: bool = False, dataset: str = "c4") -> ExpertStatistics:
+    """Statistics of random content; ``whole``: moments that are integers, which add without rounding."""
+    layers, experts, top_k = shape
+    stats = ExpertStatistics.zeros("mixtral", tuple(f"layers.{i}" for i in range(layers)), experts, top_k, "g", dataset)
+    generator = torch.Generator().manual_seed(seed)
+    for name in TENSORS:
+        tensor = getattr(stats, name)
+        tensor.copy_(torch.randint(0, 2**40, tensor.shape, generator=generator))
+    if not whole:
+        stats.moments *= torch.rand(stats.moments.shape, generator=generator, dtype=torch.float64)
+    stats.moments[:, torch.rand(experts, generator=generator) < 0.3] = 0  # experts that no token reached
+    return stats
+
+
+def accumulated(routing: Routing, experts: int, top_k: int) -> ExpertStatistics:
+    """The definitions of design.md, one slot at a time."""
+    stats = ExpertStatistics.zeros("mixtral", tuple(f"layers.{i}" for i in range(len(routing))), experts, top_k, "g")
+    for layer, tokens in enumerate(routing):
+        for slots in tokens:
+            stats.tokens[layer] += 1
+            for rank, (expert, gate, norm) in enumerate(slots):
+                for a in range(3):
+                    for b in range(3):
+                        stats.moments[layer, expert, a, b] += gate**a * norm**b
+                for other, _, _ in slots:
+                    stats.coactivation[layer, expert, other] += 1
+                if rank:
+                    ratio_bin = min(RATIO_BINS - 1, int(gate / slots[0][1] * RATIO_BINS))
+                    stats.ratio_histogram[layer, rank - 1, ratio_bin] += 1
+    return stats
+
+
+@st.composite
+def routings(draw: st.DrawFn, layers: int, experts: int, top_k: int) -> Routing:
+    gates = st.lists(st.floats(0.01, 1), min_size=top_k, max_size=top_k).map(
+        lambda values: sorted(values, reverse=True)
+    )
+    norms = st.lists(st.floats(0, 100), min_size=top_k, max_size=top_k)
+    chosen = st.permutations(range(experts)).map(lambda order: order[:top_k])
+    token = st.tuples(chosen, gates, norms).map(lambda parts: list(zip(*parts, strict=True)))
+    tokens = st.lists(token, min_size=6, max_size=6)
+    return draw(st.lists(tokens, min_size=layers, max_size=layers))
+
+
+def assert_identical(left: ExpertStatistics, right: ExpertStatistics) -> None:
+    for name in LABELS:
+        assert getattr(left, name) == getattr(right, name), name
+    for name in TENSORS:
+        ours, theirs = getattr(left, name), getattr(right, name)
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == theirs.shape
+        assert ours.contiguous().numpy().tobytes() == theirs.contiguous().numpy().tobytes(), name
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, str]], object]) -> None:
+    """Change the tensors or the metadata of a statistics file."""
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata()  # noqa: SIM118
+    change(tensors, metadata)
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "stats.safetensors"
+    filled((2, 4, 2), seed=0).save(path)
+    return path
+
+
+def test_zeros_has_the_documented_shapes() -> None:
+    stats = ExpertStatistics.zeros("mixtral", ("a", "b", "c"), 8, 3, "softmax")
+    assert {name: tuple(getattr(stats, name).shape) for name in TENSORS} == {
+        "moments": (3, 8, 3, 3),
+        "tokens": (3,),
+        "ratio_histogram": (3, 2, RATIO_BINS),
+        "coactivation": (3, 8, 8),
+    }
+    assert (stats.num_layers, stats.num_experts) == (3, 8)
+
+
+def test_zeros_accepts_one_expert_a_token() -> None:
+    assert ExpertStatistics.zeros("m", ("a",), 4, 1, "g").ratio_histogram.shape == (1, 0, RATIO_BINS)
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts", "top_k", "message"),
+    [
+        ((), 4, 2, "layers: expected one or more distinct names"),
+        (("a", "a"), 4, 2, "layers: expected one or more distinct names"),
+        (("a",), 4, 0, "top_k: expected 1 to 4 experts, got 0"),
+        (("a",), 4, 5, "top_k: expected 1 to 4 experts, got 5"),
+    ],
+)
+def test_impossible_sizes_are_refused(layers: tuple[str, ...], experts: int, top_k: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExpertStatistics.zeros("m", layers, experts, top_k, "g")
+
+
+def test_a_tensor_of_another_dtype_is_refused() -> None:
+    stats = filled((1, 4, 2), seed=0)
+    with pytest.raises(ValueError, match=r"moments: is torch.float32 on cpu; expected torch.float64 on cpu"):
+        ExpertStatistics(
+            "m", ("a",), 2, "g", "", stats.moments.float(), stats.tokens, stats.ratio_histogram, stats.coactivation
+        )
+
+
+@settings(max_examples=25)
+@given(data=st.data(), shape=shapes())
+def test_routing_counts_are_the_tokens_routed_to_each_expert(data: st.DataObject, shape: tuple[int, int, int]) -> None:
+    layers, experts, top_k = shape
+    routing = data.draw(routings(layers, experts, top_k))
+    counts = [[sum(slot[0] == e for token in layer for slot in token) for e in range(experts)] for layer in routing]
+    assert accumulated(routing, experts, top_k).routing_counts().tolist() == counts
+
+
+def test_routing_counts_are_a_copy() -> None:
+    stats = filled((1, 2, 1), seed=0)
+    before = stats.moments.clone()
+    stats.routing_counts().add_(1)
+    assert torch.equal(stats.moments, before)
+
+
+@settings(max_examples=25)
+@given(data=st.data(), shape=shapes(), cut=st.integers(0, 6))
+def test_merged_halves_equal_one_run_over_everything(
+    data: st.DataObject, shape: tuple[int, int, int], cut: int
+) -> None:
+    layers, experts, top_k = shape
+    routing = data.draw(routings(layers, experts, top_k))
+    first, second = ([layer[part] for layer in routing] for part in (slice(cut), slice(cut, None)))
+    merged = accumulated(first, experts, top_k) + accumulated(second, experts, top_k)
+    whole = accumulated(routing, experts, top_k)
+    for name in ("tokens", "ratio_histogram", "coactivation"):
+        assert torch.equal(getattr(merged, name), getattr(whole, name)), name
+    # At most 6 non-negative terms in another order: 6 roundings of 2^-53 each.
+    torch.testing.assert_close(merged.moments, whole.moments, rtol=6 * 2.0**-53 * 2, atol=0)
+
+
+@given(shape=shapes(), seeds=st.tuples(st.integers(0, 99), st.integers(0, 99)))
+def test_merging_is_commutative(shape: tuple[int, int, int], seeds: tuple[int, int]) -> None:
+    left, right = filled(shape, seeds[0], dataset="c4"), filled(shape, seeds[1], dataset="math")
+    assert_identical(left + right, right + left)
+
+
+@given(shape=shapes(), seeds=st.tuples(*[st.integers(0, 99)] * 3), labels=st.tuples(*[st.sampled_from("abc")] * 3))
+def test_merging_is_associative(
+    shape: tuple[int, int, int], seeds: tuple[int, int, int], labels: tuple[str, str, str]
+) -> None:
+    first, second, third = (
+        filled(shape, seed, whole=True, dataset=label) for seed, label in zip(seeds, labels, strict=True)
+    )
+    assert_identical((first + second) + third, first + (second + third))
+
+
+def test_merging_with_zeros_changes_nothing() -> None:
+    stats = filled((2, 4, 2), seed=1)
+    assert_identical(stats + ExpertStatistics.zeros("mixtral", stats.layers, 4, 2, "g"), stats)
+
+
+def test_merging_leaves_its_operands_alone() -> None:
+    left, right = filled((2, 4, 2), seed=1), filled((2, 4, 2), seed=2)
+    left.merge(right).moments.zero_()
+    assert_identical(left, filled((2, 4, 2), seed=1))
+    assert_identical(right, filled((2, 4, 2), seed=2))
+
+
+@pytest.mark.parametrize(
+    ("labels", "joined"),
+    [(("c4", "c4"), "c4"), (("math", "c4"), "c4+math"), (("", "c4"), "c4"), (("d+b", "c+b+a"), "a+b+c+d")],
+)
+def test_merging_joins_different_dataset_labels(labels: tuple[str, str], joined: str) -> None:
+    left, right = (filled((1, 2, 1), seed=0, dataset=label) for label in labels)
+    assert (left + right).dataset == joined
+
+
+@pytest.mark.parametrize(
+    ("differing", "other"),
+    [
+        ("model_type", ExpertStatistics.zeros("olmoe", ("a", "b"), 4, 2, "g")),
+        ("layers", ExpertStatistics.zeros("mixtral", ("a", "c"), 4, 2, "g")),
+        ("num_experts", ExpertStatistics.zeros("mixtral", ("a", "b"), 8, 2, "g")),
+        ("top_k", ExpertStatistics.zeros("mixtral", ("a", "b"), 4, 1, "g")),
+        ("gate", ExpertStatistics.zeros("mixtral", ("a", "b"), 4, 2, "sigmoid")),
+    ],
+)
+def test_statistics_of_another_model_are_not_merged(differing: str, other: ExpertStatistics) -> None:
+    with pytest.raises(ValueError, match=f"do not add up: {differing} "):
+        ExpertStatistics.zeros("mixtral", ("a", "b"), 4, 2, "g").merge(other)
+
+
+def test_adding_a_number_is_a_type_error() -> None:
+    with pytest.raises(TypeError):
+        filled((1, 2, 1), seed=0) + 1
+
+
+@settings(max_examples=25)
+@given(shape=shapes(), seed=st.integers(0, 99), label=st.text(st.characters(codec="utf-8"), max_size=20))
+def test_a_saved_file_loads_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory, shape: tuple[int, int, int], seed: int, label: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "round_trip.safetensors"
+    stats = filled(shape, seed, dataset=label)
+    stats.moments[0, 0, 1] = torch.tensor([5e-324, -0.0, math.nextafter(math.inf, 0)], dtype=torch.float64)
+    stats.save(path)
+    assert_identical(ExpertStatistics.load(path), stats)
+
+
+def test_views_are_saved_too(tmp_path: Path) -> None:
+    stats = filled((2, 4, 2), seed=0)
+    stats.coactivation = stats.coactivation.transpose(1, 2)
+    stats.save(tmp_path / "stats.safetensors")
+    assert_identical(ExpertStatistics.load(tmp_path / "stats.safetensors"), stats)
+
+
+def test_loaded_statistics_do_not_follow_the_file(saved: Path) -> None:
+    loaded = ExpertStatistics.load(saved)
+    with saved.open("r+b") as file:
+        file.seek(-512, os.SEEK_END)
+        file.write(b"\xff" * 512)
+    assert_identical(loaded, filled((2, 4, 2), seed=0))
+
+
+def test_the_header_tells_a_reader_what_the_file_is(saved: Path) -> None:
+    with safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata == {
+        "format": "moe_ext.expert_statistics",
+        "format_version": "1",
+        "model_type": "mixtral",
+        "layers": json.dumps(["layers.0", "layers.1"]),
+        "top_k": "2",
+        "gate": "g",
+        "dataset": "c4",
+        "token_count": str(filled((2, 4, 2), seed=0).tokens.max().item()),
+    }
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, 700, 10_000, -512, -8, -1])
+def test_a_truncated_statistics_file_is_refused(saved: Path, length: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:length])
+    with pytest.raises(StatisticsFileError, match=r"stats\.safetensors: truncated, or not a safetensors file"):
+        ExpertStatistics.load(saved)
+
+
+def test_a_file_with_trailing_bytes_is_refused(saved: Path) -> None:
+    saved.write_bytes(saved.read_bytes() + b"\0")
+    with pytest.raises(StatisticsFileError, match="not a safetensors file"):
+        ExpertStatistics.load(saved)
+
+
+def test_a_pickle_is_refused(tmp_path: Path) -> None:
+    torch.save({"moments": torch.ones(2)}, tmp_path / "stats.pt")
+    with pytest.raises(StatisticsFileError, match="not a safetensors file"):
+        ExpertStatistics.load(tmp_path / "stats.pt")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_foreign_safetensors_file_is_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors.torch.save({"weight": torch.ones(2, 2)}, metadata))
+    with pytest.raises(StatisticsFileError, match=r"model\.safetensors: not a statistics file"):
+        ExpertStatistics.load(path)
+
+
+def test_a_missing_file_stays_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        ExpertStatistics.load(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": "2"}, "written by a newer moe_ext .*upgrade"),
+        ({"format_version": "0"}, "format version 0 is unknown"),
+        ({"format_version": "one"}, "'format_version' is 'one'; expected an integer"),
+        ({"top_k": "two"}, "'top_k' is 'two'; expected an integer"),
+        ({"top_k": "3"}, "ratio_histogram: has shape"),
+        ({"top_k": str(10**18)}, "top_k: expected 1 to 4 experts"),
+        ({"layers": "layers.0"}, "'layers' is 'layers.0'; expected a JSON list"),
+        ({"layers": "[" * 100_000}, "expected a JSON list"),
+        ({"layers": "[1, 2]"}, "expected a JSON list of names"),
+        ({"layers": '["layers.0"]'}, "moments: has shape"),
+    ],
+)
+def test_metadata_that_makes_no_sense_is_refused(saved: Path, changes: dict[str, str], message: str) -> None:
+    rewrite(saved, lambda _, metadata: metadata.update(changes))
+    with pytest.raises(StatisticsFileError, match=message):
+        ExpertStatistics.load(saved)
+
+
+@pytest.mark.parametrize("name", ["format_version", *LABELS])
+def test_missing_metadata_is_named(saved: Path, name: str) -> None:
+    rewrite(saved, lambda _, metadata: metadata.pop(name))
+    with pytest.raises(StatisticsFileError, match=f"metadata '{name}' is missing"):
+        ExpertStatistics.load(saved)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_missing_tensor_is_named(saved: Path, name: str) -> None:
+    rewrite(saved, lambda tensors, _: tensors.pop(name))
+    with pytest.raises(StatisticsFileError, match=f"tensor '{name}' is missing"):
+        ExpertStatistics.load(saved)
+
+
+def test_an_unknown_tensor_is_refused_rather_than_dropped(saved: Path) -> None:
+    rewrite(saved, lambda tensors, _: tensors.update(surprise=torch.ones(1)))
+    with pytest.raises(StatisticsFileError, match="tensor 'surprise' is not part of format version 1"):
+        ExpertStatistics.load(saved)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_tensor_of_the_wrong_shape_is_named(saved: Path, name: str) -> None:
+    rewrite(saved, lambda tensors, _: tensors.update({name: tensors[name].unsqueeze(0)}))
+    with pytest.raises(StatisticsFileError, match=f"{name}: has shape"):
+        ExpertStatistics.load(saved)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_tensor_of_the_wrong_dtype_is_named(saved: Path, name: str) -> None:
+    rewrite(saved, lambda tensors, _: tensors.update({name: tensors[name].float()}))
+    with pytest.raises(StatisticsFileError, match=f"{name}: is torch.float32"):
+        ExpertStatistics.load(saved)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_moments_that_cannot_be_are_refused_with_their_layer(saved: Path, value: float) -> None:
+    rewrite(saved, lambda tensors, _: tensors["moments"][1, 2, 0, 1].fill_(value))
+    with pytest.raises(StatisticsFileError, match=rf"moments: layer 'layers.1' holds {value} at \[2, 0, 1\]"):
+        ExpertStatistics.load(saved)
+
+
+@pytest.mark.parametrize("name", ["tokens", "ratio_histogram", "coactivation"])
+def test_negative_counts_are_refused(saved: Path, name: str) -> None:
+    rewrite(saved, lambda tensors, _: tensors[name][0].fill_(-1))
+    with pytest.raises(StatisticsFileError, match=f"{name}: layer 'layers.0' holds -1"):
+        ExpertStatistics.load(saved)
+
+
+def test_moments_that_cannot_be_are_not_saved(saved: Path) -> None:
+    stats = filled((2, 4, 2), seed=1)
+    stats.moments[0, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"moments: layer 'layers.0' holds nan"):
+        stats.save(saved)
+    assert_identical(ExpertStatistics.load(saved), filled((2, 4, 2), seed=0))
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_interrupted_save_leaves_the_old_file_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    def write_half(path: Path, data: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise KeyboardInterrupt
+
+    path = tmp_path / "stats.safetensors"
+    if exists:
+        filled((2, 4, 2), seed=0).save(path)
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    with pytest.raises(KeyboardInterrupt):
+        filled((2, 4, 2), seed=1).save(path)
+    assert os.listdir(tmp_path) == (["stats.safetensors"] if exists else [])
+    if exists:
+        assert_identical(ExpertStatistics.load(path), filled((2, 4, 2), seed=0))
+
+
+def test_a_process_killed_while_saving_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "stats.safetensors"
+    code = """
+import sys
+from moe_ext.statistics import ExpertStatistics
+stats = ExpertStatistics.zeros("mixtral", tuple(map(str, range(64))), 64, 8, "g")
+while True:
+    stats.save(sys.argv[1])
+    print("saved", flush=True)
+    stats.tokens += 1
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        for _ in range(3):
+            assert process.stdout.readline() == b"saved\n"
+        time.sleep(0.004)  # into the next save, which takes several times as long
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert len(set(ExpertStatistics.load(path).tokens.tolist())) == 1
