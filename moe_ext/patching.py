@@ -19,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 from moe_ext import ops
 from moe_ext.architectures import MoeBlock, activation_of, moe_blocks
 from moe_ext.binary import _C
-from moe_ext.routing import CONFIG_KEY, check_thresholds, skip_weak, store_thresholds, thresholds_in_config
+from moe_ext.routing import CONFIG_KEY, check_thresholds, section_with, skip_weak, thresholds_in_config
 
 IMPLEMENTATION = "moe_ext"
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,7 +84,7 @@ def patch(model: PreTrainedModel, *, skip: Tensor | Literal["config"] | None = "
     if not isinstance(skip, str):
         _restore_config_entry(model, state)  # thresholds of an earlier patch are replaced, not kept
         if thresholds is not None:
-            store_thresholds(model.config, thresholds)
+            setattr(model.config, CONFIG_KEY, section_with(thresholds, state.config_entry))
     for layer, block in enumerate(blocks):
         block.router._moe_ext_thresholds = None if thresholds is None else thresholds[layer].clone()  # type: ignore[assignment]
         block.router.forward = MethodType(_router_forward, block.router)
@@ -179,7 +179,7 @@ def _router_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Ten
     weight = cast(Tensor, self.weight)
     thresholds = cast(Tensor | None, self._moe_ext_thresholds)
     if thresholds is not None and thresholds.device != hidden_states.device:
-        thresholds = self._moe_ext_thresholds = thresholds.to(hidden_states.device)  # type: ignore[assignment]
+        thresholds = self._moe_ext_thresholds = thresholds.to(hidden_states.device)
     if _gradients_required(hidden_states, weight):
         logits, weights, experts = type(self).forward(self, hidden_states)
         if thresholds is not None:

@@ -94,15 +94,9 @@ def thresholds_in_config(config: Any, layers: int, top_k: int) -> Tensor | None:
     return check_thresholds([[by_layer[layer]] for layer in range(layers)], layers, top_k)
 
 
-def store_thresholds(config: Any, thresholds: Tensor | None) -> None:
-    """Writes thresholds (L, K - 1) into ``config.moe_ext``, where ``save_pretrained`` keeps them; None removes them."""
-    stored = {key: value for key, value in (getattr(config, CONFIG_KEY, None) or {}).items() if key != THRESHOLDS_KEY}
-    if thresholds is not None:
-        stored[THRESHOLDS_KEY] = thresholds.tolist()
-    if stored:
-        setattr(config, CONFIG_KEY, stored)
-    elif hasattr(config, CONFIG_KEY):
-        delattr(config, CONFIG_KEY)
+def section_with(thresholds: Tensor, section: dict[str, Any] | None) -> dict[str, Any]:
+    """A config's ``moe_ext`` section with thresholds (L, K - 1) in it, whatever else it holds kept."""
+    return {**(section or {}), THRESHOLDS_KEY: thresholds.tolist()}
 
 
 def skip_weak(weights: Tensor, experts: Tensor, thresholds: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -213,16 +213,16 @@ def _parse_metadata(metadata: dict[str, str]) -> dict[str, Any]:
     """The fields of :class:`ExpertStatistics` that are not tensors; ValueError for another format or version."""
     if metadata.get("format") != FORMAT:
         raise ValueError(f"not a statistics file: its metadata names format {metadata.get('format')!r}, not {FORMAT!r}")
-    required = ("format_version", "model_type", "layers", "top_k", "gate", "dataset")
-    if missing := [name for name in required if name not in metadata]:
-        raise ValueError(f"metadata {missing[0]!r} is missing")
-    version = _parse_integer("format_version", metadata["format_version"])
+    # The version first: a newer one may well lack what this one requires.
+    version = _parse_integer("format_version", metadata.get("format_version", "missing"))
     if version > FORMAT_VERSION:
         raise ValueError(
             f"written by a newer moe_ext (format version {version}, known is {FORMAT_VERSION}): upgrade moe_ext"
         )
     if version != FORMAT_VERSION:
         raise ValueError(f"format version {version} is unknown; expected {FORMAT_VERSION}")
+    if missing := [name for name in ("model_type", "layers", "top_k", "gate", "dataset") if name not in metadata]:
+        raise ValueError(f"metadata {missing[0]!r} is missing")
     return {
         "model_type": metadata["model_type"],
         "layers": _parse_names("layers", metadata["layers"]),
@@ -236,7 +236,7 @@ def _parse_integer(name: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"metadata {name!r} is {text!r}; expected an integer") from None
+        raise ValueError(f"metadata {name!r} is {text[:40]!r}; expected an integer") from None
 
 
 def _parse_names(name: str, text: str) -> tuple[str, ...]:
@@ -245,5 +245,5 @@ def _parse_names(name: str, text: str) -> tuple[str, ...]:
     except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
-        raise ValueError(f"metadata {name!r} is {text!r}; expected a JSON list of names")
+        raise ValueError(f"metadata {name!r} is {text[:40]!r}; expected a JSON list of names")
     return tuple(names)

@@ -1,6 +1,8 @@
 """Shared by all tests: hypothesis settings and small random Mixtral models."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ from transformers.utils import logging
 settings.register_profile("moe_ext", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("moe_ext")
 logging.disable_progress_bar()
+os.environ["HF_HUB_OFFLINE"] = "1"  # also for the subprocesses of the command line tests
+
+DEMO_MODEL = Path(__file__).parent.parent / "examples" / "demo_model"
 
 MixtralFactory = Callable[..., MixtralForCausalLM]
 

@@ -30,7 +30,7 @@ def letter_tokenizer(*, bos: bool) -> PreTrainedTokenizerBase:
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(f"{BOS} $A", f"{BOS} $A $B", [(BOS, 0)])
     arguments = {"tokenizer_object": tokenizer, "bos_token": BOS, "model_max_length": POSITIONS}
-    return PreTrainedTokenizerFast(**arguments)  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(**arguments)
 
 
 TOKENIZER = letter_tokenizer(bos=False)

@@ -230,7 +230,7 @@ def test_a_file_that_is_no_json_object_is_refused_with_its_path(tmp_path: Path, 
 
 
 def test_a_number_that_json_does_not_have_is_refused() -> None:
-    with pytest.raises(PlanFileError, match="not JSON .NaN is not JSON"):
+    with pytest.raises(PlanFileError, match=r"not JSON .NaN is not JSON"):
         PruningPlan.from_json(edited(made_by={"ratio": math.nan}))
 
 

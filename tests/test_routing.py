@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import moe_ext
 from moe_ext import ops
-from moe_ext.routing import skip_weak, store_thresholds, thresholds_in_config
+from moe_ext.routing import section_with, skip_weak, thresholds_in_config
 from moe_ext.statistics import RATIO_BINS, ExpertStatistics
 from tests.conftest import MixtralFactory, random_tokens
 from tests.reference import route_reference
@@ -94,11 +94,11 @@ def test_the_differentiable_rule_equals_brute_force_and_the_operator(seed: int, 
 
 
 def test_other_entries_of_the_configs_section_survive(tiny_mixtral: MixtralFactory) -> None:
-    config = tiny_mixtral().config
-    config.moe_ext = {"note": "kept"}
-    store_thresholds(config, torch.full((3, 1), 0.5))
-    assert config.moe_ext == {"note": "kept", "skip_thresholds": [[0.5]] * 3}
-    assert thresholds_in_config(config, 3, 2) is not None
-    store_thresholds(config, None)
-    assert config.moe_ext == {"note": "kept"}
-    assert thresholds_in_config(config, 3, 2) is None
+    model = tiny_mixtral()
+    model.config.moe_ext = {"note": "kept"}
+    assert thresholds_in_config(model.config, 3, 2) is None
+    moe_ext.patch(model, skip=torch.full((3, 1), 0.5))
+    assert model.config.moe_ext == {"note": "kept", "skip_thresholds": [[0.5]] * 3}
+    moe_ext.patch(model, skip=None)
+    assert model.config.moe_ext == {"note": "kept"}
+    assert section_with(torch.zeros(1, 1), None) == {"skip_thresholds": [[0.0]]}

@@ -307,6 +307,7 @@ def test_a_missing_file_stays_a_missing_file(tmp_path: Path) -> None:
     [
         ({"format_version": "2"}, "written by a newer moe_ext .*upgrade"),
         ({"format_version": "0"}, "format version 0 is unknown"),
+        ({"format_version": ""}, "'format_version' is ''; expected an integer"),
         ({"format_version": "one"}, "'format_version' is 'one'; expected an integer"),
         ({"top_k": "two"}, "'top_k' is 'two'; expected an integer"),
         ({"top_k": "3"}, "ratio_histogram: has shape"),
@@ -323,7 +324,18 @@ def test_metadata_that_makes_no_sense_is_refused(saved: Path, changes: dict[str,
         ExpertStatistics.load(saved)
 
 
-@pytest.mark.parametrize("name", ["format_version", *LABELS])
+def test_a_newer_file_is_recognised_whatever_else_it_lacks(saved: Path) -> None:
+    def into_the_future(tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+        tensors.pop("tokens")
+        metadata.pop("top_k")
+        metadata["format_version"] = "7"
+
+    rewrite(saved, into_the_future)
+    with pytest.raises(StatisticsFileError, match=r"newer moe_ext \(format version 7, known is 1\): upgrade moe_ext"):
+        ExpertStatistics.load(saved)
+
+
+@pytest.mark.parametrize("name", LABELS)
 def test_missing_metadata_is_named(saved: Path, name: str) -> None:
     rewrite(saved, lambda _, metadata: metadata.pop(name))
     with pytest.raises(StatisticsFileError, match=f"metadata '{name}' is missing"):

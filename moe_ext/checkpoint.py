@@ -1,0 +1,72 @@
+"""Checkpoints on disk: loads a model with its tokenizer, and saves both as a folder that is either whole or absent."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from moe_ext.files import replace_file, replace_folder
+from moe_ext.routing import CONFIG_KEY, section_with
+
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # "model" or "owner/model"
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(checkpoint: str | Path, *, dtype: str = "auto", device: str = "cpu") -> tuple[PreTrainedModel, Any]:
+    """Loads a causal language model and its tokenizer.
+
+    Args:
+        checkpoint: a folder, or a name on the Hugging Face Hub.
+        dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
+        device: where the model goes.
+
+    Returns:
+        The model in evaluation mode, and the tokenizer.
+
+    Raises:
+        ValueError: unknown dtype.
+        OSError: no such checkpoint, or a broken one.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}")
+    if not Path(checkpoint).is_dir() and not HUB_NAME.fullmatch(str(checkpoint)):
+        raise FileNotFoundError(f"there is no checkpoint folder {checkpoint}")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=DTYPES[dtype])
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(checkpoint)
+
+
+def save(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> None:
+    """Writes a checkpoint that stock transformers loads. The folder appears when it is complete.
+
+    Args:
+        folder: must not exist yet, or be empty.
+
+    Raises:
+        FileExistsError: the folder holds something.
+        OSError: it cannot be written.
+    """
+    with replace_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def write_thresholds(checkpoint: str | Path, thresholds: Tensor) -> None:
+    """Stores skip thresholds (L, K - 1) in a checkpoint folder's ``config.json``, replacing that one file.
+
+    Raises:
+        OSError: there is no ``config.json``, or it cannot be written.
+    """
+    path = Path(checkpoint) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config[CONFIG_KEY] = section_with(thresholds, config.get(CONFIG_KEY))
+    with replace_file(path) as temporary:
+        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def size_on_disk(checkpoint: str | Path) -> int:
+    """Bytes of a checkpoint folder's weight files."""
+    return sum(file.stat().st_size for file in Path(checkpoint).glob("*.safetensors"))

@@ -1,0 +1,354 @@
+"""``moe-ext``: the command line. One function per command, each a few calls of the library and a table or JSON.
+
+Exit codes: 0 done, 1 the job failed (one or two lines say why; ``--debug`` shows the traceback), 2 wrong usage.
+"""
+
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import moe_ext
+from moe_ext import checkpoint
+from moe_ext.architectures import FAMILIES, moe_blocks
+from moe_ext.binary import _C
+from moe_ext.calibration import calibrate as run_calibration
+from moe_ext.criteria import CRITERIA, OBJECTIVES, Scores
+from moe_ext.criteria import score as scores_of
+from moe_ext.evaluation import perplexity
+from moe_ext.patching import patch
+from moe_ext.plan import PruningPlan
+from moe_ext.plan import plan as plan_from
+from moe_ext.pruning import prune as apply_plan
+from moe_ext.routing import count_skips, skip_thresholds
+from moe_ext.statistics import ExpertStatistics
+from moe_ext.text import read_domains, token_batches
+
+app = typer.Typer(
+    help="Makes Mixture-of-Experts language models smaller and faster after training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()  # results; everything else goes to stderr
+errors = Console(stderr=True)
+show_traceback = False  # --debug
+
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the Hugging Face Hub.", show_default=False)]
+Statistics = Annotated[Path, typer.Argument(help="File written by `moe-ext calibrate`.", show_default=False)]
+Text = Annotated[
+    list[Path], typer.Option("--text", help="Text file, or folder of *.txt: one domain a file.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Window = Annotated[int, typer.Option(min=2, help="Tokens a sequence.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences a batch.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="cpu, or cuda where the CUDA kernels were built.")]
+Criterion = Annotated[
+    str | None,
+    typer.Option(help=f"One of {', '.join(CRITERIA)}, random, or a triple such as 'S(1,0,2)'.", show_default=False),
+]
+Objective = Annotated[
+    str | None,
+    typer.Option(help=f"{' or '.join(OBJECTIVES)}: the criterion that arXiv 2606.15716 finds best for it."),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of the criterion 'random'.")]
+
+
+def print_json(result: Any) -> None:
+    print(json.dumps(result, indent=2))
+
+
+def load(model: str, dtype: str, device: str) -> tuple[transformers.PreTrainedModel, Any]:
+    with errors.status(f"loading {model}"):
+        return checkpoint.load(model, dtype=dtype, device=device)
+
+
+def scores_for(statistics: Path, criterion: str | None, objective: str | None, seed: int | None) -> Scores:
+    if criterion is not None and objective is not None:
+        raise typer.BadParameter("give --criterion or --objective, not both")
+    return scores_of(ExpertStatistics.load(statistics), criterion, objective=objective, seed=seed)
+
+
+def removed_experts(plan: PruningPlan) -> Table:
+    table = Table("layer", "keeps", "removes")
+    for layer, (name, keep) in enumerate(zip(plan.layers, plan.keep, strict=True)):
+        table.add_row(name, " ".join(map(str, keep)), " ".join(map(str, plan.removed(layer))))
+    return table
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    global show_traceback
+    show_traceback = debug
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    text: Text,
+    save_to: Annotated[Path, typer.Option("--out", help="Statistics file to write.", show_default=False)],
+    dataset: Annotated[str, typer.Option(help="Label of the text; the domain names if empty.")] = "",
+    window: Window = 512,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Run a model over text and write its expert statistics."""
+    texts = read_domains(text)
+    loaded, tokenizer = load(model, dtype, device)
+    batches = list(token_batches(texts, tokenizer, window=window, batch_size=batch_size))
+    stats = run_calibration(loaded, batches, progress=not as_json, dataset=dataset or "+".join(texts))
+    stats.save(save_to)
+    tokens = int(stats.tokens.max())
+    if as_json:
+        print_json({"statistics": str(save_to), "tokens": tokens, "layers": list(stats.layers)})
+    else:
+        out.print(f"{tokens} tokens through {stats.num_layers} layers of {stats.num_experts} experts: {save_to}")
+
+
+@app.command()
+def score(
+    statistics: Statistics,
+    criterion: Criterion = None,
+    objective: Objective = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Show the score of every expert; the lowest is removed first."""
+    scores = scores_for(statistics, criterion, objective, seed)
+    if as_json:
+        layers = dict(zip(scores.layers, scores.values.tolist(), strict=True))
+        print_json({"criterion": scores.criterion, "scores": layers})
+        return
+    table = Table("layer", *(str(expert) for expert in range(scores.values.shape[1])), title=scores.criterion)
+    for layer, row in enumerate(scores.values.tolist()):
+        table.add_row(str(layer), *(f"{value:.4g}" for value in row))
+    out.print(table)
+
+
+@app.command()
+def plan(
+    statistics: Statistics,
+    save_to: Annotated[Path, typer.Option("--out", help="Plan file to write.", show_default=False)],
+    keep: Annotated[int | None, typer.Option(min=1, help="Experts that every layer keeps.")] = None,
+    ratio: Annotated[float | None, typer.Option(min=0, max=1, help="Share of experts that every layer loses.")] = None,
+    criterion: Criterion = None,
+    objective: Objective = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Decide which experts each layer keeps."""
+    if (keep is None) == (ratio is None):
+        raise typer.BadParameter("give --keep or --ratio, one of them")
+    made = plan_from(scores_for(statistics, criterion, objective, seed), keep=keep, ratio=ratio)
+    made.save(save_to)
+    if as_json:
+        print_json({"plan": str(save_to), "keep": dict(zip(made.layers, made.keep, strict=True))})
+    else:
+        out.print(removed_experts(made), f"written to {save_to}")
+
+
+@app.command()
+def prune(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="File written by `moe-ext plan`.", show_default=False)],
+    save_to: Annotated[Path, typer.Option("--out", help="Folder for the pruned checkpoint.", show_default=False)],
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Remove the experts that a plan does not keep and write a checkpoint that stock transformers loads."""
+    made = PruningPlan.load(plan)
+    loaded, tokenizer = load(model, dtype, "cpu")
+    before = loaded.num_parameters()
+    apply_plan(loaded, made)
+    with errors.status(f"writing {save_to}"):
+        checkpoint.save(loaded, tokenizer, save_to)
+    after, size = loaded.num_parameters(), checkpoint.size_on_disk(save_to)
+    if as_json:
+        print_json({"checkpoint": str(save_to), "parameters_before": before, "parameters": after, "weight_bytes": size})
+    else:
+        out.print(f"{before:,} -> {after:,} parameters, {size / 1e6:.1f} MB of weights: {save_to}")
+
+
+@app.command()
+def skip(
+    model: Model,
+    statistics: Statistics,
+    quantile: Annotated[float, typer.Option(min=0, max=1, help="Share of the weaker slots to skip.")] = 0.5,
+    text: Annotated[list[Path] | None, typer.Option("--text", help="Text to measure skip rates on.")] = None,
+    save_to: Annotated[Path | None, typer.Option("--out", help="Folder for a copy with the thresholds.")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Write them into the model's own config.json.")] = False,
+    window: Window = 512,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Set the thresholds below which a token's weaker experts are skipped, and measure how often they are."""
+    if (save_to is None) == (not in_place):
+        raise typer.BadParameter("give --out or --in-place, one of them")
+    stats = ExpertStatistics.load(statistics)
+    texts = read_domains(text) if text else {}
+    loaded, tokenizer = load(model, dtype, device)
+    blocks = moe_blocks(loaded)
+    if stats.layers != tuple(block.name for block in blocks) or stats.num_experts != blocks[0].num_experts:
+        raise ValueError(f"{statistics} is of another model: calibrate {model} itself")
+    thresholds = skip_thresholds(stats, quantile)
+    patch(loaded, skip=thresholds)
+    rates = None
+    if texts:
+        with count_skips(loaded) as count, torch.inference_mode():
+            for batch in token_batches(texts, tokenizer, window=window, batch_size=batch_size):
+                loaded.base_model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
+        rates = count.rates()
+    if save_to is not None:
+        checkpoint.save(loaded, tokenizer, save_to)
+    else:
+        checkpoint.write_thresholds(model, thresholds)
+    if as_json:
+        print_json({"layers": list(stats.layers), "thresholds": thresholds.tolist(), "skip_rates": rates})
+        return
+    table = Table("layer", "thresholds (rank 2, 3, ...)", "slots skipped")
+    for layer, name in enumerate(stats.layers):
+        shown = " ".join(f"{value:.3f}" for value in thresholds[layer].tolist())
+        table.add_row(name, shown, "not measured" if rates is None else f"{rates[layer]:.1%}")
+    out.print(table, f"written to {save_to or Path(model) / 'config.json'}")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    text: Text,
+    skip: Annotated[bool, typer.Option(help="Apply the skip thresholds that the checkpoint holds.")] = True,
+    stock: Annotated[bool, typer.Option("--stock", help="Run transformers' own code instead of moe_ext's.")] = False,
+    window: Window = 512,
+    stride: Annotated[int | None, typer.Option(min=1, help="Step of the sliding window; half of it if absent.")] = None,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Perplexity per domain, and the share of expert slots skipped."""
+    texts = read_domains(text)
+    loaded, tokenizer = load(model, dtype, device)
+    if not stock:
+        patch(loaded, skip="config" if skip else None)
+    with count_skips(loaded) as count:
+        result = perplexity(
+            loaded, texts, tokenizer, window=window, stride=stride, batch_size=batch_size, progress=not as_json
+        )
+    rates = dict(zip(count.layers, count.rates(), strict=True))
+    if as_json:
+        print_json(
+            {
+                "perplexity": result.per_domain,
+                "mean": result.mean,
+                "tokens": result.tokens,
+                "skip_rate": count.rate(),
+                "skip_rates": rates,
+            }
+        )
+        return
+    table = Table("domain", "tokens", "perplexity")
+    for domain, value in result.per_domain.items():
+        table.add_row(domain, str(result.tokens[domain]), f"{value:.3f}")
+    table.add_row("geometric mean", str(sum(result.tokens.values())), f"{result.mean:.3f}")
+    out.print(table, f"expert slots skipped: {count.rate():.1%}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    skip: Annotated[bool, typer.Option(help="Apply the skip thresholds that the checkpoint holds.")] = True,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with a patched model."""
+    loaded, tokenizer = load(model, dtype, device)
+    patch(loaded, skip="config" if skip else None)
+    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    streamer = None if as_json else transformers.TextStreamer(tokenizer, skip_special_tokens=True)
+    torch.manual_seed(seed)
+    tokens = loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)[0]
+    if as_json:
+        new = tokens[inputs["input_ids"].shape[1] :]
+        print_json({"prompt": prompt, "text": tokenizer.decode(new, skip_special_tokens=True), "tokens": len(new)})
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """Build facts: versions, CPU variants, CUDA architectures, and what would run here."""
+    variants = _C.cpu_variants()
+    facts = {
+        "moe_ext": moe_ext.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_built_with": _C.torch_built_with,
+        "torch_at_least": _C.torch_at_least,
+        "transformers": transformers.__version__,
+        "compiler": _C.compiler,
+        "cpu_variants": {name: "runs here" if runs else "does not run here" for name, runs in variants},
+        "cpu_variant_in_use": _C.active_cpu_variant(),
+        "threads": torch.get_num_threads(),
+        "cuda_archs": _C.cuda_archs or "none: built without CUDA kernels",
+        "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "model_families": list(FAMILIES),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    table = Table(show_header=False)
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = "\n".join(f"{key}: {state}" for key, state in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(value) or "none"
+        table.add_row(name, str(value))
+    out.print(table)
+
+
+@app.command()
+def demo(
+    model: Annotated[Path, typer.Option(help="The demo model's folder.")] = Path("examples/demo_model"),
+    save_to: Annotated[Path, typer.Option("--out", help="Folder for what the demo leaves.")] = Path("demo_output"),
+    as_json: Json = False,
+) -> None:
+    """Measure, calibrate, prune, skip, save, reload and compare the really trained model of the source folder."""
+    from moe_ext.demo import run, table_of
+
+    result = run(model, save_to, progress=not as_json)
+    if as_json:
+        print_json(result)
+    else:
+        # The table needs its width; a narrower terminal wraps lines, which reads better than columns cut short.
+        Console(width=max(out.width, 130)).print(table_of(result))
+        for name, path in result["files"].items():
+            out.print(f"{name}: {path}", soft_wrap=True)
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        app()
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        if show_traceback:
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        errors.print("error:", *lines[:2], sep=" ", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)

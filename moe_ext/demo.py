@@ -1,0 +1,272 @@
+"""The main job, end to end, on the demo model: what ``moe-ext demo`` runs.
+
+Calibrates a really trained Mixtral, prunes it by several criteria, skips weak experts, saves and reloads the result
+with stock transformers, and compares all variants by size, held-out perplexity per domain, share of slots skipped, and
+decode speed relative to the unpatched model in the same run.
+"""
+
+import copy
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.box import SIMPLE_HEAD
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moe_ext import checkpoint
+from moe_ext.binary import _C
+from moe_ext.calibration import calibrate
+from moe_ext.criteria import score
+from moe_ext.evaluation import perplexity
+from moe_ext.files import replace_file
+from moe_ext.patching import patch, unpatch
+from moe_ext.plan import PruningPlan, plan
+from moe_ext.pruning import prune
+from moe_ext.report import heat_maps
+from moe_ext.routing import count_skips, skip_thresholds
+from moe_ext.statistics import ExpertStatistics
+from moe_ext.text import read_domains, token_batches
+from moe_ext.version import __version__
+
+KEEPS = (6, 4)
+CRITERIA = ("man", "reap", "frequency")
+RANDOM_SEEDS = (0, 1, 2)
+# Evaluation that fits three minutes on two cores: the first part of each held-out text, every token scored once.
+CHARACTERS_PER_DOMAIN = 16_000
+WINDOW, STRIDE = 256, 192
+DECODE_TOKENS, DECODE_ROUNDS = 32, 7
+
+
+@dataclass
+class Row:
+    """One line of the table: a variant of the model and what was measured on it."""
+
+    name: str
+    parameters: int
+    file_bytes: int
+    perplexity: dict[str, float]
+    mean: float
+    skipped: float
+    speed: float | None = None  # decode tokens/s over the unpatched model's; None: the mean of several variants
+
+
+class Demo:
+    """The inputs that every variant shares, and the steps that measure one."""
+
+    def __init__(self, folder: Path) -> None:
+        for name in ("held_out", "calibration"):
+            if not (folder / name).is_dir():
+                raise FileNotFoundError(
+                    f"{folder} is not the demo model (it has no folder {name!r}); run from moe_ext's source folder, "
+                    "or pass --model"
+                )
+        self.model, self.tokenizer = checkpoint.load(folder)
+        held_out = read_domains([folder / "held_out"])
+        self.texts = {domain: text[:CHARACTERS_PER_DOMAIN] for domain, text in held_out.items()}
+        self.calibration = list(
+            token_batches(read_domains([folder / "calibration"]), self.tokenizer, window=WINDOW, batch_size=16)
+        )
+        self.prompt = self.tokenizer(next(iter(held_out.values()))[:400], return_tensors="pt")
+
+    def statistics(self, model: PreTrainedModel) -> ExpertStatistics:
+        return calibrate(model, self.calibration, progress=False, dataset="demo calibration text")
+
+    def pruned(self, plan: PruningPlan) -> PreTrainedModel:
+        return prune(copy.deepcopy(self.model), plan)
+
+    def row(self, name: str, model: PreTrainedModel) -> Row:
+        with count_skips(model) as count:
+            quality = perplexity(model, self.texts, self.tokenizer, window=WINDOW, stride=STRIDE, batch_size=16)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            size = checkpoint.size_on_disk(folder)
+        return Row(name, model.num_parameters(), size, quality.per_domain, quality.mean, count.rate())
+
+    def decode_seconds(self, model: PreTrainedModel) -> float:
+        start = time.perf_counter()
+        model.generate(**self.prompt, max_new_tokens=DECODE_TOKENS, min_new_tokens=DECODE_TOKENS, do_sample=False)
+        return time.perf_counter() - start
+
+    def relative_speeds(self, models: Mapping[str, PreTrainedModel], baseline: PreTrainedModel) -> dict[str, float]:
+        """Decode speed of each model over the baseline's: medians of ratios taken in interleaved rounds."""
+        ratios: dict[str, list[float]] = {name: [] for name in models}
+        for attempt in range(DECODE_ROUNDS + 1):
+            for name, model in models.items():
+                ratio = self.decode_seconds(baseline) / self.decode_seconds(model)
+                if attempt > 0:  # the first round warms up
+                    ratios[name].append(ratio)
+        return {name: statistics.median(values) for name, values in ratios.items()}
+
+
+def mean_row(name: str, rows: list[Row]) -> Row:
+    """Means of several variants of one size."""
+    return Row(
+        name,
+        rows[0].parameters,
+        rows[0].file_bytes,
+        {domain: statistics.fmean(row.perplexity[domain] for row in rows) for domain in rows[0].perplexity},
+        statistics.fmean(row.mean for row in rows),
+        statistics.fmean(row.skipped for row in rows),
+    )
+
+
+def run(folder: Path, output: Path, *, progress: bool = True) -> dict[str, Any]:
+    """Runs the demo and leaves its files in ``output`` (created; files of an earlier run are replaced).
+
+    Args:
+        folder: the demo model: a Mixtral checkpoint with ``held_out`` and ``calibration`` text.
+        output: where ``statistics.safetensors``, ``plan.json``, ``scores.png``, ``demo.json`` and a new
+            ``pruned-<n>`` checkpoint go.
+        progress: whether to show what is under way.
+
+    Returns:
+        What is also in ``demo.json``: machine, versions, date, one entry per row, checks, and the files by name.
+
+    Raises:
+        FileNotFoundError: ``folder`` is not the demo model.
+        RuntimeError: the checkpoint that stock transformers reloaded gives other logits than the one saved.
+    """
+    demo = Demo(folder)
+    output.mkdir(parents=True, exist_ok=True)
+    bar = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), disable=not progress)
+    with bar:
+        task = bar.add_task("")
+        return _run(demo, folder, output, lambda what: bar.update(task, description=what))
+
+
+def _run(demo: Demo, folder: Path, output: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    say("calibrating")
+    stats = demo.statistics(demo.model)
+    stats.save(output / "statistics.safetensors")
+    scores = {criterion: score(stats, criterion) for criterion in CRITERIA}
+    plans = {(criterion, keep): plan(scores[criterion], keep=keep) for keep in KEEPS for criterion in CRITERIA}
+
+    say("evaluating the unpruned model")
+    rows = [demo.row("unpruned, transformers", demo.model)]
+    models: dict[str, PreTrainedModel] = {}
+
+    def add(name: str, model: PreTrainedModel) -> None:
+        say(f"evaluating: {name}")
+        models[name] = model
+        rows.append(demo.row(name, model))
+
+    add("unpruned", patch(copy.deepcopy(demo.model)))
+    for keep in KEEPS:
+        for criterion in CRITERIA:
+            add(f"8→{keep} {criterion}", patch(demo.pruned(plans[criterion, keep])))
+        say(f"evaluating: 8→{keep} random")
+        random = [plan(score(stats, "random", seed=seed), keep=keep) for seed in RANDOM_SEEDS]
+        name = f"8→{keep} random (mean of {len(RANDOM_SEEDS)})"
+        rows.append(mean_row(name, [demo.row(name, patch(demo.pruned(each))) for each in random]))
+    add("skip at the median", patch(copy.deepcopy(demo.model), skip=skip_thresholds(stats)))
+    kept = KEEPS[0]
+    smaller = demo.pruned(plans["man", kept])
+    smaller_thresholds = skip_thresholds(demo.statistics(smaller))
+    add(f"8→{kept} man + skip", patch(smaller, skip=smaller_thresholds))
+
+    say("saving, reloading with stock transformers, comparing")
+    saved = _save_and_reload(demo, smaller, smaller_thresholds, output / f"pruned-{kept}")
+
+    say("timing decode, interleaved with the unpatched model")
+    speeds = demo.relative_speeds(models, demo.model)
+    rows[0].speed = 1.0
+    for row in rows:
+        row.speed = speeds.get(row.name, row.speed)
+
+    say("drawing")
+    plans["man", kept].save(output / "plan.json")
+    heat_maps(scores, output / "scores.png", plans={criterion: plans[criterion, kept] for criterion in CRITERIA})
+    result = {
+        "date": date.today().isoformat(),
+        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "variant": _C.active_cpu_variant()},
+        "versions": {
+            "moe_ext": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "model": str(folder),
+        "evaluation": {"window": WINDOW, "stride": STRIDE, "characters_per_domain": CHARACTERS_PER_DOMAIN},
+        "decode": {"tokens": DECODE_TOKENS, "rounds": DECODE_ROUNDS, "dtype": str(demo.model.dtype).split(".")[-1]},
+        "rows": [asdict(row) for row in rows],
+        "stock_reload_is_bit_identical": True,
+        "files": {
+            "pruned checkpoint": str(saved),
+            "statistics": str(output / "statistics.safetensors"),
+            "plan": str(output / "plan.json"),
+            "heat maps": str(output / "scores.png"),
+            "this table as JSON": str(output / "demo.json"),
+        },
+    }
+    with replace_file(output / "demo.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return result
+
+
+def _save_and_reload(demo: Demo, model: PreTrainedModel, thresholds: Tensor, wanted: Path) -> Path:
+    """Saves a patched model, reloads it with stock transformers and compares logits to the bit; the folder written."""
+    folder, attempt = wanted, 1
+    while folder.exists():  # a checkpoint of an earlier run is the user's by now
+        attempt += 1
+        folder = wanted.with_name(f"{wanted.name}-{attempt}")
+    checkpoint.save(model, demo.tokenizer, folder)
+    reloaded, _ = checkpoint.load(folder)
+    stock = unpatch(model)
+    with torch.no_grad():
+        same = torch.equal(stock(**demo.prompt).logits, reloaded(**demo.prompt).logits)
+    patch(model, skip=thresholds)
+    if not same:
+        raise RuntimeError(f"{folder}, reloaded by stock transformers, gives other logits than the model saved")
+    return folder
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def table_of(result: Mapping[str, Any]) -> Table:
+    """The demo's table, from what :func:`run` returned or ``demo.json`` holds."""
+    rows = result["rows"]
+    domains = list(rows[0]["perplexity"])
+    caption = (
+        f"perplexity on held-out text, lower is better; mean: geometric. decode: tokens/s over the first row's, "
+        f"batch 1, {result['decode']['dtype']}, {result['machine']['threads']} threads"
+    )
+    table = Table(caption=caption, box=SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns_of(domains)):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*cells_of(row, domains))
+    return table
+
+
+def columns_of(domains: list[str]) -> list[str]:
+    return ["variant", "params", "file", *domains, "mean", "skipped", "decode"]
+
+
+def cells_of(row: Mapping[str, Any], domains: list[str]) -> list[str]:
+    return [
+        row["name"],
+        f"{row['parameters'] / 1e6:.2f}M",
+        f"{row['file_bytes'] / 1e6:.1f}MB",
+        *(f"{row['perplexity'][domain]:.1f}" for domain in domains),
+        f"{row['mean']:.2f}",
+        f"{row['skipped']:.0%}",
+        "" if row["speed"] is None else f"{row['speed']:.2f}x",
+    ]

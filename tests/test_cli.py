@@ -1,0 +1,205 @@
+"""The command line, run as a subprocess on the demo model, as a user runs it."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moe_ext
+from moe_ext import checkpoint
+from moe_ext.statistics import ExpertStatistics
+from moe_ext.text import read_domains, token_batches
+from tests.conftest import DEMO_MODEL
+
+MODEL = str(DEMO_MODEL)
+
+
+def moe(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "200"}
+    command = [sys.executable, "-m", "moe_ext", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
+
+
+def moe_json(*arguments: str | Path) -> Any:
+    result = moe(*arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two short domains cut from the demo model's held-out text."""
+    folder = tmp_path_factory.mktemp("text")
+    for name in ("python", "english"):
+        (folder / f"{name}.txt").write_text((DEMO_MODEL / "held_out" / f"{name}.txt").read_text()[:3000])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def statistics(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    file = tmp_path_factory.mktemp("statistics") / "demo.safetensors"
+    result = moe("calibrate", MODEL, "--text", text, "--out", file, "--window", "128")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"\d+ tokens through 4 layers of 8 experts", result.stdout)
+    return file
+
+
+def test_calibrate_writes_what_the_library_computes(statistics: Path, text: Path) -> None:
+    model, tokenizer = checkpoint.load(DEMO_MODEL)
+    batches = token_batches(read_domains([text]), tokenizer, window=128)
+    expected = moe_ext.calibrate(model, batches, progress=False)
+    written = ExpertStatistics.load(statistics)
+    assert torch.equal(written.moments, expected.moments)
+    assert torch.equal(written.tokens, expected.tokens)
+    assert written.dataset == "english+python"
+
+
+def test_score_shows_a_table_or_json(statistics: Path) -> None:
+    result = moe("score", statistics, "--objective", "task-specific")
+    assert result.returncode == 0
+    assert "weighted_ean" in result.stdout
+    scores = moe_json("score", statistics, "--criterion", "man")
+    assert scores["criterion"] == "man"
+    expected = moe_ext.score(ExpertStatistics.load(statistics), "man").values
+    assert list(scores["scores"].values()) == expected.tolist()
+
+
+def test_the_whole_way_from_statistics_to_text(statistics: Path, text: Path, tmp_path: Path) -> None:
+    plan = moe_json("plan", statistics, "--keep", "6", "--out", tmp_path / "plan.json")
+    assert all(len(keep) == 6 for keep in plan["keep"].values())
+
+    pruned = moe_json("prune", MODEL, tmp_path / "plan.json", "--out", tmp_path / "pruned")
+    assert pruned["parameters"] < pruned["parameters_before"]
+    assert json.loads((tmp_path / "pruned" / "config.json").read_text())["num_local_experts"] == 6
+
+    again = moe_json("calibrate", tmp_path / "pruned", "--text", text, "--out", tmp_path / "again.safetensors")
+    assert again["tokens"] > 100
+    skipping = moe_json(
+        "skip", tmp_path / "pruned", tmp_path / "again.safetensors", "--text", text, "--out", tmp_path / "skipping"
+    )
+    # The median of the same text: half of the second slots, a quarter of all.
+    assert skipping["skip_rates"] == pytest.approx([0.25] * 4, abs=0.01)
+
+    skipped = moe_json("eval", tmp_path / "skipping", "--text", text)
+    unskipped = moe_json("eval", tmp_path / "skipping", "--text", text, "--no-skip")
+    stock = moe_json("eval", tmp_path / "skipping", "--text", text, "--stock")
+    assert skipped["skip_rate"] == pytest.approx(0.25, abs=0.01)
+    assert unskipped["skip_rate"] == stock["skip_rate"] == 0.0
+    # bfloat16: every layer's output is rounded to 8 bits either way.
+    assert unskipped["mean"] == pytest.approx(stock["mean"], rel=5e-3)
+    assert skipped["mean"] != unskipped["mean"]
+    assert set(skipped["perplexity"]) == {"python", "english"}
+    assert all(math.isfinite(value) for value in skipped["perplexity"].values())
+
+    written = moe_json("generate", tmp_path / "skipping", "def ", "--max-new-tokens", "7")
+    assert written["tokens"] == 7
+    assert written == moe_json("generate", tmp_path / "skipping", "def ", "--max-new-tokens", "7")
+
+
+def test_skip_in_place_changes_the_config_alone(statistics: Path, tmp_path: Path) -> None:
+    model, tokenizer = checkpoint.load(DEMO_MODEL)
+    checkpoint.save(model, tokenizer, tmp_path / "copy")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
+    result = moe("skip", tmp_path / "copy", statistics, "--in-place")
+    assert result.returncode == 0, result.stderr
+    assert "not measured" in result.stdout
+    after = {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
+    assert {name for name in after if after[name] != before.get(name)} == {"config.json"}
+
+
+def test_generate_streams_text(tmp_path: Path) -> None:
+    result = moe("generate", MODEL, "The ", "--max-new-tokens", "5", "--temperature", "0.8")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("The ")
+
+
+def test_info_says_what_was_built_and_what_runs() -> None:
+    facts = moe_json("info")
+    assert facts["moe_ext"] == moe_ext.__version__
+    assert facts["torch"] == torch.__version__
+    assert facts["cpu_variants"]["portable"] == "runs here"
+    assert facts["cpu_variant_in_use"] in facts["cpu_variants"]
+    assert facts["model_families"] == ["mixtral"]
+    table = moe("info")
+    assert table.returncode == 0
+    assert "cuda_archs" in table.stdout
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("prune",),
+        ("nonsense",),
+        ("plan", "stats.safetensors", "--out", "plan.json"),
+        ("plan", "stats.safetensors", "--out", "plan.json", "--keep", "6", "--ratio", "0.5"),
+        ("plan", "stats.safetensors", "--out", "plan.json", "--keep", "six"),
+        ("skip", MODEL, "stats.safetensors"),
+        ("score", "stats.safetensors", "--criterion", "man", "--objective", "task-agnostic"),
+        ("eval", MODEL),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    result = moe(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("calibrate", "./nosuch", "--text", "text.txt", "--out", "s"), "there is no checkpoint folder ./nosuch"),
+        (("calibrate", MODEL, "--text", "nosuch.txt", "--out", "s"), "text nosuch.txt does not exist"),
+        (("score", "nosuch.safetensors"), "nosuch.safetensors"),
+        (("score", "text.txt"), "text.txt: truncated, or not a safetensors file"),
+        (("prune", MODEL, "text.txt", "--out", "pruned"), "text.txt"),
+        (("demo", "--model", "."), ". is not the demo model (it has no folder 'held_out')"),
+    ],
+)
+def test_a_failed_job_exits_with_1_and_says_why_in_two_lines(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("no statistics, no plan")
+    result = moe(*arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    errors = result.stderr[result.stderr.index("error:") :].strip().splitlines()
+    assert len(errors) <= 2
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = moe("--debug", "score", "nosuch.safetensors", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_an_interrupted_calibration_leaves_no_file(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moe_ext", "calibrate", MODEL, "--text", str(DEMO_MODEL / "calibration")]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "s.safetensors"), "--batch-size", "1", "--window", "64"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    while "batch/s" not in process.stderr.read(64):  # the progress bar: it is calibrating
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    process.stderr.close()
+    assert list(tmp_path.iterdir()) == []
