@@ -75,7 +75,10 @@ def patch(model: PreTrainedModel, *, skip: Tensor | Literal["config"] | None = "
     if state is None:
         entry = getattr(model.config, CONFIG_KEY, None)
         state = _Patch(model.get_experts_implementation(), None if entry is None else dict(entry), None)
-        fallback = state.implementation[""] or "eager"
+        named = state.implementation[""]
+        fallback = (
+            "eager" if named in (None, IMPLEMENTATION) else named
+        )  # loaded with ours by name: ours has no backward
         for block in blocks:
             block.experts._moe_ext_fallback = fallback  # type: ignore[assignment]
         model.set_experts_implementation(IMPLEMENTATION)

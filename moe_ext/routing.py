@@ -137,19 +137,33 @@ class SkipCount:
 
 @contextmanager
 def count_skips(model: PreTrainedModel) -> Iterator[SkipCount]:
-    """Counts routed and skipped slots of every forward inside the ``with`` block."""
+    """Counts routed and skipped slots of every forward inside the ``with`` block; padding is not counted.
+
+    Padding is what a 2-dimensional ``attention_mask`` marks with 0, in any forward of the model or its decoder.
+    """
     blocks = moe_blocks(model)
     count = SkipCount([block.name for block in blocks], [0] * len(blocks), [0] * len(blocks))
+    mask: Tensor | None = None  # (B, past and present tokens) of the forward under way
 
-    def hook(layer: int, num_experts: int) -> Any:
-        def after(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            experts = output[2]
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal mask
+        given = kwargs.get("attention_mask")
+        mask = given if isinstance(given, Tensor) and given.dim() == 2 else None
+
+    def after(layer: int, num_experts: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            experts = output[2]  # (T, K)
+            if mask is not None:
+                present = experts.shape[0] // mask.shape[0]
+                experts = experts[mask[:, -present:].reshape(-1).bool().to(experts.device)]
             count.skipped[layer] += int((experts == num_experts).sum())
             count.slots[layer] += experts.numel()
 
-        return after
+        return hook
 
-    handles = [block.router.register_forward_hook(hook(layer, block.num_experts)) for layer, block in enumerate(blocks)]
+    handles = [model.base_model.register_forward_pre_hook(before, with_kwargs=True)]
+    for layer, block in enumerate(blocks):
+        handles.append(block.router.register_forward_hook(after(layer, block.num_experts)))
     try:
         yield count
     finally:

@@ -297,8 +297,10 @@ def test_the_implementation_can_be_named_when_loading(tiny_mixtral: MixtralFacto
     model.save_pretrained(tmp_path)
     named = MixtralForCausalLM.from_pretrained(tmp_path, experts_implementation="moe_ext")
     torch.testing.assert_close(logits_of(named, tokens), logits_of(model, tokens), rtol=1e-4, atol=1e-4)
-    named(tokens, labels=tokens).loss.backward()  # without patch, the differentiable path is eager
-    assert named.model.layers[0].mlp.experts.down_proj.grad is not None
+    for model in (named, moe_ext.patch(named)):  # the differentiable path is eager, with and without patch
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        assert model.model.layers[0].mlp.experts.down_proj.grad is not None
 
 
 def test_a_patched_model_saves_a_config_that_stock_transformers_reads(
@@ -335,14 +337,15 @@ def test_an_old_torch_gives_one_clear_import_error() -> None:
         require_torch(fine)
 
 
-def test_a_missing_binary_gives_one_clear_import_error(tmp_path: Path) -> None:
+def test_a_binary_that_does_not_load_gives_one_clear_import_error(tmp_path: Path) -> None:
     source = Path(moe_ext.__file__).parent
     (tmp_path / "moe_ext").mkdir()
     for file in source.glob("*.py"):
         (tmp_path / "moe_ext" / file.name).write_text(file.read_text())
+    (tmp_path / "moe_ext" / "_C.py").write_text("raise ImportError('wrong ELF class')")
     result = subprocess.run(
         [sys.executable, "-c", "import moe_ext"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
-    assert "ImportError: moe_ext's compiled extension cannot be loaded" in result.stderr
+    assert "ImportError: moe_ext's compiled extension cannot be loaded (wrong ELF class)" in result.stderr
     assert "pip install --no-build-isolation ." in result.stderr

@@ -62,6 +62,23 @@ def test_the_median_skips_half_of_the_calibration_slots(tiny_mixtral: MixtralFac
     assert count.slots == [8 * 64 * 2] * 3
 
 
+def test_padding_is_not_counted_as_skipped_or_routed(tiny_mixtral: MixtralFactory) -> None:
+    model = moe_ext.patch(tiny_mixtral(), skip=torch.full((3, 1), 0.7))
+    tokens = random_tokens(2, 12)
+    mask = torch.tensor([[1] * 12, [1] * 5 + [0] * 7])
+    with torch.no_grad():
+        with moe_ext.count_skips(model) as padded:
+            model(tokens, attention_mask=mask)
+        with moe_ext.count_skips(model) as alone:
+            model(tokens[:1])
+            model(tokens[1:, :5])
+    assert padded.slots == alone.slots == [(12 + 5) * 2] * 3
+    assert padded.skipped == alone.skipped
+    with moe_ext.count_skips(model) as generated:  # left padding, and steps that see a mask longer than their tokens
+        model.generate(tokens, attention_mask=mask.flip(1), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert generated.slots == [(12 + 5 + 2 * 3) * 2] * 3
+
+
 @pytest.mark.parametrize("quantile", [-0.1, 1.1, float("nan")])
 def test_a_quantile_outside_its_range_is_refused(quantile: float) -> None:
     with pytest.raises(ValueError, match="expected 0 to 1"):
