@@ -6,6 +6,7 @@ MOE_EXT_CUDA=1 insists on them, MOE_EXT_CUDA=0 leaves them out. TORCH_CUDA_ARCH_
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -50,7 +51,10 @@ def extension() -> Extension:
         ("MOE_EXT_TORCH_VERSION", f'"{torch.__version__}"'),
         ("MOE_EXT_CUDA_ARCHS", '"{}"'.format(os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else "")),
     ]
-    cxx = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden"]
+    # -g0: Python's own flags ask for debug information, which makes the binary ten times as large.
+    cxx = ["-std=c++17", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
+    # torch's build names libraries that nothing here uses, libtorch_python among them.
+    link = ["-Wl,--as-needed"] if sys.platform == "linux" else []
     if cuda:
         defines.append(("MOE_EXT_WITH_CUDA", "1"))
     make = CUDAExtension if cuda else CppExtension
@@ -60,6 +64,7 @@ def extension() -> Extension:
         include_dirs=[str(ROOT / "csrc")],
         define_macros=defines,
         extra_compile_args={"cxx": cxx, "nvcc": ["-std=c++17", "-O3", "--expt-relaxed-constexpr"]},
+        extra_link_args=link,
     )
 
 

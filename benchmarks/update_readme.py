@@ -47,8 +47,8 @@ def demo_table(result: Mapping[str, Any], source: str) -> str:
 def updated(readme: str) -> str:
     source = newest("demo")
     table = demo_table(json.loads(source.read_text(encoding="utf-8")), source.name)
-    pattern = re.compile(r"(<!-- demo table -->\n).*?(\n<!-- end of demo table -->)", re.DOTALL)
-    changed, count = pattern.subn(lambda match: match[1] + table + match[2], readme)
+    pattern = re.compile(r"(<!-- demo table -->\n).*?(<!-- end of demo table -->)", re.DOTALL)
+    changed, count = pattern.subn(lambda match: match[1] + table + "\n" + match[2], readme)
     if count != 1:
         raise SystemExit("README.md has no place for the demo table")
     return changed

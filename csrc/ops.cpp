@@ -1,10 +1,13 @@
 // Operators of the torch namespace `moe_ext`: schemas and argument checks on torch's ABI-stable API, so that one binary
 // runs on every torch from 2.10 on. The only file that knows torch and every operator; it contains no arithmetic. Every
 // check runs before a kernel does, names the argument, and says what was expected and what came.
+#pragma GCC diagnostic push  // unused parameters in the headers of torch 2.13
+#pragma GCC diagnostic ignored "-Wunused-parameter"
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#pragma GCC diagnostic pop
 
 #include <optional>
 #include <sstream>
@@ -122,6 +125,11 @@ Activation activation_named(const char* op, const std::string& name) {
 // (check_contiguous).
 Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
+std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
+  if (!tensor.has_value()) return std::nullopt;
+  return dense(*tensor);
+}
+
 // ---- torch's thread pool
 
 void run_on_torch_threads(int64_t workers, void (*body)(void*), void* context) {
@@ -161,8 +169,7 @@ std::tuple<Tensor, Tensor> route_cpu(const Tensor& logits, int64_t top_k, const 
   if (thresholds.has_value()) check_cpu("route", "thresholds", *thresholds);
 
   const Tensor dense_logits = dense(logits);
-  const std::optional<Tensor> dense_thresholds =
-      thresholds.has_value() ? std::optional<Tensor>(dense(*thresholds)) : std::nullopt;
+  const std::optional<Tensor> dense_thresholds = dense(thresholds);
   const Tensor weights = torch::stable::new_empty(logits, {shape.tokens, top_k}, ScalarType::Float);
   const Tensor experts = torch::stable::new_empty(logits, {shape.tokens, top_k}, ScalarType::Int);
 
@@ -255,8 +262,7 @@ Tensor run_experts_cpu(const char* op, const Tensor& x, const Tensor& gate_up, c
   const Tensor dense_x = dense(x);
   const Tensor dense_experts = dense(experts);
   const Tensor dense_weights = dense(weights);
-  const std::optional<Tensor> dense_counted =
-      counted.has_value() ? std::optional<Tensor>(dense(*counted)) : std::nullopt;
+  const std::optional<Tensor> dense_counted = dense(counted);
   p.x = dense_x.const_data_ptr();
   p.gate_up = gate_up.const_data_ptr();
   p.down = down.const_data_ptr();

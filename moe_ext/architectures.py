@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations.moe import _default_apply_gate
 
 # transformers' names (config.hidden_act) of the activations that the operators compute.
 ACTIVATION_OF_HIDDEN_ACT = {
@@ -92,11 +93,63 @@ def moe_blocks(model: PreTrainedModel) -> list[MoeBlock]:
     blocks = [
         MoeBlock(name, getattr(module, family.router), getattr(module, family.experts))
         for name, module in model.named_modules()
-        if type(module).__name__ == family.block
+        # By name and with bases: wrappers such as FSDP make a subclass of the block's class.
+        if family.block in (cls.__name__ for cls in type(module).__mro__)
     ]
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} has no MoE layer ({family.block})")
+    if len(blocks) != model.config.num_hidden_layers:
+        raise ValueError(
+            f"{type(model).__name__} has {len(blocks)} MoE layers ({family.block}); "
+            f"its config says {model.config.num_hidden_layers}"
+        )
     return blocks
+
+
+def check_layout(block: MoeBlock) -> None:
+    """Checks that a block's router and experts are plain weights in the layout of the operators.
+
+    Raises:
+        ValueError: what is different, with the layer's name.
+    """
+    _check_parameters(block.name, block.router, {"weight"}, block.num_experts)
+    check_experts(block.name, block.experts)
+
+
+def check_experts(name: str, experts: nn.Module) -> None:
+    """Checks that an experts module computes ``down (act(gate x) * (up x))`` on plain (E, 2I, H) and (E, H, I) weights.
+
+    Raises:
+        ValueError: what is different, beginning with ``name``.
+    """
+    flags = {
+        "is_transposed": "transposed weights",
+        "has_bias": "biases",
+        "has_post_expert_norm": "a norm after each expert",
+        "_is_expert_parallel": "expert parallelism",
+    }
+    found = [reason for flag, reason in flags.items() if getattr(experts, flag, False)]
+    if not getattr(experts, "has_gate", True):
+        found.append("no gate projection")
+    if not getattr(experts, "is_concatenated", True):
+        found.append("interleaved gate and up rows")
+    if getattr(type(experts), "_apply_gate", None) is not _default_apply_gate:
+        found.append("its own gating function")
+    if found:
+        raise ValueError(f"{name}: {type(experts).__name__} has {' and '.join(found)}, which moe_ext does not support")
+    _check_parameters(name, experts, {"gate_up_proj", "down_proj"}, int(experts.num_experts))  # type: ignore[arg-type]
+
+
+def _check_parameters(name: str, module: nn.Module, expected: set[str], num_experts: int) -> None:
+    parameters = dict(module.named_parameters())
+    # A parametrized weight shows up under other names, a quantised one or an adapter as further or other types.
+    if set(parameters) != expected or any(type(parameter) is not nn.Parameter for parameter in parameters.values()):
+        raise ValueError(
+            f"{name}: {type(module).__name__} has parameters {sorted(parameters)}; expected plain {sorted(expected)}"
+        )
+    for key, parameter in parameters.items():
+        if parameter.shape[0] != num_experts:
+            raise ValueError(f"{name}: {key} has {parameter.shape[0]} experts; expected {num_experts}")
+        if parameter.device.type == "meta":
+            raise ValueError(f"{name}: {key} is on the meta device; load the model's weights into memory")
 
 
 def activation_of(config: Any) -> str:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from moe_ext import ops
 from moe_ext.architectures import MoeBlock, family_of, moe_blocks
+from moe_ext.evaluation import evaluation_mode
 from moe_ext.patching import active_thresholds, is_patched, patch, unpatch
 from moe_ext.statistics import RATIO_BINS, ExpertStatistics
 
@@ -48,27 +49,28 @@ class _Observer:
         ranks = torch.arange(self.top_k - 1, device=bins.device) * RATIO_BINS
         counts = torch.bincount((bins + ranks).flatten(), minlength=self.ratio_histogram.numel())
         self.ratio_histogram += counts.view_as(self.ratio_histogram)
-        routed = torch.zeros(experts.shape[0], self.num_experts, device=experts.device).scatter_(1, experts, 1.0)
-        self.coactivation += (routed.T @ routed).round().long()  # exact: a batch has fewer than 2^24 tokens
+        pairs = experts.unsqueeze(2) * self.num_experts + experts.unsqueeze(1)  # (T, K, K)
+        self.coactivation += torch.bincount(pairs.flatten(), minlength=self.num_experts**2).view_as(self.coactivation)
 
 
 @contextmanager
 def _observing(model: PreTrainedModel) -> Iterator[list[_Observer]]:
     """A patched model in evaluation mode with an observer in every MoE layer; restored on the way out."""
-    was_patched, was_training = is_patched(model), model.training
+    blocks = moe_blocks(model)
+    if any(hasattr(block.experts, "_moe_ext_observer") for block in blocks):
+        raise ValueError("the model is being calibrated already")
+    was_patched = is_patched(model)
     if not was_patched:
         patch(model, skip=None)
-    model.eval()
-    blocks = moe_blocks(model)
-    observers = [_Observer(block) for block in blocks]
-    for block, observer in zip(blocks, observers, strict=True):
-        block.experts._moe_ext_observer = observer  # type: ignore[assignment]
     try:
-        yield observers
+        observers = [_Observer(block) for block in blocks]
+        for block, observer in zip(blocks, observers, strict=True):
+            block.experts._moe_ext_observer = observer  # type: ignore[assignment]
+        with evaluation_mode(model):
+            yield observers
     finally:
         for block in blocks:
-            del block.experts._moe_ext_observer
-        model.train(was_training)
+            vars(block.experts).pop("_moe_ext_observer", None)
         if not was_patched:
             unpatch(model)
 
@@ -77,9 +79,12 @@ def _check_batch(index: int, batch: Mapping[str, Tensor]) -> Tensor | None:
     """The batch's counted tokens (B * S,) bool, or None if it has no attention mask."""
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise ValueError(f"batch {index} is no mapping with 'input_ids'")
-    shape = tuple(batch["input_ids"].shape)
+    shape = tuple(getattr(batch["input_ids"], "shape", ()))
     if len(shape) != 2:
         raise ValueError(f"batch {index}: 'input_ids' has shape {shape}; expected (sequences, tokens)")
+    for name, value in batch.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"batch {index}: {name!r} is {type(value).__name__}; expected a tensor")
     mask = batch.get("attention_mask")
     if mask is None:
         return None
@@ -136,5 +141,8 @@ def calibrate(
         if not bool(stats.moments[layer].isfinite().all()):
             raise ValueError(f"layer {stats.layers[layer]} gave activations or routing weights that are not finite")
     if not bool((stats.tokens > 0).all()):
-        raise ValueError("no token was counted: 'batches' is empty or every token is padding")
+        raise ValueError(
+            "no token was counted: 'batches' is empty, every token is padding, "
+            "or set_experts_implementation was called on the patched model"
+        )
     return stats

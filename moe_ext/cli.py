@@ -7,7 +7,7 @@ import json
 import platform
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import transformers
@@ -20,7 +20,7 @@ from moe_ext import checkpoint
 from moe_ext.architectures import FAMILIES, moe_blocks
 from moe_ext.binary import _C
 from moe_ext.calibration import calibrate as run_calibration
-from moe_ext.criteria import CRITERIA, OBJECTIVES, Scores
+from moe_ext.criteria import CRITERIA, Scores, point_of
 from moe_ext.criteria import score as scores_of
 from moe_ext.evaluation import perplexity
 from moe_ext.patching import patch
@@ -41,6 +41,29 @@ out = Console()  # results; everything else goes to stderr
 errors = Console(stderr=True)
 show_traceback = False  # --debug
 
+
+def known_criterion(criterion: str | None) -> str | None:
+    """An unknown criterion is wrong usage, found before any work."""
+    if criterion is not None and criterion != "random":
+        try:
+            point_of(criterion)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return criterion
+
+
+def free_folder(path: Path) -> None:
+    """Finds out before the work that its result could not be written."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} already exists; --out expects a new or an empty folder")
+    writable_parent(path)
+
+
+def writable_parent(path: Path) -> None:
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.absolute().parent} of --out does not exist")
+
+
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the Hugging Face Hub.", show_default=False)]
 Statistics = Annotated[Path, typer.Argument(help="File written by `moe-ext calibrate`.", show_default=False)]
 Text = Annotated[
@@ -49,15 +72,19 @@ Text = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Window = Annotated[int, typer.Option(min=2, help="Tokens a sequence.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences a batch.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as saved.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda where the CUDA kernels were built.")]
 Criterion = Annotated[
     str | None,
-    typer.Option(help=f"One of {', '.join(CRITERIA)}, random, or a triple such as 'S(1,0,2)'.", show_default=False),
+    typer.Option(
+        help=f"One of {', '.join(CRITERIA)}, random, or a triple such as 'S(1,0,2)'.",
+        show_default=False,
+        callback=known_criterion,
+    ),
 ]
 Objective = Annotated[
-    str | None,
-    typer.Option(help=f"{' or '.join(OBJECTIVES)}: the criterion that arXiv 2606.15716 finds best for it."),
+    Literal["task-agnostic", "task-specific"] | None,
+    typer.Option(help="Use the criterion that arXiv 2606.15716 finds best for it."),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the criterion 'random'.")]
 
@@ -103,10 +130,11 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Run a model over text and write its expert statistics."""
+    writable_parent(save_to)
     texts = read_domains(text)
     loaded, tokenizer = load(model, dtype, device)
     batches = list(token_batches(texts, tokenizer, window=window, batch_size=batch_size))
-    stats = run_calibration(loaded, batches, progress=not as_json, dataset=dataset or "+".join(texts))
+    stats = run_calibration(loaded, batches, progress=not as_json, dataset=dataset or " + ".join(texts))
     stats.save(save_to)
     tokens = int(stats.tokens.max())
     if as_json:
@@ -167,6 +195,7 @@ def prune(
 ) -> None:
     """Remove the experts that a plan does not keep and write a checkpoint that stock transformers loads."""
     made = PruningPlan.load(plan)
+    free_folder(save_to)
     loaded, tokenizer = load(model, dtype, "cpu")
     before = loaded.num_parameters()
     apply_plan(loaded, made)
@@ -198,6 +227,10 @@ def skip(
         raise typer.BadParameter("give --out or --in-place, one of them")
     stats = ExpertStatistics.load(statistics)
     texts = read_domains(text) if text else {}
+    if save_to is not None:
+        free_folder(save_to)
+    elif not (Path(model) / "config.json").is_file():
+        raise FileNotFoundError(f"--in-place needs a checkpoint folder; {model} has no config.json")
     loaded, tokenizer = load(model, dtype, device)
     blocks = moe_blocks(loaded)
     if stats.layers != tuple(block.name for block in blocks) or stats.num_experts != blocks[0].num_experts:
@@ -346,7 +379,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     try:
         app()
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except Exception as error:  # whatever a library raises is one or two lines; --debug shows where it came from
         if show_traceback:
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -6,6 +6,7 @@ Every criterion but ``random`` is a point ``(avg, a, b)`` of the unified family 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -94,7 +95,7 @@ def score(
         return _scores(stats, values, f"random(seed={seed})")
     if seed is not None:
         raise ValueError(f"seed: only criterion 'random' takes one, got {seed} with {criterion!r}")
-    average, gate_power, norm_power = _point(criterion)
+    average, gate_power, norm_power = point_of(criterion)
     values = stats.moments[:, :, gate_power, norm_power]
     if average:
         counts = stats.routing_counts()
@@ -109,11 +110,22 @@ def _criterion_for(objective: str) -> str:
     return OBJECTIVES[objective]
 
 
-def _point(criterion: str | tuple[int, int, int]) -> tuple[int, int, int]:
+_TRIPLE = re.compile(r"S\((\d), ?(\d), ?(\d)\)")
+
+
+def point_of(criterion: str | tuple[int, int, int]) -> tuple[int, int, int]:
+    """(avg, a, b) of a criterion's name, of its spelling ``"S(avg,a,b)"``, or of the triple itself.
+
+    Raises:
+        ValueError: no such criterion.
+    """
     if isinstance(criterion, str):
-        if criterion not in CRITERIA:
-            raise ValueError(f"criterion: expected one of {', '.join(CRITERIA)}, random, got {criterion!r}")
-        return CRITERIA[criterion]
+        if criterion in CRITERIA:
+            return CRITERIA[criterion]
+        if (triple := _TRIPLE.fullmatch(criterion)) is None:
+            names = ", ".join(CRITERIA)
+            raise ValueError(f"criterion: expected one of {names}, random, or a triple S(avg,a,b), got {criterion!r}")
+        criterion = (int(triple[1]), int(triple[2]), int(triple[3]))
     if len(criterion) != 3 or criterion[0] not in (0, 1) or not {*criterion[1:]} <= {0, 1, 2}:
         raise ValueError(f"criterion: expected (avg, a, b) with avg in 0..1 and a, b in 0..2, got {criterion!r}")
     return criterion

@@ -79,7 +79,7 @@ def perplexity(
     }
     mean_loss, tokens = {}, {}
     bar = tqdm(total=sum(map(len, windows.values())), unit="window", desc="perplexity", disable=not progress)
-    with bar, _evaluation_mode(model), torch.inference_mode():
+    with bar, evaluation_mode(model), torch.inference_mode():
         for domain, parts in windows.items():
             # Longest first, so that a batch pads little.
             parts.sort(key=lambda part: len(part.inputs), reverse=True)
@@ -161,7 +161,7 @@ def _exp(exponent: float) -> float:
 
 
 @contextmanager
-def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """``model.eval()`` for a while; every module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

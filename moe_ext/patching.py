@@ -7,17 +7,17 @@ gradients are required, both run transformers' own differentiable code.
 """
 
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_ext import ops
-from moe_ext.architectures import MoeBlock, activation_of, moe_blocks
+from moe_ext.architectures import MoeBlock, activation_of, check_experts, check_layout, moe_blocks
 from moe_ext.binary import _C
 from moe_ext.routing import CONFIG_KEY, check_thresholds, section_with, skip_weak, thresholds_in_config
 
@@ -51,7 +51,8 @@ def patch(model: PreTrainedModel, *, skip: Tensor | Literal["config"] | None = "
         model: a supported transformers model (float32, bfloat16 or float16), on a device that has kernels.
         skip: thresholds (L, K - 1) for dynamic expert skipping, from :func:`moe_ext.skip_thresholds`; they are also
             written into ``model.config``, so that ``save_pretrained`` keeps them. "config" (default): those that the
-            config holds, if it holds any. None: no skipping.
+            config holds, if it holds any. None: no skipping by this model object; thresholds that a checkpoint brought
+            stay in its config.
 
     Returns:
         The same model.
@@ -73,25 +74,36 @@ def patch(model: PreTrainedModel, *, skip: Tensor | Literal["config"] | None = "
 
     state: _Patch | None = getattr(model, "_moe_ext_patch", None)
     if state is None:
+        _check_unpatched(blocks)
         entry = getattr(model.config, CONFIG_KEY, None)
         state = _Patch(model.get_experts_implementation(), None if entry is None else dict(entry), None)
-        named = state.implementation[""]
-        fallback = (
-            "eager" if named in (None, IMPLEMENTATION) else named
-        )  # loaded with ours by name: ours has no backward
-        for block in blocks:
-            block.experts._moe_ext_fallback = fallback  # type: ignore[assignment]
-        model.set_experts_implementation(IMPLEMENTATION)
         model._moe_ext_patch = state
+    model.set_experts_implementation(IMPLEMENTATION)
     state.thresholds = thresholds
     if not isinstance(skip, str):
         _restore_config_entry(model, state)  # thresholds of an earlier patch are replaced, not kept
         if thresholds is not None:
             setattr(model.config, CONFIG_KEY, section_with(thresholds, state.config_entry))
+    named = state.implementation[""]
+    # Of transformers' implementations only eager leaves sentinel slots out; ours, when loaded by name, has no backward.
+    eager = thresholds is not None or named in (None, IMPLEMENTATION)
     for layer, block in enumerate(blocks):
+        block.experts._moe_ext_fallback = "eager" if eager else named  # type: ignore[assignment]
         block.router._moe_ext_thresholds = None if thresholds is None else thresholds[layer].clone()  # type: ignore[assignment]
-        block.router.forward = MethodType(_router_forward, block.router)
+        block.router.forward = partial(_router_forward, block.router)  # a bound method would not unpickle
     return model
+
+
+def _check_unpatched(blocks: list[MoeBlock]) -> None:
+    """ValueError if a block is patched already, through another model object, or has a forward of its own."""
+    for block in blocks:
+        if hasattr(block.router, "_moe_ext_thresholds"):
+            raise ValueError(f"{block.name} is patched already as part of another model; unpatch that one first")
+        if "forward" in vars(block.router):
+            raise ValueError(
+                f"{block.name}: the router's forward was replaced on the instance (accelerate's hooks do so); "
+                "patch before, or load without them"
+            )
 
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
@@ -116,37 +128,26 @@ def _restore_config_entry(model: PreTrainedModel, state: _Patch) -> None:
 
 def _check_block(block: MoeBlock) -> None:
     """ValueError, naming the layer, if the operators cannot run this block."""
+    check_layout(block)
     try:
-        _check_experts_layout(block.experts)
         activation_of(block.experts.config)
     except ValueError as error:
         raise ValueError(f"{block.name}: {error}") from None
-    weight = cast(Tensor, block.experts.gate_up_proj)
-    if weight.dtype not in SUPPORTED_DTYPES:
-        raise ValueError(f"{block.name}: dtype {weight.dtype} is not supported; use float32, bfloat16 or float16")
-    if weight.device.type == "cuda" and not _C.cuda_archs:
+    gate_up = cast(Tensor, block.experts.gate_up_proj)
+    if gate_up.dtype not in SUPPORTED_DTYPES:
+        raise ValueError(f"{block.name}: dtype {gate_up.dtype} is not supported; use float32, bfloat16 or float16")
+    if gate_up.device.type == "cuda" and not _C.cuda_archs:
         raise ValueError(
-            f"{block.name} is on {weight.device}, but this build of moe_ext has no CUDA kernels; "
+            f"{block.name} is on {gate_up.device}, but this build of moe_ext has no CUDA kernels; "
             "move the model to the CPU, or build with MOE_EXT_CUDA=1"
         )
-    if weight.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{block.name}: device {weight.device} is not supported; use the CPU")
-
-
-def _check_experts_layout(experts: nn.Module) -> None:
-    """ValueError if an experts module computes something else than ``down (act(gate x) * (up x))`` on plain weights."""
-    reasons = {
-        "transposed weights": experts.is_transposed,
-        "biases": experts.has_bias,
-        "no gate projection": not experts.has_gate,
-        "interleaved gate and up rows": not experts.is_concatenated,
-        "a norm after each expert": experts.has_post_expert_norm,
-        "its own gating function": type(experts)._apply_gate is not _default_apply_gate,  # type: ignore[attr-defined]
-        "expert parallelism": experts._is_expert_parallel,
-    }
-    found = [reason for reason, present in reasons.items() if present]
-    if found:
-        raise ValueError(f"{type(experts).__name__} has {' and '.join(found)}, which moe_ext does not support")
+    if gate_up.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{block.name}: device {gate_up.device} is not supported; use the CPU")
+    for name, parameter in block.experts.named_parameters():
+        if (parameter.dtype, parameter.device) != (gate_up.dtype, gate_up.device):
+            raise ValueError(f"{block.name}: {name} has another dtype or device than gate_up_proj")
+        if not parameter.is_contiguous():
+            raise ValueError(f"{block.name}: {name} is not contiguous; replace its data by data.contiguous()")
 
 
 def _gradients_required(*tensors: Tensor) -> bool:
@@ -158,8 +159,9 @@ def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor
     gate_up, down = cast(Tensor, self.gate_up_proj), cast(Tensor, self.down_proj)
     if _gradients_required(hidden_states, top_k_weights, gate_up, down):
         differentiable = _differentiable_forward(self)
-        return differentiable(self, hidden_states, top_k_index.long(), top_k_weights)
-    _check_experts_layout(self)
+        return differentiable(self, hidden_states, top_k_index, top_k_weights)
+    if not hasattr(self, "_moe_ext_fallback"):  # selected by name, without patch: nobody has checked this module
+        check_experts("experts", self)
     activation = activation_of(self.config)
     x = hidden_states.to(gate_up.dtype)  # under autocast the two differ; transformers' grouped_mm casts alike
     observer = getattr(self, "_moe_ext_observer", None)
@@ -178,7 +180,7 @@ def _differentiable_forward(experts: nn.Module) -> Any:
 
 
 def _router_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A patched router: logits (T, E), weights (T, K) float32, experts (T, K), E where a slot is skipped."""
+    """A patched router: logits (T, E), weights (T, K) float32, experts (T, K) int64, E where a slot is skipped."""
     weight = cast(Tensor, self.weight)
     thresholds = cast(Tensor | None, self._moe_ext_thresholds)
     if thresholds is not None and thresholds.device != hidden_states.device:
@@ -190,7 +192,7 @@ def _router_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Ten
         return logits, weights, experts
     logits = F.linear(hidden_states.reshape(-1, hidden_states.shape[-1]), weight)  # (T, E)
     weights, experts = ops.route(logits, cast(int, self.top_k), thresholds)
-    return logits, weights, experts
+    return logits, weights, experts.long()  # hooks on stock routers may rely on torch.topk's int64
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)

@@ -3,13 +3,11 @@
 The result is a normal transformers model: ``save_pretrained`` writes a checkpoint that stock ``from_pretrained`` loads.
 """
 
-from typing import cast
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from moe_ext.architectures import family_of, moe_blocks
+from moe_ext.architectures import MoeBlock, check_layout, family_of, moe_blocks
 from moe_ext.plan import PruningPlan
 
 
@@ -29,6 +27,7 @@ def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
             f"this model has {len(names)} MoE layers from {names[0]!r}"
         )
     for block in blocks:
+        check_layout(block)
         if plan.num_experts != block.num_experts:
             raise ValueError(
                 f"the plan is for {plan.num_experts} experts a layer; {block.name} has {block.num_experts}"
@@ -46,7 +45,9 @@ def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
 def prune(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """Removes the experts that a plan does not keep, in place; patched or not, the model stays so.
 
-    At most one layer's experts are held twice at any moment.
+    At most one layer's experts are held twice at any moment. Skip thresholds in the config stay as they are; calibrate
+    the pruned model for thresholds of its own. Should memory run out, every layer is either pruned or as it was, but
+    the model as a whole is neither: load it again.
 
     Args:
         model: the model that the plan was made for.
@@ -62,11 +63,7 @@ def prune(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     family = family_of(model)
     with torch.no_grad():
         for block, keep in zip(moe_blocks(model), plan.keep, strict=True):
-            _keep_rows(block.router, "weight", keep)
-            _keep_rows(block.experts, "gate_up_proj", keep)
-            _keep_rows(block.experts, "down_proj", keep)
-            for module in (block.router, block.experts):
-                module.num_experts = len(keep)  # type: ignore[assignment]
+            _keep_experts(block, keep)
     kept = len(plan.keep[0])
     for field in family.num_experts_fields:
         setattr(model.config, field, kept)
@@ -75,8 +72,11 @@ def prune(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     return model
 
 
-def _keep_rows(module: nn.Module, name: str, keep: tuple[int, ...]) -> None:
-    """Replaces a parameter by its rows ``keep`` along the first (expert) dimension."""
-    old = cast(Tensor, getattr(module, name))
-    rows = old.index_select(0, torch.tensor(keep, device=old.device))
-    setattr(module, name, nn.Parameter(rows, requires_grad=old.requires_grad))
+def _keep_experts(block: MoeBlock, keep: tuple[int, ...]) -> None:
+    """Replaces every parameter of a block by its rows ``keep`` along the first (expert) dimension."""
+    parts = [(module, *named) for module in (block.router, block.experts) for named in module.named_parameters()]
+    # All rows are copied before any takes its place: a block is pruned as a whole or not at all.
+    rows = [old.index_select(0, torch.tensor(keep, device=old.device)) for _, _, old in parts]
+    for (module, name, old), kept in zip(parts, rows, strict=True):
+        setattr(module, name, nn.Parameter(kept, requires_grad=old.requires_grad))
+        module.num_experts = len(keep)  # type: ignore[assignment]

@@ -4,6 +4,7 @@ A token's expert of rank j >= 2 is skipped when ``w_j < threshold[j - 2] * w_1``
 they sum to what all K summed to. For K = 2 with renormalised weights this is the paper's rule.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,7 +113,8 @@ def skip_weak(weights: Tensor, experts: Tensor, thresholds: Tensor, num_experts:
         weights (T, K) with 0 and experts (T, K) with E in skipped slots.
     """
     skipped = torch.zeros_like(weights, dtype=torch.bool)
-    skipped[:, 1:] = weights[:, 1:] < thresholds.to(weights) * weights[:, :1]
+    detached = weights.detach()  # thresholds made under inference_mode must not enter the backward graph
+    skipped[:, 1:] = detached[:, 1:] < thresholds.to(detached) * detached[:, :1]
     kept = weights.masked_fill(skipped, 0.0)
     scale = weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)
     return kept * scale, experts.masked_fill(skipped, num_experts)
@@ -140,15 +142,20 @@ def count_skips(model: PreTrainedModel) -> Iterator[SkipCount]:
     """Counts routed and skipped slots of every forward inside the ``with`` block; padding is not counted.
 
     Padding is what a 2-dimensional ``attention_mask`` marks with 0, in any forward of the model or its decoder.
+
+    Raises:
+        ValueError: in the forward, if its attention mask has another form (a static cache makes a 4-dimensional one).
     """
     blocks = moe_blocks(model)
     count = SkipCount([block.name for block in blocks], [0] * len(blocks), [0] * len(blocks))
     mask: Tensor | None = None  # (B, past and present tokens) of the forward under way
+    signature = inspect.signature(model.base_model.forward)
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         nonlocal mask
-        given = kwargs.get("attention_mask")
-        mask = given if isinstance(given, Tensor) and given.dim() == 2 else None
+        mask = signature.bind_partial(*args, **kwargs).arguments.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            raise ValueError("count_skips cannot tell padding from an attention mask that is not (sequences, tokens)")
 
     def after(layer: int, num_experts: int) -> Any:
         def hook(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:

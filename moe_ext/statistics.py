@@ -37,7 +37,7 @@ class ExpertStatistics:
         layers: L module names of the Mixture-of-Experts blocks, in model order.
         top_k: K, experts per token.
         gate: what ``g_e`` is, such as ``"softmax over the selected logits"``.
-        dataset: label of the text; ``"+"`` joins the labels of merged statistics.
+        dataset: label of the text; ``" + "`` joins the labels of merged statistics.
         moments: (L, E, 3, 3) float64; ``[l, e, a, b]`` = sum over routed tokens of ``g_e^a * ||f_e||_2^b``
             (arXiv 2606.15716), ``[l, e, 0, 0]`` = tokens routed to e.
         tokens: (L,) int64; tokens seen, padding not counted.
@@ -85,7 +85,7 @@ class ExpertStatistics:
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k: expected 1 to {num_experts} experts, got {top_k}")
         layout = _tensor_layout(len(layers), num_experts, top_k)
-        tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+        tensors = {name: torch.zeros(shape, dtype=dtype, device="cpu") for name, (shape, dtype) in layout.items()}
         return cls(model_type, tuple(layers), top_k, gate, dataset, **tensors)
 
     @property
@@ -106,7 +106,7 @@ class ExpertStatistics:
         """The statistics of both texts; neither operand changes.
 
         Counts add exactly. The other moments add in float64, so the order of several merges matters to rounding only.
-        Different dataset labels are joined with ``"+"``, each once, in alphabetical order.
+        Different dataset labels are joined with ``" + "``, each once, in alphabetical order.
 
         Args:
             other: statistics of the same model, from other text.
@@ -118,9 +118,9 @@ class ExpertStatistics:
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 raise ValueError(f"other: statistics of different models do not add up: {name} {ours!r} and {theirs!r}")
-        labels = {label for label in (*self.dataset.split("+"), *other.dataset.split("+")) if label}
+        labels = {label for label in (*self.dataset.split(" + "), *other.dataset.split(" + ")) if label}
         sums = {name: getattr(self, name) + getattr(other, name) for name in self._tensors()}
-        return ExpertStatistics(self.model_type, self.layers, self.top_k, self.gate, "+".join(sorted(labels)), **sums)
+        return ExpertStatistics(self.model_type, self.layers, self.top_k, self.gate, " + ".join(sorted(labels)), **sums)
 
     def __add__(self, other: object) -> ExpertStatistics:
         """``merge`` as an operator."""

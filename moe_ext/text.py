@@ -15,8 +15,8 @@ def read_domains(paths: Iterable[Path]) -> dict[str, str]:
         Domain name to text, in the order given (a folder's files by name).
 
     Raises:
-        ValueError: a path that does not exist, a folder without ``*.txt``, two files of one name, or text that is not
-            UTF-8.
+        ValueError: a path that does not exist, a folder without ``*.txt``, two files of one name, an empty file, or
+            text that is not UTF-8.
     """
     texts: dict[str, str] = {}
     for path in paths:
@@ -32,6 +32,8 @@ def read_domains(paths: Iterable[Path]) -> dict[str, str]:
                 texts[file.stem] = file.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file} is not UTF-8 text: {error}") from None
+            if not texts[file.stem].strip():
+                raise ValueError(f"{file} is empty")
     return texts
 
 

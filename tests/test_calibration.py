@@ -110,6 +110,66 @@ def test_the_model_is_left_as_it_was(tiny_mixtral: MixtralFactory, patched: bool
     assert not any(hasattr(module, "_moe_ext_observer") for module in model.modules())
 
 
+def test_every_module_keeps_its_own_training_mode(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral().train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    moe_ext.calibrate(model, padded_batches(), progress=False)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_statistics_are_those_of_evaluation_mode(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral(router_jitter_noise=0.5)
+    expected = moe_ext.calibrate(model, padded_batches(), progress=False)
+    got = moe_ext.calibrate(model.train(), padded_batches(), progress=False)
+    assert torch.equal(got.moments, expected.moments)
+
+
+def test_counts_are_exact_under_autocast_and_another_default_dtype(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    batches = [{"input_ids": random_tokens(24, 100)}]  # 2400 tokens: bfloat16 counts exactly to 256 only
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = moe_ext.calibrate(model, batches, progress=False)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        other = moe_ext.calibrate(model, batches, progress=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for stats in (autocast, other):
+        routed = stats.routing_counts()
+        assert torch.equal(stats.coactivation.diagonal(dim1=1, dim2=2).double(), routed)
+        assert torch.equal(stats.coactivation.sum(2).double(), 2 * routed)
+        assert stats.ratio_histogram.sum(2).tolist() == [[2400]] * 3
+
+
+def test_equal_weights_count_in_the_last_bin(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.zero_()
+    stats = moe_ext.calibrate(model, padded_batches(), progress=False)
+    assert stats.ratio_histogram[:, 0, -1].tolist() == stats.tokens.tolist()
+
+
+def test_calibrating_inside_a_calibration_is_refused(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+
+    def nested() -> Iterator[dict[str, torch.Tensor]]:
+        moe_ext.calibrate(model, padded_batches(), progress=False)
+        yield padded_batches()[0]
+
+    with pytest.raises(ValueError, match="the model is being calibrated already"):
+        moe_ext.calibrate(model, nested(), progress=False)
+    assert not is_patched(model)
+
+
+def test_an_implementation_changed_behind_the_patch_is_named(tiny_mixtral: MixtralFactory) -> None:
+    model = moe_ext.patch(tiny_mixtral())
+    model.set_experts_implementation("eager")
+    with pytest.raises(ValueError, match="set_experts_implementation was called on the patched model"):
+        moe_ext.calibrate(model, padded_batches(), progress=False)
+
+
 def test_an_interrupted_calibration_restores_the_model(tiny_mixtral: MixtralFactory) -> None:
     def interrupted() -> Iterator[dict[str, torch.Tensor]]:
         yield padded_batches()[0]
@@ -133,6 +193,8 @@ def test_a_skipping_model_is_refused(tiny_mixtral: MixtralFactory) -> None:
     [
         ([], "no token was counted"),
         ([{"input_ids": torch.zeros(1, 3).long(), "attention_mask": torch.zeros(1, 3)}], "no token was counted"),
+        ([{"input_ids": [[1, 2]]}], r"batch 0: 'input_ids' has shape \(\)"),
+        ([{"input_ids": torch.zeros(1, 3).long(), "text": ["a"]}], "batch 0: 'text' is list; expected a tensor"),
         ([{"tokens": torch.zeros(1, 3)}], "batch 0 is no mapping with 'input_ids'"),
         ([{"input_ids": torch.zeros(3).long()}], r"batch 0: 'input_ids' has shape \(3,\); expected \(sequences"),
         (

@@ -86,10 +86,12 @@ def test_thresholds_written_into_a_config_are_found_by_patch(tmp_path: Path) -> 
     model, tokenizer = checkpoint.load(DEMO_MODEL)
     checkpoint.save(model, tokenizer, tmp_path / "copy")
     before = json.loads((tmp_path / "copy" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps({**before, "moe_ext": {"note": "kept"}}))
     thresholds = torch.linspace(0.1, 0.9, len(model.model.layers)).unsqueeze(1)
     checkpoint.write_thresholds(tmp_path / "copy", thresholds)
     after = json.loads((tmp_path / "copy" / "config.json").read_text())
     assert {key: value for key, value in after.items() if key != "moe_ext"} == before
+    assert after["moe_ext"]["note"] == "kept"
     loaded, _ = checkpoint.load(tmp_path / "copy")
     torch.testing.assert_close(active_thresholds(patch(loaded)), thresholds)
     assert active_thresholds(unpatch(loaded)) is None

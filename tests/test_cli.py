@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def test_calibrate_writes_what_the_library_computes(statistics: Path, text: Path
     written = ExpertStatistics.load(statistics)
     assert torch.equal(written.moments, expected.moments)
     assert torch.equal(written.tokens, expected.tokens)
-    assert written.dataset == "english+python"
+    assert written.dataset == "english + python"
 
 
 def test_score_shows_a_table_or_json(statistics: Path) -> None:
@@ -127,10 +128,68 @@ def test_skip_in_place_changes_the_config_alone(statistics: Path, tmp_path: Path
     assert {name for name in after if after[name] != before.get(name)} == {"config.json"}
 
 
-def test_generate_streams_text() -> None:
-    result = moe("generate", MODEL, "The ", "--max-new-tokens", "5", "--temperature", "0.8")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("The ")
+def test_generate_streams_text_and_samples_with_a_temperature(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in ("1", "1", "2"):
+        sampling = ("--max-new-tokens", "12", "--temperature", "1.5", "--seed", seed)
+        assert inside("generate", MODEL, "The ", *sampling) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("The ")
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+def test_a_criterion_can_be_spelled_as_a_triple(statistics: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inside("score", str(statistics), "--criterion", "S(1,0,2)", "--json") == 0
+    triple = json.loads(capsys.readouterr().out)["scores"]
+    assert inside("score", str(statistics), "--criterion", "msan", "--json") == 0
+    assert triple == json.loads(capsys.readouterr().out)["scores"]
+
+
+def test_statistics_of_another_model_are_refused(
+    statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = checkpoint.load(DEMO_MODEL)
+    plan = moe_ext.plan(moe_ext.score(ExpertStatistics.load(statistics)), keep=5)
+    checkpoint.save(moe_ext.prune(model, plan), tokenizer, tmp_path / "pruned")
+    assert inside("skip", str(tmp_path / "pruned"), str(statistics), "--in-place") == 1
+    assert "is of another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("calibrate", MODEL, "--text", "text.txt", "--out", "nosuch/s.safetensors"),
+        ("prune", MODEL, "plan.json", "--out", "full"),
+        ("skip", MODEL, "stats.safetensors", "--out", "full"),
+        ("skip", "owner/name", "stats.safetensors", "--in-place"),
+    ],
+)
+def test_a_destination_that_cannot_be_written_is_found_before_the_work(
+    arguments: tuple[str, ...], statistics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("precious")
+    (tmp_path / "text.txt").write_text("some text")
+    (tmp_path / "stats.safetensors").write_bytes(statistics.read_bytes())
+    moe_ext.plan(moe_ext.score(ExpertStatistics.load(statistics)), keep=6).save(tmp_path / "plan.json")
+
+    def too_late(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr(checkpoint, "load", too_late)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    assert inside(*arguments) == 1
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_a_broken_checkpoint_is_one_line_without_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(DEMO_MODEL, tmp_path / "broken")
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert inside("generate", str(tmp_path / "broken"), "The ") == 1
+    assert capsys.readouterr().err.strip().count("\n") <= 1
 
 
 def test_info_says_what_was_built_and_what_runs() -> None:
@@ -160,6 +219,9 @@ def test_info_says_what_was_built_and_what_runs() -> None:
         ("skip", MODEL, "stats.safetensors"),
         ("score", "stats.safetensors", "--criterion", "man", "--objective", "task-agnostic"),
         ("eval", MODEL),
+        ("eval", MODEL, "--text", "text.txt", "--dtype", "int4"),
+        ("score", "stats.safetensors", "--criterion", "best"),
+        ("score", "stats.safetensors", "--objective", "speed"),
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from moe_ext.criteria import CRITERIA, OBJECTIVES, Scores, score
+from moe_ext.criteria import CRITERIA, OBJECTIVES, Scores, point_of, score
 from moe_ext.statistics import ExpertStatistics
 
 Routed = list[list[list[tuple[float, float]]]]  # layers, experts, (gate weight, output norm) of each routed token
@@ -124,7 +124,9 @@ def test_moments_that_are_nan_show_in_the_score() -> None:
 
 
 def test_an_unknown_criterion_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"criterion: expected one of frequency, .*, random, got 'mean'"):
+    with pytest.raises(
+        ValueError, match=r"criterion: expected one of frequency, .*, or a triple S\(avg,a,b\), got 'mean'"
+    ):
         score(ONE_LAYER, "mean")
 
 
@@ -154,3 +156,14 @@ def test_a_seed_for_a_criterion_that_draws_nothing_is_refused() -> None:
 def test_scores_of_another_shape_or_dtype_are_refused(values: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"values: is .*; expected torch.float64 of shape \(2, E\)"):
         Scores(values, "man", "mixtral", ("a", "b"), 2, "c4")
+
+
+@pytest.mark.parametrize("spelled", ["S(0,1,1)", "S(0, 1, 1)"])
+def test_a_triple_can_be_spelled_as_scores_spell_it(spelled: str) -> None:
+    assert point_of(spelled) == point_of("weighted_ean") == point_of((0, 1, 1)) == (0, 1, 1)
+
+
+@pytest.mark.parametrize("spelled", ["S(2,1,1)", "S(0,1,3)", "S(0,1)", "0,1,1", "s(0,1,1)", "S(0,1,1) "])
+def test_a_triple_outside_the_family_or_misspelled_is_refused(spelled: str) -> None:
+    with pytest.raises(ValueError, match="criterion: expected"):
+        point_of(spelled)

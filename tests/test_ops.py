@@ -151,6 +151,51 @@ def test_strided_activations_and_routing_are_accepted(device: str) -> None:
     assert torch.equal(strided, expected)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_strided_logits_thresholds_and_masks_are_accepted(device: str) -> None:
+    case = on(device, experts_case(9, 4, 2, 32, 24))
+    logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)).to(device)
+    thresholds = torch.linspace(0.1, 0.9, 6, device=device)[::2]
+    for got, expected in zip(
+        ops.route(logits.T, 4, thresholds), ops.route(logits.T.contiguous(), 4, thresholds.contiguous()), strict=True
+    ):
+        assert torch.equal(got, expected)
+    counted = (torch.arange(18, device=device) % 3 == 0)[::2]
+    moments = torch.zeros(2, 4, 3, 3, dtype=torch.float64, device=device)
+    ops.experts_observed(*case.arguments(), moments[0], counted)
+    ops.experts_observed(*case.arguments(), moments[1], counted.contiguous())
+    assert torch.equal(moments[0], moments[1])
+    assert float(moments[0, :, 0, 0].sum()) == 2 * int(counted.sum())
+
+
+def test_many_tokens_on_torchs_threads_equal_their_parts() -> None:
+    # Large enough for several workers in every pass, and for more than one run of kTokensPerRun tokens.
+    case = experts_case(4500, 8, 2, 48, 16)
+    logits = torch.randn(4500, 64, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        for _ in range(5):  # a race shows in some runs only
+            moments = torch.zeros(8, 3, 3, dtype=torch.float64)
+            out = ops.experts_observed(*case.arguments(), moments)
+            weights, experts = ops.route(logits, 6)
+            part_moments = torch.zeros(8, 3, 3, dtype=torch.float64)
+            torch.set_num_threads(1)
+            for first in range(0, 4500, 500):
+                part = slice(first, first + 500)
+                expected = ops.experts_observed(
+                    case.x[part], case.gate_up, case.down, case.experts[part], case.weights[part], "silu", part_moments
+                )
+                assert torch.equal(out[part], expected)
+                part_weights, part_experts = ops.route(logits[part], 6)
+                assert torch.equal(weights[part], part_weights)
+                assert torch.equal(experts[part], part_experts)
+            torch.testing.assert_close(moments, part_moments, rtol=1e-12, atol=0)
+            torch.set_num_threads(4)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_row_has_the_same_bits_in_any_batch_and_for_any_number_of_threads() -> None:
     case = experts_case(150, 4, 2, 160, 96, dtype=torch.bfloat16)
     expected = ops.experts(*case.arguments())

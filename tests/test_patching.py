@@ -202,13 +202,17 @@ def test_gradients_equal_the_unpatched_models(tiny_mixtral: MixtralFactory, impl
         assert torch.equal(got.grad, expected.grad), name
 
 
-def test_gradients_of_a_skipping_model_equal_the_rule_on_the_stock_model(tiny_mixtral: MixtralFactory) -> None:
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_gradients_of_a_skipping_model_equal_the_rule_on_the_stock_model(
+    tiny_mixtral: MixtralFactory, implementation: str
+) -> None:
     stock, patched = tiny_mixtral(), tiny_mixtral()
     tokens = random_tokens(2, 11)
-    for model in (stock, patched):
-        model.set_experts_implementation("eager")
+    stock.set_experts_implementation("eager")
+    patched.set_experts_implementation(implementation)
     skip_in_eager(stock, THRESHOLDS)
-    moe_ext.patch(patched, skip=THRESHOLDS)
+    with torch.inference_mode():  # thresholds made here must not break a later backward
+        moe_ext.patch(patched, skip=THRESHOLDS.clone())
     for model in (stock, patched):
         model(tokens, labels=tokens).loss.backward()
     for (name, expected), (_, got) in zip(stock.named_parameters(), patched.named_parameters(), strict=True):
@@ -229,7 +233,98 @@ def test_a_frozen_router_below_trained_experts_has_gradients(tiny_mixtral: Mixtr
     torch.testing.assert_close(patched.model.layers[0].mlp.experts.down_proj.grad, expected, rtol=1e-4, atol=1e-6)
 
 
+# ---- what a patched model goes through
+
+
+def test_a_patched_model_survives_pickling(tiny_mixtral: MixtralFactory, tmp_path: Path) -> None:
+    model = moe_ext.patch(tiny_mixtral(), skip=THRESHOLDS)
+    tokens = random_tokens(1, 8)
+    expected = logits_of(model, tokens)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits_of(loaded, tokens), expected)
+    assert loaded.model.layers[0].mlp.gate.forward.args[0] is loaded.model.layers[0].mlp.gate
+
+
+def test_patching_again_selects_the_implementation_again(tiny_mixtral: MixtralFactory) -> None:
+    model = moe_ext.patch(tiny_mixtral())
+    tokens = random_tokens(1, 8)
+    expected = logits_of(model, tokens)
+    for other in ("eager", "grouped_mm", "batched_mm"):
+        model.set_experts_implementation(other)  # transformers' experts below our router
+        torch.testing.assert_close(logits_of(model, tokens), expected, rtol=1e-4, atol=1e-4)
+        moe_ext.patch(model)
+        assert model.get_experts_implementation() == {"": "moe_ext"}
+    assert moe_ext.unpatch(model).get_experts_implementation() == {"": "grouped_mm"}
+
+
+def test_static_cache_generates_the_unpatched_models_tokens(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    tokens = random_tokens(1, 5)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(tokens, **options)
+    assert torch.equal(moe_ext.patch(model).generate(tokens, **options), expected)
+
+
 # ---- what cannot be patched
+
+
+def test_a_model_patched_in_part_is_refused(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    moe_ext.patch(model.model)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp is patched already as part of another model"):
+        moe_ext.patch(model)
+    moe_ext.unpatch(model.model)
+    moe_ext.unpatch(moe_ext.patch(model))
+
+
+def test_a_router_whose_forward_was_replaced_is_refused(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    router = model.model.layers[2].mlp.gate
+    router.forward = lambda x: type(router).forward(router, x)
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp: the router's forward was replaced on the instance"):
+        moe_ext.patch(model)
+    assert "forward" in vars(router)
+    assert not is_patched(model)
+
+
+def test_a_subclass_of_the_block_is_patched_too(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    block = model.model.layers[1].mlp
+    block.__class__ = type("Wrapped", (type(block),), {})
+    moe_ext.patch(model)
+    assert hasattr(block.gate, "_moe_ext_thresholds")
+
+
+def test_a_layer_that_is_no_moe_block_is_refused(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    model.model.layers[1].mlp = nn.Identity()
+    with pytest.raises(ValueError, match=r"has 2 MoE layers \(MixtralSparseMoeBlock\); its config says 3"):
+        moe_ext.patch(model)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda e: e.register_parameter("scale", nn.Parameter(torch.ones(8))),
+            "parameters .*'scale'.*expected plain",
+        ),
+        (lambda e: nn.utils.parametrizations.weight_norm(e, "down_proj"), "has parameters .*; expected plain"),
+        (lambda e: setattr(e, "down_proj", nn.Parameter(e.down_proj.half())), "down_proj has another dtype or device"),
+        (
+            lambda e: setattr(e, "down_proj", nn.Parameter(e.down_proj.data.mT.contiguous().mT)),
+            "down_proj is not contiguous",
+        ),
+        (lambda e: setattr(e, "down_proj", nn.Parameter(e.down_proj[:5])), "down_proj has 5 experts; expected 8"),
+    ],
+)
+def test_experts_with_other_weights_are_refused(tiny_mixtral: MixtralFactory, damage: Any, message: str) -> None:
+    model = tiny_mixtral()
+    damage(model.model.layers[0].mlp.experts)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp: .*" + message):
+        moe_ext.patch(model)
+    assert not is_patched(model)
 
 
 def test_a_model_without_moe_layers_is_refused() -> None:
@@ -263,7 +358,7 @@ def test_unsupported_dtypes_and_activations_are_refused(
 
 
 def test_an_unsupported_device_is_refused(tiny_mixtral: MixtralFactory) -> None:
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp: device meta is not supported; use the CPU"):
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp: weight is on the meta device; load the model"):
         moe_ext.patch(tiny_mixtral().to("meta"))
 
 

@@ -134,10 +134,47 @@ def test_at_most_one_layers_experts_are_held_twice(
     assert max(held_twice) == 0  # a compacted layer's old experts are gone before the next layer is touched
 
 
+def test_frozen_weights_stay_frozen(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral().requires_grad_(False)
+    moe_ext.prune(model, plan_of())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_experts_with_further_weights_are_refused_whole(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    model.model.layers[2].mlp.experts.scale = nn.Parameter(torch.ones(8))
+    with pytest.raises(ValueError, match="expected plain"):
+        moe_ext.prune(model, plan_of())
+    assert [layer.mlp.gate.weight.shape[0] for layer in model.model.layers] == [8, 8, 8]
+
+
+def test_a_layer_is_never_half_pruned(tiny_mixtral: MixtralFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_mixtral()
+    select, calls = Tensor.index_select, 0
+
+    def out_of_memory(self: Tensor, *args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise MemoryError
+        return select(self, *args)
+
+    monkeypatch.setattr(Tensor, "index_select", out_of_memory)
+    with pytest.raises(MemoryError):
+        moe_ext.prune(model, plan_of())
+    for layer, count in zip(model.model.layers, (5, 8, 8), strict=True):
+        assert {parameter.shape[0] for parameter in layer.mlp.parameters()} == {count}
+        assert layer.mlp.gate.num_experts == layer.mlp.experts.num_experts == count
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
         (plan_of(model_type="qwen3_moe"), "the plan is for model type 'qwen3_moe'; this model is 'mixtral'"),
+        (
+            plan_of(layers=("a", "b", "c")),
+            "the plan has 3 layers from 'a'; this model has 3 MoE layers from 'model",
+        ),
         (plan_of(KEEP[:2]), "the plan has 2 layers from 'model.layers.0.mlp'; this model has 3 MoE layers"),
         (plan_of(num_experts=16), "the plan is for 16 experts a layer; model.layers.0.mlp has 8"),
         (plan_of(((0, 1), (0, 1, 2), (0, 1))), "keeps different numbers of experts in different layers"),

@@ -79,6 +79,16 @@ def test_padding_is_not_counted_as_skipped_or_routed(tiny_mixtral: MixtralFactor
     assert generated.slots == [(12 + 5 + 2 * 3) * 2] * 3
 
 
+def test_a_mask_that_does_not_tell_padding_is_refused(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    tokens = random_tokens(2, 5)
+    with moe_ext.count_skips(model) as count, torch.no_grad():
+        model.model(tokens, torch.tensor([[1] * 5, [0] * 2 + [1] * 3]))  # positional, the same
+        with pytest.raises(ValueError, match="cannot tell padding from an attention mask that is not"):
+            model(tokens, attention_mask=torch.ones(2, 1, 5, 5, dtype=torch.bool))
+    assert count.slots == [(5 + 3) * 2] * 3
+
+
 @pytest.mark.parametrize("quantile", [-0.1, 1.1, float("nan")])
 def test_a_quantile_outside_its_range_is_refused(quantile: float) -> None:
     with pytest.raises(ValueError, match="expected 0 to 1"):

@@ -201,7 +201,12 @@ def test_merging_leaves_its_operands_alone() -> None:
 
 @pytest.mark.parametrize(
     ("labels", "joined"),
-    [(("c4", "c4"), "c4"), (("math", "c4"), "c4+math"), (("", "c4"), "c4"), (("d+b", "c+b+a"), "a+b+c+d")],
+    [
+        (("c4", "c4"), "c4"),
+        (("math", "C++"), "C++ + math"),
+        (("", "c4"), "c4"),
+        (("d + b", "c + b + a"), "a + b + c + d"),
+    ],
 )
 def test_merging_joins_different_dataset_labels(labels: tuple[str, str], joined: str) -> None:
     left, right = (filled((1, 2, 1), seed=0, dataset=label) for label in labels)

@@ -46,6 +46,7 @@ def test_a_file_and_a_folder_are_read_by_domain(tmp_path: Path) -> None:
         (["missing"], "missing does not exist"),
         (["empty"], "holds no \\*.txt file"),
         (["a.txt", "twin/a.txt"], "two text files are named 'a'"),
+        (["blank.txt"], "blank.txt is empty"),
         (["latin.txt"], "latin.txt is not UTF-8 text"),
     ],
 )
@@ -54,6 +55,7 @@ def test_unusable_text_is_refused(tmp_path: Path, paths: list[str], message: str
         (tmp_path / folder).mkdir()
     for file in ("a.txt", "twin/a.txt"):
         (tmp_path / file).write_text("a")
+    (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
     with pytest.raises(ValueError, match=message):
         read_domains([tmp_path / path for path in paths])

@@ -12,8 +12,9 @@
 // Then the observed norms are summed per expert in position order, in float64. Every element is computed by one thread
 // in a fixed order, so the result does not depend on the number of threads or on the other tokens of the batch.
 //
-// Cost: reads 3 H I weights of each expert that has a token, once; 6 H I FLOPs a slot. P = slots that are no sentinel.
-// Memory: P (I + H) floats, and T H more where x is not float32.
+// Cost: reads 3 H I weights of each expert that has a token, once per kTokensPerRun tokens; 6 H I FLOPs a slot.
+// Memory: P (I + H) floats, and T H more where x is not float32; P = slots that are no sentinel, of at most
+// kTokensPerRun tokens.
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -28,6 +29,8 @@
 namespace moe_ext::cpu {
 namespace {
 
+// Longer inputs run in parts, which bounds the memory: an expert still sees hundreds of tokens each time it is read.
+constexpr int64_t kTokensPerRun = 2048;
 constexpr int64_t kTokensPerTask = 16;
 constexpr int64_t kMultiplyAddsPerWorker = 1 << 17;
 constexpr int64_t kElementsPerWorker = 1 << 15;
@@ -195,6 +198,17 @@ class ExpertsRun {
 
 }  // namespace
 
-void experts(const ExpertsParams& p, const Threads& threads) { ExpertsRun(p, threads).run(); }
+void experts(const ExpertsParams& p, const Threads& threads) {
+  for (int64_t first = 0; first < p.tokens; first += kTokensPerRun) {
+    ExpertsParams part = p;
+    part.tokens = std::min(kTokensPerRun, p.tokens - first);
+    part.x = offset(p.x, p.dtype, first * p.hidden);
+    part.out = static_cast<char*>(p.out) + first * p.hidden * element_size(p.dtype);
+    part.experts = static_cast<const char*>(p.experts) + first * p.top_k * (p.experts_are_int64 ? 8 : 4);
+    part.weights = offset(p.weights, p.weights_dtype, first * p.top_k);
+    if (p.counted != nullptr) part.counted = p.counted + first;
+    ExpertsRun(part, threads).run();
+  }
+}
 
 }  // namespace moe_ext::cpu

@@ -1,0 +1,76 @@
+# From a fresh checkout to the demo or the tests in one command. Needs Python >= 3.10 with its headers and a C++17
+# compiler; everything else is installed into .venv. The package is installed as editable: Python files are used where
+# they are, so that only a change of what is compiled installs again. (.ci/run also tests the wheel that users get.)
+#
+#   make demo    the main job on the demo model
+#   make test    the C++ kernel tests, then the Python tests
+#   make lint    ruff, mypy, clang-format
+#   make clean   removes all that the others made
+
+PYTHON ?= python3
+# PyPI's torch for Linux is the CUDA build, 5 GB, which serves as well without a GPU. The CPU build, 1 GB:
+#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Another version: make clean, then make test TORCH=torch==2.14.1
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+# Further flags for the C++ tests, such as -DMOE_EXT_SANITIZE=ON
+CMAKE_FLAGS ?=
+# One compiler for all parts: torch and CMake would each choose their own otherwise.
+ifeq ($(origin CXX),default)
+CXX := c++
+endif
+export CXX
+
+BIN := .venv/bin
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
+SOURCES := setup.py pyproject.toml moe_ext/version.py $(shell find csrc -type f)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/kernels/*)
+
+.PHONY: help demo test test-kernels test-python lint clean
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: .venv/moe_ext.stamp
+	$(BIN)/moe-ext demo
+
+test: test-kernels test-python
+
+test-kernels: .venv/torch.stamp
+	@echo "== C++ tests of the kernels"
+	@export PATH="$(CURDIR)/$(BIN):$$PATH" && \
+	cmake -S . -B build/kernels -G Ninja $(CMAKE_FLAGS) >build/kernels.log 2>&1 && \
+	cmake --build build/kernels >>build/kernels.log 2>&1 || { cat build/kernels.log; exit 1; } && \
+	ctest --test-dir build/kernels --output-on-failure
+
+test-python: .venv/moe_ext.stamp
+	@echo "== Python tests"
+	$(BIN)/pytest
+
+lint: .venv/moe_ext.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+clean:
+	rm -rf .venv build demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find moe_ext tests examples -name __pycache__ -prune -exec rm -rf {} +
+	rm -f moe_ext/*.so
+
+# What building needs, torch first: it decides which torch everything after it sees.
+.venv/torch.stamp:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("moe_ext needs Python >= 3.10; $(PYTHON) is " + sys.version)'
+	@$(PYTHON) -c 'import os, sys, sysconfig; os.path.exists(sysconfig.get_path("include") + "/Python.h") or sys.exit("Python.h of $(PYTHON) is missing: install its headers (Debian: apt install python3-dev)")'
+	@echo '#include <optional>' | $(CXX) -std=c++17 -fsyntax-only -x c++ - 2>/dev/null || \
+	  { echo "no C++17 compiler: '$(CXX)' does not work. Install one (Debian: apt install g++) or name it: make CXX=..."; exit 1; }
+	@echo "== creating .venv with $(TORCH)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install --no-deps $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) $(TORCH)
+	@$(PIP) install $(TORCH) setuptools wheel ninja numpy
+	@command -v cmake >/dev/null || $(PIP) install cmake
+	@mkdir -p build && touch $@
+
+.venv/moe_ext.stamp: .venv/torch.stamp $(SOURCES)
+	@echo "== building and installing moe_ext"
+	@$(PIP) install --no-build-isolation --editable '.[test,dev]'
+	@touch $@

@@ -1,0 +1,69 @@
+// Tests without a framework. A test program is one .cpp that includes this header, which also holds main():
+//   TEST("two and two make four") { CHECK(2 + 2 == 4, "got ", 2 + 2); }
+// A failed CHECK ends its test with the condition, the place and the values given; the other tests still run.
+#pragma once
+
+#include <chrono>
+#include <cstdio>
+#include <exception>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace check {
+
+struct Test {
+  const char* sentence;
+  void (*body)();
+};
+
+inline std::vector<Test>& tests() {
+  static std::vector<Test> all;
+  return all;
+}
+
+struct Registration {
+  Registration(const char* sentence, void (*body)()) { tests().push_back({sentence, body}); }
+};
+
+template <typename... Values>
+[[noreturn]] void fail(const char* condition, const char* file, int line, const Values&... values) {
+  std::ostringstream text;
+  text.precision(9);
+  text << file << ":" << line << ": " << condition << " ";
+  (text << ... << values);
+  throw std::runtime_error(text.str());
+}
+
+}  // namespace check
+
+#define CHECK_JOIN_(a, b) a##b
+#define CHECK_JOIN(a, b) CHECK_JOIN_(a, b)
+#define TEST(sentence)                                                                                          \
+  static void CHECK_JOIN(test_, __LINE__)();                                                                    \
+  static const check::Registration CHECK_JOIN(registration_, __LINE__)(sentence, &CHECK_JOIN(test_, __LINE__)); \
+  static void CHECK_JOIN(test_, __LINE__)()
+#define CHECK(condition, ...)                                                   \
+  do {                                                                          \
+    if (!(condition)) check::fail(#condition, __FILE__, __LINE__, __VA_ARGS__); \
+  } while (false)
+
+int main() {
+  int failed = 0;
+  for (const check::Test& test : check::tests()) {
+    const auto start = std::chrono::steady_clock::now();
+    std::string problem;
+    try {
+      test.body();
+    } catch (const std::exception& error) {
+      problem = error.what();
+    }
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    std::printf("%-4s %6.2f s  %s\n", problem.empty() ? "ok" : "FAIL", seconds, test.sentence);
+    if (!problem.empty()) std::printf("     %s\n", problem.c_str());
+    failed += !problem.empty();
+  }
+  std::printf("%d tests, %d failed\n", static_cast<int>(check::tests().size()), failed);
+  return failed == 0 ? 0 : 1;
+}
