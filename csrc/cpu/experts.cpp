@@ -76,8 +76,8 @@ std::vector<BlockTask> block_tasks(const SortedSlots& slots, int64_t num_experts
 
 class ExpertsRun {
  public:
-  ExpertsRun(const ExpertsParams& p, const Threads& threads)
-      : p_(p), threads_(threads), loops_(active_loops()), slots_(sort_slots(p)) {}
+  ExpertsRun(const ExpertsParams& p, const Threads& threads, const Loops& loops)
+      : p_(p), threads_(threads), loops_(loops), slots_(sort_slots(p)) {}
 
   void run() {
     gate_up();
@@ -199,6 +199,7 @@ class ExpertsRun {
 }  // namespace
 
 void experts(const ExpertsParams& p, const Threads& threads) {
+  const Loops& loops = active_loops();  // throws if MOE_EXT_ISA cannot be honoured, also without tokens
   for (int64_t first = 0; first < p.tokens; first += kTokensPerRun) {
     ExpertsParams part = p;
     part.tokens = std::min(kTokensPerRun, p.tokens - first);
@@ -207,7 +208,7 @@ void experts(const ExpertsParams& p, const Threads& threads) {
     part.experts = static_cast<const char*>(p.experts) + first * p.top_k * (p.experts_are_int64 ? 8 : 4);
     part.weights = offset(p.weights, p.weights_dtype, first * p.top_k);
     if (p.counted != nullptr) part.counted = p.counted + first;
-    ExpertsRun(part, threads).run();
+    ExpertsRun(part, threads, loops).run();
   }
 }
 
