@@ -56,6 +56,8 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder to fill; on success it becomes ``path`` in one step.
 
+    The files in it get the mode that the umask says, whatever mode their writers gave them.
+
     Args:
         path: the destination; must not exist, or be an empty folder. Its parent must exist.
 
@@ -75,8 +77,10 @@ def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
+        mode = temporary.stat().st_mode & 0o666  # what the umask says of files: safetensors' save_file leaves 0600
         for folder, _, names in os.walk(temporary, topdown=False):
             for name in names:
+                Path(folder, name).chmod(mode)
                 _flush_to_disk(Path(folder, name))
             _flush_to_disk(Path(folder))
         temporary.rename(target)

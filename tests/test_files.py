@@ -215,3 +215,14 @@ def test_a_folder_filled_by_someone_else_meanwhile_is_left_to_them(tmp_path: Pat
 def test_a_killed_process_leaves_no_folder(tmp_path: Path) -> None:
     kill_while_writing("replace_folder", tmp_path / "folder", write="(temporary / 'file').write_bytes(b'ha')")
     assert not (tmp_path / "folder").exists()
+
+
+def test_files_in_a_new_folder_get_the_mode_that_the_umask_says(tmp_path: Path) -> None:
+    with replace_folder(tmp_path / "new") as folder:
+        (folder / "deep").mkdir()
+        for name in ("secret", "deep/secret"):
+            (folder / name).write_text("weights")
+            (folder / name).chmod(0o600)
+    (tmp_path / "ordinary").write_text("")
+    for name in ("secret", "deep/secret"):
+        assert (tmp_path / "new" / name).stat().st_mode == (tmp_path / "ordinary").stat().st_mode
