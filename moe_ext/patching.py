@@ -77,8 +77,8 @@ def patch(model: PreTrainedModel, *, skip: Tensor | Literal["config"] | None = "
         _check_unpatched(blocks)
         entry = getattr(model.config, CONFIG_KEY, None)
         state = _Patch(model.get_experts_implementation(), None if entry is None else dict(entry), None)
-        model._moe_ext_patch = state
-    model.set_experts_implementation(IMPLEMENTATION)
+    model.set_experts_implementation(IMPLEMENTATION)  # before anything else changes: transformers may refuse
+    model._moe_ext_patch = state
     state.thresholds = thresholds
     if not isinstance(skip, str):
         _restore_config_entry(model, state)  # thresholds of an earlier patch are replaced, not kept

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -273,9 +272,11 @@ def test_an_interrupted_calibration_leaves_no_file(tmp_path: Path) -> None:
         text=True,
     )
     assert process.stderr is not None
-    while "batch/s" not in process.stderr.read(64):  # the progress bar: it is calibrating
-        assert process.poll() is None
-        time.sleep(0.01)
+    shown = ""
+    while "batch/s" not in shown:  # the progress bar: it is calibrating
+        character = process.stderr.read(1)
+        assert character, shown
+        shown += character
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) != 0
     process.stderr.close()
