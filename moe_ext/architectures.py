@@ -87,7 +87,7 @@ def moe_blocks(model: PreTrainedModel) -> list[MoeBlock]:
     """The MoE layers of a model in layer order.
 
     Raises:
-        TypeError, ValueError: as :func:`family_of`; ValueError too if the model has no MoE layer.
+        TypeError, ValueError: as :func:`family_of`; ValueError too if the number of MoE layers is not the config's.
     """
     family = family_of(model)
     blocks = [

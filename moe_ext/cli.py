@@ -23,6 +23,7 @@ from moe_ext.calibration import calibrate as run_calibration
 from moe_ext.criteria import CRITERIA, Scores, point_of
 from moe_ext.criteria import score as scores_of
 from moe_ext.evaluation import perplexity
+from moe_ext.files import file_destination, folder_destination
 from moe_ext.patching import patch
 from moe_ext.plan import PruningPlan
 from moe_ext.plan import plan as plan_from
@@ -50,18 +51,6 @@ def known_criterion(criterion: str | None) -> str | None:
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
     return criterion
-
-
-def free_folder(path: Path) -> None:
-    """Finds out before the work that its result could not be written."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} already exists; --out expects a new or an empty folder")
-    writable_parent(path)
-
-
-def writable_parent(path: Path) -> None:
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder {path.absolute().parent} of --out does not exist")
 
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the Hugging Face Hub.", show_default=False)]
@@ -130,7 +119,7 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Run a model over text and write its expert statistics."""
-    writable_parent(save_to)
+    file_destination(save_to)
     texts = read_domains(text)
     loaded, tokenizer = load(model, dtype, device)
     batches = list(token_batches(texts, tokenizer, window=window, batch_size=batch_size))
@@ -195,7 +184,7 @@ def prune(
 ) -> None:
     """Remove the experts that a plan does not keep and write a checkpoint that stock transformers loads."""
     made = PruningPlan.load(plan)
-    free_folder(save_to)
+    folder_destination(save_to)
     loaded, tokenizer = load(model, dtype, "cpu")
     before = loaded.num_parameters()
     apply_plan(loaded, made)
@@ -228,7 +217,7 @@ def skip(
     stats = ExpertStatistics.load(statistics)
     texts = read_domains(text) if text else {}
     if save_to is not None:
-        free_folder(save_to)
+        folder_destination(save_to)
     elif not (Path(model) / "config.json").is_file():
         raise FileNotFoundError(f"--in-place needs a checkpoint folder; {model} has no config.json")
     loaded, tokenizer = load(model, dtype, device)

@@ -32,11 +32,7 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         IsADirectoryError: ``path`` is a folder.
         FileNotFoundError: the folder of ``path`` does not exist.
     """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise IsADirectoryError(f"path: {target} is a folder; expected a file")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"path: the folder {target.parent} does not exist")
+    target = file_destination(path)
     temporary = _temporary_beside(target)
     try:
         temporary.touch(mode=0o666, exist_ok=False)
@@ -68,11 +64,7 @@ def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         FileExistsError: ``path`` is a file or a folder with something in it.
         FileNotFoundError: the parent of ``path`` does not exist.
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not (target.is_dir() and next(target.iterdir(), None) is None):
-        raise FileExistsError(f"path: {target} already exists; expected a new or an empty folder")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"path: the folder {target.parent} does not exist")
+    target = folder_destination(path)
     temporary = _temporary_beside(target)
     try:
         temporary.mkdir()
@@ -88,6 +80,28 @@ def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _flush_to_disk(target.parent)
+
+
+def file_destination(path: str | os.PathLike[str]) -> Path:
+    """Where :func:`replace_file` would write; raises what it would, so that long work can ask first."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"path: {target} is a folder; expected a file")
+    return _in_existing_folder(target)
+
+
+def folder_destination(path: str | os.PathLike[str]) -> Path:
+    """Where :func:`replace_folder` would write; raises what it would, so that long work can ask first."""
+    target = Path(os.path.realpath(path))
+    if target.exists() and not (target.is_dir() and next(target.iterdir(), None) is None):
+        raise FileExistsError(f"path: {target} already exists; expected a new or an empty folder")
+    return _in_existing_folder(target)
+
+
+def _in_existing_folder(target: Path) -> Path:
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path: the folder {target.parent} does not exist")
+    return target
 
 
 def _temporary_beside(target: Path) -> Path:

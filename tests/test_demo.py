@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from moe_ext import checkpoint, demo, patch
@@ -83,6 +82,6 @@ def test_a_second_run_keeps_the_first_runs_checkpoint(finished: tuple[dict[str, 
     shared = demo.Demo.__new__(demo.Demo)
     shared.model, shared.tokenizer = model, tokenizer
     shared.prompt = tokenizer("def f(", return_tensors="pt")
-    folder = demo._save_and_reload(shared, patch(model), torch.full((4, 1), 0.5), tmp_path / "pruned-6")
+    folder = demo._save_and_reload(shared, patch(model), tmp_path / "pruned-6")
     assert folder == tmp_path / "pruned-6-2"
     assert (tmp_path / "pruned-6" / "mine").read_text() == "precious"
