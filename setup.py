@@ -6,6 +6,7 @@ MOE_EXT_CUDA=1 insists on them, MOE_EXT_CUDA=0 leaves them out. TORCH_CUDA_ARCH_
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
 
-def wants_cuda(cuda_sources: list[str]) -> bool:
+def wants_cuda() -> bool:
     """Whether to build the CUDA kernels; exits with the reason when MOE_EXT_CUDA=1 cannot be honoured."""
     choice = os.environ.get("MOE_EXT_CUDA", "")
     if choice not in ("", "0", "1"):
@@ -30,7 +31,6 @@ def wants_cuda(cuda_sources: list[str]) -> bool:
     missing = [
         reason
         for reason, present in {
-            "this version of moe_ext has no CUDA kernels yet (csrc/cuda is empty)": cuda_sources,
             f"torch {torch.__version__} is no CUDA build": torch.version.cuda,
             "nvcc was not found (set CUDA_HOME)": CUDA_HOME,
         }.items()
@@ -41,11 +41,28 @@ def wants_cuda(cuda_sources: list[str]) -> bool:
     return choice != "0" and not missing
 
 
+def cuda_archs() -> str:
+    """CUDA_ARCHS as far as this nvcc knows them, machine code for each and PTX of the last for what comes later."""
+    listed = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--list-gpu-arch"], check=True, capture_output=True, text=True)
+    known = set(re.findall(r"compute_(\d+)", listed.stdout))
+    archs = [arch for arch in CUDA_ARCHS.removesuffix("+PTX").split() if arch.replace(".", "") in known]
+    if not archs:
+        raise SystemExit(f"{CUDA_HOME}/bin/nvcc knows none of {CUDA_ARCHS}; install a newer CUDA toolkit")
+    return " ".join(archs) + "+PTX"
+
+
+def check_archs(archs: str) -> None:
+    """Exits if TORCH_CUDA_ARCH_LIST asks for a device that lacks bfloat16 tensor cores and cp.async."""
+    old = [arch for arch in re.findall(r"\d+\.\d+", archs) if float(arch) < 8.0]
+    if old:
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST={archs!r}: moe_ext's CUDA kernels need 8.0 or newer, not {old[0]}")
+
+
 def extension() -> Extension:
-    cuda_sources = sources("csrc/cuda/*.cu")
-    cuda = wants_cuda(cuda_sources)
+    cuda = wants_cuda()
     if cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_archs())
+        check_archs(os.environ["TORCH_CUDA_ARCH_LIST"])
     defines = [
         ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
         ("MOE_EXT_TORCH_VERSION", f'"{torch.__version__}"'),
@@ -58,12 +75,13 @@ def extension() -> Extension:
     if cuda:
         defines.append(("MOE_EXT_WITH_CUDA", "1"))
     make = CUDAExtension if cuda else CppExtension
+    cuda_sources = sources("csrc/cuda/*.cu") if cuda else []
     return make(
         name="moe_ext._C",
-        sources=["csrc/ops.cpp", "csrc/module.cpp", *sources("csrc/cpu/*.cpp"), *(cuda_sources if cuda else [])],
+        sources=["csrc/ops.cpp", "csrc/module.cpp", *sources("csrc/cpu/*.cpp"), *cuda_sources],
         include_dirs=[str(ROOT / "csrc")],
         define_macros=defines,
-        extra_compile_args={"cxx": cxx, "nvcc": ["-std=c++17", "-O3", "--expt-relaxed-constexpr"]},
+        extra_compile_args={"cxx": cxx, "nvcc": ["-std=c++17", "-O3", "-Xcompiler=-Wall,-Wextra,-fvisibility=hidden"]},
         extra_link_args=link,
     )
 

@@ -1,4 +1,4 @@
-"""Copies measured tables from benchmarks/results into README.md, so that no number in it is typed by hand.
+"""Copies measured tables from benchmarks/results into the READMEs, so that no number in them is typed by hand.
 
 ``python benchmarks/update_readme.py`` rewrites the parts between the markers; ``--check`` exits with 1 if they differ
 from what the newest results say (a test runs it).
@@ -6,11 +6,12 @@ from what the newest results say (a test runs it).
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from record import table
 
 from moe_ext.demo import cells_of, columns_of
 from moe_ext.files import replace_file
@@ -44,27 +45,56 @@ def demo_table(result: Mapping[str, Any], source: str) -> str:
     return "\n".join(lines)
 
 
-def updated(readme: str) -> str:
-    source = newest("demo")
-    table = demo_table(json.loads(source.read_text(encoding="utf-8")), source.name)
-    pattern = re.compile(r"(<!-- demo table -->\n).*?(<!-- end of demo table -->)", re.DOTALL)
-    changed, count = pattern.subn(lambda match: match[1] + table + "\n" + match[2], readme)
-    if count != 1:
-        raise SystemExit("README.md has no place for the demo table")
-    return changed
+def counters_tables(result: Mapping[str, Any], source: str) -> str:
+    parts = [f"**{name}**\n\n{table(rows)}" for name, rows in result["tables"].items()]
+    parts.append(
+        f"{result['date']}, torch {result['versions']['torch']}: {result['what']} ([{source}](results/{source}))."
+    )
+    return "\n\n".join(parts)
+
+
+def ptxas_table(result: Mapping[str, Any], source: str) -> str:
+    spilling = ", ".join(result["spilling_kernels"]) or "no kernel spills"
+    return (
+        f"{table(result['rows'])}\n\n{result['date']}, {result['compiler']}: {spilling} ([{source}](results/{source}))."
+    )
+
+
+# The place of a table, between markers, and what goes there.
+PLACES: list[tuple[Path, str, Callable[[Mapping[str, Any], str], str]]] = [
+    (ROOT / "README.md", "demo", demo_table),
+    (ROOT / "benchmarks" / "README.md", "cuda-counters", counters_tables),
+    (ROOT / "benchmarks" / "README.md", "cuda-ptxas", ptxas_table),
+]
+
+
+def updated(path: Path, text: str) -> str:
+    """The text of a README with the newest results in its places."""
+    for readme, name, render in PLACES:
+        if readme != path:
+            continue
+        source = newest(name)
+        rendered = render(json.loads(source.read_text(encoding="utf-8")), source.name)
+        begin, end = f"<!-- {name} table -->\n", f"<!-- end of {name} table -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise SystemExit(f"{path} has no place for the {name} table")
+        before, rest = text.split(begin)
+        text = before + begin + rendered + "\n" + end + rest.split(end)[1]
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if a README is out of date")
     check = parser.parse_args().check
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = updated(before)
-    if check:
-        sys.exit(0 if after == before else "README.md is out of date: run python benchmarks/update_readme.py")
-    with replace_file(path) as temporary:
-        temporary.write_text(after, encoding="utf-8")
+    for path in dict.fromkeys(readme for readme, _, _ in PLACES):
+        before = path.read_text(encoding="utf-8")
+        after = updated(path, before)
+        if check and after != before:
+            sys.exit(f"{path} is out of date: run python benchmarks/update_readme.py")
+        if not check:
+            with replace_file(path) as temporary:
+                temporary.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

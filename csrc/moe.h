@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+struct CUstream_st;  // *cudaStream_t
+
 namespace moe_ext {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -26,7 +28,7 @@ struct RouteParams {
   const void* logits;       // (T, E) of `dtype`
   const float* thresholds;  // (K - 1), or null: nothing is skipped
   float* weights;           // (T, K) out
-  int32_t* experts;         // (T, K) out
+  int64_t* experts;         // (T, K) out
   int64_t tokens;
   int64_t num_experts;
   int64_t top_k;
@@ -72,4 +74,23 @@ bool isa_runs_here(int isa);
 int active_isa();
 
 }  // namespace cpu
+
+namespace cuda {
+
+inline constexpr int64_t kMaxRoutedExperts = 512;  // that route takes: a warp holds a token's logits
+inline constexpr int64_t kMaxExperts = 8192;       // that experts takes: a block holds a count of each
+
+// Device memory for the duration of a call, from the caller's allocator; kernels may still be using it when the call
+// returns, in stream order. allocate(context, bytes) gives 16-byte aligned memory.
+struct Scratch {
+  void* context;
+  void* (*allocate)(void* context, int64_t bytes);
+};
+
+// Launch on `stream` of the current device and return; pointers are to device memory. They throw std::runtime_error if
+// CUDA refuses a launch.
+void route(const RouteParams& p, CUstream_st* stream);
+void experts(const ExpertsParams& p, const Scratch& scratch, CUstream_st* stream);
+
+}  // namespace cuda
 }  // namespace moe_ext

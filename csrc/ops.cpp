@@ -3,6 +3,11 @@
 // check runs before a kernel does, names the argument, and says what was expected and what came.
 #pragma GCC diagnostic push  // unused parameters in the headers of torch 2.13
 #pragma GCC diagnostic ignored "-Wunused-parameter"
+#ifdef MOE_EXT_WITH_CUDA
+#define USE_CUDA  // shows aoti_torch_get_current_cuda_stream
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -94,8 +99,17 @@ void check_type(const char* op, const char* name, const Tensor& tensor, const st
   refuse(op, "'", name, "' has dtype ", text_of(got), "; expected ", expected);
 }
 
-void check_cpu(const char* op, const char* name, const Tensor& tensor) {
-  if (!tensor.is_cpu()) refuse(op, "'", name, "' is not on the CPU like the first argument; move it there");
+std::string device_of(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device());
+  return "another device";
+}
+
+void check_device(const char* op, const char* name, const Tensor& tensor, const char* first_name, const Tensor& first) {
+  const std::string expected = device_of(first), got = device_of(tensor);
+  if (got != expected) {
+    refuse(op, "'", name, "' is on ", got, "; expected ", expected, " like '", first_name, "'");
+  }
 }
 
 void check_contiguous(const char* op, const char* name, const Tensor& tensor) {
@@ -125,12 +139,19 @@ Activation activation_named(const char* op, const std::string& name) {
 // (check_contiguous).
 Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
+// x at an odd offset of its storage is copied, so that rows can be read 16 bytes at a time. (Weights are not: odd ones
+// take the kernels that read element by element.)
+Tensor aligned(const Tensor& tensor) {
+  const bool odd = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 != 0;
+  return odd ? torch::stable::clone(tensor) : tensor;
+}
+
 std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
   if (!tensor.has_value()) return std::nullopt;
   return dense(*tensor);
 }
 
-// ---- torch's thread pool
+// ---- what the kernels get from torch: its threads on the CPU; on CUDA its stream and its memory
 
 void run_on_torch_threads(int64_t workers, void (*body)(void*), void* context) {
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
@@ -140,6 +161,44 @@ void run_on_torch_threads(int64_t workers, void (*body)(void*), void* context) {
 }
 
 Threads torch_threads() { return {static_cast<int64_t>(torch::stable::get_num_threads()), run_on_torch_threads}; }
+
+#ifdef MOE_EXT_WITH_CUDA
+
+// Makes a tensor's device the current one; its current stream is what the kernels run on.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const Tensor& tensor) : guard_(static_cast<int32_t>(tensor.get_device())) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(static_cast<int32_t>(tensor.get_device()), &stream));
+    stream_ = static_cast<CUstream_st*>(stream);
+  }
+  CUstream_st* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  CUstream_st* stream_ = nullptr;
+};
+
+// Memory from torch's caching allocator, given back in stream order when this goes.
+class TorchScratch {
+ public:
+  explicit TorchScratch(const Tensor& like) : like_(like) {}
+  cuda::Scratch scratch() {
+    return {this, [](void* context, int64_t bytes) { return static_cast<TorchScratch*>(context)->allocate(bytes); }};
+  }
+
+ private:
+  void* allocate(int64_t bytes) {
+    tensors_.push_back(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte));
+    return tensors_.back().mutable_data_ptr();
+  }
+
+  const Tensor& like_;
+  std::vector<Tensor> tensors_;
+};
+
+#endif
 
 // ---- route
 
@@ -162,27 +221,38 @@ RouteShape check_route(const Tensor& logits, int64_t top_k, const std::optional<
   return shape;
 }
 
-std::tuple<Tensor, Tensor> route_cpu(const Tensor& logits, int64_t top_k, const std::optional<Tensor>& thresholds,
-                                     bool renormalise) {
+std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, std::optional<Tensor> thresholds,
+                                 bool renormalise) {
+  constexpr const char* op = "route";
   const RouteShape shape = check_route(logits, top_k, thresholds);
-  const DType dtype = float_type("route", "logits", logits);
-  if (thresholds.has_value()) check_cpu("route", "thresholds", *thresholds);
+  const DType dtype = float_type(op, "logits", logits);
+  if (thresholds.has_value()) check_device(op, "thresholds", *thresholds, "logits", logits);
+  if (logits.is_cuda() && shape.num_experts > cuda::kMaxRoutedExperts) {
+    refuse(op, "'logits' has ", shape.num_experts, " experts; the CUDA kernel takes up to ", cuda::kMaxRoutedExperts);
+  }
 
   const Tensor dense_logits = dense(logits);
   const std::optional<Tensor> dense_thresholds = dense(thresholds);
   const Tensor weights = torch::stable::new_empty(logits, {shape.tokens, top_k}, ScalarType::Float);
-  const Tensor experts = torch::stable::new_empty(logits, {shape.tokens, top_k}, ScalarType::Int);
+  const Tensor experts = torch::stable::new_empty(logits, {shape.tokens, top_k}, ScalarType::Long);
 
   RouteParams p{};
   p.logits = dense_logits.const_data_ptr();
   p.thresholds = dense_thresholds.has_value() ? static_cast<const float*>(dense_thresholds->const_data_ptr()) : nullptr;
   p.weights = static_cast<float*>(weights.mutable_data_ptr());
-  p.experts = static_cast<int32_t*>(experts.mutable_data_ptr());
+  p.experts = static_cast<int64_t*>(experts.mutable_data_ptr());
   p.tokens = shape.tokens;
   p.num_experts = shape.num_experts;
   p.top_k = top_k;
   p.dtype = dtype;
   p.renormalise = renormalise;
+#ifdef MOE_EXT_WITH_CUDA
+  if (logits.is_cuda()) {
+    const OnDeviceOf device(logits);
+    cuda::route(p, device.stream());
+    return {weights, experts};
+  }
+#endif
   cpu::route(p, torch_threads());
   return {weights, experts};
 }
@@ -244,22 +314,24 @@ void check_expert_range(const char* op, const ExpertsParams& p) {
          " (that one marks an empty slot)");
 }
 
-Tensor run_experts_cpu(const char* op, const Tensor& x, const Tensor& gate_up, const Tensor& down,
-                       const Tensor& experts, const Tensor& weights, const std::string& activation,
-                       const Tensor* moments, const std::optional<Tensor>& counted) {
+Tensor run_experts(const char* op, const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts,
+                   const Tensor& weights, const std::string& activation, const Tensor* moments,
+                   const std::optional<Tensor>& counted) {
   ExpertsParams p = check_experts(op, x, gate_up, down, experts, weights, activation);
-  check_cpu(op, "x", x);
-  check_cpu(op, "gate_up", gate_up);
-  check_cpu(op, "down", down);
-  check_cpu(op, "experts", experts);
-  check_cpu(op, "weights", weights);
+  check_device(op, "gate_up", gate_up, "x", x);
+  check_device(op, "down", down, "x", x);
+  check_device(op, "experts", experts, "x", x);
+  check_device(op, "weights", weights, "x", x);
   if (moments != nullptr) {
     check_observation(op, p, *moments, counted);
-    check_cpu(op, "moments", *moments);
-    if (counted.has_value()) check_cpu(op, "counted", *counted);
+    check_device(op, "moments", *moments, "x", x);
+    if (counted.has_value()) check_device(op, "counted", *counted, "x", x);
+  }
+  if (x.is_cuda() && p.num_experts > cuda::kMaxExperts) {
+    refuse(op, "'gate_up' has ", p.num_experts, " experts; the CUDA kernels take up to ", cuda::kMaxExperts);
   }
 
-  const Tensor dense_x = dense(x);
+  const Tensor dense_x = x.is_cuda() ? aligned(dense(x)) : dense(x);
   const Tensor dense_experts = dense(experts);
   const Tensor dense_weights = dense(weights);
   const std::optional<Tensor> dense_counted = dense(counted);
@@ -270,23 +342,31 @@ Tensor run_experts_cpu(const char* op, const Tensor& x, const Tensor& gate_up, c
   p.weights = dense_weights.const_data_ptr();
   p.moments = moments != nullptr ? static_cast<double*>(moments->mutable_data_ptr()) : nullptr;
   p.counted = dense_counted.has_value() ? static_cast<const bool*>(dense_counted->const_data_ptr()) : nullptr;
-  check_expert_range(op, p);
+  if (x.is_cpu()) check_expert_range(op, p);  // on CUDA the kernels assert it: the host does not wait for them
 
   const Tensor out = torch::stable::new_empty(x, {p.tokens, p.hidden});
   p.out = out.mutable_data_ptr();
+#ifdef MOE_EXT_WITH_CUDA
+  if (x.is_cuda()) {
+    const OnDeviceOf device(x);
+    TorchScratch memory(x);
+    cuda::experts(p, memory.scratch(), device.stream());
+    return out;
+  }
+#endif
   cpu::experts(p, torch_threads());
   return out;
 }
 
-Tensor experts_cpu(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts,
-                   const Tensor& weights, std::string activation) {
-  return run_experts_cpu("experts", x, gate_up, down, experts, weights, activation, nullptr, std::nullopt);
+Tensor experts(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts, const Tensor& weights,
+               std::string activation) {
+  return run_experts("experts", x, gate_up, down, experts, weights, activation, nullptr, std::nullopt);
 }
 
-Tensor experts_observed_cpu(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts,
-                            const Tensor& weights, std::string activation, const Tensor& moments,
-                            std::optional<Tensor> counted) {
-  return run_experts_cpu("experts_observed", x, gate_up, down, experts, weights, activation, &moments, counted);
+Tensor experts_observed(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts,
+                        const Tensor& weights, std::string activation, const Tensor& moments,
+                        std::optional<Tensor> counted) {
+  return run_experts("experts_observed", x, gate_up, down, experts, weights, activation, &moments, counted);
 }
 
 }  // namespace
@@ -301,7 +381,15 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("route", TORCH_BOX(&moe_ext::route_cpu));
-  m.impl("experts", TORCH_BOX(&moe_ext::experts_cpu));
-  m.impl("experts_observed", TORCH_BOX(&moe_ext::experts_observed_cpu));
+  m.impl("route", TORCH_BOX(&moe_ext::route));
+  m.impl("experts", TORCH_BOX(&moe_ext::experts));
+  m.impl("experts_observed", TORCH_BOX(&moe_ext::experts_observed));
 }
+
+#ifdef MOE_EXT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
+  m.impl("route", TORCH_BOX(&moe_ext::route));
+  m.impl("experts", TORCH_BOX(&moe_ext::experts));
+  m.impl("experts_observed", TORCH_BOX(&moe_ext::experts_observed));
+}
+#endif

@@ -35,22 +35,26 @@ class _Observer:
         self, x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
     ) -> Tensor:
         out = ops.experts_observed(x, gate_up, down, experts, weights, activation, self.moments, self.counted)
-        if self.counted is not None:
-            experts, weights = experts[self.counted], weights[self.counted]
         self._count(experts.long(), weights.float())
         return out
 
     def _count(self, experts: Tensor, weights: Tensor) -> None:
-        """experts, weights: (T, K) of the counted tokens."""
-        self.tokens += experts.shape[0]
+        """experts, weights: (T, K). Sizes depend on shapes only, so that a GPU is not waited for."""
+        ones = torch.ones(experts.shape[0], dtype=torch.int64, device=experts.device)
+        counted = ones if self.counted is None else self.counted.long()  # (T,) 1 for tokens that count
+        self.tokens += counted.sum()
         ranked = weights.sort(dim=-1, descending=True).values
         ratios = (ranked[:, 1:] / ranked[:, :1]).nan_to_num(0.0)  # a NaN is reported once the moments are read
         bins = (ratios * RATIO_BINS).long().clamp(0, RATIO_BINS - 1)  # (T, K - 1)
         ranks = torch.arange(self.top_k - 1, device=bins.device) * RATIO_BINS
-        counts = torch.bincount((bins + ranks).flatten(), minlength=self.ratio_histogram.numel())
-        self.ratio_histogram += counts.view_as(self.ratio_histogram)
+        _add_counts(self.ratio_histogram, bins + ranks, counted[:, None])
         pairs = experts.unsqueeze(2) * self.num_experts + experts.unsqueeze(1)  # (T, K, K)
-        self.coactivation += torch.bincount(pairs.flatten(), minlength=self.num_experts**2).view_as(self.coactivation)
+        _add_counts(self.coactivation, pairs, counted[:, None, None])
+
+
+def _add_counts(histogram: Tensor, bins: Tensor, counts: Tensor) -> None:
+    """histogram[bin] += count for every element of bins, in place; counts broadcast to the shape of bins."""
+    histogram.view(-1).scatter_add_(0, bins.flatten(), counts.expand_as(bins).flatten())
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """The operators, typed: thin wrappers over ``torch.ops.moe_ext`` and their fake (Meta) kernels for ``torch.compile``.
 
 T tokens, E experts, K slots a token, H hidden size, I expert intermediate size. A slot with expert index E (the
-sentinel) has no expert: it costs nothing and adds nothing. The CPU results do not depend on the number of threads nor
-on the other tokens of the batch. The operators have no backward: a patched model runs transformers' own
-differentiable path when gradients are required.
+sentinel) has no expert: it costs nothing and adds nothing. Results are the same bits from run to run; on the CPU they
+depend neither on the number of threads nor on the other tokens of the batch. On CUDA the operators run on the current
+stream, never wait for the device, and can be captured in a CUDA graph. They have no backward: a patched model runs
+transformers' own differentiable path when gradients are required.
 """
 
 import torch
@@ -33,12 +34,13 @@ def route(
     Args:
         logits: (T, E) float32, bfloat16 or float16. Equal logits: the lower expert index ranks first. A NaN ranks
             first and makes the token's weights NaN.
-        top_k: K, from 1 to E.
+        top_k: K, from 1 to E. On CUDA E is at most 512.
         thresholds: (K - 1,) float32, or None to skip nothing.
         renormalise: whether a token's K weights are scaled to sum to 1; otherwise they are softmax values over E.
 
     Returns:
-        weights (T, K) float32, largest first, 0 in skipped slots; experts (T, K) int32, E in skipped slots.
+        weights (T, K) float32, largest first, 0 in skipped slots; experts (T, K) int64 as torch.topk's, E in skipped
+        slots.
 
     Raises:
         RuntimeError: a shape, dtype, device or value is not as above; the argument is named.
@@ -56,12 +58,15 @@ def experts(x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: 
         x: (T, H) float32, bfloat16 or float16.
         gate_up: (E, 2I, H), contiguous, dtype of ``x``: rows [0, I) are the gate, [I, 2I) the up projection.
         down: (E, H, I), contiguous, dtype of ``x``.
-        experts: (T, K) int32 or int64, in [0, E]; E marks an empty slot.
+        experts: (T, K) int32 or int64, in [0, E]; E marks an empty slot. On CUDA an index outside stops the kernel with
+            a device-side assertion.
         weights: (T, K) float32 or dtype of ``x``.
         activation: "silu", "gelu" (erf) or "gelu_tanh".
 
     Returns:
-        (T, H), dtype of ``x``; products and sums are accumulated in float32 and rounded once.
+        (T, H), dtype of ``x``; products and sums are accumulated in float32. On the CPU the result is rounded once; so
+        it is on CUDA for float32 and for odd H or I, while the tensor-core kernels also round ``act(gate x) * (up x)``
+        and, for more than 16 tokens, each expert's output, as transformers does.
 
     Raises:
         RuntimeError: a shape, dtype, device, contiguity or value is not as above; the argument is named.
@@ -105,7 +110,7 @@ def _route_fake(
     logits: Tensor, top_k: int, thresholds: Tensor | None = None, renormalise: bool = True
 ) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], top_k)
-    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
 
 
 @torch.library.register_fake("moe_ext::experts")

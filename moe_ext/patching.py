@@ -192,7 +192,7 @@ def _router_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Ten
         return logits, weights, experts
     logits = F.linear(hidden_states.reshape(-1, hidden_states.shape[-1]), weight)  # (T, E)
     weights, experts = ops.route(logits, cast(int, self.top_k), thresholds)
-    return logits, weights, experts.long()  # hooks on stock routers may rely on torch.topk's int64
+    return logits, weights, experts
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)

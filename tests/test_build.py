@@ -13,7 +13,11 @@ import torch
 from moe_ext.binary import _C
 
 ROOT = Path(__file__).parents[1]
-KERNEL_FILES = [ROOT / "csrc" / "moe.h", *sorted((ROOT / "csrc" / "cpu").iterdir())]
+KERNEL_FILES = [
+    ROOT / "csrc" / "moe.h",
+    *sorted((ROOT / "csrc" / "cpu").iterdir()),
+    *sorted((ROOT / "csrc" / "cuda").iterdir()),
+]
 
 
 def output_of(tool: str, *arguments: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import moe_ext
 from moe_ext.plan import PruningPlan
 from tests.conftest import MixtralFactory, random_tokens
+from tests.reference import DEVICES
 
 KEEP = ((0, 2, 3, 5, 7), (1, 2, 4, 5, 6), (0, 1, 3, 6, 7))
 
@@ -47,25 +48,28 @@ def mask_router(model: Any, keep: tuple[tuple[int, ...], ...]) -> None:
         layer.mlp.gate.register_forward_hook(after(kept))
 
 
-def test_a_pruned_model_equals_the_stock_model_with_a_masked_router(tiny_mixtral: MixtralFactory) -> None:
-    pruned, masked = moe_ext.prune(tiny_mixtral(), plan_of()), tiny_mixtral()
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_pruned_model_equals_the_stock_model_with_a_masked_router(tiny_mixtral: MixtralFactory, device: str) -> None:
+    pruned, masked = moe_ext.prune(tiny_mixtral().to(device), plan_of()), tiny_mixtral().to(device)
     mask_router(masked, KEEP)
-    tokens = random_tokens(3, 17)
+    tokens = random_tokens(3, 17).to(device)
     with torch.no_grad():
         torch.testing.assert_close(pruned(tokens).logits, masked(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_patched_model_can_be_pruned(tiny_mixtral: MixtralFactory) -> None:
-    tokens = random_tokens(2, 9)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_patched_model_can_be_pruned(tiny_mixtral: MixtralFactory, device: str) -> None:
+    tokens = random_tokens(2, 9).to(device)
     thresholds = torch.full((3, 1), 0.5)
+    patched_first = moe_ext.prune(moe_ext.patch(tiny_mixtral().to(device), skip=thresholds), plan_of())
+    pruned_first = moe_ext.patch(moe_ext.prune(tiny_mixtral().to(device), plan_of()), skip=thresholds)
     with torch.no_grad():
-        patched_first = moe_ext.prune(moe_ext.patch(tiny_mixtral(), skip=thresholds), plan_of())(tokens).logits
-        pruned_first = moe_ext.patch(moe_ext.prune(tiny_mixtral(), plan_of()), skip=thresholds)(tokens).logits
-    assert torch.equal(patched_first, pruned_first)
+        assert torch.equal(patched_first(tokens).logits, pruned_first(tokens).logits)
 
 
-def test_pruning_updates_every_count(tiny_mixtral: MixtralFactory) -> None:
-    model = moe_ext.prune(tiny_mixtral(), plan_of())
+@pytest.mark.parametrize("device", DEVICES)
+def test_pruning_updates_every_count(tiny_mixtral: MixtralFactory, device: str) -> None:
+    model = moe_ext.prune(tiny_mixtral().to(device), plan_of())
     assert model.config.num_local_experts == 5
     assert model.config.num_experts == 5
     assert model.num_experts == 5
@@ -74,7 +78,8 @@ def test_pruning_updates_every_count(tiny_mixtral: MixtralFactory) -> None:
         assert layer.mlp.gate.weight.shape == (5, 32)
         assert layer.mlp.experts.gate_up_proj.shape == (5, 80, 32)
         assert layer.mlp.experts.down_proj.shape == (5, 32, 40)
-    tokens = random_tokens(1, 6)
+    assert {parameter.device.type for parameter in model.parameters()} == {device}
+    tokens = random_tokens(1, 6).to(device)
     model(tokens, labels=tokens, output_router_logits=True).loss.backward()  # the auxiliary loss counts experts, too
 
 

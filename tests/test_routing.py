@@ -10,7 +10,7 @@ from moe_ext import ops
 from moe_ext.routing import section_with, skip_weak, thresholds_in_config
 from moe_ext.statistics import RATIO_BINS, ExpertStatistics
 from tests.conftest import MixtralFactory, random_tokens
-from tests.reference import route_reference
+from tests.reference import DEVICES, route_reference
 
 
 def statistics_with_ratios(ratios: list[torch.Tensor], top_k: int) -> ExpertStatistics:
@@ -49,9 +49,10 @@ def test_quantile_zero_skips_nothing() -> None:
     assert moe_ext.skip_thresholds(stats, 0.0).tolist() == [[0.0]]
 
 
-def test_the_median_skips_half_of_the_calibration_slots(tiny_mixtral: MixtralFactory) -> None:
-    model = tiny_mixtral()
-    tokens = random_tokens(8, 64)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_median_skips_half_of_the_calibration_slots(tiny_mixtral: MixtralFactory, device: str) -> None:
+    model = tiny_mixtral().to(device)
+    tokens = random_tokens(8, 64).to(device)
     thresholds = moe_ext.skip_thresholds(moe_ext.calibrate(model, [{"input_ids": tokens}], progress=False))
     moe_ext.patch(model, skip=torch.stack([thresholds[0], torch.zeros(1), torch.zeros(1)]))
     with moe_ext.count_skips(model) as count, torch.no_grad():
@@ -62,10 +63,11 @@ def test_the_median_skips_half_of_the_calibration_slots(tiny_mixtral: MixtralFac
     assert count.slots == [8 * 64 * 2] * 3
 
 
-def test_padding_is_not_counted_as_skipped_or_routed(tiny_mixtral: MixtralFactory) -> None:
-    model = moe_ext.patch(tiny_mixtral(), skip=torch.full((3, 1), 0.7))
-    tokens = random_tokens(2, 12)
-    mask = torch.tensor([[1] * 12, [1] * 5 + [0] * 7])
+@pytest.mark.parametrize("device", DEVICES)
+def test_padding_is_not_counted_as_skipped_or_routed(tiny_mixtral: MixtralFactory, device: str) -> None:
+    model = moe_ext.patch(tiny_mixtral().to(device), skip=torch.full((3, 1), 0.7))
+    tokens = random_tokens(2, 12).to(device)
+    mask = torch.tensor([[1] * 12, [1] * 5 + [0] * 7]).to(device)
     with torch.no_grad():
         with moe_ext.count_skips(model) as padded:
             model(tokens, attention_mask=mask)
@@ -106,15 +108,19 @@ def test_a_single_expert_per_token_cannot_be_skipped() -> None:
         moe_ext.skip_thresholds(statistics_with_ratios([torch.rand(3, 0)], 1))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 99), top_k=st.integers(1, 5), renormalise=st.booleans())
-def test_the_differentiable_rule_equals_brute_force_and_the_operator(seed: int, top_k: int, renormalise: bool) -> None:
+def test_the_differentiable_rule_equals_brute_force_and_the_operator(
+    device: str, seed: int, top_k: int, renormalise: bool
+) -> None:
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(20, 6, generator=generator)
-    thresholds = torch.rand(top_k - 1, generator=generator)
+    logits = torch.randn(20, 6, generator=generator).to(device)
+    thresholds = torch.rand(top_k - 1, generator=generator).to(device)
     weights, experts = skip_weak(*ops.route(logits, top_k, None, renormalise), thresholds, 6)
     expected_weights, expected_experts = route_reference(logits, top_k, thresholds, renormalise)
     assert experts.tolist() == expected_experts
-    torch.testing.assert_close(weights.double(), torch.tensor(expected_weights, dtype=torch.float64), rtol=3e-6, atol=0)
+    expected = torch.tensor(expected_weights, dtype=torch.float64)
+    torch.testing.assert_close(weights.cpu().double(), expected, rtol=3e-6, atol=0)
     fused_weights, fused_experts = ops.route(logits, top_k, thresholds, renormalise)
     assert torch.equal(experts, fused_experts)
     torch.testing.assert_close(weights, fused_weights, rtol=3e-6, atol=0)

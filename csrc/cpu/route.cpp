@@ -25,7 +25,7 @@ constexpr int64_t kLogitsPerWorker = 1 << 14;
 bool ranks_before(float a, float b) { return std::isnan(a) ? !std::isnan(b) : a > b; }
 
 template <typename T>
-void select_top_k(const T* logits, const RouteParams& p, float* values, int32_t* experts) {
+void select_top_k(const T* logits, const RouteParams& p, float* values, int64_t* experts) {
   int64_t found = 0;
   for (int64_t e = 0; e < p.num_experts; ++e) {
     const float value = to_float(logits[e]);
@@ -36,7 +36,7 @@ void select_top_k(const T* logits, const RouteParams& p, float* values, int32_t*
       experts[at] = experts[at - 1];
     }
     values[at] = value;
-    experts[at] = static_cast<int32_t>(e);
+    experts[at] = e;
   }
 }
 
@@ -44,7 +44,7 @@ template <typename T>
 void route_token(const RouteParams& p, int64_t token) {
   const T* logits = static_cast<const T*>(p.logits) + token * p.num_experts;
   float* weights = p.weights + token * p.top_k;
-  int32_t* experts = p.experts + token * p.top_k;
+  int64_t* experts = p.experts + token * p.top_k;
   select_top_k(logits, p, weights, experts);
 
   const float largest = weights[0];
@@ -62,7 +62,7 @@ void route_token(const RouteParams& p, int64_t token) {
     for (int64_t j = 1; j < p.top_k; ++j) {
       if (weights[j] < p.thresholds[j - 1] * weights[0]) {
         weights[j] = 0.0f;
-        experts[j] = static_cast<int32_t>(p.num_experts);
+        experts[j] = p.num_experts;
       }
       kept += weights[j];
     }

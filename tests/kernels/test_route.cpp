@@ -20,14 +20,14 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Routing {
   std::vector<float> weights;    // (T, K)
-  std::vector<int32_t> experts;  // (T, K)
+  std::vector<int64_t> experts;  // (T, K)
 };
 
 Routing route(const Array& logits, DType dtype, int64_t num_experts, int64_t top_k,
               const std::vector<float>* thresholds = nullptr, bool renormalise = true,
               const Threads& threads = serial()) {
   const int64_t tokens = logits.size() / num_experts;
-  Routing got{std::vector<float>(tokens * top_k, kNan), std::vector<int32_t>(tokens * top_k, -7)};
+  Routing got{std::vector<float>(tokens * top_k, kNan), std::vector<int64_t>(tokens * top_k, -7)};
   moe_ext::RouteParams p{};
   p.logits = logits.data();
   p.thresholds = thresholds != nullptr ? thresholds->data() : nullptr;
@@ -49,10 +49,10 @@ Array float_logits(const std::vector<float>& values) {
 }
 
 // Experts by logit: NaN first, then the larger, then the lower index.
-std::vector<int32_t> sorted_experts(const Array& logits, int64_t first, int64_t num_experts) {
-  std::vector<int32_t> order(num_experts);
+std::vector<int64_t> sorted_experts(const Array& logits, int64_t first, int64_t num_experts) {
+  std::vector<int64_t> order(num_experts);
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
     const float left = logits[first + a], right = logits[first + b];
     if (std::isnan(left) || std::isnan(right)) return std::isnan(left) && !std::isnan(right);
     return left > right;
@@ -62,14 +62,14 @@ std::vector<int32_t> sorted_experts(const Array& logits, int64_t first, int64_t 
 
 void check_against_sorting(DType dtype, int64_t tokens, int64_t num_experts, int64_t top_k, bool skipping,
                            bool renormalise, const Threads& threads) {
-  Random random(static_cast<uint32_t>(tokens * 131 + num_experts * 17 + top_k));
+  Random random(static_cast<uint64_t>(tokens * 131 + num_experts * 17 + top_k));
   const Array logits = random.array(dtype, tokens * num_experts, 4.0f);
   std::vector<float> thresholds(top_k - 1);
   for (float& threshold : thresholds) threshold = random.between(0.0f, 1.0f);
   const Routing got = route(logits, dtype, num_experts, top_k, skipping ? &thresholds : nullptr, renormalise, threads);
 
   for (int64_t token = 0; token < tokens; ++token) {
-    std::vector<int32_t> order = sorted_experts(logits, token * num_experts, num_experts);
+    std::vector<int64_t> order = sorted_experts(logits, token * num_experts, num_experts);
     const double largest = logits[token * num_experts + order[0]];
     double all = 0.0, selected = 0.0;
     std::vector<double> weights(num_experts);
@@ -82,7 +82,7 @@ void check_against_sorting(DType dtype, int64_t tokens, int64_t num_experts, int
     for (int64_t j = 0; j < top_k; ++j) {
       if (skipping && j > 0 && weights[j] < thresholds[j - 1] * weights[0]) {
         weights[j] = 0.0;
-        order[j] = static_cast<int32_t>(num_experts);
+        order[j] = static_cast<int64_t>(num_experts);
       }
       kept += weights[j];
     }
@@ -138,13 +138,13 @@ TEST("threads and sorting agree on many tokens") {
 
 TEST("equal logits rank by expert index") {
   const Routing got = route(float_logits({0, 0, 0, 0, 0, 1, 3, 1, 3, 1}), DType::kFloat32, 5, 4);
-  const std::vector<int32_t> expected = {0, 1, 2, 3, 1, 3, 0, 2};
+  const std::vector<int64_t> expected = {0, 1, 2, 3, 1, 3, 0, 2};
   CHECK(got.experts == expected, got.experts[4], got.experts[5], got.experts[6], got.experts[7]);
 }
 
 TEST("negative zero and zero are equal") {
   const Routing got = route(float_logits({-0.0f, 0.0f}), DType::kFloat32, 2, 2);
-  CHECK(got.experts == (std::vector<int32_t>{0, 1}), got.experts[0]);
+  CHECK(got.experts == (std::vector<int64_t>{0, 1}), got.experts[0]);
 }
 
 TEST("NaN logits rank first by index and make the weights of their token NaN, of no other") {
@@ -153,8 +153,8 @@ TEST("NaN logits rank first by index and make the weights of their token NaN, of
     for (const std::vector<float>* skip : {static_cast<const std::vector<float>*>(nullptr), &thresholds}) {
       const Array logits = float_logits({1, 2, 3, 4, 1, kNan, 9, kNan, kNan, kNan, kNan, kNan, 5, 6, 7, 8});
       const Routing got = route(logits, DType::kFloat32, 4, 3, skip, renormalise);
-      const std::vector<int32_t> chosen(got.experts.begin() + 3, got.experts.begin() + 9);
-      CHECK(chosen == (std::vector<int32_t>{1, 3, 2, 0, 1, 2}), chosen[0], chosen[1], chosen[2]);
+      const std::vector<int64_t> chosen(got.experts.begin() + 3, got.experts.begin() + 9);
+      CHECK(chosen == (std::vector<int64_t>{1, 3, 2, 0, 1, 2}), chosen[0], chosen[1], chosen[2]);
       for (int64_t slot = 0; slot < 12; ++slot) {
         const bool in_nan_token = slot >= 3 && slot < 9;
         CHECK(std::isnan(got.weights[slot]) == in_nan_token, "slot ", slot, " has weight ", got.weights[slot]);
@@ -171,7 +171,7 @@ TEST("NaN below the K largest still reaches weights that are a softmax over all 
 
 TEST("an expert masked with -infinity gets weight 0") {
   const Routing got = route(float_logits({-kInfinity, 2, -kInfinity, 2}), DType::kFloat32, 4, 3);
-  CHECK(got.experts == (std::vector<int32_t>{1, 3, 0}), got.experts[0], got.experts[1], got.experts[2]);
+  CHECK(got.experts == (std::vector<int64_t>{1, 3, 0}), got.experts[0], got.experts[1], got.experts[2]);
   CHECK(got.weights == (std::vector<float>{0.5f, 0.5f, 0.0f}), got.weights[0], " ", got.weights[2]);
 }
 
@@ -188,13 +188,13 @@ TEST("a slot is skipped below its threshold, kept at it, and the kept weights ta
   CHECK(at.experts[1] == 1, "a ratio of 1 is not below 1");
   const std::vector<float> higher = {1.0f, 0.75f};
   const Routing below = route(logits, DType::kFloat32, 4, 3, &higher);
-  CHECK(below.experts == (std::vector<int32_t>{0, 1, 4}), below.experts[0], below.experts[1], below.experts[2]);
+  CHECK(below.experts == (std::vector<int64_t>{0, 1, 4}), below.experts[0], below.experts[1], below.experts[2]);
   CHECK(below.weights == (std::vector<float>{0.5f, 0.5f, 0.0f}), below.weights[0], " ", below.weights[2]);
 }
 
 TEST("a skipped slot in the middle leaves the later ones in place") {
   const std::vector<float> thresholds = {2.0f, 0.0f};  // 2: always skipped; 0: never
   const Routing got = route(float_logits({3, 3, 3}), DType::kFloat32, 3, 3, &thresholds);
-  CHECK(got.experts == (std::vector<int32_t>{0, 3, 2}), got.experts[0], got.experts[1], got.experts[2]);
+  CHECK(got.experts == (std::vector<int64_t>{0, 3, 2}), got.experts[0], got.experts[1], got.experts[2]);
   CHECK(got.weights == (std::vector<float>{0.5f, 0.0f, 0.5f}), got.weights[0], " ", got.weights[2]);
 }

@@ -1,0 +1,261 @@
+"""How close do the CUDA kernels come to the bytes, FLOPs and wavefronts that the work needs? Exact counts, no times.
+
+Runs the layer on the software GPU of ../shared/gpusim, whose counters are the same on every machine:
+
+    python -m gpusim run --torch-mode -- python benchmarks/cuda_counters.py [--output FILE.json]
+
+Prints one table for small batches (bytes), one for large ones (tensor FLOPs, shared memory, bytes), one for what
+observing adds, and a roofline computed from the counts. It fails where a bound of BOUNDS does not hold.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import gpusim  # type: ignore[import-not-found]  # the simulator's own module: there is none without it
+import torch
+from record import table, write_result
+
+from moe_ext import ops
+
+ROOT = Path(__file__).parents[1]
+SHAPES = [(1024, 3584, 8, 2), (2048, 768, 64, 8)]  # H, I, E, K
+SMALL_BATCHES = [1, 2, 4, 8, 16]
+LARGE_BATCHES = [256, 1024]
+SECTOR = 32
+
+# Column of a table: the bound, whether it is an upper one, and the rows that it is for.
+BOUNDS: dict[tuple[str, str], tuple[float, bool, Callable[[dict[str, Any]], bool]]] = {
+    ("small", "launches"): (3, True, lambda row: True),
+    ("small", "loaded / compulsory"): (1.03, True, lambda row: row["T"] <= 8),
+    ("large", "useful / issued FLOPs"): (0.85, False, lambda row: row["T"] == 1024),
+    ("large", "wavefronts / minimum"): (1.02, True, lambda row: True),
+    ("large", "moved / schedule"): (1.1, True, lambda row: True),
+    ("observed", "added bytes"): (0.01, True, lambda row: True),
+    ("observed", "added instructions"): (0.03, True, lambda row: True),
+}
+
+# Peak rates from NVIDIA's data sheets: dense bf16 tensor FLOP/s with float32 accumulation, bytes/s of device memory.
+GPUS = {"A100 SXM 80GB": (312e12, 2.039e12), "H100 SXM": (989e12, 3.35e12), "RTX 4090": (165.2e12, 1.008e12)}
+
+
+@dataclass
+class Layer:
+    """One MoE layer's inputs and the counters of every launch that computing it took."""
+
+    hidden: int
+    intermediate: int
+    num_experts: int
+    top_k: int
+    tokens: int
+    skipped: int
+    experts: torch.Tensor  # (T, K), E in skipped slots
+    launches: list[dict[str, Any]]
+
+    def total(self, *names: str) -> int:
+        return sum(int(launch[name]) for launch in self.launches for name in names)
+
+    def of(self, kernel: str) -> list[dict[str, Any]]:
+        return [launch for launch in self.launches if kernel in launch["kernel"]]
+
+    def slots(self) -> int:
+        return self.tokens * self.top_k - self.skipped
+
+    def counts(self) -> list[int]:
+        """Slots of every expert that has one."""
+        counts = torch.bincount(self.experts.flatten(), minlength=self.num_experts)[: self.num_experts]
+        return [n for n in counts.tolist() if n]
+
+    def weight_bytes(self) -> int:
+        return len(self.counts()) * 3 * self.hidden * self.intermediate * 2
+
+    def compulsory_bytes(self) -> int:
+        """The active experts' weights, x and h, each read once."""
+        return self.weight_bytes() + 2 * (self.tokens * self.hidden + self.slots() * self.intermediate)
+
+    def useful_flops(self) -> int:
+        return 6 * self.hidden * self.intermediate * self.slots()
+
+
+class Case:
+    """Random weights of one shape, on the device; layers of any number of tokens run on them."""
+
+    def __init__(self, hidden: int, intermediate: int, num_experts: int, top_k: int) -> None:
+        self.hidden, self.intermediate, self.num_experts, self.top_k = hidden, intermediate, num_experts, top_k
+        generator = torch.Generator().manual_seed(0)
+
+        def weights(*shape: int) -> torch.Tensor:
+            return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(torch.bfloat16).to("cuda")
+
+        self.gate_up = weights(num_experts, 2 * intermediate, hidden)
+        self.down = weights(num_experts, hidden, intermediate)
+
+    def run(self, tokens: int, *, observed: bool = False, threshold: float | None = None) -> Layer:
+        generator = torch.Generator().manual_seed(tokens)
+        logits = torch.randn(tokens, self.num_experts, generator=generator).to("cuda")
+        x = torch.randn(tokens, self.hidden, generator=generator).to(torch.bfloat16).to("cuda")
+        thresholds = None if threshold is None else torch.full((self.top_k - 1,), threshold, device="cuda")
+        moments = torch.zeros(self.num_experts, 3, 3, dtype=torch.float64, device="cuda")
+        gpusim.reset_counters()
+        weights, experts = ops.route(logits, self.top_k, thresholds)
+        arguments = (x, self.gate_up, self.down, experts, weights, "silu")
+        if observed:
+            ops.experts_observed(*arguments, moments)
+        else:
+            ops.experts(*arguments)
+        launches = gpusim.counters()
+        experts = experts.cpu()
+        skipped = int((experts == self.num_experts).sum())
+        shape = (self.hidden, self.intermediate, self.num_experts, self.top_k)
+        return Layer(*shape, tokens, skipped, experts, launches)
+
+
+# ---- small batches
+
+
+def small_batch_row(layer: Layer) -> dict[str, Any]:
+    return {
+        "launches": len(layer.launches),
+        "active experts": len(layer.counts()),
+        "compulsory MB": layer.compulsory_bytes() / 1e6,
+        "loaded MB": layer.total("global_load_sectors") * SECTOR / 1e6,
+        "loaded / compulsory": layer.total("global_load_sectors") * SECTOR / layer.compulsory_bytes(),
+    }
+
+
+# ---- large batches
+
+
+def gemm_shapes() -> list[tuple[int, int]]:
+    """(rows, columns) of a block's tile, read from the table in heuristics.h."""
+    text = (ROOT / "csrc" / "cuda" / "heuristics.h").read_text()
+    table = text[text.index("kGemmShapes[] = {") : text.index("inline constexpr int kTall")]
+    return [(int(rows), int(columns)) for rows, columns in re.findall(r"\{(\d+), (\d+),", table)]
+
+
+def tile_rows(counts: list[int], height: int) -> Iterator[int]:
+    """Rows of every tile: an expert's rows are cut evenly, in multiples of 16, into as few tiles as can hold them."""
+    for count in counts:
+        tiles = ceil(count / height)
+        rows = ceil(ceil(count / tiles) / 16) * 16
+        yield from (min(rows, count - first) for first in range(0, count, rows))
+
+
+def schedule_bytes(layer: Layer) -> int:
+    """Global bytes that the two products' tiles need: each tile reads its rows of a and of b once and writes its c."""
+    needed = 0
+    for launch in layer.of("grouped_gemm_kernel"):
+        shape, product = map(int, re.search(r", (\d), \(moe_ext::cuda::Product\)(\d)", launch["kernel"]).groups())  # type: ignore[union-attr]
+        height, width = gemm_shapes()[shape]
+        inner, columns = (layer.hidden, layer.intermediate) if product == 0 else (layer.intermediate, layer.hidden)
+        b_rows = 2 * columns if product == 0 else columns
+        blocks = ceil(b_rows / width)
+        for rows in tile_rows(layer.counts(), height):
+            needed += 2 * (blocks * rows * inner + b_rows * inner + rows * columns)
+    return needed
+
+
+def large_batch_row(layer: Layer) -> dict[str, Any]:
+    products = layer.of("grouped_gemm_kernel")
+    # A warp's 16-byte accesses (ldmatrix.x4, cp.async, the epilogue's loads) take 4 wavefronts, its 4-byte stores 1.
+    passes = {"ldmatrix": 4, "cp.async": 4, "ld.shared": 4, "st.shared": 1}
+    minimum = sum(n * launch["warp_instructions"].get(name, 0) for launch in products for name, n in passes.items())
+    loaded = sum(launch["global_load_sectors"] + launch["global_store_sectors"] for launch in products) * SECTOR
+    return {
+        "launches": len(layer.launches),
+        "useful / issued FLOPs": layer.useful_flops() / sum(launch["tensor_flops"] for launch in products),
+        "wavefronts / minimum": sum(launch["shared_wavefronts"] for launch in products) / minimum,
+        "schedule MB": schedule_bytes(layer) / 1e6,
+        "moved / schedule": loaded / schedule_bytes(layer),
+        "DRAM MB (distinct)": sum(
+            launch["unique_load_sectors"] + launch["unique_store_sectors"] for launch in layer.launches
+        )
+        * SECTOR
+        / 1e6,
+    }
+
+
+def moved(layer: Layer) -> int:
+    return layer.total("global_load_sectors", "global_store_sectors") * SECTOR
+
+
+def observed_row(plain: Layer, observed: Layer) -> dict[str, Any]:
+    return {
+        "added bytes": moved(observed) / moved(plain) - 1,
+        "added instructions": observed.total("warp_instructions_total") / plain.total("warp_instructions_total") - 1,
+    }
+
+
+def skipped_row(unskipped: Layer, layer: Layer) -> dict[str, Any]:
+    """At T = 1, where a skipped slot is a skipped expert. One mma multiplies 512 bytes of weights, nothing twice."""
+    skipped = layer.skipped / layer.top_k
+    sectors = [
+        sum(launch["global_load_sectors"] for launch in one.of("small_batch_kernel")) for one in (unskipped, layer)
+    ]
+    return {
+        "experts skipped": skipped,
+        "weights saved (by tensor FLOPs)": 1 - layer.total("tensor_flops") / unskipped.total("tensor_flops"),
+        "loaded bytes saved": 1 - sectors[1] / sectors[0],
+    }
+
+
+def roofline_row(layer: Layer) -> dict[str, Any]:
+    """Predicted lower bound, not measured: the larger of distinct bytes / bandwidth and issued FLOPs / tensor rate."""
+    distinct = layer.total("unique_load_sectors", "unique_store_sectors") * SECTOR
+    flops = layer.total("tensor_flops")
+    return {f"{gpu} us": max(distinct / memory, flops / rate) * 1e6 for gpu, (rate, memory) in GPUS.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+
+    names = ("small", "large", "observed", "skipped", "roofline (predicted lower bound, not measured)")
+    tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for shape in SHAPES:
+        case = Case(*shape)
+        for tokens in SMALL_BATCHES + LARGE_BATCHES:
+            case_name: dict[str, Any] = {"H, I, E, K": str(shape), "T": tokens}
+            layer = case.run(tokens)
+            small = tokens in SMALL_BATCHES
+            tables["small" if small else "large"].append(
+                case_name | (small_batch_row if small else large_batch_row)(layer)
+            )
+            tables["observed"].append(case_name | observed_row(layer, case.run(tokens, observed=True)))
+            tables[names[-1]].append(case_name | roofline_row(layer))
+            print(f"{shape} T={tokens}: {len(layer.launches)} launches", file=sys.stderr, flush=True)
+        unskipped = case.run(1)
+        for threshold in (0.5, 1.0):
+            tables["skipped"].append(
+                {"H, I, E, K": str(shape), "threshold": threshold}
+                | skipped_row(unskipped, case.run(1, threshold=threshold))
+            )
+
+    for name, rows in tables.items():
+        print(f"\n## {name}\n{table(rows)}")
+    broken = [
+        f"{name}, {column}: {row[column]:.4g} in {row}; the bound is {bound}"
+        for (name, column), (bound, upper, applies) in BOUNDS.items()
+        for row in tables[name]
+        if applies(row) and (row[column] > bound if upper else row[column] < bound)
+    ]
+    if options.output is not None:
+        write_result(
+            options.output,
+            "exact counters of the software GPU gpusim, which simulates an H100; no time was measured",
+            bounds={f"{name}, {column}": bound for (name, column), (bound, _, _) in BOUNDS.items()},
+            peaks=GPUS,
+            tables=tables,
+        )
+    if broken:
+        sys.exit("\n".join(["", "bounds that do not hold:", *broken]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""What the benchmarks share: the versions that a result names, and how a result file is written."""
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import moe_ext
+from moe_ext.files import replace_file
+
+
+def versions() -> dict[str, str]:
+    return {"moe_ext": moe_ext.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def write_result(path: Path, what: str, **content: Any) -> None:
+    """Writes a dated JSON file: ``what`` says in a sentence what the numbers are and where they come from."""
+    record = {"what": what, "date": datetime.date.today().isoformat(), "versions": versions(), **content}
+    with replace_file(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows with the same keys as a Markdown table."""
+    header = list(rows[0])
+    cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    lines = ["| " + " | ".join(line) + " |" for line in [header, *cells]]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])

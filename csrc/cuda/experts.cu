@@ -1,0 +1,167 @@
+// The experts operators on CUDA: which kernels run, in which order, on which scratch memory. Three ways, chosen in
+// heuristics.h:
+//   small batch   gate_up, down with combine                    2 launches
+//   large batch   sort, gate_up, down, combine                  4 launches (6 where the sort takes three)
+//   plain         the same as large, with plain_gemm.cu         float32 and odd sizes
+// and the moments after any of them when observing. Nothing waits for the device, and grids depend on shapes only: all
+// of it can be captured in a CUDA graph.
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/heuristics.h"
+#include "cuda/launch.h"
+#include "moe.h"
+
+namespace moe_ext::cuda {
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // otherwise the next launch would be blamed for it
+  std::string message = std::string(what) + ": " + cudaGetErrorString(status);
+  if (status == cudaErrorNoKernelImageForDevice) {
+    message += "; moe_ext was built for " MOE_EXT_CUDA_ARCHS " (set TORCH_CUDA_ARCH_LIST and build again)";
+  }
+  throw std::runtime_error(message);
+}
+
+void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
+
+unsigned grid_size(int64_t blocks) {
+  if (blocks > std::numeric_limits<int32_t>::max()) {
+    throw std::runtime_error("moe_ext: the input needs " + std::to_string(blocks) +
+                             " blocks of threads, more than CUDA allows; pass fewer tokens at a time");
+  }
+  return static_cast<unsigned>(blocks);
+}
+
+Device current_device() {
+  int index = 0;
+  check(cudaGetDevice(&index), "cudaGetDevice");
+  const auto attribute = [&](cudaDeviceAttr name) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, name, index), "cudaDeviceGetAttribute");
+    return value;
+  };
+  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+}
+
+namespace {
+
+int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+template <typename T>
+T* allocate(const Scratch& scratch, int64_t count) {
+  return static_cast<T*>(scratch.allocate(scratch.context, count * static_cast<int64_t>(sizeof(T))));
+}
+
+MomentsParams moments_params(const ExpertsParams& p, const float* squares, int64_t parts) {
+  MomentsParams m{};
+  m.squares = squares;
+  m.parts = parts;
+  m.experts = p.experts;
+  m.experts_are_int64 = p.experts_are_int64;
+  m.weights = p.weights;
+  m.weights_dtype = p.weights_dtype;
+  m.counted = p.counted;
+  m.moments = p.moments;
+  m.slots = p.tokens * p.top_k;
+  m.top_k = p.top_k;
+  m.num_experts = p.num_experts;
+  return m;
+}
+
+void run_small_batch(const ExpertsParams& p, const Device& device, const Scratch& scratch, cudaStream_t stream) {
+  const int64_t slots = p.tokens * p.top_k;
+  SmallBatchParams s{};
+  s.experts = p;
+  s.h = scratch.allocate(scratch.context, slots * p.intermediate * element_size(p.dtype));
+  s.blocks = int64_t{device.multiprocessors} * kSmallBatchBlocksPerMultiprocessor;
+  s.split_length = small_batch_split_length(p, s.blocks);
+  s.splits = (p.intermediate + s.split_length - 1) / s.split_length;
+  s.y = allocate<float>(scratch, slots * s.splits * p.hidden);
+  s.arrivals = allocate<uint32_t>(scratch, small_batch_groups(p.hidden));
+  const int64_t parts = small_batch_groups(p.hidden);
+  s.squares = p.moments == nullptr ? nullptr : allocate<float>(scratch, slots * parts);
+  s.staged_bytes = small_batch_staged_bytes(p, device);
+  s.shared_limit = device.shared_per_block - 128;  // beside static variables
+  launch_small_batch(s, stream);
+  if (p.moments != nullptr) launch_moments(moments_params(p, s.squares, parts), stream);
+}
+
+void run_sorted(const ExpertsParams& p, const Choice& choice, const Scratch& scratch, cudaStream_t stream) {
+  const int64_t slots = p.tokens * p.top_k;
+  const bool tensor_cores = choice.way == Choice::Way::kGrouped;
+  const auto tile_list = [&](int rows) {
+    const int64_t tiles = max_tiles(slots, p.num_experts, rows);
+    return TileList{allocate<Tile>(scratch, tiles), rows, tiles};
+  };
+
+  SortParams s{};
+  s.experts = p.experts;
+  s.experts_are_int64 = p.experts_are_int64;
+  s.slots = slots;
+  s.num_experts = p.num_experts;
+  s.slot_of = allocate<int>(scratch, slots);
+  s.position_of = allocate<int>(scratch, slots);
+  s.first = allocate<int>(scratch, p.num_experts + 1);
+  s.block_counts = allocate<int>(scratch, sort_blocks(slots) * p.num_experts);
+  s.gate_up = tile_list(choice.gate_up_rows);
+  s.down = tile_list(choice.down_rows);
+  launch_sort(s, stream);
+
+  const DType row_dtype = tensor_cores ? p.dtype : DType::kFloat32;  // of h and y
+  void* h = scratch.allocate(scratch.context, slots * p.intermediate * element_size(row_dtype));
+  void* y = scratch.allocate(scratch.context, slots * p.hidden * element_size(row_dtype));
+  const GemmParams gate_up{p.x,     p.gate_up,      h,        s.slot_of,   s.gate_up.tiles, s.gate_up.max_tiles,
+                           p.top_k, p.intermediate, p.hidden, p.activation};
+  const GemmParams down{h,        p.down,         y,           nullptr, s.down.tiles, s.down.max_tiles, p.top_k,
+                        p.hidden, p.intermediate, p.activation};
+  if (tensor_cores) {
+    launch_grouped_gemm(Product::kGateUp, choice.gate_up_shape, gate_up, p.dtype, stream);
+    launch_grouped_gemm(Product::kDown, choice.down_shape, down, p.dtype, stream);
+  } else {
+    launch_plain_gemm(Product::kGateUp, choice.gate_up_rows, gate_up, p.dtype, stream);
+    launch_plain_gemm(Product::kDown, choice.down_rows, down, p.dtype, stream);
+  }
+
+  CombineParams c{};
+  c.y = y;
+  c.position_of = s.position_of;
+  c.weights = p.weights;
+  c.out = p.out;
+  const int64_t parts = combine_parts(p.hidden, row_dtype);
+  c.squares = p.moments == nullptr ? nullptr : allocate<float>(scratch, slots * parts);
+  c.tokens = p.tokens;
+  c.top_k = p.top_k;
+  c.hidden = p.hidden;
+  c.y_dtype = row_dtype;
+  c.dtype = p.dtype;
+  c.weights_dtype = p.weights_dtype;
+  launch_combine(c, stream);
+  if (p.moments != nullptr) {
+    MomentsParams m = moments_params(p, c.squares, parts);
+    m.slot_of = s.slot_of;
+    m.first = s.first;
+    launch_moments(m, stream);
+  }
+}
+
+}  // namespace
+
+void experts(const ExpertsParams& p, const Scratch& scratch, cudaStream_t stream) {
+  if (p.tokens == 0) return;
+  if (p.top_k == 0) {
+    return check(cudaMemsetAsync(p.out, 0, p.tokens * p.hidden * element_size(p.dtype), stream), "cudaMemsetAsync");
+  }
+  if (p.tokens * p.top_k > std::numeric_limits<int32_t>::max()) {
+    throw std::runtime_error("moe_ext: T * K is beyond 2^31 - 1; pass fewer tokens at a time");
+  }
+  const Device device = current_device();
+  const Choice choice = choose(p, device);
+  if (choice.way == Choice::Way::kSmallBatch) return run_small_batch(p, device, scratch, stream);
+  run_sorted(p, choice, scratch, stream);
+}
+
+}  // namespace moe_ext::cuda

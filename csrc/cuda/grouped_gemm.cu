@@ -1,0 +1,238 @@
+// Grouped products for large batches, bf16 and fp16 on the tensor cores, float32 accumulation:
+//   gate_up   h[p, :] = act(gate[e] x) * (up[e] x),  x = x[token of p, :]          (positions, I)
+//   down      y[p, :] = down[e] h[p, :]                                            (positions, H)
+//
+// A block computes one tile: up to `rows` positions of one expert by a range of c's columns. Blocks are numbered by
+// expert, then by bands of row tiles, then column, then row tile, so that blocks that run at the same time share what
+// they read. An expert's positions are cut evenly, in multiples of 16; 16-row fragments without a position are not
+// multiplied.
+//
+// Shared memory holds `stages` steps of a (rows, inner) and b (columns, inner), filled by 16-byte cp.async with a
+// gathered, zero-filled beyond the edges, and read by ldmatrix. The 16-byte chunks of a row are XORed with the row so
+// that neither conflicts. In gate_up the block's rows of b are 8 gate rows, the 8 up rows of the same columns, and so
+// on: a thread then holds gate and up of the same element in its accumulators, and SwiGLU needs no exchange. Results
+// pass through shared memory, a warp for itself, and leave in 16-byte stores.
+//
+// Every element is a sum in order of k by one warp: deterministic. Cost of a tile: 2 * rows * columns * inner FLOPs;
+// reads (rows + columns) * inner elements, of which only the first read of each comes from beyond L2.
+#include "cuda/heuristics.h"
+#include "cuda/launch.h"
+#include "cuda/numeric.cuh"
+#include "cuda/ptx.cuh"
+
+namespace moe_ext::cuda {
+namespace {
+
+constexpr int kFragment = 16;    // rows of a of one mma
+constexpr int kChunkBytes = 16;  // 8 elements
+constexpr int kChunk = 8;
+constexpr int kBand = 16;  // row tiles of an expert that share their pass over the weights
+
+// Byte offset of a 16-byte chunk in rows of kChunks chunks: eight neighbouring rows, and eight neighbouring chunks in
+// memory order, lie in different banks.
+template <int kChunks>
+__device__ __forceinline__ int swizzled(int row, int chunk) {
+  constexpr int kRowsPerLine = kChunks >= 8 ? 1 : 8 / kChunks;  // a line: the 128 bytes of all banks
+  constexpr int kMask = kChunks >= 8 ? 7 : kChunks - 1;
+  return (row * kChunks + (chunk ^ ((row / kRowsPerLine) & kMask))) * kChunkBytes;
+}
+
+template <typename T, int kShape, Product kProduct>
+__global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kShape].blocks_per_multiprocessor)
+    grouped_gemm_kernel(GemmParams p) {
+  constexpr GemmShape S = kGemmShapes[kShape];
+  constexpr bool kGateUp = kProduct == Product::kGateUp;
+  constexpr int kColumns = kGateUp ? S.columns / 2 : S.columns;  // of c, a block
+  constexpr int kChunks = S.inner / kChunk;                      // of a row of a stage
+  constexpr int kRowStep = S.threads() / kChunks;                // rows that all threads copy at once
+  constexpr int kACopies = S.rows / kRowStep, kBCopies = S.columns / kRowStep;
+  constexpr int kFragments = S.rows / kFragment / S.warps_m;  // of a warp, at most
+  constexpr int kWarpColumns = S.columns / S.warps_n;         // of b, a warp
+  constexpr int kMmaColumns = kWarpColumns / 8;
+  constexpr int kOutChunks = kWarpColumns * kColumns / S.columns / kChunk;  // of c's row, a warp
+  static_assert(S.rows % kRowStep == 0 && S.columns % kRowStep == 0 && kRowStep % 16 == 0 && kWarpColumns % 16 == 0);
+  static_assert(S.warps_m * S.warps_n * kFragment * kOutChunks * kChunkBytes <= S.shared_bytes());
+  extern __shared__ __align__(128) char shared[];
+
+  // ---- which tile
+  const unsigned column_blocks = static_cast<unsigned>((p.columns + kColumns - 1) / kColumns);
+  const Tile tile = p.tiles[blockIdx.x / column_blocks];
+  if (tile.expert < 0) return;
+  const int row_tiles = (tile.count + S.rows - 1) / S.rows;
+  const int block = static_cast<int>(blockIdx.x - tile.first_tile * column_blocks);
+  // Bands of kBand row tiles, in a band column after column: what runs at the same time shares rows and weights in L2.
+  const int band = block / (kBand * static_cast<int>(column_blocks));
+  const int block_of_band = block - band * kBand * static_cast<int>(column_blocks);
+  const int tiles_of_band = min(kBand, row_tiles - band * kBand);
+  const int first_column = block_of_band / tiles_of_band * kColumns;
+  const int height = ((tile.count + row_tiles - 1) / row_tiles + kFragment - 1) / kFragment * kFragment;
+  const int first_row = (band * kBand + block_of_band % tiles_of_band) * height;
+  const int rows = min(height, tile.count - first_row);
+  const int64_t first_position = int64_t{tile.first} + first_row;
+
+  // ---- what this thread copies: one chunk of every kRowStep-th row
+  const int chunk = threadIdx.x % kChunks;
+  const int copy_row = threadIdx.x / kChunks;
+  const int64_t inner = p.inner;
+  const T* a_rows[kACopies];
+#pragma unroll
+  for (int i = 0; i < kACopies; ++i) {
+    const int row = copy_row + i * kRowStep;
+    int64_t a_row = 0;
+    if (row < rows) {
+      const int64_t position = first_position + row;
+      a_row = kGateUp ? p.slot_of[position] / p.top_k : position;
+    }
+    a_rows[i] = static_cast<const T*>(p.a) + a_row * inner + chunk * kChunk;
+  }
+  // Row r of b's tile is a row of weights: in gate_up, 8 of gate and 8 of up in turn.
+  const int b_column = first_column + (kGateUp ? copy_row / 16 * 8 + copy_row % 8 : copy_row);
+  constexpr int kColumnStep = kGateUp ? kRowStep / 2 : kRowStep;
+  const int64_t up_rows = kGateUp && copy_row / 8 % 2 == 1 ? p.columns : 0;
+  const int64_t expert_rows = kGateUp ? 2 * p.columns : p.columns;
+  const T* b_row =
+      static_cast<const T*>(p.b) + (tile.expert * expert_rows + up_rows + b_column) * inner + chunk * kChunk;
+
+  const uint32_t stage_base = ptx::shared_address(shared);
+  const auto copy_stage = [&](int step, int stage) {
+    const uint32_t a_stage = stage_base + stage * S.stage_bytes();
+    const uint32_t b_stage = a_stage + S.rows * S.inner * 2;
+    const int64_t k = int64_t{step} * S.inner;
+    const bool inside = k + chunk * kChunk < inner;
+#pragma unroll
+    for (int i = 0; i < kACopies; ++i) {
+      const int row = copy_row + i * kRowStep;
+      ptx::copy_async(a_stage + swizzled<kChunks>(row, chunk), a_rows[i] + k, inside && row < rows);
+    }
+#pragma unroll
+    for (int i = 0; i < kBCopies; ++i) {
+      ptx::copy_async(b_stage + swizzled<kChunks>(copy_row + i * kRowStep, chunk), b_row + i * kColumnStep * inner + k,
+                      inside && b_column + i * kColumnStep < p.columns);
+    }
+  };
+
+  // ---- the product
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp_m = threadIdx.x / kWarpSize / S.warps_n;
+  const int warp_n = threadIdx.x / kWarpSize % S.warps_n;
+  // Fragments go to the warps in turn: those of a short tile are shared out evenly.
+  const int fragments = ((rows + kFragment - 1) / kFragment - warp_m + S.warps_m - 1) / S.warps_m;
+  float sums[kFragments][kMmaColumns][4] = {};
+
+  const auto multiply_stage = [&](int stage) {
+    const uint32_t a_stage = stage_base + stage * S.stage_bytes();
+    const uint32_t b_stage = a_stage + S.rows * S.inner * 2;
+#pragma unroll
+    for (int k = 0; k < kChunks; k += 2) {
+      uint32_t b[kMmaColumns / 2][4];
+#pragma unroll
+      for (int j = 0; j < kMmaColumns / 2; ++j) {
+        const int row = warp_n * kWarpColumns + j * 16 + lane / 16 * 8 + lane % 8;
+        ptx::load_matrices(b[j], b_stage + swizzled<kChunks>(row, k + lane / 8 % 2));
+      }
+#pragma unroll
+      for (int i = 0; i < kFragments; ++i) {
+        if (i >= fragments) break;
+        uint32_t a[4];
+        const int row = (i * S.warps_m + warp_m) * kFragment + lane % 16;
+        ptx::load_matrices(a, a_stage + swizzled<kChunks>(row, k + lane / 16));
+#pragma unroll
+        for (int j = 0; j < kMmaColumns; ++j) {
+          ptx::multiply_add(sums[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], T{});
+        }
+      }
+    }
+  };
+
+  const int steps = static_cast<int>((inner + S.inner - 1) / S.inner);
+#pragma unroll
+  for (int step = 0; step < S.stages - 1; ++step) {
+    if (step < steps) copy_stage(step, step);
+    ptx::copy_async_commit();
+  }
+  int stage = 0, next_stage = S.stages - 1;
+  for (int step = 0; step < steps; ++step) {
+    ptx::copy_async_wait<S.stages - 2>();
+    __syncthreads();  // this step's copies are there, and nobody reads the stage that is filled next
+    if (step + S.stages - 1 < steps) copy_stage(step + S.stages - 1, next_stage);
+    ptx::copy_async_commit();
+    multiply_stage(stage);
+    stage = stage + 1 == S.stages ? 0 : stage + 1;
+    next_stage = next_stage + 1 == S.stages ? 0 : next_stage + 1;
+  }
+  ptx::copy_async_wait<0>();
+  __syncthreads();  // from here on shared memory holds results
+
+  // ---- the results, 16 rows at a time
+  char* staged = shared + threadIdx.x / kWarpSize * (kFragment * kOutChunks * kChunkBytes);
+  const int out_column = first_column + warp_n * kOutChunks * kChunk;
+#pragma unroll
+  for (int i = 0; i < kFragments; ++i) {
+    if (i >= fragments) break;
+#pragma unroll
+    for (int j = 0; j < kOutChunks; ++j) {
+      uint32_t upper, lower;  // two columns of rows lane / 4 and lane / 4 + 8
+      if constexpr (kGateUp) {
+        const float (&gate)[4] = sums[i][2 * j];
+        const float (&up)[4] = sums[i][2 * j + 1];
+        upper = pack<T>(activate<false>(p.activation, gate[0]) * up[0], activate<false>(p.activation, gate[1]) * up[1]);
+        lower = pack<T>(activate<false>(p.activation, gate[2]) * up[2], activate<false>(p.activation, gate[3]) * up[3]);
+      } else {
+        upper = pack<T>(sums[i][j][0], sums[i][j][1]);
+        lower = pack<T>(sums[i][j][2], sums[i][j][3]);
+      }
+      *reinterpret_cast<uint32_t*>(staged + swizzled<kOutChunks>(lane / 4, j) + lane % 4 * 4) = upper;
+      *reinterpret_cast<uint32_t*>(staged + swizzled<kOutChunks>(lane / 4 + 8, j) + lane % 4 * 4) = lower;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int piece = lane; piece < kFragment * kOutChunks; piece += kWarpSize) {
+      const int row = piece / kOutChunks, out_chunk = piece % kOutChunks;
+      const uint4 value = *reinterpret_cast<const uint4*>(staged + swizzled<kOutChunks>(row, out_chunk));
+      const int tile_row = (i * S.warps_m + warp_m) * kFragment + row;
+      const int column = out_column + out_chunk * kChunk;
+      if (tile_row < rows && column < p.columns) {
+        *reinterpret_cast<uint4*>(static_cast<T*>(p.c) + (first_position + tile_row) * p.columns + column) = value;
+      }
+    }
+    __syncwarp();
+  }
+}
+
+template <typename T, int kShape, Product kProduct>
+void launch_shape(const GemmParams& p, cudaStream_t stream) {
+  constexpr GemmShape S = kGemmShapes[kShape];
+  constexpr int kColumns = kProduct == Product::kGateUp ? S.columns / 2 : S.columns;
+  const unsigned blocks = grid_size(p.max_tiles * ((p.columns + kColumns - 1) / kColumns));
+  allow_shared(grouped_gemm_kernel<T, kShape, kProduct>, S.shared_bytes());
+  grouped_gemm_kernel<T, kShape, kProduct><<<blocks, S.threads(), S.shared_bytes(), stream>>>(p);
+  check_launch("grouped_gemm_kernel");
+}
+
+template <typename T, Product kProduct>
+void launch_product(int shape, const GemmParams& p, cudaStream_t stream) {
+  static_assert(kGemmShapeCount == 3);
+  switch (shape) {
+    case kTall:
+      return launch_shape<T, kTall, kProduct>(p, stream);
+    case kFlat:
+      return launch_shape<T, kFlat, kProduct>(p, stream);
+    default:
+      return launch_shape<T, kNarrow, kProduct>(p, stream);
+  }
+}
+
+}  // namespace
+
+void launch_grouped_gemm(Product product, int shape, const GemmParams& p, DType dtype, cudaStream_t stream) {
+  const bool gate_up = product == Product::kGateUp;
+  if (dtype == DType::kBFloat16) {
+    gate_up ? launch_product<__nv_bfloat16, Product::kGateUp>(shape, p, stream)
+            : launch_product<__nv_bfloat16, Product::kDown>(shape, p, stream);
+  } else {
+    gate_up ? launch_product<__half, Product::kGateUp>(shape, p, stream)
+            : launch_product<__half, Product::kDown>(shape, p, stream);
+  }
+}
+
+}  // namespace moe_ext::cuda

@@ -1,0 +1,154 @@
+// The one place where the CUDA back end chooses: which kernels a call takes, with which tile shapes. Choices depend on
+// shapes, dtype, alignment and the device only, never on routing results, so that a CUDA graph stays valid.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/launch.h"
+#include "moe.h"
+
+namespace moe_ext::cuda {
+
+// ---- tile shapes of the mma.sync grouped products (grouped_gemm.cu)
+
+// A block computes `rows` positions by `columns` rows of weights (half of them gate, half up), `inner` at a time, with
+// warps_m x warps_n warps, and keeps `stages` such steps in shared memory.
+struct GemmShape {
+  int rows;
+  int columns;
+  int inner;
+  int warps_m;
+  int warps_n;
+  int stages;
+  int blocks_per_multiprocessor;  // that registers must allow
+  int min_rows;                   // rows of the average expert for which it is considered
+  double efficiency;              // of a multiprocessor that is full of such blocks, for choosing among them
+
+  constexpr int threads() const { return warps_m * warps_n * 32; }
+  constexpr int stage_bytes() const { return (rows + columns) * inner * 2; }
+  constexpr int shared_bytes() const { return stages * stage_bytes(); }
+};
+
+// At most 99 KiB each, the limit of sm_86, sm_89 and sm_120. FLOPs per byte read from L2: 85, 43, 32.
+inline constexpr GemmShape kGemmShapes[] = {
+    {128, 256, 32, 2, 4, 4, 1, 65, 1.0},  // tall: experts with many rows; warps of 64 x 64
+    {64, 128, 64, 1, 4, 3, 2, 0, 0.8},    // flat: few rows an expert
+    {64, 64, 64, 2, 2, 3, 4, 0, 0.7},     // narrow: as flat, where there would be too few blocks
+};
+inline constexpr int kTall = 0, kFlat = 1, kNarrow = 2, kGemmShapeCount = 3;
+
+// Rows of a tile in plain_gemm.cu: for few and for many rows an expert.
+inline constexpr int kPlainRows[] = {16, 64};
+
+// ---- small batches (small_batch.cu)
+
+inline constexpr int64_t kSmallBatchTokens = 16;
+inline constexpr int kSmallBatchBlocksPerMultiprocessor = 2;  // that registers and shared memory allow
+inline constexpr int64_t kSmallBatchStagedMinimum = 9216;     // for activations: 16 tokens, one round of k and padding
+
+// ---- choices
+
+// The kernels that a call takes. Small batches have no tiles; `rows` are those of the sort's tile lists.
+struct Choice {
+  enum class Way { kSmallBatch, kGrouped, kPlain } way;
+  int gate_up_shape, down_shape;  // of kGemmShapes
+  int gate_up_rows, down_rows;
+};
+
+inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Whether rows can be read 16 bytes at a time and multiplied by the tensor cores.
+inline bool fits_tensor_cores(const ExpertsParams& p) {
+  return p.dtype != DType::kFloat32 && p.hidden % 8 == 0 && p.intermediate % 8 == 0 && is_aligned(p.x) &&
+         is_aligned(p.gate_up) && is_aligned(p.down);
+}
+
+inline int64_t rows_per_expert(const ExpertsParams& p) {
+  return (p.tokens * p.top_k + p.num_experts - 1) / p.num_experts;
+}
+
+// The shape that gives the busiest multiprocessor the least work: elements of the tiles that it multiplies, over the
+// share of the tensor cores' rate that a shape can reach, which its FLOPs per byte from L2 limit (a guess until a GPU
+// has measured it).
+inline int gemm_shape(const ExpertsParams& p, Product product, const Device& device) {
+  const int64_t rows = rows_per_expert(p);
+  const int64_t columns = product == Product::kGateUp ? 2 * p.intermediate : p.hidden;
+  const int64_t active = std::min(p.num_experts, p.tokens * p.top_k);
+  int best = kFlat;
+  double least = std::numeric_limits<double>::infinity();
+  for (int shape = 0; shape < kGemmShapeCount; ++shape) {
+    const GemmShape& s = kGemmShapes[shape];
+    if (rows < s.min_rows) continue;
+    const int64_t tiles = (rows + s.rows - 1) / s.rows;
+    const int64_t blocks = active * tiles * ((columns + s.columns - 1) / s.columns);
+    const int64_t blocks_each = (blocks + device.multiprocessors - 1) / device.multiprocessors;
+    const int64_t rows_each = ((rows + tiles - 1) / tiles + 15) / 16 * 16;
+    const double work = static_cast<double>(blocks_each * rows_each * s.columns) / s.efficiency;
+    if (work < least) least = work, best = shape;
+  }
+  return best;
+}
+
+inline Choice grouped(int gate_up_shape, int down_shape) {
+  return {Choice::Way::kGrouped, gate_up_shape, down_shape, kGemmShapes[gate_up_shape].rows,
+          kGemmShapes[down_shape].rows};
+}
+
+inline Choice plain(const ExpertsParams& p) {
+  const int rows = kPlainRows[rows_per_expert(p) > kPlainRows[0]];
+  return {Choice::Way::kPlain, 0, 0, rows, rows};
+}
+
+// Shared memory for activations: what is left where the wanted number of blocks share a multiprocessor; below the
+// minimum if there is not enough. CUDA takes a kilobyte a block; 128 bytes are for static variables, and a block gets
+// multiples.
+inline int64_t small_batch_staged_bytes(const ExpertsParams& p, const Device& device) {
+  const int64_t lists = small_batch_shared_bytes(p.tokens, p.tokens * p.top_k, p.num_experts) + 128;
+  const int64_t shared = device.shared_per_multiprocessor / kSmallBatchBlocksPerMultiprocessor / 128 * 128 - 1024;
+  const int64_t staged = std::max(kSmallBatchStagedMinimum, shared - lists) / 16 * 16;
+  return std::min<int64_t>(staged, device.shared_per_block - lists);
+}
+
+// MOE_EXT_CUDA_KERNELS forces small_batch, tall, flat, narrow or plain, for tests and benchmarks; throws if it names
+// something else or kernels that cannot take the input.
+inline Choice choose(const ExpertsParams& p, const Device& device) {
+  const char* forced = std::getenv("MOE_EXT_CUDA_KERNELS");
+  const std::string name = forced == nullptr ? "" : forced;
+  if (name == "plain") return plain(p);
+  if (name != "" && name != "small_batch" && name != "tall" && name != "flat" && name != "narrow") {
+    throw std::runtime_error("MOE_EXT_CUDA_KERNELS=" + name +
+                             " is unknown; the kernels are small_batch, tall, flat, narrow, plain");
+  }
+  if (!fits_tensor_cores(p)) {
+    if (name == "") return plain(p);
+    throw std::runtime_error("MOE_EXT_CUDA_KERNELS=" + name +
+                             " needs bfloat16 or float16, H and I multiples of 8, and 16-byte aligned tensors");
+  }
+  const bool fits = small_batch_staged_bytes(p, device) >= kSmallBatchStagedMinimum;
+  if (name == "small_batch" && !fits) {
+    throw std::runtime_error(
+        "MOE_EXT_CUDA_KERNELS=small_batch: the lists of T * K slots do not fit into shared memory");
+  }
+  if (name == "small_batch" || (name == "" && p.tokens <= kSmallBatchTokens && fits)) {
+    return {Choice::Way::kSmallBatch, 0, 0, 0, 0};
+  }
+  if (name == "tall") return grouped(kTall, kTall);
+  if (name == "flat") return grouped(kFlat, kFlat);
+  if (name == "narrow") return grouped(kNarrow, kNarrow);
+  return grouped(gemm_shape(p, Product::kGateUp, device), gemm_shape(p, Product::kDown, device));
+}
+
+// Elements of k of the parts that down's k is cut into so that every block has a unit of work: two rounds or more.
+inline int64_t small_batch_split_length(const ExpertsParams& p, int64_t blocks) {
+  const int64_t units = std::min(p.num_experts, p.tokens * p.top_k) * small_batch_groups(p.hidden);
+  const int64_t rounds = (p.intermediate + kSmallBatchRound - 1) / kSmallBatchRound;
+  const int64_t wanted = std::max<int64_t>(1, std::min(blocks / units, rounds / 2));
+  return (rounds + wanted - 1) / wanted * kSmallBatchRound;
+}
+
+}  // namespace moe_ext::cuda

@@ -1,0 +1,103 @@
+// Conversions, activations and warp reductions that the kernels share.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cassert>
+#include <cstdint>
+#include <type_traits>
+
+#include "moe.h"
+
+namespace moe_ext::cuda {
+
+inline constexpr int kWarpSize = 32;
+inline constexpr uint32_t kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float value) {
+  if constexpr (std::is_same_v<T, float>) return value;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(value);
+  if constexpr (std::is_same_v<T, __half>) return __float2half_rn(value);
+}
+
+// Two neighbouring 16-bit elements in a register.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &pair, sizeof(bits));
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&bits, &pair, sizeof(bits));
+  }
+  return bits;
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t bits) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    __nv_bfloat162 pair;
+    memcpy(&pair, &bits, sizeof(bits));
+    return __bfloat1622float2(pair);
+  } else {
+    __half2 pair;
+    memcpy(&pair, &bits, sizeof(bits));
+    return __half22float2(pair);
+  }
+}
+
+// kExact: to float32 accuracy. Otherwise silu to a few 2^-24 (1 + |x|) of its value, for results that are rounded to 16
+// bits; below x = -87, where it is less than 1e-36, it may be 0.
+template <bool kExact>
+__device__ __forceinline__ float activate(Activation activation, float x) {
+  switch (activation) {
+    case Activation::kSilu:
+      if constexpr (kExact) return x / (1.0f + expf(-x));
+      return __fdividef(x, 1.0f + __expf(-x));
+    case Activation::kGeluErf:
+      return 0.5f * x * (1.0f + erff(x * 0.70710678f));
+    case Activation::kGeluTanh:
+      return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+  }
+  return x;
+}
+
+// Sum over the warp, the same in every lane, in a fixed order.
+template <typename Number>
+__device__ __forceinline__ Number warp_sum(Number value) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  return value;
+}
+
+// Expert index of a slot; the sentinel is num_experts. An index outside [0, num_experts] cannot be reported by the host
+// without waiting for the device, so it stops the kernel, as in torch's own indexing.
+__device__ __forceinline__ int expert_of(const void* experts, bool is_int64, int64_t slot, int64_t num_experts) {
+  const int64_t expert =
+      is_int64 ? static_cast<const int64_t*>(experts)[slot] : int64_t{static_cast<const int32_t*>(experts)[slot]};
+  assert(expert >= 0 && expert <= num_experts && "moe_ext: 'experts' holds an index outside 0 to E");
+  return static_cast<int>(expert);
+}
+
+__device__ __forceinline__ float weight_of(const void* weights, DType dtype, int64_t slot) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return static_cast<const float*>(weights)[slot];
+    case DType::kBFloat16:
+      return to_float(static_cast<const __nv_bfloat16*>(weights)[slot]);
+    case DType::kFloat16:
+      return to_float(static_cast<const __half*>(weights)[slot]);
+  }
+  return 0.0f;
+}
+
+}  // namespace moe_ext::cuda

@@ -1,0 +1,143 @@
+// Grouped products for what the tensor cores cannot take: float32 with full float32 accuracy, and sizes or pointers
+// that do not allow 16-byte loads. Any H and I, any of the three dtypes; h and y are float32.
+//   gate_up   h[p, :] = act(gate[e] x) * (up[e] x),  x = x[token of p, :]          (positions, I)
+//   down      y[p, :] = down[e] h[p, :]                                            (positions, H)
+//
+// A block computes kRows positions of one expert by 64 rows of weights (gate_up: 32 of gate and 32 of up), kInner
+// elements of k at a time through shared memory as float32; a thread holds kRows / 16 x 4 sums, in gate_up two pairs of
+// gate and up. Sums run in order of k: deterministic. Cost of a tile: 2 * rows * 64 * inner FLOPs on the FMA units.
+#include "cuda/heuristics.h"
+#include "cuda/launch.h"
+#include "cuda/numeric.cuh"
+
+namespace moe_ext::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kThreadRows = 16;  // threads along the positions, and along the columns
+constexpr int kBColumns = 64;
+constexpr int kInner = 32;
+constexpr int kPerThread = kBColumns / kThreadRows;
+
+template <typename TA, typename TB, int kRows, Product kProduct>
+__global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
+  constexpr bool kGateUp = kProduct == Product::kGateUp;
+  constexpr int kColumns = kGateUp ? kBColumns / 2 : kBColumns;  // of c
+  constexpr int kRowsPerThread = kRows / kThreadRows;
+  __shared__ float a[kRows][kInner + 1];
+  __shared__ float b[kBColumns][kInner + 1];
+
+  const unsigned column_blocks = static_cast<unsigned>((p.columns + kColumns - 1) / kColumns);
+  const Tile tile = p.tiles[blockIdx.x / column_blocks];
+  if (tile.expert < 0) return;
+  const int row_tiles = (tile.count + kRows - 1) / kRows;
+  const int block = static_cast<int>(blockIdx.x - tile.first_tile * column_blocks);
+  const int64_t first_column = int64_t{block / row_tiles} * kColumns;
+  const int first_row = block % row_tiles * kRows;
+  const int rows = min(kRows, tile.count - first_row);
+  const int64_t first_position = int64_t{tile.first} + first_row;
+
+  // What this thread brings into shared memory: one column of k of every kRowStep-th row; null: beyond the edges.
+  constexpr int kRowStep = kThreads / kInner;
+  const int copy_k = threadIdx.x % kInner, copy_row = threadIdx.x / kInner;
+  const TA* a_rows[kRows / kRowStep];
+  const TB* b_rows[kBColumns / kRowStep];
+#pragma unroll
+  for (int i = 0; i < kRows / kRowStep; ++i) {
+    const int row = copy_row + i * kRowStep;
+    a_rows[i] = nullptr;
+    if (row < rows) {
+      const int64_t position = first_position + row;
+      const int64_t a_row = kGateUp ? p.slot_of[position] / p.top_k : position;
+      a_rows[i] = static_cast<const TA*>(p.a) + a_row * p.inner + copy_k;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kBColumns / kRowStep; ++i) {
+    const int row = copy_row + i * kRowStep;
+    const int64_t column = first_column + row % kColumns;  // gate_up: rows from kColumns on are up
+    b_rows[i] = nullptr;
+    if (column < p.columns) {
+      const int64_t b_row =
+          kGateUp ? (2 * int64_t{tile.expert} + row / kColumns) * p.columns + column : tile.expert * p.columns + column;
+      b_rows[i] = static_cast<const TB*>(p.b) + b_row * p.inner + copy_k;
+    }
+  }
+
+  const int tx = threadIdx.x % kThreadRows, ty = threadIdx.x / kThreadRows;
+  float sums[kRowsPerThread][kPerThread] = {};
+  for (int64_t k = 0; k < p.inner; k += kInner) {
+    const bool inside = k + copy_k < p.inner;
+    float a_values[kRows / kRowStep], b_values[kBColumns / kRowStep];
+#pragma unroll
+    for (int i = 0; i < kRows / kRowStep; ++i) a_values[i] = inside && a_rows[i] ? to_float(a_rows[i][k]) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kBColumns / kRowStep; ++i) b_values[i] = inside && b_rows[i] ? to_float(b_rows[i][k]) : 0.0f;
+    __syncthreads();  // the step before is not read any more
+#pragma unroll
+    for (int i = 0; i < kRows / kRowStep; ++i) a[copy_row + i * kRowStep][copy_k] = a_values[i];
+#pragma unroll
+    for (int i = 0; i < kBColumns / kRowStep; ++i) b[copy_row + i * kRowStep][copy_k] = b_values[i];
+    __syncthreads();
+#pragma unroll 4
+    for (int at = 0; at < kInner; ++at) {
+#pragma unroll
+      for (int i = 0; i < kRowsPerThread; ++i) {
+#pragma unroll
+        for (int j = 0; j < kPerThread; ++j) {
+          sums[i][j] += a[ty + i * kThreadRows][at] * b[tx + j * kThreadRows][at];
+        }
+      }
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < kRowsPerThread; ++i) {
+    const int row = ty + i * kThreadRows;
+    if (row >= rows) continue;
+    float* out = static_cast<float*>(p.c) + (first_position + row) * p.columns;
+#pragma unroll
+    for (int j = 0; j < kColumns / kThreadRows; ++j) {
+      const int64_t column = first_column + tx + j * kThreadRows;
+      if (column >= p.columns) continue;
+      if constexpr (kGateUp) {
+        out[column] = activate<true>(p.activation, sums[i][j]) * sums[i][j + kPerThread / 2];
+      } else {
+        out[column] = sums[i][j];
+      }
+    }
+  }
+}
+
+template <typename T, int kRows>
+void launch_rows(Product product, const GemmParams& p, cudaStream_t stream) {
+  const int64_t columns = product == Product::kGateUp ? kBColumns / 2 : kBColumns;
+  const unsigned blocks = grid_size(p.max_tiles * ((p.columns + columns - 1) / columns));
+  if (product == Product::kGateUp) {
+    plain_gemm_kernel<T, T, kRows, Product::kGateUp><<<blocks, kThreads, 0, stream>>>(p);
+  } else {
+    plain_gemm_kernel<float, T, kRows, Product::kDown><<<blocks, kThreads, 0, stream>>>(p);
+  }
+  check_launch("plain_gemm_kernel");
+}
+
+template <typename T>
+void launch_typed(Product product, int rows, const GemmParams& p, cudaStream_t stream) {
+  rows == kPlainRows[0] ? launch_rows<T, kPlainRows[0]>(product, p, stream)
+                        : launch_rows<T, kPlainRows[1]>(product, p, stream);
+}
+
+}  // namespace
+
+void launch_plain_gemm(Product product, int rows, const GemmParams& p, DType dtype, cudaStream_t stream) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return launch_typed<float>(product, rows, p, stream);
+    case DType::kBFloat16:
+      return launch_typed<__nv_bfloat16>(product, rows, p, stream);
+    case DType::kFloat16:
+      return launch_typed<__half>(product, rows, p, stream);
+  }
+}
+
+}  // namespace moe_ext::cuda

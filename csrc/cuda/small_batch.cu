@@ -1,0 +1,393 @@
+// Small batches (T up to about 16), bf16 and fp16: both products read the weights of every active expert once and touch
+// no other's.
+//   gate_up   h[s, :] = act(gate[e] x) * (up[e] x),  x = x[token of slot s, :]              (P, I)
+//   down      y[s, :] = down[e] h[s, :],  then  out[t, :] = sum over t's slots s of weights[s] * y[s, :]
+//
+// Every block finds the active experts itself from the P expert indices; (expert, group of rows of weights) are the
+// units of work, and block b takes the b-th share of them, so that the grid depends on the device only and a block
+// stays with an expert, whose tokens it stages in shared memory once. A group is four m16 tiles of rows (gate_up: 8
+// gate rows and the 8 up rows of the same columns each). The block's eight warps share the rows and take every eighth
+// piece of 32 elements of k each: a block reads 512 neighbouring bytes of a row. Weights go from global memory to
+// registers, 16 bytes a load, 8 loads in flight a thread, and are the first operand of mma.m16n8k16, the tokens the
+// second; k is permuted in both alike, so that a thread's 16 bytes are its fragment. The warps' sums meet in shared
+// memory in a fixed order.
+//
+// down: where there are too few units for the device, k is split, too (`splits`, from shapes only). A unit writes its
+// part of y, then arrives at its group's counter (zeroed by gate_up, so that the two launches must not overlap). The
+// last to arrive finds all parts there and sums every token's slots in slot order, in float32. Which block that is does
+// not matter to the result: it is deterministic.
+//
+// Cost: reads 3 H I weights of each active expert; activations once per block and expert that it works on (once per
+// group where an expert's tokens do not fit into shared memory), P expert indices per block. Bound by bandwidth.
+#include <algorithm>
+
+#include "cuda/heuristics.h"
+#include "cuda/launch.h"
+#include "cuda/numeric.cuh"
+#include "cuda/ptx.cuh"
+
+namespace moe_ext::cuda {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kTiles = 4;   // m16 tiles of a group
+constexpr int kPiece = 32;  // elements of k: 8 a lane, four lanes a row
+constexpr int kRound = kWarps * kPiece;
+static_assert(kRound == kSmallBatchRound);
+constexpr int kGateUpColumns = kTiles * 8;  // of h, a group
+constexpr int kDownColumns = kTiles * 16;   // of y, a group
+static_assert(kDownColumns == kSmallBatchColumns);
+constexpr int kAtOnce = 8;          // parts of y that a thread of combine_group reads at once
+constexpr int kStagedPadding = 64;  // bytes a row: rows of the same piece lie in different banks
+
+// Shared memory after the warps' sums: lists of ints, then the staged activations.
+struct Lists {
+  int* expert_of_slot;  // (P), E for sentinels
+  int* active;          // (min(E, P)) experts that have a slot, ascending
+  int* slots;           // (P) of the expert under way, ascending
+  uint32_t* mask;       // (E / 32) bit e: expert e is active
+};
+
+// Elements of k of one token that fit when `tokens` are staged.
+constexpr int staged_elements(int64_t staged_bytes, int tokens) {
+  return (static_cast<int>(staged_bytes) / tokens - kStagedPadding) / 2 / kRound * kRound;
+}
+
+constexpr int64_t mask_words(int64_t num_experts) { return (num_experts + 31) / 32; }
+
+constexpr int token_tiles_of(int64_t tokens) { return tokens <= 8 ? 1 : 2; }
+
+constexpr int64_t sums_bytes(int token_tiles) { return int64_t{kWarps} * kTiles * token_tiles * kWarpSize * 16; }
+
+constexpr int64_t lists_bytes(int64_t slots, int64_t num_experts) {
+  const int64_t active = slots < num_experts ? slots : num_experts;
+  return (4 * (2 * slots + active + mask_words(num_experts)) + 15) / 16 * 16;
+}
+
+__device__ Lists lists_at(char* shared, int64_t slots, int64_t num_experts) {
+  Lists lists;
+  lists.expert_of_slot = reinterpret_cast<int*>(shared);
+  lists.slots = lists.expert_of_slot + slots;
+  lists.active = lists.slots + slots;
+  lists.mask = reinterpret_cast<uint32_t*>(lists.active + min(slots, num_experts));
+  return lists;
+}
+
+// Fills expert_of_slot and active; returns the number of active experts. All threads call.
+__device__ int find_active(const ExpertsParams& p, int slots, const Lists& lists) {
+  __shared__ int found;
+  const int words = static_cast<int>(mask_words(p.num_experts));
+  for (int i = threadIdx.x; i < words; i += kThreads) lists.mask[i] = 0;
+  __syncthreads();
+  for (int slot = threadIdx.x; slot < slots; slot += kThreads) {
+    const int expert = expert_of(p.experts, p.experts_are_int64, slot, p.num_experts);
+    lists.expert_of_slot[slot] = expert;
+    if (expert < p.num_experts) atomicOr(&lists.mask[expert / 32], 1u << expert % 32);
+  }
+  __syncthreads();
+  if (threadIdx.x < kWarpSize) {
+    int total = 0;
+    for (int base = 0; base < words; base += kWarpSize) {
+      const int word = base + threadIdx.x;
+      uint32_t bits = word < words ? lists.mask[word] : 0;
+      int upto = __popc(bits);  // inclusive sum over the lanes
+#pragma unroll
+      for (int distance = 1; distance < kWarpSize; distance *= 2) {
+        const int below = __shfl_up_sync(kAllLanes, upto, distance);
+        if (static_cast<int>(threadIdx.x) >= distance) upto += below;
+      }
+      int at = total + upto - __popc(bits);
+      for (; bits != 0; bits &= bits - 1) lists.active[at++] = word * 32 + __ffs(bits) - 1;
+      total += __shfl_sync(kAllLanes, upto, kWarpSize - 1);
+    }
+    if (threadIdx.x == 0) found = total;
+  }
+  __syncthreads();
+  return found;
+}
+
+// Fills slots with those of `expert`; returns how many. All threads call.
+__device__ int find_slots(int expert, int slots, const Lists& lists) {
+  __shared__ int found;
+  __syncthreads();  // the lists of the expert before are not read any more
+  if (threadIdx.x < kWarpSize) {
+    int total = 0;
+    for (int base = 0; base < slots; base += kWarpSize) {
+      const int slot = base + threadIdx.x;
+      const bool here = slot < slots && lists.expert_of_slot[slot] == expert;
+      const uint32_t lanes = __ballot_sync(kAllLanes, here);
+      if (here) lists.slots[total + __popc(lanes & ((1u << threadIdx.x) - 1))] = slot;
+      total += __popc(lanes);
+    }
+    if (threadIdx.x == 0) found = total;
+  }
+  __syncthreads();
+  return found;
+}
+
+// out[t, columns of the group] of all tokens, and the group's part of every ||y||^2. A thread has four columns of a
+// token and reads kAtOnce parts of y before it adds the first. All threads call.
+template <typename T>
+__device__ void combine_group(const SmallBatchParams& p, int group, const Lists& lists) {
+  const ExpertsParams& e = p.experts;
+  constexpr int kThreadsPerToken = kDownColumns / 4;
+  const int64_t column = int64_t{group} * kDownColumns + threadIdx.x % kThreadsPerToken * 4;
+  const bool inside = column < e.hidden;  // H is a multiple of 8
+  const int splits = static_cast<int>(p.splits), top_k = static_cast<int>(e.top_k);
+  // __ldcg: past L1, where nothing of y can be valid that was read before the last part arrived.
+  const auto part_of_y = [&](int64_t part) {
+    return __ldcg(reinterpret_cast<const float4*>(p.y + part * e.hidden + column));
+  };
+
+  for (int token = threadIdx.x / kThreadsPerToken; token < e.tokens; token += kThreads / kThreadsPerToken) {
+    if (!inside) continue;
+    const int first = token * top_k * splits, end = first + top_k * splits;  // parts of y, by slot and split
+    float4 sum = make_float4(0, 0, 0, 0);
+    for (int batch = first; batch < end; batch += kAtOnce) {
+      float4 y[kAtOnce];
+      float weights[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int slot = (batch + i) / splits;
+        const bool present = batch + i < end && lists.expert_of_slot[slot] < e.num_experts;
+        y[i] = present ? part_of_y(batch + i) : make_float4(0, 0, 0, 0);
+        weights[i] = present ? weight_of(e.weights, e.weights_dtype, slot) : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        sum.x += weights[i] * y[i].x, sum.y += weights[i] * y[i].y;
+        sum.z += weights[i] * y[i].z, sum.w += weights[i] * y[i].w;
+      }
+    }
+    *reinterpret_cast<uint2*>(static_cast<T*>(e.out) + token * e.hidden + column) =
+        make_uint2(pack<T>(sum.x, sum.y), pack<T>(sum.z, sum.w));
+  }
+
+  if (p.squares == nullptr) return;
+  const int slots = static_cast<int>(e.tokens) * top_k;
+  for (int first = 0; first < slots; first += kThreads / kThreadsPerToken) {  // the whole warp stays: it adds below
+    const int slot = first + threadIdx.x / kThreadsPerToken;
+    float square = 0.0f;
+    if (slot < slots && inside && lists.expert_of_slot[slot] < e.num_experts) {
+      float4 y = make_float4(0, 0, 0, 0);
+      for (int part = slot * splits; part < (slot + 1) * splits; ++part) {
+        const float4 more = part_of_y(part);
+        y.x += more.x, y.y += more.y, y.z += more.z, y.w += more.w;
+      }
+      square = y.x * y.x + y.y * y.y + y.z * y.z + y.w * y.w;
+    }
+#pragma unroll
+    for (int distance = kThreadsPerToken / 2; distance > 0; distance /= 2) {
+      square += __shfl_xor_sync(kAllLanes, square, distance);
+    }
+    if (slot < slots && threadIdx.x % kThreadsPerToken == 0) {
+      p.squares[slot * small_batch_groups(e.hidden) + group] = square;
+    }
+  }
+}
+
+// kTokenTiles: tiles of 8 tokens that a pass over an expert's weights multiplies.
+template <typename T, int kTokenTiles, Product kProduct>
+__global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) small_batch_kernel(SmallBatchParams p) {
+  constexpr bool kGateUp = kProduct == Product::kGateUp;
+  constexpr int kTokens = kTokenTiles * 8;
+  constexpr int kColumns = kGateUp ? kGateUpColumns : kDownColumns;
+  constexpr int kTileColumns = kColumns / kTiles;
+  extern __shared__ __align__(16) char shared[];
+  const ExpertsParams& e = p.experts;
+  const int slots = static_cast<int>(e.tokens * e.top_k);
+  float4* sums = reinterpret_cast<float4*>(shared);  // (warps, tiles, token tiles, lanes)
+  const Lists lists = lists_at(shared + sums_bytes(kTokenTiles), slots, e.num_experts);
+  char* staged = shared + sums_bytes(kTokenTiles) + lists_bytes(slots, e.num_experts);
+
+  const int inner = static_cast<int>(kGateUp ? e.hidden : e.intermediate);
+  const int columns = static_cast<int>(kGateUp ? e.intermediate : e.hidden);  // of the result
+  const int groups = (columns + kColumns - 1) / kColumns;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int row_of_lane = lane / 4;    // of an m16 tile, and + 8; also the token of a token tile
+  const int k_of_lane = lane % 4 * 8;  // of a piece
+
+  const int active = find_active(e, slots, lists);
+  if constexpr (kGateUp) {
+    for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < small_batch_groups(e.hidden);
+         i += int64_t{gridDim.x} * kThreads) {
+      p.arrivals[i] = 0;
+    }
+  } else if (active == 0) {
+    for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < e.tokens * e.hidden;
+         i += int64_t{gridDim.x} * kThreads) {
+      static_cast<T*>(e.out)[i] = from_float<T>(0.0f);
+    }
+  }
+
+  // Split s takes k in [s, s + 1) * split_length. A block stays with an expert and a split for all groups that it can.
+  const int splits = kGateUp ? 1 : static_cast<int>(p.splits);
+  const int split_length = kGateUp ? inner : static_cast<int>(p.split_length);
+  const int64_t units = int64_t{active} * splits * groups;
+  const int end = static_cast<int>(units * (blockIdx.x + 1) / gridDim.x);
+  int current = -1, count = 0;          // expert and split under way, and the expert's slots
+  int staged_from = -1, staged_k = -1;  // first slot of the list, and first k, of what is staged
+  for (int unit = static_cast<int>(units * blockIdx.x / gridDim.x); unit < end; ++unit) {
+    if (unit / groups != current) {
+      current = unit / groups;
+      count = find_slots(lists.active[current / splits], slots, lists);
+      staged_from = -1;
+    }
+    const int first_column = unit % groups * kColumns;
+    const int split = current % splits;
+    const int first_k = split * split_length, last_k = min(inner, first_k + split_length);
+
+    for (int from = 0; from < count; from += kTokens) {
+      const int tokens = min(kTokens, count - from);
+      // The lane's first row of weights, and the up row of the same column or the row eight on.
+      const int64_t row =
+          lists.active[current / splits] * int64_t{kGateUp ? 2 : 1} * columns + first_column + row_of_lane;
+      const T* rows[2];
+      rows[0] = static_cast<const T*>(kGateUp ? e.gate_up : e.down) + row * inner + first_k;
+      rows[1] = rows[0] + int64_t{kGateUp ? columns : 8} * inner;
+      // As many elements of k as fit; all of them, and then they stay for the next group, if that is possible.
+      const int length = min(staged_elements(p.staged_bytes, tokens), (last_k - first_k + 63) / 64 * 64);
+      const int row_bytes = length * 2 + kStagedPadding;
+
+      float acc[kTiles][kTokenTiles][4] = {};
+      for (int k_begin = first_k; k_begin < last_k; k_begin += length) {
+        if (staged_from != from || staged_k != k_begin) {
+          __syncthreads();  // what is staged is not read any more
+          const T* activations = static_cast<const T*>(kGateUp ? e.x : p.h) + k_begin;
+          for (int token = 0; token < tokens; ++token) {
+            const int slot = lists.slots[from + token];
+            const T* row = activations + int64_t{kGateUp ? slot / static_cast<int>(e.top_k) : slot} * inner;
+            for (int k = threadIdx.x * 8; k < length; k += kThreads * 8) {
+              ptx::copy_async(ptx::shared_address(staged + token * row_bytes + k * 2), row + k, k_begin + k < last_k);
+            }
+          }
+          ptx::copy_async_commit();
+          staged_from = from;
+          staged_k = k_begin;
+        }
+        const int here = min(last_k - k_begin, length);  // elements of k in what is staged
+        for (int k_all = 0; k_all < here; k_all += kRound) {
+          const int k = k_all + warp * kPiece + k_of_lane;
+          uint4 weights[kTiles][2];
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int column = first_column + tile * kTileColumns + row_of_lane + (kGateUp ? 0 : half * 8);
+              weights[tile][half] = make_uint4(0, 0, 0, 0);
+              if (k < here && column < columns) {
+                weights[tile][half] = ptx::load_once(rows[half] + int64_t{tile * kTileColumns} * inner + k);
+              }
+            }
+          }
+          if (k_all == 0) {  // weights are on their way while the activations arrive
+            ptx::copy_async_wait<0>();
+            __syncthreads();
+          }
+          if (k_all + warp * kPiece >= here) break;
+#pragma unroll
+          for (int token_tile = 0; token_tile < kTokenTiles; ++token_tile) {
+            const int token = min(token_tile * 8 + row_of_lane, tokens - 1);  // the columns beyond are not used
+            const uint4 b = *reinterpret_cast<const uint4*>(staged + token * row_bytes + k * 2);
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+              const uint4 upper = weights[tile][0], lower = weights[tile][1];
+              const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
+              const uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
+              ptx::multiply_add(acc[tile][token_tile], first, b.x, b.y, T{});
+              ptx::multiply_add(acc[tile][token_tile], second, b.z, b.w, T{});
+            }
+          }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) rows[half] += here;
+      }
+
+      // The warps' sums, added in warp order.
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int token_tile = 0; token_tile < kTokenTiles; ++token_tile) {
+          const float (&c)[4] = acc[tile][token_tile];
+          sums[((warp * kTiles + tile) * kTokenTiles + token_tile) * kWarpSize + lane] =
+              make_float4(c[0], c[1], c[2], c[3]);
+        }
+      }
+      __syncthreads();
+      for (int i = threadIdx.x; i < kTiles * kTokenTiles * kWarpSize; i += kThreads) {
+        float4 sum = sums[i];
+#pragma unroll
+        for (int other = 1; other < kWarps; ++other) {
+          const float4 more = sums[other * kTiles * kTokenTiles * kWarpSize + i];
+          sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+        }
+        const int tile = i / (kTokenTiles * kWarpSize), token_tile = i / kWarpSize % kTokenTiles;
+        const int column = first_column + tile * kTileColumns + row_of_lane;
+#pragma unroll
+        for (int next = 0; next < 2; ++next) {
+          const int token = token_tile * 8 + lane % 4 * 2 + next;
+          if (token >= tokens || column >= columns) continue;
+          const float upper = next == 0 ? sum.x : sum.y, lower = next == 0 ? sum.z : sum.w;
+          const int64_t at = (int64_t{lists.slots[from + token]} * splits + split) * columns + column;
+          if constexpr (kGateUp) {
+            static_cast<T*>(p.h)[at] = from_float<T>(activate<false>(e.activation, upper) * lower);
+          } else {
+            p.y[at] = upper;
+            if (column + 8 < columns) p.y[at + 8] = lower;
+          }
+        }
+      }
+    }
+
+    if constexpr (!kGateUp) {
+      __shared__ bool last;
+      __syncthreads();  // the block's part of y is written
+      if (threadIdx.x == 0)
+        last = ptx::arrive(&p.arrivals[unit % groups]) == static_cast<uint32_t>(active * splits) - 1;
+      __syncthreads();
+      if (last) combine_group<T>(p, unit % groups, lists);
+    }
+  }
+}
+
+template <typename T, int kTokenTiles, Product kProduct>
+void launch_product(const SmallBatchParams& p, cudaStream_t stream) {
+  const ExpertsParams& e = p.experts;
+  const int64_t slots = e.tokens * e.top_k;
+  const int64_t groups = kProduct == Product::kGateUp ? (e.intermediate + kGateUpColumns - 1) / kGateUpColumns
+                                                      : small_batch_groups(e.hidden);
+  const int64_t splits = kProduct == Product::kGateUp ? 1 : p.splits;
+  const int64_t units = std::max<int64_t>(1, std::min(slots, e.num_experts) * groups * splits);
+  const int bytes = static_cast<int>(sums_bytes(kTokenTiles) + lists_bytes(slots, e.num_experts) + p.staged_bytes);
+  allow_shared(small_batch_kernel<T, kTokenTiles, kProduct>, static_cast<int>(p.shared_limit));
+  small_batch_kernel<T, kTokenTiles, kProduct><<<grid_size(std::min(units, p.blocks)), kThreads, bytes, stream>>>(p);
+  check_launch("small_batch_kernel");
+}
+
+template <typename T>
+void launch_typed(const SmallBatchParams& p, cudaStream_t stream) {
+  if (token_tiles_of(p.experts.tokens) == 1) {
+    launch_product<T, 1, Product::kGateUp>(p, stream);
+    launch_product<T, 1, Product::kDown>(p, stream);
+  } else {
+    launch_product<T, 2, Product::kGateUp>(p, stream);
+    launch_product<T, 2, Product::kDown>(p, stream);
+  }
+}
+
+}  // namespace
+
+int64_t small_batch_shared_bytes(int64_t tokens, int64_t slots, int64_t num_experts) {
+  return sums_bytes(token_tiles_of(tokens)) + lists_bytes(slots, num_experts);
+}
+
+void launch_small_batch(const SmallBatchParams& p, cudaStream_t stream) {
+  if (p.experts.dtype == DType::kBFloat16) {
+    launch_typed<__nv_bfloat16>(p, stream);
+  } else {
+    launch_typed<__half>(p, stream);
+  }
+}
+
+}  // namespace moe_ext::cuda

@@ -1,0 +1,361 @@
+// The CUDA kernels below the operators: the sort against std::stable_sort, and index arithmetic beyond 2^31 and 2^32.
+// For the latter an array is huge, but only the part that a kernel may touch exists: the kernel gets the address where
+// the whole array would begin. Any other access is outside of every allocation, and a result computed at offset 0 must
+// come out with the same bits.
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "cuda/heuristics.h"
+#include "cuda/launch.h"
+#include "moe.h"
+#include "setting.h"
+
+using moe_ext::cuda::Choice;
+using moe_ext::cuda::Device;
+using moe_ext::cuda::GemmParams;
+using moe_ext::cuda::kGemmShapes;
+using moe_ext::cuda::kPlainRows;
+using moe_ext::cuda::max_tiles;
+using moe_ext::cuda::Product;
+using moe_ext::cuda::Scratch;
+using moe_ext::cuda::sort_blocks;
+using moe_ext::cuda::Tile;
+using setting::Random;
+
+namespace {
+
+void require_gpu() {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) throw check::Skip("no CUDA device");
+}
+
+void ok(cudaError_t status) { moe_ext::cuda::check(status, "a CUDA call of the test"); }
+
+// Device memory that goes with its owner.
+template <typename T>
+class DeviceArray {
+ public:
+  explicit DeviceArray(int64_t size) : size_(size) { ok(cudaMalloc(&data_, std::max<int64_t>(1, size) * sizeof(T))); }
+  explicit DeviceArray(const std::vector<T>& values) : DeviceArray(static_cast<int64_t>(values.size())) {
+    ok(cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  ~DeviceArray() { cudaFree(data_); }
+  DeviceArray(const DeviceArray&) = delete;
+  DeviceArray& operator=(const DeviceArray&) = delete;
+
+  T* data() const { return data_; }
+  // Where an array would begin whose element `index` is the first of this one.
+  T* as_part_from(int64_t index) const {
+    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(data_) - static_cast<uintptr_t>(index) * sizeof(T));
+  }
+  std::vector<T> host() const {
+    std::vector<T> values(size_);
+    ok(cudaMemcpy(values.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost));
+    return values;
+  }
+
+ private:
+  int64_t size_;
+  T* data_ = nullptr;
+};
+
+using Bits = uint16_t;  // of a bfloat16
+
+std::vector<Bits> random_bfloat16(Random& random, int64_t size, float bound) {
+  const setting::Array values = random.array(moe_ext::DType::kBFloat16, size, bound);
+  std::vector<Bits> bits(size);
+  std::memcpy(bits.data(), values.data(), size * sizeof(Bits));
+  return bits;
+}
+
+// What the operators get from torch's allocator.
+class Scratchpad {
+ public:
+  ~Scratchpad() {
+    for (void* pointer : pointers_) cudaFree(pointer);
+  }
+  Scratch scratch() {
+    return {this, [](void* context, int64_t bytes) {
+              void* pointer = nullptr;
+              ok(cudaMalloc(&pointer, std::max<int64_t>(1, bytes)));
+              static_cast<Scratchpad*>(context)->pointers_.push_back(pointer);
+              return pointer;
+            }};
+  }
+
+ private:
+  std::vector<void*> pointers_;
+};
+
+class ForcedKernels {
+ public:
+  explicit ForcedKernels(const char* name) { setenv("MOE_EXT_CUDA_KERNELS", name, 1); }
+  ~ForcedKernels() { unsetenv("MOE_EXT_CUDA_KERNELS"); }
+};
+
+constexpr const char* kAllKernels[] = {"small_batch", "tall", "flat", "narrow", "plain"};
+
+// Multiprocessors and shared memory of an A100, an H100, and an RTX 4090.
+constexpr Device kA100{108, 164 * 1024, 163 * 1024};
+constexpr Device kH100{132, 228 * 1024, 227 * 1024};
+constexpr Device kRtx4090{128, 100 * 1024, 99 * 1024};
+
+moe_ext::ExpertsParams shaped(int64_t tokens, int64_t hidden, int64_t intermediate, int64_t num_experts,
+                              int64_t top_k) {
+  moe_ext::ExpertsParams p{};
+  p.tokens = tokens;
+  p.hidden = hidden;
+  p.intermediate = intermediate;
+  p.num_experts = num_experts;
+  p.top_k = top_k;
+  p.dtype = moe_ext::DType::kBFloat16;
+  return p;
+}
+
+}  // namespace
+
+// ---- choices
+
+TEST("two blocks of a small batch fit a multiprocessor of every device") {
+  for (const Device& device : {kA100, kH100, kRtx4090}) {
+    for (const int64_t tokens : {1, 4, 8, 9, 16}) {
+      for (const int64_t num_experts : {8, 64, 256}) {
+        const moe_ext::ExpertsParams p = shaped(tokens, 4096, 14336, num_experts, 8);
+        CHECK(moe_ext::cuda::choose(p, device).way == Choice::Way::kSmallBatch, tokens, " tokens");
+        const int64_t dynamic = moe_ext::cuda::small_batch_shared_bytes(tokens, tokens * 8, num_experts) +
+                                moe_ext::cuda::small_batch_staged_bytes(p, device);
+        constexpr int64_t kStatic = 16, kOfCuda = 1024, kGranularity = 128;
+        const int64_t block = (dynamic + kStatic + kGranularity - 1) / kGranularity * kGranularity + kOfCuda;
+        CHECK(2 * block <= device.shared_per_multiprocessor, block, " bytes a block, ", tokens, " tokens");
+      }
+    }
+  }
+}
+
+TEST("a small batch whose lists do not fit into shared memory takes the kernels of large ones") {
+  CHECK(moe_ext::cuda::choose(shaped(16, 64, 64, 512, 512), kRtx4090).way == Choice::Way::kGrouped, "sm_89");
+  CHECK(moe_ext::cuda::choose(shaped(16, 64, 64, 512, 512), kH100).way == Choice::Way::kSmallBatch, "sm_90");
+}
+
+TEST("the tile shape follows the rows of an expert and the blocks that a device runs at once") {
+  const auto down_shape = [](const moe_ext::ExpertsParams& p, const Device& device) {
+    return moe_ext::cuda::choose(p, device).down_shape;
+  };
+  CHECK(down_shape(shaped(8192, 4096, 14336, 8, 2), kH100) == moe_ext::cuda::kTall, "many rows, many columns");
+  CHECK(down_shape(shaped(512, 4096, 14336, 8, 2), kA100) == moe_ext::cuda::kFlat,
+        "two waves of tall, the second short");
+  CHECK(down_shape(shaped(64, 1024, 3584, 8, 2), kH100) == moe_ext::cuda::kNarrow, "few columns");
+}
+
+TEST("down's k is cut so that no part is empty and blocks have work") {
+  for (const int64_t intermediate : {8, 256, 768, 1032, 2816, 3584, 4616, 14336}) {
+    for (const int64_t hidden : {64, 1024, 4096}) {
+      for (const int64_t blocks : {1, 216, 264, 10000}) {
+        const moe_ext::ExpertsParams p = shaped(1, hidden, intermediate, 8, 2);
+        const int64_t length = moe_ext::cuda::small_batch_split_length(p, blocks);
+        const int64_t splits = (intermediate + length - 1) / length;
+        CHECK(length > 0 && length % moe_ext::cuda::kSmallBatchRound == 0, length);
+        CHECK((splits - 1) * length < intermediate, splits, " parts of ", length);
+        CHECK(splits == 1 || splits * 2 * ((hidden + 63) / 64) <= blocks, splits, " parts for ", blocks, " blocks");
+      }
+    }
+  }
+}
+
+// ---- sort
+
+TEST("the sort equals std::stable_sort, and its tiles cover every expert's positions") {
+  require_gpu();
+  Random random(1);
+  for (const int64_t slots : {1, 31, 1000, 4096, 4097, 9000}) {
+    for (const int64_t num_experts : {1, 8, 130, 1500}) {
+      std::vector<int> experts(slots);
+      for (int& expert : experts) expert = static_cast<int>(random.below(num_experts + 1));  // E: no expert
+      if (slots == 1000) std::fill(experts.begin(), experts.end(), static_cast<int>(num_experts - 1));
+      if (slots == 31) std::fill(experts.begin(), experts.end(), static_cast<int>(num_experts));
+
+      std::vector<int> order(slots);
+      std::iota(order.begin(), order.end(), 0);
+      std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return experts[a] < experts[b]; });
+      std::vector<int> first(num_experts + 1, 0), position_of(slots, -1);
+      for (const int expert : experts) {
+        for (int64_t later = expert + 1; later <= num_experts; ++later) ++first[later];
+      }
+      order.resize(first[num_experts]);
+      for (size_t position = 0; position < order.size(); ++position) position_of[order[position]] = position;
+
+      const DeviceArray<int> device_experts(experts);
+      const DeviceArray<int> slot_of(slots), device_position_of(slots), device_first(num_experts + 1);
+      const DeviceArray<int> counts(sort_blocks(slots) * num_experts);
+      const int64_t tall = max_tiles(slots, num_experts, 128), flat = max_tiles(slots, num_experts, 16);
+      const DeviceArray<Tile> tall_tiles(tall), flat_tiles(flat);
+      moe_ext::cuda::launch_sort({device_experts.data(),
+                                  false,
+                                  slots,
+                                  num_experts,
+                                  slot_of.data(),
+                                  device_position_of.data(),
+                                  device_first.data(),
+                                  counts.data(),
+                                  {tall_tiles.data(), 128, tall},
+                                  {flat_tiles.data(), 16, flat}},
+                                 nullptr);
+      const std::string where = std::to_string(slots) + " slots, " + std::to_string(num_experts) + " experts";
+      const std::vector<int> got = slot_of.host();
+      CHECK(std::equal(order.begin(), order.end(), got.begin()), "slot_of, ", where);
+      CHECK(device_position_of.host() == position_of, "position_of, ", where);
+      CHECK(device_first.host() == first, "first, ", where);
+      for (const int64_t rows : {128, 16}) {
+        const std::vector<Tile> tiles = (rows == 128 ? tall_tiles : flat_tiles).host();
+        size_t at = 0;
+        for (int64_t expert = 0; expert < num_experts; ++expert) {
+          const int count = first[expert + 1] - first[expert];
+          const int first_tile = static_cast<int>(at);
+          for (int64_t tile = 0; tile < (count + rows - 1) / rows; ++tile, ++at) {
+            CHECK(at < tiles.size(), "tiles, ", where);
+            const Tile& t = tiles[at];
+            CHECK(t.expert == expert && t.first_tile == first_tile && t.first == first[expert] && t.count == count,
+                  "tile ", at, ", ", where);
+          }
+        }
+        for (; at < tiles.size(); ++at) CHECK(tiles[at].expert == -1, "tile ", at, ", ", where);
+      }
+    }
+  }
+}
+
+// ---- offsets beyond 32 bits
+
+TEST("weights of an expert beyond 2^32 elements are read where they lie") {
+  require_gpu();
+  constexpr int64_t kExperts = 8192, kHidden = 512, kIntermediate = 544, kTokens = 3;
+  constexpr int64_t kGateUp = 2 * kIntermediate * kHidden, kDown = kHidden * kIntermediate;
+  static_assert((kExperts - 1) * kGateUp > int64_t{1} << 32 && (kExperts - 1) * kDown > int64_t{1} << 31);
+  Random random(2);
+  const DeviceArray<Bits> x(random_bfloat16(random, kTokens * kHidden, 1.0f));
+  const DeviceArray<Bits> gate_up(random_bfloat16(random, kGateUp, 0.05f));
+  const DeviceArray<Bits> down(random_bfloat16(random, kDown, 0.05f));
+  const DeviceArray<float> weights({0.5f, 0.25f, 1.0f});
+
+  const auto run = [&](const char* kernels, int64_t num_experts) {
+    const ForcedKernels forced(kernels);
+    const DeviceArray<int64_t> experts(std::vector<int64_t>(kTokens, num_experts - 1));
+    const DeviceArray<Bits> out(kTokens * kHidden);
+    moe_ext::ExpertsParams p{};
+    p.x = x.data();
+    p.gate_up = gate_up.as_part_from((num_experts - 1) * kGateUp);
+    p.down = down.as_part_from((num_experts - 1) * kDown);
+    p.experts = experts.data();
+    p.weights = weights.data();
+    p.out = out.data();
+    p.tokens = kTokens;
+    p.num_experts = num_experts;
+    p.top_k = 1;
+    p.hidden = kHidden;
+    p.intermediate = kIntermediate;
+    p.dtype = moe_ext::DType::kBFloat16;
+    p.experts_are_int64 = true;
+    Scratchpad memory;
+    moe_ext::cuda::experts(p, memory.scratch(), nullptr);
+    return out.host();
+  };
+  for (const char* kernels : kAllKernels) {
+    const std::vector<Bits> near = run(kernels, 1);
+    CHECK(std::count(near.begin(), near.end(), Bits{0}) < kHidden / 8, kernels, ": the result is zero");
+    CHECK(run(kernels, kExperts) == near, kernels);
+  }
+}
+
+TEST("rows of x, h and y beyond 2^31 elements are read and written where they lie") {
+  require_gpu();
+  constexpr int64_t kRows = 70, kHidden = 136, kIntermediate = 200;  // two tiles of every shape but tall
+  constexpr int64_t kFarToken = 2'000'000'000, kFarPosition = 2'100'000'000;
+  static_assert(kFarToken * kHidden > int64_t{1} << 32 && kFarPosition * kIntermediate > int64_t{1} << 32);
+  Random random(3);
+  const DeviceArray<Bits> x(random_bfloat16(random, kRows * kHidden, 1.0f));
+  const DeviceArray<Bits> gate_up(random_bfloat16(random, 2 * kIntermediate * kHidden, 0.05f));
+  const DeviceArray<Bits> down(random_bfloat16(random, kHidden * kIntermediate, 0.05f));
+
+  // h as 32-bit words holds both the bfloat16 of grouped_gemm and the float32 of plain_gemm.
+  const auto run = [&](const char* kernels, int64_t first_token, int64_t first_position) {
+    const bool plain = std::string(kernels) == "plain";
+    const int shape = static_cast<int>(std::find(kAllKernels, kAllKernels + 5, std::string(kernels)) - kAllKernels) - 1;
+    const int rows = plain ? kPlainRows[1] : kGemmShapes[shape].rows;
+    std::vector<int> slots(kRows);
+    std::iota(slots.begin(), slots.end(), static_cast<int>(first_token));
+    const DeviceArray<int> slot_of(slots);
+    std::vector<Tile> list((kRows + rows - 1) / rows, {0, 0, static_cast<int>(first_position), kRows});
+    const DeviceArray<Tile> tiles(list);
+    const int words = plain ? 2 : 1;  // 16-bit words of an element of h and y
+    const DeviceArray<Bits> h(kRows * kIntermediate * words), y(kRows * kHidden * words);
+    const GemmParams first{x.as_part_from(first_token * kHidden),
+                           gate_up.data(),
+                           h.as_part_from(first_position * kIntermediate * words),
+                           slot_of.as_part_from(first_position),
+                           tiles.data(),
+                           static_cast<int64_t>(list.size()),
+                           1,
+                           kIntermediate,
+                           kHidden,
+                           moe_ext::Activation::kSilu};
+    const GemmParams second{h.as_part_from(first_position * kIntermediate * words),
+                            down.data(),
+                            y.as_part_from(first_position * kHidden * words),
+                            slot_of.as_part_from(first_position),
+                            tiles.data(),
+                            static_cast<int64_t>(list.size()),
+                            1,
+                            kHidden,
+                            kIntermediate,
+                            moe_ext::Activation::kSilu};
+    for (const Product product : {Product::kGateUp, Product::kDown}) {
+      const GemmParams& p = product == Product::kGateUp ? first : second;
+      if (plain) {
+        moe_ext::cuda::launch_plain_gemm(product, rows, p, moe_ext::DType::kBFloat16, nullptr);
+      } else {
+        moe_ext::cuda::launch_grouped_gemm(product, shape, p, moe_ext::DType::kBFloat16, nullptr);
+      }
+    }
+    return y.host();
+  };
+  for (const char* kernels : {"tall", "flat", "narrow", "plain"}) {
+    const std::vector<Bits> near = run(kernels, 0, 0);
+    CHECK(std::count(near.begin(), near.end(), Bits{0}) < kHidden, kernels, ": the result is zero");
+    CHECK(run(kernels, kFarToken, kFarPosition) == near, kernels);
+  }
+}
+
+TEST("combine reads rows of y beyond 2^31 elements where they lie") {
+  require_gpu();
+  constexpr int64_t kHidden = 1096, kTokens = 5, kSlots = 2 * kTokens, kFarPosition = 4'000'000;
+  static_assert(kFarPosition * kHidden > int64_t{1} << 32);
+  Random random(4);
+  const DeviceArray<Bits> y(random_bfloat16(random, kSlots * kHidden, 1.0f));
+  const DeviceArray<float> weights(std::vector<float>(kSlots, 0.5f));
+  const auto run = [&](int64_t first_position, std::vector<float>* norms) {
+    std::vector<int> positions(kSlots);
+    std::iota(positions.begin(), positions.end(), static_cast<int>(first_position));
+    const DeviceArray<int> position_of(positions);
+    const DeviceArray<Bits> out(kTokens * kHidden);
+    const DeviceArray<float> squares(kSlots * moe_ext::cuda::combine_parts(kHidden, moe_ext::DType::kBFloat16));
+    moe_ext::cuda::launch_combine(
+        {y.as_part_from(first_position * kHidden), position_of.data(), weights.data(), out.data(), squares.data(),
+         kTokens, 2, kHidden, moe_ext::DType::kBFloat16, moe_ext::DType::kBFloat16, moe_ext::DType::kFloat32},
+        nullptr);
+    *norms = squares.host();
+    return out.host();
+  };
+  std::vector<float> near_norms, far_norms;
+  const std::vector<Bits> near = run(0, &near_norms);
+  CHECK(run(kFarPosition, &far_norms) == near, "out");
+  CHECK(near_norms == far_norms, "squares");
+  CHECK(*std::min_element(near_norms.begin(), near_norms.end()) > 0, "squares are zero");
+}
