@@ -19,22 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from layer import DTYPES, Layer
 from record import table, write_result
-from torch import Tensor
-from transformers import MixtralConfig
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moe_ext import ops
 from moe_ext.binary import _C
 
 SHAPES = ["1024,3584,8,2", "2048,768,64,8", "4096,14336,8,2"]  # H, I, E, K; the last is Mixtral-8x7B's layer
 TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PEERS = ["eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe"]
 GRAPHED = ["experts", "grouped_mm", "batched_mm"]  # also timed as CUDA graphs: without what Python and launches cost
-# Eager rounds to the dtype after each of its five steps: 8 roundings of values of the output's size cover it.
-TOLERANCE = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8, torch.float32: 2.0**-19}
 
 
 class Timer:
@@ -85,59 +79,13 @@ def measured_limits(timer: Timer, matmul: int, dtype: torch.dtype) -> dict[str, 
     }
 
 
-class Layer:
-    """The experts of one MoE layer with random weights, as transformers' module holds them."""
-
-    def __init__(self, hidden: int, intermediate: int, num_experts: int, top_k: int, dtype: torch.dtype) -> None:
-        config = MixtralConfig(
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_local_experts=num_experts,
-            num_experts_per_tok=top_k,
-        )
-        config._experts_implementation = "eager"
-        with torch.device("meta"):
-            module = MixtralExperts(config).to(dtype)
-        self.module = module.to_empty(device="cuda").requires_grad_(False)
-        for weight in (self.module.gate_up_proj, self.module.down_proj):
-            weight.normal_(std=weight.shape[-1] ** -0.5)
-        self.config, self.dtype = config, dtype
-
-    def peer(self, name: str, x: Tensor, experts: Tensor, weights: Tensor) -> Callable[[], Tensor]:
-        function = ALL_EXPERTS_FUNCTIONS.get(name, type(self.module).forward.__wrapped__)
-        return lambda: function(self.module, x, experts, weights)
-
-    def arguments(self, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (T, H), logits (T, E), weights (T, K) and experts (T, K)."""
-        generator = torch.Generator("cuda").manual_seed(tokens)
-        shape = (tokens, self.config.hidden_size), (tokens, self.config.num_local_experts)
-        x, logits = (torch.randn(*size, device="cuda", generator=generator).to(self.dtype) for size in shape)
-        weights, experts = ops.route(logits, self.config.num_experts_per_tok)
-        return x, logits, weights, experts
-
-
-def check(layer: Layer, x: Tensor, logits: Tensor, weights: Tensor, experts: Tensor) -> None:
-    """Raises AssertionError where an operator disagrees with transformers or torch."""
-    ours = (x, layer.module.gate_up_proj, layer.module.down_proj, experts, weights, "silu")
-    out = ops.experts(*ours)
-    expected = layer.peer("eager", x, experts, weights)()
-    torch.testing.assert_close(out, expected, rtol=0, atol=TOLERANCE[x.dtype] * float(expected.abs().max()))
-    moments = torch.zeros(layer.config.num_local_experts, 3, 3, dtype=torch.float64, device="cuda")
-    assert torch.equal(ops.experts_observed(*ours, moments), out)
-    counts = torch.bincount(experts.flatten(), minlength=layer.config.num_local_experts)
-    torch.testing.assert_close(moments[:, 0, 0], counts.double(), rtol=0, atol=0)
-    top = torch.softmax(logits.float(), dim=-1).topk(layer.config.num_experts_per_tok, dim=-1).values
-    torch.testing.assert_close(weights, top / top.sum(-1, keepdim=True), rtol=1e-5, atol=1e-7)
-
-
 def measure(layer: Layer, tokens: int, timer: Timer, limits: dict[str, float]) -> tuple[dict[str, Any], dict[str, str]]:
     """A row of the result, and the peers that did not run with the reason."""
-    x, logits, weights, experts = layer.arguments(tokens)
-    check(layer, x, logits, weights, experts)
-    ours = (x, layer.module.gate_up_proj, layer.module.down_proj, experts, weights, "silu")
-    moments = torch.zeros(layer.config.num_local_experts, 3, 3, dtype=torch.float64, device="cuda")
+    x, logits, weights, experts = layer.inputs(tokens)
+    layer.check(x, logits, weights, experts)
+    ours, moments = layer.arguments(x, weights, experts), layer.new_moments()
     functions: dict[str, Callable[[], Any]] = {
-        "route": lambda: ops.route(logits, layer.config.num_experts_per_tok),
+        "route": lambda: ops.route(logits, layer.top_k),
         "experts": lambda: ops.experts(*ours),
         "experts_observed": lambda: ops.experts_observed(*ours, moments),
     }
@@ -155,7 +103,7 @@ def measure(layer: Layer, tokens: int, timer: Timer, limits: dict[str, float]) -
             functions[f"{name} graph"] = graphed(functions[name])
     seconds = timer.medians(functions)
 
-    hidden, intermediate = layer.config.hidden_size, layer.config.intermediate_size
+    hidden, intermediate = layer.hidden, layer.intermediate
     active = int(experts.unique().numel())
     size = x.element_size()
     needed = active * 3 * hidden * intermediate * size + 2 * tokens * hidden * size
@@ -164,8 +112,8 @@ def measure(layer: Layer, tokens: int, timer: Timer, limits: dict[str, float]) -
     row: dict[str, Any] = {
         "H": hidden,
         "I": intermediate,
-        "E": layer.config.num_local_experts,
-        "K": layer.config.num_experts_per_tok,
+        "E": layer.num_experts,
+        "K": layer.top_k,
         "T": tokens,
         "active": active,
         "roofline us": roofline * 1e6,
@@ -198,7 +146,7 @@ def main() -> None:
         missing: dict[str, str] = {}
         for text in options.shape or SHAPES:
             hidden, intermediate, num_experts, top_k = map(int, text.split(","))
-            layer = Layer(hidden, intermediate, num_experts, top_k, dtype)
+            layer = Layer(hidden, intermediate, num_experts, top_k, dtype, "cuda")
             for tokens in map(int, options.tokens.split(",")) if options.tokens else TOKENS:
                 row, reasons = measure(layer, tokens, timer, limits)
                 rows.append(row)

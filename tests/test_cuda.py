@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,13 @@ def test_rows_of_an_expert_around_the_edges_of_tiles(kernels: str, dtype: torch.
     case.experts[:] = 1
     case.experts[[0, (rows + 1) // 2, rows + 2]] = torch.tensor([[2], [0], [2]], dtype=torch.int32)
     assert int((case.experts == 1).sum()) == rows
+    assert_equals_brute_force(case, kernels)
+
+
+@pytest.mark.parametrize("kernels", GROUPED)
+def test_an_expert_with_more_tiles_of_rows_than_a_band(kernels: str) -> None:
+    case = experts_case(2200, 2, 1, 16, 24, dtype=torch.bfloat16)
+    case.experts[:2100] = 1
     assert_equals_brute_force(case, kernels)
 
 
@@ -314,6 +322,20 @@ def test_inputs_are_not_modified(kernels: str, tokens: int) -> None:
         ops.experts_observed(*moved.arguments(), moments, moved_counted)
     for before, after in zip((*case.arguments()[:5], counted), (*moved.arguments()[:5], moved_counted), strict=True):
         assert torch.equal(after.cpu(), before)
+
+
+def test_calls_from_several_host_threads_do_not_disturb_each_other() -> None:
+    # Calls of different sizes take the same kernels with different amounts of shared memory.
+    cases = [experts_case(tokens, 4, 2, 24, 40, dtype=torch.bfloat16).to("cuda") for tokens in (1, 8)]
+    expected = [ops.experts(*case.arguments()) for case in cases]
+
+    def call_often(case: ExpertsCase) -> list[Tensor]:
+        return [ops.experts(*case.arguments()) for _ in range(50)]
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        results = list(pool.map(call_often, cases))
+    for outs, out in zip(results, expected, strict=True):
+        assert all(torch.equal(one, out) for one in outs)
 
 
 def test_route_modifies_no_input() -> None:

@@ -332,6 +332,12 @@ def test_equal_logits_rank_by_expert_index(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_zeros_of_either_sign_rank_by_expert_index(device: str) -> None:
+    _, experts = ops.route(torch.tensor([[-0.0, 0.0, -1.0, -0.0, 0.0]], device=device), 4)
+    assert experts.tolist() == [[0, 1, 3, 4]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_nan_logits_reach_the_weights_of_their_token_only(device: str, renormalise: bool) -> None:
     logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(device)
