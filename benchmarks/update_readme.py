@@ -60,9 +60,19 @@ def ptxas_table(result: Mapping[str, Any], source: str) -> str:
     )
 
 
+def cpu_table(result: Mapping[str, Any], source: str) -> str:
+    note = (
+        f"{result['date']}, {result['machine']}, {result['variant']} variant, torch {result['versions']['torch']}, "
+        f"transformers {result['versions']['transformers']}; reads {result['read_bandwidth'] / 1e9:.1f} GB/s; "
+        f"{result['what']} ([{source}](results/{source}))."
+    )
+    return f"{table(result['rows'])}\n\n{note}"
+
+
 # The place of a table, between markers, and what goes there.
 PLACES: list[tuple[Path, str, Callable[[Mapping[str, Any], str], str]]] = [
     (ROOT / "README.md", "demo", demo_table),
+    (ROOT / "benchmarks" / "README.md", "cpu", cpu_table),
     (ROOT / "benchmarks" / "README.md", "cuda-counters", counters_tables),
     (ROOT / "benchmarks" / "README.md", "cuda-ptxas", ptxas_table),
 ]

@@ -189,7 +189,7 @@ def _run(demo: Demo, folder: Path, output: Path, say: Callable[[str], None]) -> 
     heat_maps(scores, output / "scores.png", plans={criterion: plans[criterion, kept] for criterion in CRITERIA})
     result = {
         "date": date.today().isoformat(),
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "variant": _C.active_cpu_variant()},
+        "machine": {"processor": processor(), "threads": torch.get_num_threads(), "variant": _C.active_cpu_variant()},
         "versions": {
             "moe_ext": __version__,
             "torch": torch.__version__,
@@ -229,7 +229,8 @@ def _save_and_reload(demo: Demo, model: PreTrainedModel, wanted: Path) -> Path:
     return folder
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
