@@ -20,7 +20,6 @@ import torch
 from layer import DTYPES, Layer
 from record import table, write_result
 
-from moe_ext import ops
 from moe_ext.binary import _C
 from moe_ext.demo import processor
 
@@ -65,13 +64,7 @@ def linear_rate(rows: int, hidden: int, intermediate: int, dtype: torch.dtype, s
 
 def measure(layer: Layer, tokens: int, bandwidth: float, seconds: float) -> dict[str, Any]:
     x, logits, weights, experts = layer.inputs(tokens)
-    layer.check(x, logits, weights, experts)
-    ours, moments = layer.arguments(x, weights, experts), layer.new_moments()
-    functions: dict[str, Callable[[], Any]] = {
-        "route": lambda: ops.route(logits, layer.top_k),
-        "experts": lambda: ops.experts(*ours),
-        "observed": lambda: ops.experts_observed(*ours, moments),
-    }
+    functions = layer.operators(x, logits, weights, experts)
     expert_bytes = 3 * layer.hidden * layer.intermediate * x.element_size()
     for name in PEERS:
         if name != "batched_mm" or experts.numel() * expert_bytes <= GATHERED_BYTES:
@@ -93,7 +86,7 @@ def measure(layer: Layer, tokens: int, bandwidth: float, seconds: float) -> dict
         "limit ms": max(read, multiply) * 1e3,
         "bound by": "read" if read > multiply else "linear",
         "of limit": max(read, multiply) / times["experts"],
-        "observed / experts": times["observed"] / times["experts"],
+        "observed / experts": times["experts_observed"] / times["experts"],
         "route us": times["route"] * 1e6,
     }
 

@@ -22,7 +22,6 @@ import torch
 from layer import DTYPES, Layer
 from record import table, write_result
 
-from moe_ext import ops
 from moe_ext.binary import _C
 
 SHAPES = ["1024,3584,8,2", "2048,768,64,8", "4096,14336,8,2"]  # H, I, E, K; the last is Mixtral-8x7B's layer
@@ -82,13 +81,7 @@ def measured_limits(timer: Timer, matmul: int, dtype: torch.dtype) -> dict[str, 
 def measure(layer: Layer, tokens: int, timer: Timer, limits: dict[str, float]) -> tuple[dict[str, Any], dict[str, str]]:
     """A row of the result, and the peers that did not run with the reason."""
     x, logits, weights, experts = layer.inputs(tokens)
-    layer.check(x, logits, weights, experts)
-    ours, moments = layer.arguments(x, weights, experts), layer.new_moments()
-    functions: dict[str, Callable[[], Any]] = {
-        "route": lambda: ops.route(logits, layer.top_k),
-        "experts": lambda: ops.experts(*ours),
-        "experts_observed": lambda: ops.experts_observed(*ours, moments),
-    }
+    functions = layer.operators(x, logits, weights, experts)
     missing = {}
     for name in PEERS:
         function = layer.peer(name, x, experts, weights)

@@ -55,6 +55,16 @@ class Layer:
         """The arguments of the experts operators."""
         return x, self.module.gate_up_proj, self.module.down_proj, experts, weights, "silu"
 
+    def operators(self, x: Tensor, logits: Tensor, weights: Tensor, experts: Tensor) -> dict[str, Callable[[], object]]:
+        """The operators on these inputs, by name, checked against transformers."""
+        self.check(x, logits, weights, experts)
+        ours, moments = self.arguments(x, weights, experts), self.new_moments()
+        return {
+            "route": lambda: ops.route(logits, self.top_k),
+            "experts": lambda: ops.experts(*ours),
+            "experts_observed": lambda: ops.experts_observed(*ours, moments),
+        }
+
     def new_moments(self) -> Tensor:
         return torch.zeros(self.num_experts, 3, 3, dtype=torch.float64, device=self.device)
 
