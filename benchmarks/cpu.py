@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def measure_skipping(layer: Layer, rounds: Rounds) -> list[dict[str, Any]]:
         left = experts.clone()
         left[:, layer.top_k - skipped :] = layer.num_experts
         arguments = layer.arguments(x, weights, left)
-        functions[str(skipped)] = lambda arguments=arguments: ops.experts(*arguments)
+        functions[str(skipped)] = partial(ops.experts, *arguments)
     times = rounds.medians(functions, {})
     return [
         {
