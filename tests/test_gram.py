@@ -29,11 +29,8 @@ def gram_of(case: ExpertsCase) -> Tensor:
     return ops.expert_gram(case.x, case.gate_up, case.down, case.activation)
 
 
-def assert_gram_equals_brute_force(case: ExpertsCase, device: str, kernels: str = "") -> None:
-    # However few the tokens are, all of them go to every expert: there are no kernels for small batches.
-    kernels = kernels or (
-        "flat" if device == "cuda" and arithmetic_of(case, device) != arithmetic_of(case, "cpu") else ""
-    )
+def assert_gram_equals_brute_force(case: ExpertsCase, device: str, kernels: str = "tall") -> None:
+    """kernels: CUDA's; the choice by shape rounds as any of the grouped ones, also for few tokens."""
     expected, bound = gram_reference(case, arithmetic_of(case, device, kernels))
     got = gram_of(case.to(device))
     assert got.dtype == torch.float64
@@ -74,11 +71,9 @@ def test_gram_of_more_columns_and_experts_than_a_tile(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_gram_of_more_tokens_than_a_part_equals_that_of_the_parts(device: str) -> None:
-    # 96 KiB of outputs a token on the CPU: parts of 682 tokens; on CUDA outputs and activations of 2048 tokens at most.
-    case = experts_case(2100, 48, 1, 512, 8)
-    parts = [gram_of(case.tokens(slice(first, first + 300)).to(device)) for first in range(0, 2100, 300)]
-    torch.testing.assert_close(gram_of(case.to(device)), torch.cat(parts), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gram_of_more_tokens_than_a_part_equals_brute_force(device: str, dtype: torch.dtype) -> None:
+    assert_gram_equals_brute_force(experts_case(2100, 3, 1, 16, 24, dtype=dtype), device)  # parts have 2048 at most
 
 
 @pytest.mark.parametrize("variant", RUNNABLE_VARIANTS)
@@ -164,7 +159,7 @@ def test_opcheck_of_gram(device: str, dtype: torch.dtype, check: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_gram_compiles_without_graph_breaks(device: str) -> None:
+def test_gram_can_compile_without_graph_breaks(device: str) -> None:
     case = experts_case(6, 4, 2, 16, 24).to(device)
 
     def layer(x: Tensor) -> Tensor:
