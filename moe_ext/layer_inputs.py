@@ -5,6 +5,8 @@ The model's own forward runs each time, so that masks and positions are its own;
 pass the hidden states through.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +18,10 @@ from transformers import PreTrainedModel
 from moe_ext.architectures import MoeBlock
 from moe_ext.spilling import SpillingList
 
-MEMORY = 256 << 20
+MEMORY = 128 << 20
 """Bytes of hidden states that are kept in memory; more go to a temporary file."""
+
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 Seen = Callable[[int, Tensor, Tensor], None]
 """Called with the index of a batch, and the router's input (T, H) and logits (T, E)."""
@@ -94,6 +98,7 @@ class LayerInputs:
                 for batch, inputs in enumerate(self._batches):  # noqa: B007  the closures read it
                     on_device = {name: tensor.to(self._model.device) for name, tensor in inputs.items()}
                     self._model.base_model(**on_device, use_cache=False)
+                    _give_back_holes()
             finally:
                 handle.remove()
         if routed != len(self._batches):
@@ -101,6 +106,13 @@ class LayerInputs:
                 f"{self._blocks[block].name}: the router ran {routed} times in {len(self._batches)} batches"
             )
         self._position = target
+
+
+def _give_back_holes() -> None:
+    """Gives freed memory back to the system, where the C library can. glibc before 2.38 seldom finds a place for an
+    aligned block, such as a tensor, among those that were freed: over many batches the holes would add up."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)
 
 
 def _pass_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:

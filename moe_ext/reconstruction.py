@@ -20,7 +20,7 @@ from moe_ext.subset_routing import ranked_scores
 GRAM_BYTES = 32 << 20
 """Bytes of Gram matrices that exist at a time."""
 
-MEMORY = 256 << 20
+MEMORY = 128 << 20
 """Bytes of tokens that a layer keeps in memory to evaluate subsets later; more go to a temporary file."""
 
 

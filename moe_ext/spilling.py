@@ -13,6 +13,8 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
+_ALIGNMENT = 64  # bytes
+
 
 class _InFile(NamedTuple):
     """Where a tensor lies."""
@@ -30,7 +32,10 @@ class SpillingList:
     """
 
     def __init__(self, memory: int) -> None:
-        self._free = memory
+        self._memory = memory
+        # One block for all: many that live long between the short-lived ones of a model would fragment the heap.
+        self._block: Tensor | None = None
+        self._used = 0
         self._entries: list[Tensor | _InFile] = []
         self._file: IO[bytes] | None = None
 
@@ -43,9 +48,12 @@ class SpillingList:
     def append(self, tensor: Tensor) -> None:
         """Keeps a copy of a tensor of any device and dtype."""
         size = tensor.numel() * tensor.element_size()
-        if size <= self._free:
-            self._free -= size
-            self._entries.append(tensor.detach().cpu().clone(memory_format=torch.contiguous_format))
+        if self._used + size <= self._memory:
+            if self._block is None:
+                self._block = torch.empty(self._memory, dtype=torch.uint8)  # pages exist once they are written
+            place = self._block[self._used : self._used + size].view(tensor.dtype).view(tensor.shape)
+            self._entries.append(place.copy_(tensor.detach()))
+            self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
             return
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="moe_ext-")  # noqa: SIM115  closed by close()
@@ -87,6 +95,7 @@ class SpillingList:
     def close(self) -> None:
         """Gives the memory and the file's space back."""
         self._entries.clear()
+        self._block = None
         if self._file is not None:
             self._file.close()
 
