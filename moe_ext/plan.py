@@ -173,7 +173,7 @@ def plan(scores: Scores, *, keep: int | None = None, ratio: float | None = None)
     if keep is not None and ratio is None:
         name, asked, kept = "keep", keep, keep
     elif ratio is not None and keep is None:
-        name, asked, kept = "ratio", ratio, _kept_after_removing(ratio, experts)
+        name, asked, kept = "ratio", ratio, kept_after_removing(ratio, experts)
     else:
         raise ValueError(f"keep: expected exactly one of keep and ratio, got keep={keep!r} and ratio={ratio!r}")
     if not scores.top_k <= kept <= experts:
@@ -195,7 +195,8 @@ def plan(scores: Scores, *, keep: int | None = None, ratio: float | None = None)
     )
 
 
-def _kept_after_removing(ratio: float, experts: int) -> int:
+def kept_after_removing(ratio: float, experts: int) -> int:
+    """Experts left when ``floor(ratio * experts + 0.5)`` are removed; ValueError unless the ratio is in [0, 1)."""
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio: expected a share in [0, 1), got {ratio!r}")
     return experts - math.floor(ratio * experts + 0.5)
