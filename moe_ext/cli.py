@@ -75,6 +75,10 @@ Objective = Annotated[
     Literal["task-agnostic", "task-specific"] | None,
     typer.Option(help="Use the criterion that arXiv 2606.15716 finds best for it."),
 ]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict/--no-strict", help="Whether experts that the operators cannot run are an error."),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of the criterion 'random'.")]
 
 
@@ -112,10 +116,12 @@ def calibrate(
     text: Text,
     save_to: Annotated[Path, typer.Option("--out", help="Statistics file to write.", show_default=False)],
     dataset: Annotated[str, typer.Option(help="Label of the text; the domain names if empty.")] = "",
+    outputs: Annotated[bool, typer.Option("--outputs", help="Also sum experts' outputs (slower), for mone.")] = False,
     window: Window = 512,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    strict: Strict = True,
     as_json: Json = False,
 ) -> None:
     """Run a model over text and write its expert statistics."""
@@ -123,7 +129,8 @@ def calibrate(
     texts = read_domains(text)
     loaded, tokenizer = load(model, dtype, device)
     batches = list(token_batches(texts, tokenizer, window=window, batch_size=batch_size))
-    stats = run_calibration(loaded, batches, progress=not as_json, dataset=dataset or " + ".join(texts))
+    label = dataset or " + ".join(texts)
+    stats = run_calibration(loaded, batches, progress=not as_json, dataset=label, outputs=outputs, strict=strict)
     stats.save(save_to)
     tokens = int(stats.tokens.max())
     if as_json:
@@ -209,6 +216,7 @@ def skip(
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    strict: Strict = True,
     as_json: Json = False,
 ) -> None:
     """Set the thresholds below which a token's weaker experts are skipped, and measure how often they are."""
@@ -222,10 +230,11 @@ def skip(
         raise FileNotFoundError(f"--in-place needs a checkpoint folder; {model} has no config.json")
     loaded, tokenizer = load(model, dtype, device)
     blocks = moe_blocks(loaded)
-    if stats.layers != tuple(block.name for block in blocks) or stats.num_experts != blocks[0].num_experts:
+    counts = tuple(block.num_experts for block in blocks)
+    if stats.layers != tuple(block.name for block in blocks) or stats.experts != counts:
         raise ValueError(f"{statistics} is of another model: calibrate {model} itself")
     thresholds = skip_thresholds(stats, quantile)
-    patch(loaded, skip=thresholds)
+    patch(loaded, skip=thresholds, strict=strict)
     rates = None
     if texts:
         with count_skips(loaded) as count, torch.inference_mode():
@@ -257,13 +266,14 @@ def evaluate(
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    strict: Strict = True,
     as_json: Json = False,
 ) -> None:
     """Perplexity per domain, and the share of expert slots skipped."""
     texts = read_domains(text)
     loaded, tokenizer = load(model, dtype, device)
     if not stock:
-        patch(loaded, skip="config" if skip else None)
+        patch(loaded, skip="config" if skip else None, strict=strict)
     with count_skips(loaded) as count:
         result = perplexity(
             loaded, texts, tokenizer, window=window, stride=stride, batch_size=batch_size, progress=not as_json
@@ -297,11 +307,12 @@ def generate(
     skip: Annotated[bool, typer.Option(help="Apply the skip thresholds that the checkpoint holds.")] = True,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    strict: Strict = True,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with a patched model."""
     loaded, tokenizer = load(model, dtype, device)
-    patch(loaded, skip="config" if skip else None)
+    patch(loaded, skip="config" if skip else None, strict=strict)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = None if as_json else transformers.TextStreamer(tokenizer, skip_special_tokens=True)

@@ -16,6 +16,7 @@ import torch
 
 import moe_ext
 from moe_ext import checkpoint
+from moe_ext.architectures import FAMILIES
 from moe_ext.cli import main
 from moe_ext.statistics import ExpertStatistics
 from moe_ext.text import read_domains, token_batches
@@ -197,7 +198,7 @@ def test_info_says_what_was_built_and_what_runs() -> None:
     assert facts["torch"] == torch.__version__
     assert facts["cpu_variants"]["portable"] == "runs here"
     assert facts["cpu_variant_in_use"] in facts["cpu_variants"]
-    assert facts["model_families"] == ["mixtral"]
+    assert facts["model_families"] == list(FAMILIES)
     table = moe("info")
     assert table.returncode == 0
     assert "cuda_archs" in table.stdout

@@ -1,0 +1,315 @@
+"""Every family of ``moe_ext.architectures.FAMILIES``: patch, calibrate, prune, save and reload, skip.
+
+The references are transformers' own eager model, float64 brute force over what its experts were given, and rules
+written out in hooks. README's table of what is supported rests on these tests, one a column.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moe_ext
+from moe_ext.architectures import FAMILIES, moe_blocks
+from moe_ext.patching import is_patched
+from moe_ext.statistics import RATIO_BINS
+from tests.conftest import random_tokens
+from tests.families import (
+    FIELDS,
+    MODELS,
+    STOCK_ONLY,
+    UNRECORDED,
+    build,
+    keep_of,
+    logits_of,
+    mask_routers,
+    on_experts,
+    plan_for,
+)
+from tests.reference import DEVICES, ExpertsCase, expert_output
+
+ALL = [*MODELS, *UNRECORDED]
+pytestmark = pytest.mark.filterwarnings("ignore:.*left on transformers:UserWarning")
+
+
+def patched(model: Any, name: str, **options: Any) -> Any:
+    return moe_ext.patch(model, strict=name not in STOCK_ONLY, **options)
+
+
+def batches() -> list[dict[str, Tensor]]:
+    """One batch with padding on the right, one without."""
+    ragged = {"input_ids": random_tokens(2, 11, seed=1), "attention_mask": torch.ones(2, 11, dtype=torch.int64)}
+    ragged["attention_mask"][1, 6:] = 0
+    return [ragged, {"input_ids": random_tokens(2, 9, seed=2)}]
+
+
+def test_every_family_with_a_record_is_tested_here() -> None:
+    assert set(FIELDS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ALL)
+def test_patched_logits_equal_unpatched(name: str, device: str) -> None:
+    model = build(name).to(device)
+    model.set_experts_implementation("eager")
+    tokens = random_tokens(2, 13)
+    expected = logits_of(model, tokens)
+    got = logits_of(patched(model, name), tokens)
+    # The stock path rounds after every step of every layer: some 8 roundings a layer, up to 4 layers.
+    torch.testing.assert_close(got, expected, rtol=0, atol=32 * 2.0**-22 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ALL)
+def test_patched_layers_equal_unpatched_in_half_precision(name: str, dtype: torch.dtype, device: str) -> None:
+    """Layer by layer on the same inputs: between layers a rounding can change which experts are chosen."""
+    model = build(name, dtype=dtype).to(device)
+    model.set_experts_implementation("eager")
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+
+    def outputs() -> list[Tensor]:
+        with torch.no_grad():
+            found = [block.module(x) for block in moe_blocks(model)]
+        return [out[0] if isinstance(out, tuple) else out for out in found]
+
+    expected = outputs()
+    patched(model, name)
+    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    for got, want in zip(outputs(), expected, strict=True):
+        # Weights, h, f_e, products and the running sum of K of them are each rounded to the dtype by the stock path.
+        torch.testing.assert_close(got, want, rtol=0, atol=12 * rounding * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_unpatch_restores_the_model_to_the_bit(name: str) -> None:
+    model = build(name)
+    implementation = model.get_experts_implementation()
+    tokens = random_tokens(2, 9)
+    expected, config = logits_of(model, tokens), model.config.to_dict()
+    attributes = [set(vars(module)) for module in model.modules()]
+    blocks = moe_blocks(model)
+    moe_ext.unpatch(patched(model, name, skip=torch.full((len(blocks), blocks[0].top_k - 1), 0.7)))
+    assert torch.equal(logits_of(model, tokens), expected)
+    assert model.config.to_dict() == config
+    assert model.get_experts_implementation() == implementation
+    assert [set(vars(module)) for module in model.modules()] == attributes
+
+
+# ---- calibrate
+
+
+def gpt_oss_output(experts: Any, expert: int, x: Tensor) -> Tensor:
+    """f_e(x), (H,) float64: clamped SwiGLU with interleaved rows, (up + 1), biases."""
+    gate_up = x @ experts.gate_up_proj[expert].double() + experts.gate_up_proj_bias[expert].double()
+    gate, up = gate_up[::2].clamp(max=experts.limit), gate_up[1::2].clamp(-experts.limit, experts.limit)
+    h = (up + 1) * gate * torch.sigmoid(experts.alpha * gate)
+    return h @ experts.down_proj[expert].double() + experts.down_proj_bias[expert].double()
+
+
+def brute_force(model: Any, name: str) -> list[dict[str, Tensor]]:
+    """Statistics of every layer, slot by slot, from what the stock eager model's experts are given."""
+    blocks = moe_blocks(model)
+    found: list[dict[str, Tensor]] = [
+        {
+            "moments": torch.zeros(block.num_experts, 3, 3, dtype=torch.float64),
+            "output_sum": torch.zeros(block.num_experts, 32, dtype=torch.float64),
+            "ratio_histogram": torch.zeros(block.top_k - 1, RATIO_BINS, dtype=torch.int64),
+            "coactivation": torch.zeros(block.num_experts, block.num_experts, dtype=torch.int64),
+        }
+        for block in blocks
+    ]
+    counted: list[int] = []
+
+    def watch(layer: int, module: Any, args: tuple[Tensor, ...]) -> None:
+        x, experts, weights = (argument.cpu() for argument in args)
+        sums = found[layer]
+        for token, counts in enumerate(counted):
+            if not counts:
+                continue
+            ranked = sorted(weights[token].tolist(), reverse=True)
+            for rank, weight in enumerate(ranked[1:]):
+                sums["ratio_histogram"][rank, min(int(weight / ranked[0] * RATIO_BINS), RATIO_BINS - 1)] += 1
+            for slot, expert in enumerate(experts[token].tolist()):
+                if name in STOCK_ONLY:
+                    out = gpt_oss_output(module.cpu(), expert, x[token].double())
+                else:
+                    case = ExpertsCase(x, module.gate_up_proj.cpu(), module.down_proj.cpu(), experts, weights)
+                    out = expert_output(case, expert, token)
+                gate, norm = float(weights[token, slot]), float(out.norm())
+                sums["output_sum"][expert] += out
+                for a in range(3):
+                    for b in range(3):
+                        sums["moments"][expert, a, b] += gate**a * norm**b
+                for other in experts[token].tolist():
+                    sums["coactivation"][expert, other] += 1
+
+    model.set_experts_implementation("eager")
+    on_experts(model, watch)
+    for batch in batches():
+        counted[:] = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten().tolist()
+        with torch.no_grad():
+            model(**batch)
+    return found
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", MODELS)
+def test_calibrate_equals_float64_brute_force(name: str, device: str) -> None:
+    model = build(name).to(device)
+    stats = moe_ext.calibrate(model, batches(), progress=False, outputs=True, strict=name not in STOCK_ONLY)
+    assert not is_patched(model)
+    for layer, expected in enumerate(brute_force(build(name), name)):
+        # float32 through up to 4 layers, summed in another order than the eager model's.
+        torch.testing.assert_close(stats.moments[layer], expected["moments"], rtol=1e-4, atol=1e-6)
+        scale = float(expected["output_sum"].abs().max())
+        assert stats.output_sum is not None
+        torch.testing.assert_close(stats.output_sum[layer], expected["output_sum"], rtol=1e-4, atol=1e-5 * scale)
+        assert torch.equal(stats.coactivation[layer], expected["coactivation"])
+        moved = stats.ratio_histogram[layer].cumsum(-1) - expected["ratio_histogram"].cumsum(-1)
+        assert int(moved.abs().max()) <= 1  # a ratio at the edge of a bin
+        assert not bool(moved[..., -1].any())
+    assert stats.tokens.tolist() == [11 + 6 + 18] * stats.num_layers
+
+
+# ---- prune
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ALL)
+def test_a_pruned_model_equals_the_stock_model_with_a_masked_router(name: str, device: str) -> None:
+    pruned, masked = build(name).to(device), build(name).to(device)
+    keep = keep_of(pruned, name)
+    moe_ext.prune(pruned, plan_for(pruned, keep))
+    mask_routers(masked, keep)
+    tokens = random_tokens(2, 13)
+    expected = logits_of(masked, tokens)
+    assert not torch.allclose(expected, logits_of(build(name).to(device), tokens), atol=0.05)  # pruning matters here
+    torch.testing.assert_close(logits_of(pruned, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ALL)
+def test_stock_transformers_reloads_a_pruned_model_to_the_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = build(name, dtype=dtype)
+    moe_ext.prune(model, plan_for(model, keep_of(model, name)))
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=dtype)
+    tokens = random_tokens(2, 13)
+    assert torch.equal(logits_of(loaded, tokens), logits_of(model, tokens))
+    assert loaded.config.to_dict().keys() == model.config.to_dict().keys()
+    # What a pruned model says about itself is what a loaded one does.
+    for got, expected in zip(model.modules(), loaded.modules(), strict=True):
+        for field in ("num_experts", "out_features"):
+            assert getattr(got, field, None) == getattr(expected, field, None), type(got)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_pruned_model_is_calibrated_and_pruned_again(name: str) -> None:
+    model = build(name)
+    moe_ext.prune(patched(model, name), plan_for(model, keep_of(model, name)))
+    stats = moe_ext.calibrate(model, batches(), progress=False)
+    assert stats.num_experts == moe_blocks(model)[0].num_experts
+    fewest = max(block.fewest_experts for block in moe_blocks(model))
+    moe_ext.prune(model, moe_ext.plan(moe_ext.score(stats, "man"), keep=fewest))
+    assert {block.num_experts for block in moe_blocks(model)} == {fewest}
+    assert bool(logits_of(model, random_tokens(1, 5)).isfinite().all())
+
+
+# ---- skip
+
+
+def skip_by_the_rule(model: Any, thresholds: Tensor) -> list[int]:
+    """The rule, token by token, on what the stock experts are given. A skipped slot gets weight 0 and keeps an expert
+    that exists: gpt-oss' eager code knows no sentinel. Returns a list that will hold the number of skipped slots."""
+    skipped = [0]
+
+    def rule(layer: int, module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, experts, weights = args
+        weak = torch.zeros_like(weights, dtype=torch.bool)
+        for token, row in enumerate(weights.tolist()):
+            order = sorted(range(len(row)), key=lambda slot: -row[slot])
+            for rank, slot in enumerate(order[1:]):
+                weak[token, slot] = row[slot] < float(thresholds[layer, rank]) * row[order[0]]
+        skipped[0] += int(weak.sum())
+        kept = torch.where(weak, 0.0, weights)
+        return x, experts, kept * (weights.sum(-1) / kept.sum(-1))[:, None]
+
+    model.set_experts_implementation("eager")
+    on_experts(model, rule)
+    return skipped
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ALL)
+def test_skipping_equals_the_rule_on_the_stock_model(name: str, device: str) -> None:
+    model, stock = build(name).to(device), build(name).to(device)
+    stats = moe_ext.calibrate(model, batches(), progress=False, strict=name not in STOCK_ONLY)
+    thresholds = moe_ext.skip_thresholds(stats, 0.4)
+    skipped = skip_by_the_rule(stock, thresholds)
+    tokens = random_tokens(2, 13)
+    patched(model, name, skip=thresholds)
+    with moe_ext.count_skips(model) as count:
+        got = logits_of(model, tokens)
+    torch.testing.assert_close(got, logits_of(stock, tokens), rtol=1e-4, atol=1e-4)
+    assert sum(count.skipped) == skipped[0]
+    assert 0.1 < count.rate() < 0.5
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "jamba", "ernie4_5_moe"])
+def test_gradients_of_a_skipping_model_equal_the_rule_on_the_stock_model(name: str) -> None:
+    model, stock = build(name), build(name)
+    blocks = moe_blocks(model)
+    thresholds = torch.full((len(blocks), blocks[0].top_k - 1), 0.6)
+    skip_by_the_rule(stock, thresholds)
+    patched(model, name, skip=thresholds)
+    tokens = random_tokens(2, 7)
+    for one in (model, stock):
+        one(tokens, labels=tokens).loss.backward()
+    for (parameter, expected), (_, got) in zip(stock.named_parameters(), model.named_parameters(), strict=True):
+        assert (got.grad is None) == (expected.grad is None), parameter
+        if expected.grad is not None:
+            torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-5, msg=parameter)
+
+
+# ---- what the operators cannot run
+
+
+@pytest.mark.parametrize("name", STOCK_ONLY)
+def test_experts_that_the_operators_cannot_run_are_refused(name: str) -> None:
+    model = build(name)
+    message = r"model\.layers\.0\.mlp: GptOssExperts has transposed weights and biases .*With strict=False such layers"
+    with pytest.raises(ValueError, match=message):
+        moe_ext.patch(model)
+    with pytest.raises(ValueError, match=message):
+        moe_ext.calibrate(model, batches(), progress=False)
+    assert not is_patched(model)
+
+
+@pytest.mark.parametrize("name", STOCK_ONLY)
+def test_what_is_left_on_transformers_is_said_once(name: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        moe_ext.patch(build(name), strict=False)
+    said = [str(warning.message) for warning in caught if "left on transformers" in str(warning.message)]
+    assert len(said) == 1
+    assert said[0].endswith("(and 2 more such layers): left on transformers' 'grouped_mm' experts")
+
+
+def test_layers_that_the_operators_can_run_do_not_follow_one_that_they_cannot() -> None:
+    model = build("mixtral")
+    model.model.layers[1].mlp.experts.is_transposed = True
+    moe_ext.patch(model, strict=False)
+    assert [block.experts._moe_ext_stock for block in moe_blocks(model)] == [False, True, False]
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+def test_a_correction_bias_that_orders_experts_differently_leaves_ranks_to_the_weights(name: str) -> None:
+    model = build(name)
+    unsorted = []
+    on_experts(model, lambda layer, module, args: unsorted.append(bool((args[2].diff(dim=-1) > 0).any())))
+    logits_of(model, random_tokens(2, 13))
+    assert any(unsorted)  # what the tests above rely on
