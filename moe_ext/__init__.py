@@ -8,6 +8,7 @@ moe_ext.patch(model, skip=moe_ext.skip_thresholds(stats))
 
 import moe_ext.binary  # noqa: F401  first: one clear ImportError if torch or the binary does not fit
 from moe_ext.calibration import calibrate
+from moe_ext.checkpoint import from_pretrained
 from moe_ext.criteria import CRITERIA, OBJECTIVES, Scores, score
 from moe_ext.evaluation import Perplexity, perplexity
 from moe_ext.patching import patch, unpatch
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "count_skips",
+    "from_pretrained",
     "patch",
     "perplexity",
     "plan",

@@ -182,7 +182,7 @@ class MoeBlock:
     def fewest_experts(self) -> int:
         """The least number of experts with which the router can still choose K."""
         per_group = max(self.family.fewest_per_group, -(-self.top_k // self.groups_per_token))
-        return max(self.top_k, self.groups * per_group)
+        return self.groups * per_group
 
     @property
     def layer(self) -> int:

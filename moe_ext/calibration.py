@@ -175,6 +175,7 @@ def calibrate(
         gate=family_of(model).gate,
         dataset=dataset,
         groups=blocks[0].groups,
+        fewest=blocks[0].fewest_experts,
         hidden_size=text_config(model).hidden_size if outputs else None,
     )
     with torch.no_grad(), _observing(model, outputs, strict) as observers:

@@ -165,6 +165,13 @@ def plan(
     save_to: Annotated[Path, typer.Option("--out", help="Plan file to write.", show_default=False)],
     keep: Annotated[int | None, typer.Option(min=1, help="Experts that every layer keeps.")] = None,
     ratio: Annotated[float | None, typer.Option(min=0, max=1, help="Share of experts that every layer loses.")] = None,
+    scope: Annotated[
+        Literal["layer", "model"], typer.Option(help="model: one ranking of all layers; keep and ratio are averages.")
+    ] = "layer",
+    normalise: Annotated[
+        Literal["sum", "max", "none"] | None,
+        typer.Option(help="What divides a layer's scores with --scope model: sum if absent.", show_default=False),
+    ] = None,
     criterion: Criterion = None,
     objective: Objective = None,
     seed: Seed = None,
@@ -173,7 +180,10 @@ def plan(
     """Decide which experts each layer keeps."""
     if (keep is None) == (ratio is None):
         raise typer.BadParameter("give --keep or --ratio, one of them")
-    made = plan_from(scores_for(statistics, criterion, objective, seed), keep=keep, ratio=ratio)
+    if normalise is not None and scope == "layer":
+        raise typer.BadParameter("--normalise goes with --scope model")
+    scores = scores_for(statistics, criterion, objective, seed)
+    made = plan_from(scores, keep=keep, ratio=ratio, scope=scope, normalise=normalise)
     made.save(save_to)
     if as_json:
         print_json({"plan": str(save_to), "keep": dict(zip(made.layers, made.keep, strict=True))})

@@ -41,6 +41,9 @@ class Scores:
         layers: L module names of the Mixture-of-Experts blocks.
         top_k: K, experts per token.
         dataset: label of the calibration text.
+        groups: expert groups, contiguous and of equal size, that pruning must keep equal; 1: none.
+        fewest: experts that a layer must keep, if given; K otherwise.
+        experts: number of experts of every layer, if given; E otherwise. Scores beyond it mean nothing.
     """
 
     values: torch.Tensor
@@ -49,6 +52,9 @@ class Scores:
     layers: tuple[str, ...]
     top_k: int
     dataset: str
+    groups: int = 1
+    fewest: int = 0
+    experts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or self.values.shape[0] != len(self.layers) or self.values.dtype != torch.float64:
@@ -132,4 +138,14 @@ def point_of(criterion: str | tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def _scores(stats: ExpertStatistics, values: torch.Tensor, criterion: str) -> Scores:
-    return Scores(values, criterion, stats.model_type, stats.layers, stats.top_k, stats.dataset)
+    return Scores(
+        values,
+        criterion,
+        stats.model_type,
+        stats.layers,
+        stats.top_k,
+        stats.dataset,
+        groups=stats.groups,
+        fewest=stats.fewest,
+        experts=stats.experts,
+    )

@@ -47,6 +47,7 @@ class ExpertStatistics:
         output_sum: (L, E, H) float64, sum over routed tokens of ``f_e``; None unless calibration was asked for it.
         groups: expert groups of a layer, contiguous and of equal size, that pruning must keep equal; 1: none.
         experts: number of experts of every layer, if given; E is the largest. Rows beyond a layer's number are 0.
+        fewest: experts that a layer must keep for its router to choose K, if given; K where there are no groups.
 
     Raises:
         ValueError: a tensor's shape, dtype or device is not as above, ``layers`` is empty or repeats a name, or the
@@ -65,6 +66,7 @@ class ExpertStatistics:
     output_sum: torch.Tensor | None = None
     groups: int = 1
     experts: tuple[int, ...] = ()
+    fewest: int = 0
 
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) != len(self.layers):
@@ -86,6 +88,9 @@ class ExpertStatistics:
             )
         if self.groups < 1 or any(count % self.groups for count in self.experts):
             raise ValueError(f"groups: {self.groups} groups of equal size do not hold {self.experts} experts")
+        self.fewest = self.fewest or self.top_k
+        if not self.top_k <= self.fewest <= min(self.experts):
+            raise ValueError(f"fewest: expected {self.top_k} to {min(self.experts)} experts, got {self.fewest}")
 
     @classmethod
     def zeros(
@@ -98,6 +103,7 @@ class ExpertStatistics:
         dataset: str = "",
         *,
         groups: int = 1,
+        fewest: int = 0,
         hidden_size: int | None = None,
     ) -> ExpertStatistics:
         """Statistics of no text at all, to accumulate into; arguments as the attributes.
@@ -115,7 +121,9 @@ class ExpertStatistics:
             raise ValueError(f"top_k: expected 1 to {largest} experts, got {top_k}")
         layout = _tensor_layout(len(layers), largest, top_k, hidden_size)
         tensors = {name: torch.zeros(shape, dtype=dtype, device="cpu") for name, (shape, dtype) in layout.items()}
-        return cls(model_type, tuple(layers), top_k, gate, dataset, **tensors, groups=groups, experts=experts)
+        return cls(
+            model_type, tuple(layers), top_k, gate, dataset, **tensors, groups=groups, experts=experts, fewest=fewest
+        )
 
     @property
     def num_layers(self) -> int:
@@ -144,7 +152,7 @@ class ExpertStatistics:
             ValueError: model type, layers, numbers of experts, ``top_k``, gate definition or groups differ (names
                 which), or one of them has no ``output_sum``.
         """
-        for name in ("model_type", "layers", "num_experts", "experts", "top_k", "gate", "groups"):
+        for name in ("model_type", "layers", "num_experts", "experts", "top_k", "gate", "groups", "fewest"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 raise ValueError(f"other: statistics of different models do not add up: {name} {ours!r} and {theirs!r}")
@@ -181,6 +189,7 @@ class ExpertStatistics:
             "token_count": str(int(self.tokens.max())),
             "groups": str(self.groups),
             "experts": json.dumps(self.experts),
+            "fewest": str(self.fewest),
         }
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
         with replace_file(path) as temporary:
@@ -276,6 +285,7 @@ def _parse_metadata(metadata: dict[str, str]) -> dict[str, Any]:
         # Absent in files from before models with groups and with layers of different sizes.
         "groups": _parse_integer("groups", metadata.get("groups", "1")),
         "experts": _parse_counts("experts", metadata.get("experts", "[]")),
+        "fewest": _parse_integer("fewest", metadata.get("fewest", "0")),
     }
 
 

@@ -4,6 +4,7 @@ The references are transformers' own eager model, float64 brute force over what 
 written out in hooks. README's table of what is supported rests on these tests, one a column.
 """
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
 import moe_ext
 from moe_ext.architectures import FAMILIES, moe_blocks
@@ -28,6 +30,7 @@ from tests.families import (
     mask_routers,
     on_experts,
     plan_for,
+    reloaded,
 )
 from tests.reference import DEVICES, ExpertsCase, expert_output
 
@@ -197,7 +200,7 @@ def test_stock_transformers_reloads_a_pruned_model_to_the_bit(name: str, dtype: 
     model = build(name, dtype=dtype)
     moe_ext.prune(model, plan_for(model, keep_of(model, name)))
     model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path, dtype=dtype)
+    loaded = reloaded(type(model).from_pretrained, tmp_path, dtype=dtype)
     tokens = random_tokens(2, 13)
     assert torch.equal(logits_of(loaded, tokens), logits_of(model, tokens))
     assert loaded.config.to_dict().keys() == model.config.to_dict().keys()
@@ -313,3 +316,189 @@ def test_a_correction_bias_that_orders_experts_differently_leaves_ranks_to_the_w
     on_experts(model, lambda layer, module, args: unsorted.append(bool((args[2].diff(dim=-1) > 0).any())))
     logits_of(model, random_tokens(2, 13))
     assert any(unsorted)  # what the tests above rely on
+
+
+# ---- a different number of experts in every layer
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """A saved config without the dtypes, which loading adds to the parts of a multimodal one."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    for part in (config, *(part for part in config.values() if isinstance(part, dict))):
+        part.pop("dtype", None)
+    return config
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_layers_with_different_numbers_of_experts_reload_to_the_bit(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    keep = keep_of(model, name, fewer=2 if moe_blocks(model)[0].groups == 2 else 1)
+    assert len({len(kept) for kept in keep}) == 2
+    masked = build(name)
+    mask_routers(masked, keep)
+    moe_ext.prune(model, plan_for(model, keep))
+    tokens = random_tokens(2, 13)
+    expected = logits_of(model, tokens)
+    torch.testing.assert_close(expected, logits_of(masked, tokens), rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = reloaded(moe_ext.from_pretrained, tmp_path, auto_class=type(model))
+    assert torch.equal(logits_of(loaded, tokens), expected)
+    assert [block.num_experts for block in moe_blocks(loaded)] == [len(kept) for kept in keep]
+    # One config for all layers, so that transformers' switches reach them; patch relies on it.
+    assert len({id(block.experts.config) for block in moe_blocks(loaded)}) == 1
+    torch.testing.assert_close(logits_of(patched(loaded, name), tokens), expected, rtol=1e-4, atol=1e-4)
+    moe_ext.unpatch(loaded).save_pretrained(tmp_path / "again")
+    assert config_of(tmp_path / "again") == config_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_stock_transformers_refuses_layers_with_different_numbers_of_experts(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    keep = keep_of(model, name, fewer=2 if moe_blocks(model)[0].groups == 2 else 1)
+    moe_ext.prune(model, plan_for(model, keep)).save_pretrained(tmp_path)
+    with pytest.raises(AmbiguousGlobalPerLayerAttributeError, match="is a per-layer attribute and may vary"):
+        type(model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_a_model_with_uneven_layers_is_calibrated_skips_and_generates(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    keep = keep_of(model, name, fewer=2 if moe_blocks(model)[0].groups == 2 else 1)
+    moe_ext.prune(patched(model, name), plan_for(model, keep))
+    stats = moe_ext.calibrate(model, batches(), progress=False)
+    assert stats.experts == tuple(len(kept) for kept in keep)
+    stats.save(tmp_path / "stats.safetensors")
+    thresholds = moe_ext.skip_thresholds(moe_ext.ExpertStatistics.load(tmp_path / "stats.safetensors"), 0.4)
+    patched(model, name, skip=thresholds)
+    with moe_ext.count_skips(model) as count:
+        logits_of(model, random_tokens(2, 13))
+    assert 0.1 < count.rate() < 0.6
+    tokens = random_tokens(1, 4)
+    options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    assert model.generate(tokens, **options).shape == (1, 9)
+    with pytest.raises(ValueError, match="plan from statistics of the unpruned model"):
+        moe_ext.plan(moe_ext.score(stats, "man"), keep=moe_blocks(model)[0].fewest_experts)
+
+
+def test_making_uneven_layers_even_again_leaves_no_trace_in_the_config() -> None:
+    model = build("mixtral")
+    model.config.per_layer_config = {1: {"rms_norm_eps": 1e-3}}  # someone else's override stays
+    keep = ((0, 1, 2), (0, 1, 2, 3), (0, 1, 2))
+    moe_ext.prune(model, plan_for(model, keep))
+    assert model.config.to_dict()["per_layer_config"] == {
+        "0": {"num_local_experts": 3},
+        "1": {"rms_norm_eps": 1e-3},
+        "2": {"num_local_experts": 3},
+    }
+    once = build("mixtral")
+    moe_ext.prune(once, plan_for(once, ((0, 1, 2),) * 3))
+    assert "per_layer_config" not in once.config.to_dict()
+
+
+# ---- router side effects and bad input
+
+
+def test_correction_biases_follow_their_experts() -> None:
+    for name, path in (("deepseek_v3", "e_score_correction_bias"), ("ernie4_5_moe", "moe_statics")):
+        model, before = build(name), build(name)
+        keep = keep_of(model, name)
+        moe_ext.prune(model, plan_for(model, keep))
+        for block, old, kept in zip(moe_blocks(model), moe_blocks(before), keep, strict=True):
+            (key,) = (key for key in block.router.state_dict() if key.startswith(path))
+            got, expected = block.router.state_dict()[key], old.router.state_dict()[key][..., list(kept)]
+            assert torch.equal(got, expected)
+            assert key in dict(
+                block.router.named_buffers() if name == "deepseek_v3" else block.router.named_parameters()
+            )
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v2", "ernie4_5_moe"])
+def test_shared_experts_and_dense_layers_are_left_alone(name: str) -> None:
+    model = build(name)
+    routed = {
+        f"{block.name}.{part}.{key}"
+        for block in moe_blocks(model)
+        for part, module in ((block.family.router, block.router), (block.family.experts, block.experts))
+        for key in module.state_dict()
+    }
+    before = {key: (tensor.data_ptr(), tensor.clone()) for key, tensor in model.state_dict().items()}
+    moe_ext.prune(model, plan_for(model, keep_of(model, name)))
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for key in after.keys() - routed:
+        assert after[key].data_ptr() == before[key][0]
+        assert torch.equal(after[key], before[key][1])
+    assert any("shared" in key for key in after.keys() - routed)
+
+
+@pytest.mark.parametrize(
+    ("name", "keep", "message"),
+    [
+        (
+            "deepseek_v3",
+            (0, 1, 2, 3, 6, 7, 8),
+            r"layers\.1\.mlp: the plan keeps \[4, 3\] experts of 2 groups \(config f",
+        ),
+        ("deepseek_v3", (0, 1, 6, 7), r"keeps 4 experts; the family's router needs 6 \(3 in each of 2 groups\)"),
+        ("glm4_moe", (0, 1, 2, 3), r"keeps \[4, 0\] experts of 2 groups \(config field n_group\)"),
+    ],
+)
+def test_a_plan_that_the_router_cannot_follow_changes_nothing(name: str, keep: tuple[int, ...], message: str) -> None:
+    model = build(name)
+    plan = plan_for(model, (keep,) * len(moe_blocks(model)))
+    before = {key: id(parameter) for key, parameter in model.named_parameters()}
+    config = model.config.to_dict()
+    with pytest.raises(ValueError, match=message):
+        moe_ext.prune(model, plan)
+    assert {key: id(parameter) for key, parameter in model.named_parameters()} == before
+    assert model.config.to_dict() == config
+
+
+def test_one_expert_of_jamba_which_stock_transformers_builds_without_a_router_is_refused() -> None:
+    model = build("jamba", num_experts_per_tok=1)
+    with pytest.raises(ValueError, match=r"layers\.1\.feed_forward: the plan keeps 1 experts; the .* router needs 2"):
+        moe_ext.prune(model, plan_for(model, ((0,), (0,))))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "flex_olmo"])
+def test_a_config_without_the_field_is_named(name: str) -> None:
+    model = build(name)
+    plan = plan_for(model, keep_of(model, name))
+    stored = "num_local_experts" if name == "mixtral" else "num_experts"
+    del vars(model.config)[stored]
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.0\.mlp: no field of the '.*' config is known to hold its 8 exp"
+    ):
+        moe_ext.prune(model, plan)
+    assert moe_blocks(model)[0].num_experts == 8
+
+
+def test_a_plan_of_another_family_is_refused() -> None:
+    model, other = build("olmoe"), build("qwen3_moe")
+    with pytest.raises(ValueError, match="the plan is for model type 'qwen3_moe'; this model is 'olmoe'"):
+        moe_ext.prune(model, plan_for(other, keep_of(other, "qwen3_moe")))
+
+
+def test_greedy_deepseek_v2_has_no_groups() -> None:
+    model = build("deepseek_v2", topk_method="greedy")
+    assert moe_blocks(model)[0].groups == 1
+    moe_ext.prune(model, plan_for(model, ((0, 1, 2, 3, 6),) * 2))
+    assert logits_of(model, random_tokens(1, 5)).isfinite().all()
+
+
+def test_a_router_that_cannot_be_told_is_refused() -> None:
+    model = build("flex_olmo")
+    del model.model.layers[0].mlp.gate.top_k
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp: FlexOlmoSparseMoeBlock has 0 modules with top_k and num_exp"
+    ):
+        moe_blocks(model)
+
+
+def test_a_dimension_of_an_unknown_router_that_cannot_be_told_is_refused() -> None:
+    model = build("flex_olmo", num_experts=32)  # as many as the hidden size
+    moe_ext.patch(model)
+    with pytest.raises(
+        ValueError, match=r"cannot tell which dimension of the router's weight \(32, 32\) counts experts"
+    ):
+        moe_ext.prune(model, plan_for(model, ((0, 1, 2),) * 3))
