@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the job failed (one or two lines say why; ``--debug`` show
 import json
 import platform
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ from moe_ext import checkpoint
 from moe_ext.architectures import FAMILIES, moe_blocks
 from moe_ext.binary import _C
 from moe_ext.calibration import calibrate as run_calibration
-from moe_ext.criteria import CRITERIA, Scores, point_of
+from moe_ext.criteria import CRITERIA, OUTSIDE, Scores, aimer, point_of
 from moe_ext.criteria import score as scores_of
 from moe_ext.evaluation import perplexity
 from moe_ext.files import file_destination, folder_destination
@@ -28,6 +29,7 @@ from moe_ext.patching import patch
 from moe_ext.plan import PruningPlan
 from moe_ext.plan import plan as plan_from
 from moe_ext.pruning import prune as apply_plan
+from moe_ext.redundancy import redundant_pairs
 from moe_ext.routing import count_skips, skip_thresholds
 from moe_ext.statistics import ExpertStatistics
 from moe_ext.text import read_domains, token_batches
@@ -45,7 +47,7 @@ show_traceback = False  # --debug
 
 def known_criterion(criterion: str | None) -> str | None:
     """An unknown criterion is wrong usage, found before any work."""
-    if criterion is not None and criterion != "random":
+    if criterion is not None and criterion not in OUTSIDE:
         try:
             point_of(criterion)
         except ValueError as error:
@@ -66,7 +68,8 @@ Device = Annotated[str, typer.Option(help="cpu, or cuda where the CUDA kernels w
 Criterion = Annotated[
     str | None,
     typer.Option(
-        help=f"One of {', '.join(CRITERIA)}, random, or a triple such as 'S(1,0,2)'.",
+        help=f"One of {', '.join((*CRITERIA, *OUTSIDE))}, or a triple such as 'S(1,0,2)'. aimer takes a checkpoint "
+        "where the others take statistics; mone needs statistics made with --outputs.",
         show_default=False,
         callback=known_criterion,
     ),
@@ -94,6 +97,9 @@ def load(model: str, dtype: str, device: str) -> tuple[transformers.PreTrainedMo
 def scores_for(statistics: Path, criterion: str | None, objective: str | None, seed: int | None) -> Scores:
     if criterion is not None and objective is not None:
         raise typer.BadParameter("give --criterion or --objective, not both")
+    if criterion == "aimer":
+        with errors.status(f"loading {statistics}"):
+            return aimer(checkpoint.load(str(statistics))[0])
     return scores_of(ExpertStatistics.load(statistics), criterion, objective=objective, seed=seed)
 
 
@@ -189,6 +195,24 @@ def plan(
         print_json({"plan": str(save_to), "keep": dict(zip(made.layers, made.keep, strict=True))})
     else:
         out.print(removed_experts(made), f"written to {save_to}")
+
+
+@app.command()
+def redundancy(
+    statistics: Statistics,
+    most: Annotated[int, typer.Option(min=1, help="Pairs a layer, at most.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show the experts that are chosen for the same tokens."""
+    pairs = redundant_pairs(ExpertStatistics.load(statistics), most)
+    if as_json:
+        print_json([asdict(pair) for pair in pairs])
+        return
+    table = Table("layer", "experts", "tokens", "overlap", "lift")
+    for pair in pairs:
+        experts = f"{pair.first} {pair.second}"
+        table.add_row(pair.layer, experts, str(pair.together), f"{pair.overlap:.1%}", f"{pair.lift:.2f}")
+    out.print(table)
 
 
 @app.command()
