@@ -27,6 +27,9 @@ ACTIVATION_OF_HIDDEN_ACT = {
 # Names under which the families' configs count experts; the generic path looks for them.
 NUM_EXPERTS_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
+# Buffers that moe_ext.novices puts into experts modules.
+PLACES, MEANS = "moe_ext_places", "moe_ext_means"
+
 _DECODER_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
 
@@ -175,6 +178,16 @@ class MoeBlock:
         return int(self.experts.num_experts)  # type: ignore[arg-type]
 
     @property
+    def has_novices(self) -> bool:
+        """Whether the means of removed experts take their places (:mod:`moe_ext.novices`)."""
+        return MEANS in self.experts._buffers
+
+    @property
+    def num_routed(self) -> int:
+        """Experts that the router chooses from: with novices, more than there are."""
+        return int(self.router.num_experts) if self.has_novices else self.num_experts  # type: ignore[arg-type]
+
+    @property
     def top_k(self) -> int:
         return int(self.router.top_k)  # type: ignore[arg-type]
 
@@ -253,6 +266,15 @@ def family_of(model: PreTrainedModel) -> Family:
     if isinstance(family.renormalise, str):
         family = replace(family, renormalise=bool(_field(config, family.renormalise)))
     return family
+
+
+def refuse_novices(blocks: list[MoeBlock], job: str) -> None:
+    """ValueError, naming the layer, if the model was pruned with means in the place of experts."""
+    for block in blocks:
+        if block.has_novices:
+            raise ValueError(
+                f"{block.name} has means in the place of removed experts; {job} the unpruned model instead"
+            )
 
 
 def moe_blocks(model: PreTrainedModel) -> list[MoeBlock]:
@@ -342,7 +364,9 @@ def _field(config: Any, name: str) -> Any:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    """The family's own parameters and buffers of a module, by name."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    return {name: tensor for name, tensor in named if name not in (PLACES, MEANS)}
 
 
 def expert_tensors(block: MoeBlock) -> dict[str, Tensor]:
@@ -379,10 +403,10 @@ def check_layout(block: MoeBlock) -> None:
     expert_tensors(block)
     for name, (tensor, dim) in block.router_tensors().items():
         _check_plain(block.name, type(block.router).__name__, name, tensor)
-        if tensor.dim() <= dim or tensor.shape[dim] != block.num_experts:
+        if tensor.dim() <= dim or tensor.shape[dim] != block.num_routed:
             raise ValueError(
                 f"{block.name}: the router's {name} has shape {tuple(tensor.shape)}; "
-                f"expected {block.num_experts} experts along dimension {dim}"
+                f"expected {block.num_routed} experts along dimension {dim}"
             )
 
 

@@ -14,7 +14,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from moe_ext import ops
-from moe_ext.architectures import MoeBlock, eager_forward, family_of, model_type_of, moe_blocks, text_config
+from moe_ext.architectures import (
+    MoeBlock,
+    eager_forward,
+    family_of,
+    model_type_of,
+    moe_blocks,
+    refuse_novices,
+    text_config,
+)
 from moe_ext.evaluation import evaluation_mode
 from moe_ext.patching import active_thresholds, is_patched, patch, unpatch
 from moe_ext.statistics import RATIO_BINS, ExpertStatistics
@@ -167,6 +175,7 @@ def calibrate(
             "the model skips experts, which would bias its statistics; patch(model, skip=None) before calibrating"
         )
     blocks = moe_blocks(model)
+    refuse_novices(blocks, "calibrate")
     stats = ExpertStatistics.zeros(
         model_type=model_type_of(model),
         layers=tuple(block.name for block in blocks),

@@ -16,6 +16,7 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTo
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_ext.files import replace_file, replace_folder
+from moe_ext.novices import experts_left, make_room
 from moe_ext.routing import CONFIG_KEY, section_with
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # "model" or "owner/model"
@@ -27,11 +28,13 @@ _ALLOWED = "allow_global_per_layer_attribute_access"  # transformers' config fie
 
 
 def from_pretrained(checkpoint: str | Path, *, auto_class: Any = AutoModelForCausalLM, **options: Any) -> Any:
-    """Loads any checkpoint that transformers loads, and also those whose layers differ in their number of experts.
+    """Loads any checkpoint that transformers loads, and also those that pruning makes and it does not load.
 
-    Such a checkpoint says so in transformers' ``per_layer_config``. Most families' modeling code of transformers 5.23
-    reads the one global field instead, and stock ``from_pretrained`` stops with AmbiguousGlobalPerLayerAttributeError.
-    Here each decoder layer is built from its own config; afterwards all share the model's, as ever.
+    Layers that differ in their number of experts say so in transformers' ``per_layer_config``. Most families' modeling
+    code of transformers 5.23 reads the one global field instead, and stock ``from_pretrained`` stops with
+    AmbiguousGlobalPerLayerAttributeError. Here each decoder layer is built from its own config; afterwards all share
+    the model's, as ever. Experts replaced by their means (:func:`moe_ext.prune` with ``novices``) say so in
+    ``config.moe_ext``, and are built into the layers.
 
     Args:
         checkpoint: a folder, or a name on the Hugging Face Hub.
@@ -42,17 +45,18 @@ def from_pretrained(checkpoint: str | Path, *, auto_class: Any = AutoModelForCau
         The model.
 
     Raises:
-        ValueError: the layers differ in a family whose decoder layers cannot be told.
+        ValueError: such a checkpoint of a family whose decoder layers cannot be told, or a wrong ``config.moe_ext``.
         OSError: no such checkpoint, or a broken one.
     """
     where = {name: value for name, value in options.items() if name in _WHERE}
     config = options.pop("config", None) or AutoConfig.from_pretrained(checkpoint, **where)
     text = config.get_text_config(decoder=True)
-    if not text.is_heterogeneous:
+    left = experts_left(getattr(config, CONFIG_KEY, None), text.num_hidden_layers)
+    if not text.is_heterogeneous and not left:
         return auto_class.from_pretrained(checkpoint, config=config, **options)
     allowed = vars(text).get(_ALLOWED)
     vars(text)[_ALLOWED] = True  # language model heads keep a copy of the global count
-    with _layers_built_from_their_own_config(text):
+    with _layers_built_one_by_one(text, left):
         model = auto_class.from_pretrained(checkpoint, config=config, **options)
     if not allowed:
         del vars(model.config.get_text_config(decoder=True))[_ALLOWED]
@@ -60,8 +64,9 @@ def from_pretrained(checkpoint: str | Path, *, auto_class: Any = AutoModelForCau
 
 
 @contextmanager
-def _layers_built_from_their_own_config(config: Any) -> Iterator[None]:
-    """Decoder layers of the config's family that are built inside the ``with`` block read ``per_layer_config``."""
+def _layers_built_one_by_one(config: Any, left: dict[int, int]) -> Iterator[None]:
+    """Decoder layers of the config's family that are built inside the ``with`` block read ``per_layer_config``, and
+    have ``left[layer]`` experts beside means."""
     base = MODEL_MAPPING.get(type(config), None)
     classes = [] if base is None else _decoder_layers(sys.modules[base.__module__])
     if not classes:
@@ -70,7 +75,7 @@ def _layers_built_from_their_own_config(config: Any) -> Iterator[None]:
         )
     originals = [cls.__init__ for cls in classes]
     for cls, original in zip(classes, originals, strict=True):
-        cls.__init__ = _built_from_its_own_config(original)
+        cls.__init__ = _built_from_its_own_config(original, left)
     try:
         yield
     finally:
@@ -88,11 +93,13 @@ def _decoder_layers(modeling: Any) -> list[Any]:
     ]
 
 
-def _built_from_its_own_config(original: Any) -> Any:
+def _built_from_its_own_config(original: Any, left: dict[int, int]) -> Any:
     @wraps(original)
     def build(self: nn.Module, config: Any, layer_idx: int, *args: Any, **kwargs: Any) -> None:
         own = config.per_layer_config[layer_idx]
         original(self, own, layer_idx, *args, **kwargs)
+        if layer_idx in left:
+            make_room(self, left[layer_idx], config.hidden_size)
         # One config for all from here on: implementations of attention and experts are chosen there.
         for module in self.modules():
             if getattr(module, "config", None) is own:

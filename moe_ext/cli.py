@@ -220,15 +220,23 @@ def prune(
     model: Model,
     plan: Annotated[Path, typer.Argument(help="File written by `moe-ext plan`.", show_default=False)],
     save_to: Annotated[Path, typer.Option("--out", help="Folder for the pruned checkpoint.", show_default=False)],
+    novices: Annotated[
+        Path | None, typer.Option(help="Statistics made with --outputs: means take the place of removed experts.")
+    ] = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Remove the experts that a plan does not keep and write a checkpoint that stock transformers loads."""
+    """Remove the experts that a plan does not keep and write a checkpoint.
+
+    Stock transformers loads it, unless layers keep different numbers of experts or --novices is given: that takes
+    moe_ext.from_pretrained.
+    """
     made = PruningPlan.load(plan)
+    means = None if novices is None else ExpertStatistics.load(novices)
     folder_destination(save_to)
     loaded, tokenizer = load(model, dtype, "cpu")
     before = loaded.num_parameters()
-    apply_plan(loaded, made)
+    apply_plan(loaded, made, novices=means)
     with errors.status(f"writing {save_to}"):
         checkpoint.save(loaded, tokenizer, save_to)
     after, size = loaded.num_parameters(), checkpoint.size_on_disk(save_to)

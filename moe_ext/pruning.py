@@ -17,9 +17,13 @@ from moe_ext.architectures import (
     expert_tensors,
     model_type_of,
     moe_blocks,
+    refuse_novices,
     text_config,
 )
+from moe_ext.novices import add_novices, section_with_novices
 from moe_ext.plan import PruningPlan
+from moe_ext.routing import CONFIG_KEY
+from moe_ext.statistics import ExpertStatistics
 
 
 def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
@@ -31,6 +35,7 @@ def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     blocks = moe_blocks(model)
     if plan.model_type != model_type_of(model):
         raise ValueError(f"the plan is for model type {plan.model_type!r}; this model is {model_type_of(model)!r}")
+    refuse_novices(blocks, "prune")
     names = tuple(block.name for block in blocks)
     if plan.layers != names:
         raise ValueError(
@@ -73,7 +78,7 @@ def _check_keep(block: MoeBlock, keep: tuple[int, ...]) -> None:
         )
 
 
-def prune(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistics | None = None) -> PreTrainedModel:
     """Removes the experts that a plan does not keep, in place; patched or not, the model stays so.
 
     With the experts go their rows of the router, its correction biases and every count of experts in the model and its
@@ -87,18 +92,32 @@ def prune(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     Args:
         model: the model that the plan was made for.
         plan: experts to keep per layer.
+        novices: statistics of this model with an ``output_sum``. The mean output of a removed expert then takes its
+            place (MoNE, arXiv 2507.00390, section 3) and the router stays whole: a token is routed as before. Such a
+            model saves as usual and loads through :func:`moe_ext.from_pretrained` only; it is neither calibrated nor
+            pruned again, and skips by thresholds of the unpruned model. An expert that no token reached has mean 0.
 
     Returns:
         The same model, with ``len(plan.keep[layer])`` experts in every MoE layer.
 
     Raises:
-        TypeError, ValueError: the plan does not fit the model (see :func:`check_plan`). The model is left as it was.
+        TypeError, ValueError: the plan or the statistics do not fit the model (see :func:`check_plan`). The model is
+            left as it was.
     """
     check_plan(model, plan)
     blocks = moe_blocks(model)
+    if novices is not None:
+        _put_novices(model, blocks, plan, novices)
+        return model
     with torch.no_grad():
         for block, keep in zip(blocks, plan.keep, strict=True):
-            _keep_experts(block, keep)
+            parts = [(block.router, name, old, dim) for name, (old, dim) in block.router_tensors().items()]
+            _keep_slices(keep, parts + _expert_parts(block))
+            for module in (block.module, block.router, block.experts):
+                if hasattr(module, "num_experts"):
+                    module.num_experts = len(keep)  # type: ignore[assignment]
+            if isinstance(block.router, nn.Linear):
+                block.router.out_features = len(keep)
     _write_counts(text_config(model), _num_experts_field(model, blocks[0]), blocks)
     if hasattr(model, "num_experts"):  # the language model head's copy, for the auxiliary loss
         model.num_experts = max(map(len, plan.keep))
@@ -132,19 +151,47 @@ def _write_counts(config: Any, field: str, blocks: list[MoeBlock]) -> None:
         config.per_layer_config = overrides
 
 
-def _keep_experts(block: MoeBlock, keep: tuple[int, ...]) -> None:
-    """Replaces every per-expert tensor of a block by its slices ``keep``."""
-    parts = [(block.router, name, old, dim) for name, (old, dim) in block.router_tensors().items()]
-    parts += [(block.experts, name, old, 0) for name, old in expert_tensors(block).items()]
+def _put_novices(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan, stats: ExpertStatistics) -> None:
+    """Leaves the routers as they are, compacts the experts, and puts means in the place of the others."""
+    if stats.output_sum is None:
+        raise ValueError("novices: the statistics have no sums of outputs: calibrate(..., outputs=True)")
+    if (stats.model_type, stats.layers, stats.num_experts) != (plan.model_type, plan.layers, plan.num_experts):
+        raise ValueError("novices: the statistics are of another model than the plan")
+    if stats.output_sum.shape[-1] != text_config(model).hidden_size:
+        raise ValueError(
+            f"novices: the statistics' outputs have {stats.output_sum.shape[-1]} dimensions; "
+            f"the model's have {text_config(model).hidden_size}"
+        )
+    section = section_with_novices(
+        {str(block.layer): len(keep) for block, keep in zip(blocks, plan.keep, strict=True)},
+        getattr(model.config, CONFIG_KEY, None),
+    )
+    with torch.no_grad():
+        for layer, (block, keep) in enumerate(zip(blocks, plan.keep, strict=True)):
+            removed = list(plan.removed(layer))
+            mean = stats.output_sum[layer, removed] / stats.routing_counts()[layer, removed, None].clamp(min=1)
+            weight = next(block.experts.parameters())
+            places = torch.empty(plan.num_experts, dtype=torch.int64)
+            places[[*keep, *removed]] = torch.arange(plan.num_experts)
+            _keep_slices(keep, _expert_parts(block))
+            block.experts.num_experts = len(keep)  # type: ignore[assignment]
+            add_novices(block.experts, places.to(weight.device), mean.to(weight.device, weight.dtype))
+    setattr(model.config, CONFIG_KEY, section)
+
+
+_Part = tuple[nn.Module, str, Tensor, int]  # module, name of a tensor of it, the tensor, its dimension of experts
+
+
+def _expert_parts(block: MoeBlock) -> list[_Part]:
+    return [(block.experts, name, old, 0) for name, old in expert_tensors(block).items()]
+
+
+def _keep_slices(keep: tuple[int, ...], parts: list[_Part]) -> None:
+    """Replaces per-expert tensors by their slices ``keep``."""
     # All slices are copied before any takes its place: a block is pruned as a whole or not at all.
     slices = [old.index_select(dim, torch.tensor(keep, device=old.device)) for _, _, old, dim in parts]
     for (module, name, old, _), kept in zip(parts, slices, strict=True):
         _replace(module, name, old, kept)
-    for module in (block.module, block.router, block.experts):
-        if hasattr(module, "num_experts"):
-            module.num_experts = len(keep)  # type: ignore[assignment]
-    if isinstance(block.router, nn.Linear):
-        block.router.out_features = len(keep)
 
 
 def _replace(module: nn.Module, name: str, old: Tensor, new: Tensor) -> None:

@@ -183,7 +183,7 @@ def count_skips(model: PreTrainedModel) -> Iterator[SkipCount]:
 
     handles = [model.base_model.register_forward_pre_hook(before, with_kwargs=True)]
     for layer, block in enumerate(blocks):
-        handles.append(block.router.register_forward_hook(after(layer, block.num_experts)))
+        handles.append(block.router.register_forward_hook(after(layer, block.num_routed)))
     try:
         yield count
     finally:

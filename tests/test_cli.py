@@ -167,7 +167,7 @@ def test_aimer_scores_a_checkpoint_without_statistics(capsys: pytest.CaptureFixt
     assert list(scores["scores"].values()) == moe_ext.aimer(checkpoint.load(DEMO_MODEL)[0]).values.tolist()
 
 
-def test_mone_needs_statistics_with_outputs(
+def test_mone_and_its_means_take_statistics_with_outputs(
     statistics: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert inside("score", str(statistics), "--criterion", "mone") == 1
@@ -177,6 +177,12 @@ def test_mone_needs_statistics_with_outputs(
     capsys.readouterr()
     assert inside("score", file, "--criterion", "mone", "--json") == 0
     assert all(value > 0 for row in json.loads(capsys.readouterr().out)["scores"].values() for value in row)
+    plan = str(tmp_path / "plan.json")
+    assert inside("plan", file, "--criterion", "mone", "--keep", "6", "--out", plan) == 0
+    assert inside("prune", MODEL, plan, "--novices", file, "--out", str(tmp_path / "pruned")) == 0
+    capsys.readouterr()
+    assert inside("eval", str(tmp_path / "pruned"), "--text", str(text), "--json") == 0
+    assert math.isfinite(json.loads(capsys.readouterr().out)["mean"])
 
 
 def test_redundancy_shows_pairs_that_the_library_finds(statistics: Path, capsys: pytest.CaptureFixture[str]) -> None:
