@@ -324,6 +324,7 @@ def eager_forward(experts: nn.Module) -> Any:
 def _read_family(model: PreTrainedModel) -> Family:
     """A record for a family without one, from the modules and config of a model."""
     config = text_config(model)
+    found: dict[tuple[str, str, str], Family] = {}
     for name, block in model.named_modules():
         for experts_name, experts in block.named_children():
             if not is_experts(experts):
@@ -339,7 +340,8 @@ def _read_family(model: PreTrainedModel) -> Family:
                 )
             stored = {canonical_field(config, field) for field in NUM_EXPERTS_FIELDS}
             fields = sorted(field for field in stored if vars(config).get(field) == experts.num_experts)
-            return Family(
+            kind = (type(block).__name__, routers[0], experts_name)
+            found[kind] = Family(
                 type(block).__name__,
                 fields[0] if len(fields) == 1 else None,
                 router=routers[0],
@@ -351,10 +353,14 @@ def _read_family(model: PreTrainedModel) -> Family:
                 groups_field="n_group" if hasattr(config, "n_group") else None,
                 every_layer=False,
             )
-    raise ValueError(
-        f"model type {config.model_type!r} is not supported: no module of it goes through transformers' experts "
-        f"interface; supported: {', '.join(FAMILIES)}, and families that do"
-    )
+    if len(found) > 1:
+        raise ValueError(f"model type {config.model_type!r} has several kinds of MoE blocks: {sorted(found)}")
+    if not found:
+        raise ValueError(
+            f"model type {config.model_type!r} is not supported: no module of it goes through transformers' experts "
+            f"interface; supported: {', '.join(FAMILIES)}, and families that do"
+        )
+    return next(iter(found.values()))
 
 
 def _field(config: Any, name: str) -> Any:

@@ -272,7 +272,7 @@ def skip(
         raise FileNotFoundError(f"--in-place needs a checkpoint folder; {model} has no config.json")
     loaded, tokenizer = load(model, dtype, device)
     blocks = moe_blocks(loaded)
-    counts = tuple(block.num_experts for block in blocks)
+    counts = tuple(block.num_routed for block in blocks)
     if stats.layers != tuple(block.name for block in blocks) or stats.experts != counts:
         raise ValueError(f"{statistics} is of another model: calibrate {model} itself")
     thresholds = skip_thresholds(stats, quantile)

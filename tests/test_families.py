@@ -502,3 +502,11 @@ def test_a_dimension_of_an_unknown_router_that_cannot_be_told_is_refused() -> No
         ValueError, match=r"cannot tell which dimension of the router's weight \(32, 32\) counts experts"
     ):
         moe_ext.prune(model, plan_for(model, ((0, 1, 2),) * 3))
+
+
+def test_several_kinds_of_moe_blocks_in_an_unknown_family_are_refused() -> None:
+    model = build("flex_olmo")
+    block = model.model.layers[1].mlp
+    block.__class__ = type("AnotherBlock", (type(block),), {})
+    with pytest.raises(ValueError, match=r"model type 'flex_olmo' has several kinds of MoE blocks: .*AnotherBlock"):
+        moe_blocks(model)
