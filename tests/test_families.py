@@ -66,21 +66,23 @@ def test_patched_logits_equal_unpatched(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.bfloat16) for name in ALL), *((name, torch.float16) for name in MODELS)]
+)
 def test_patched_layers_equal_unpatched_in_half_precision(name: str, dtype: torch.dtype, device: str) -> None:
-    """Layer by layer on the same inputs: between layers a rounding can change which experts are chosen."""
-    model = build(name, dtype=dtype).to(device)
+    """Layer by layer on the same inputs: between layers a rounding can change which experts are chosen. The stock
+    layers run on the CPU: the simulated GPU lacks the float16 softmax of some of their routers."""
+    model = build(name, dtype=dtype)
     model.set_experts_implementation("eager")
-    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
 
     def outputs() -> list[Tensor]:
         with torch.no_grad():
-            found = [block.module(x) for block in moe_blocks(model)]
-        return [out[0] if isinstance(out, tuple) else out for out in found]
+            found = [block.module(x.to(model.device)) for block in moe_blocks(model)]
+        return [(out[0] if isinstance(out, tuple) else out).cpu() for out in found]
 
     expected = outputs()
-    patched(model, name)
+    patched(model.to(device), name)
     rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
     for got, want in zip(outputs(), expected, strict=True):
         # Weights, h, f_e, products and the running sum of K of them are each rounded to the dtype by the stock path.
