@@ -220,7 +220,8 @@ class MoeBlock:
             dimensions = {}
             for name, tensor in tensors.items():
                 counting = [dim for dim, size in enumerate(tensor.shape) if size == self.num_experts]
-                if len(counting) > 1:
+                # A vector of another size has nothing to do with experts; a matrix might, in a way that is not known.
+                if len(counting) > 1 or (not counting and tensor.dim() > 1):
                     raise ValueError(
                         f"{self.name}: cannot tell which dimension of the router's {name} {tuple(tensor.shape)} counts "
                         "experts, and the family has no record in moe_ext"
@@ -307,7 +308,7 @@ def _groups(config: Any, family: Family) -> tuple[int, int]:
     if family.groups_when is not None and _field(config, family.groups_when[0]) != family.groups_when[1]:
         return 1, 1
     groups = int(_field(config, family.groups_field) or 1)
-    return groups, int(_field(config, "topk_group") or 1)
+    return groups, int(getattr(config, "topk_group", None) or groups)
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -340,17 +341,19 @@ def _read_family(model: PreTrainedModel) -> Family:
                 )
             stored = {canonical_field(config, field) for field in NUM_EXPERTS_FIELDS}
             fields = sorted(field for field in stored if vars(config).get(field) == experts.num_experts)
+            grouped = hasattr(config, "n_group")
             kind = (type(block).__name__, routers[0], experts_name)
             found[kind] = Family(
                 type(block).__name__,
-                fields[0] if len(fields) == 1 else None,
+                fields[0] if fields else None,
                 router=routers[0],
                 router_parameters=None,
                 experts=experts_name,
                 score="own",
                 renormalise=False,
                 selects_by_score=False,
-                groups_field="n_group" if hasattr(config, "n_group") else None,
+                groups_field="n_group" if grouped else None,
+                fewest_per_group=2 if grouped else 1,  # most such routers rank a group by its two best
                 every_layer=False,
             )
     if len(found) > 1:

@@ -34,7 +34,8 @@ def from_pretrained(checkpoint: str | Path, *, auto_class: Any = AutoModelForCau
     code of transformers 5.23 reads the one global field instead, and stock ``from_pretrained`` stops with
     AmbiguousGlobalPerLayerAttributeError. Here each decoder layer is built from its own config; afterwards all share
     the model's, as ever. Experts replaced by their means (:func:`moe_ext.prune` with ``novices``) say so in
-    ``config.moe_ext``, and are built into the layers.
+    ``config.moe_ext``, and are built into the layers. For such a checkpoint the family's layer classes are changed
+    while it loads: load one model at a time.
 
     Args:
         checkpoint: a folder, or a name on the Hugging Face Hub.

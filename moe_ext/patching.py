@@ -232,8 +232,8 @@ def _router_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
         output: tuple[Tensor, ...] = type(self).forward(self, hidden_states, *args, **kwargs)
         if thresholds is None:
             return output
-        logits, weights, experts = output
-        return logits, *skip_weak(weights, experts, thresholds, cast(int, self.num_experts))
+        logits, weights, experts, *more = output
+        return logits, *skip_weak(weights, experts, thresholds, cast(int, self.num_experts)), *more
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     logits = F.linear(flat, cast(Tensor, self.weight), cast(Tensor | None, getattr(self, "bias", None)))  # (T, E)
     weights, experts = ops.route(logits, cast(int, self.top_k), thresholds, renormalise)

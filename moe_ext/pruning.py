@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_ext.architectures import (
+    NUM_EXPERTS_FIELDS,
     MoeBlock,
     canonical_field,
     check_layout,
@@ -42,7 +43,7 @@ def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
             f"the plan has {len(plan.layers)} layers from {plan.layers[0]!r}; "
             f"this model has {len(names)} MoE layers from {names[0]!r}"
         )
-    _num_experts_field(model, blocks[0])
+    _num_experts_fields(model, blocks[0])
     for block in blocks:
         check_layout(block)
         if plan.num_experts != block.num_experts:
@@ -106,6 +107,7 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
     """
     check_plan(model, plan)
     blocks = moe_blocks(model)
+    fields = _num_experts_fields(model, blocks[0])
     if novices is not None:
         _put_novices(model, blocks, plan, novices)
         return model
@@ -118,14 +120,15 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
                     module.num_experts = len(keep)  # type: ignore[assignment]
             if isinstance(block.router, nn.Linear):
                 block.router.out_features = len(keep)
-    _write_counts(text_config(model), _num_experts_field(model, blocks[0]), blocks)
+    _write_counts(text_config(model), fields, blocks)
     if hasattr(model, "num_experts"):  # the language model head's copy, for the auxiliary loss
         model.num_experts = max(map(len, plan.keep))
     return model
 
 
-def _num_experts_field(model: PreTrainedModel, block: MoeBlock) -> str:
-    """The config field that counts experts, as the config stores it; ValueError, naming the layer, if there is none."""
+def _num_experts_fields(model: PreTrainedModel, block: MoeBlock) -> list[str]:
+    """The config fields that count experts, as the config stores them: the family's, and others of a known name that
+    hold the same number. ValueError, naming the layer, if there is none."""
     config, field = text_config(model), block.family.num_experts_field
     stored = None if field is None else canonical_field(config, field)
     if stored is None or stored not in vars(config):
@@ -133,20 +136,24 @@ def _num_experts_field(model: PreTrainedModel, block: MoeBlock) -> str:
             f"{block.name}: no field of the {config.model_type!r} config is known to hold its {block.num_experts} "
             f"experts{'' if field is None else f' (looked for {field!r})'}; the pruned model could not be saved"
         )
-    return stored
+    names = {canonical_field(config, name) for name in NUM_EXPERTS_FIELDS}
+    return sorted({stored, *(name for name in names if vars(config).get(name) == block.num_experts)})
 
 
-def _write_counts(config: Any, field: str, blocks: list[MoeBlock]) -> None:
-    """The layers' numbers of experts into a config: one field if they are equal, else the largest and exceptions."""
+def _write_counts(config: Any, counts: list[str], blocks: list[MoeBlock]) -> None:
+    """The layers' numbers of experts into a config's fields: one number if they are equal, else the largest, and the
+    exceptions per layer."""
     overrides = {int(layer): dict(fields) for layer, fields in config.to_dict().get("per_layer_config", {}).items()}
     largest = max(block.num_experts for block in blocks)
     for fields in overrides.values():
-        fields.pop(field, None)
+        for name in counts:
+            fields.pop(name, None)
     if any(block.num_experts != largest for block in blocks):
         for block in blocks:
-            overrides.setdefault(block.layer, {})[field] = block.num_experts
+            overrides.setdefault(block.layer, {}).update(dict.fromkeys(counts, block.num_experts))
     config.per_layer_config = None  # while it is set, its fields cannot be written
-    setattr(config, field, largest)
+    for name in counts:
+        setattr(config, name, largest)
     if any(overrides.values()):
         config.per_layer_config = overrides
 

@@ -475,6 +475,27 @@ def test_a_config_without_the_field_is_named(name: str) -> None:
     assert moe_blocks(model)[0].num_experts == 8
 
 
+def test_a_count_that_the_config_holds_twice_is_updated_twice() -> None:
+    model = build("phimoe")
+    model.config.num_experts = 8  # no alias in this family
+    model.config.moe_num_experts = 3  # something else
+    moe_ext.prune(model, plan_for(model, keep_of(model, "phimoe")))
+    stored = {name: getattr(model.config, name) for name in ("num_local_experts", "num_experts", "moe_num_experts")}
+    assert stored == {"num_local_experts": 5, "num_experts": 5, "moe_num_experts": 3}
+
+
+def test_a_matrix_of_an_unknown_router_that_does_not_count_experts_is_refused() -> None:
+    model = build("flex_olmo")
+    router = model.model.layers[0].mlp.gate
+    router.down = torch.nn.Linear(32, 6)
+    with pytest.raises(ValueError, match=r"cannot tell which dimension of the router's down.weight \(6, 32\) counts"):
+        moe_ext.prune(model, plan_for(model, keep_of(model, "flex_olmo")))
+    del router.down
+    router.scale = torch.nn.Parameter(torch.ones(32))  # a vector of another size is left alone
+    moe_ext.prune(model, plan_for(model, keep_of(model, "flex_olmo")))
+    assert router.scale.shape == (32,)
+
+
 def test_a_plan_of_another_family_is_refused() -> None:
     model, other = build("olmoe"), build("qwen3_moe")
     with pytest.raises(ValueError, match="the plan is for model type 'qwen3_moe'; this model is 'olmoe'"):
