@@ -7,12 +7,13 @@ what cannot be read off it is left to the family's own code. Everything else in 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
 # transformers' names (config.hidden_act) of the activations that the operators compute.
@@ -208,32 +209,39 @@ class MoeBlock:
             raise ValueError(f"{self.name} is in no numbered decoder layer")
         return int(found[1])
 
-    def router_tensors(self) -> dict[str, tuple[Tensor, int]]:
-        """Per-expert parameters and buffers of the router by name, with the dimension that counts experts.
+    def routing_tensors(self) -> list[tuple[nn.Module, str, Tensor, int]]:
+        """Per-expert parameters and buffers outside the experts: module, name in it, tensor, dimension of experts.
+
+        They are the router's; of a family without a record also those that the block itself holds, such as a
+        correction bias.
 
         Raises:
             ValueError: a tensor's shape does not say which dimension counts experts, or is not the record's.
         """
-        tensors = _tensors(self.router)
-        dimensions = self.family.router_parameters
+        router, dimensions = _tensors(self.router), self.family.router_parameters
         if dimensions is None:
-            dimensions = {}
-            for name, tensor in tensors.items():
-                counting = [dim for dim, size in enumerate(tensor.shape) if size == self.num_experts]
-                # A vector of another size has nothing to do with experts; a matrix might, in a way that is not known.
-                if len(counting) > 1 or (not counting and tensor.dim() > 1):
-                    raise ValueError(
-                        f"{self.name}: cannot tell which dimension of the router's {name} {tuple(tensor.shape)} counts "
-                        "experts, and the family has no record in moe_ext"
-                    )
-                if counting:
-                    dimensions[name] = counting[0]
-        elif set(tensors) != set(dimensions):
+            own = {name: tensor for name, tensor in _tensors(self.module).items() if "." not in name}
+            return [*self._counting(self.router, router), *self._counting(self.module, own)]
+        if set(router) != set(dimensions):
             raise ValueError(
-                f"{self.name}: {type(self.router).__name__} has parameters {sorted(tensors)}; "
+                f"{self.name}: {type(self.router).__name__} has parameters {sorted(router)}; "
                 f"expected plain {sorted(dimensions)}"
             )
-        return {name: (tensors[name], dim) for name, dim in dimensions.items()}
+        return [(self.router, name, router[name], dim) for name, dim in dimensions.items()]
+
+    def _counting(
+        self, module: nn.Module, tensors: Mapping[str, Tensor]
+    ) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
+        for name, tensor in tensors.items():
+            counting = [dim for dim, size in enumerate(tensor.shape) if size == self.num_routed]
+            # A vector of another size has nothing to do with experts; a matrix might, in a way that is not known.
+            if len(counting) > 1 or (not counting and tensor.dim() > 1):
+                raise ValueError(
+                    f"{self.name}: cannot tell which dimension of {type(module).__name__}'s {name} "
+                    f"{tuple(tensor.shape)} counts experts, and the family has no record in moe_ext"
+                )
+            if counting:
+                yield module, name, tensor, counting[0]
 
 
 def text_config(model: PreTrainedModel) -> Any:
@@ -410,8 +418,8 @@ def check_layout(block: MoeBlock) -> None:
         ValueError: what is different, with the layer's name.
     """
     expert_tensors(block)
-    for name, (tensor, dim) in block.router_tensors().items():
-        _check_plain(block.name, type(block.router).__name__, name, tensor)
+    for module, name, tensor, dim in block.routing_tensors():
+        _check_plain(block.name, type(module).__name__, name, tensor)
         if tensor.dim() <= dim or tensor.shape[dim] != block.num_routed:
             raise ValueError(
                 f"{block.name}: the router's {name} has shape {tuple(tensor.shape)}; "
@@ -438,6 +446,8 @@ def check_experts(name: str, experts: nn.Module) -> None:
         found.append("interleaved gate and up rows")
     if getattr(type(experts), "_apply_gate", None) is not _default_apply_gate:
         found.append("its own gating function")
+    elif not _is_activation_of(experts.config, experts.act_fn):
+        found.append("another activation than its config names")
     if found:
         raise ValueError(f"{name}: {type(experts).__name__} has {' and '.join(found)}, which moe_ext does not support")
     tensors = _tensors(experts)
@@ -456,6 +466,11 @@ def _check_plain(name: str, owner: str, key: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: {owner}'s {key} is a {type(tensor).__name__}; expected plain tensors")
     if tensor.device.type == "meta":
         raise ValueError(f"{name}: {key} is on the meta device; load the model's weights into memory")
+
+
+def _is_activation_of(config: Any, activation: object) -> bool:
+    name = getattr(config, "hidden_act", None)
+    return name in ACT2FN and type(ACT2FN[name]) is type(activation)
 
 
 def activation_of(config: Any) -> str:

@@ -113,8 +113,7 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
         return model
     with torch.no_grad():
         for block, keep in zip(blocks, plan.keep, strict=True):
-            parts = [(block.router, name, old, dim) for name, (old, dim) in block.router_tensors().items()]
-            _keep_slices(keep, parts + _expert_parts(block))
+            _keep_slices(keep, block.routing_tensors() + _expert_parts(block))
             for module in (block.module, block.router, block.experts):
                 if hasattr(module, "num_experts"):
                     module.num_experts = len(keep)  # type: ignore[assignment]

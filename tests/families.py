@@ -103,6 +103,7 @@ FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 UNRECORDED: dict[str, tuple[str, dict[str, Any]]] = {
     "flex_olmo": ("FlexOlmo", {"num_experts": 8, "num_experts_per_tok": 3}),
+    "minimax_m2": ("MiniMaxM2", {"num_local_experts": 8, "num_experts_per_tok": 3}),  # the block holds the bias
     "dots1": ("Dots1", {**FIELDS["glm4_moe"][1], "n_shared_experts": 1}),
 }
 """Families without a record in ``FAMILIES``: the generic path."""
@@ -135,8 +136,9 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **change
     model: PreTrainedModel = model_class(config).eval()
     generator = torch.Generator().manual_seed(seed)
     for block in moe_blocks(model):
-        for module in (block.router, block.experts):
-            for tensor in (*module.parameters(), *module.buffers()):
+        for module in (block.router, block.experts, block.module):
+            recurse = module is not block.module  # of the block only what it holds itself
+            for tensor in (*module.parameters(recurse), *module.buffers(recurse)):
                 tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
     # As from_pretrained does, not model.to(dtype): rotary buffers, which no checkpoint holds, and biases stay float32.
     saved = model.state_dict().keys()
@@ -206,7 +208,7 @@ def mask_routers(model: PreTrainedModel, keep: tuple[tuple[int, ...], ...]) -> N
     for block, kept in zip(moe_blocks(model), keep, strict=True):
         dropped = [expert for expert in range(block.num_experts) if expert not in kept]
         block.router.forward = masked(block.router.forward, dropped)
-        for name, tensor in (*block.router.named_buffers(), *block.router.named_parameters()):
+        for name, tensor in (*block.module.named_buffers(), *block.router.named_parameters()):
             if "correction_bias" in name:
                 tensor.data[..., dropped] = -torch.inf
 

@@ -488,7 +488,7 @@ def test_a_matrix_of_an_unknown_router_that_does_not_count_experts_is_refused() 
     model = build("flex_olmo")
     router = model.model.layers[0].mlp.gate
     router.down = torch.nn.Linear(32, 6)
-    with pytest.raises(ValueError, match=r"cannot tell which dimension of the router's down.weight \(6, 32\) counts"):
+    with pytest.raises(ValueError, match=r"cannot tell which dimension of FlexOlmoTopKRouter's down.weight"):
         moe_ext.prune(model, plan_for(model, keep_of(model, "flex_olmo")))
     del router.down
     router.scale = torch.nn.Parameter(torch.ones(32))  # a vector of another size is left alone
@@ -521,9 +521,7 @@ def test_a_router_that_cannot_be_told_is_refused() -> None:
 def test_a_dimension_of_an_unknown_router_that_cannot_be_told_is_refused() -> None:
     model = build("flex_olmo", num_experts=32)  # as many as the hidden size
     moe_ext.patch(model)
-    with pytest.raises(
-        ValueError, match=r"cannot tell which dimension of the router's weight \(32, 32\) counts experts"
-    ):
+    with pytest.raises(ValueError, match=r"cannot tell which dimension of FlexOlmoTopKRouter's weight"):
         moe_ext.prune(model, plan_for(model, ((0, 1, 2),) * 3))
 
 

@@ -371,6 +371,13 @@ def test_unsupported_dtypes_and_activations_are_refused(
     assert model.get_experts_implementation() == {"": "grouped_mm"}
 
 
+def test_experts_that_do_not_use_their_configs_activation_are_refused(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    model.model.layers[2].mlp.experts.act_fn = nn.ReLU()
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp: MixtralExperts has another activation than its config nam"):
+        moe_ext.patch(model)
+
+
 def test_an_unsupported_device_is_refused(tiny_mixtral: MixtralFactory) -> None:
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp: gate_up_proj is on the meta device; load the"):
         moe_ext.patch(tiny_mixtral().to("meta"))
