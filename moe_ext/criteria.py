@@ -84,7 +84,7 @@ def score(
     Args:
         stats: statistics of the calibration text.
         criterion: a name in ``CRITERIA``; a point ``(avg, a, b)`` with avg in {0, 1} and a, b in {0, 1, 2};
-            ``"mone"``, access frequency times output variance (arXiv 2507.00390, section 3), of statistics with an
+            ``"mone"``, access frequency times output variance (arXiv 2507.00390), of statistics with an
             ``output_sum``; or ``"random"``: uniform in [0, 1). ``"aimer"`` needs no statistics: see :func:`aimer`.
         objective: a name in ``OBJECTIVES``, which chooses the criterion; ``"task-agnostic"`` when neither is given.
         seed: for ``"random"`` only, 0 when not given.

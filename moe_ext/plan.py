@@ -170,9 +170,10 @@ def plan(
 
     With ``scope="model"`` all layers' experts stand in one ranking, and a layer keeps at least what its router needs
     (top_k where there are no groups). Criteria that sum norms grow with depth, so that a ranking of raw scores would
-    empty the early layers: ``normalise`` makes layers comparable. What the papers do: NAEE (2402.14800), REAP
-    (2510.13999), the unified family (2606.15716) and AIMER (2603.18492) compare within layers; MoNE (2507.00390)
-    has both scopes in its published code, the ranking over layers on raw scores.
+    empty the early layers: ``normalise`` makes layers comparable. What the papers do: most give every layer the same
+    number (as 2604.06542 says of them, which allocates by redundancy instead), NAEE (2402.14800) by searching layer by
+    layer, AIMER (2603.18492) by ranking within layers; the published code of MoNE (2507.00390) has both scopes, and
+    compares raw scores over all layers.
 
     Args:
         scores: (L, E) scores, from :func:`moe_ext.criteria.score`.

@@ -94,7 +94,7 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
         model: the model that the plan was made for.
         plan: experts to keep per layer.
         novices: statistics of this model with an ``output_sum``. The mean output of a removed expert then takes its
-            place (MoNE, arXiv 2507.00390, section 3) and the router stays whole: a token is routed as before. Such a
+            place (MoNE, arXiv 2507.00390) and the router stays whole: a token is routed as before. Such a
             model saves as usual and loads through :func:`moe_ext.from_pretrained` only; it is neither calibrated nor
             pruned again, and skips by thresholds of the unpruned model. An expert that no token reached has mean 0.
 

@@ -1,6 +1,7 @@
 """Redundancy: pairs of experts that the router chooses for the same tokens, as a report for choosing what to remove.
 
-A report, not a criterion: that two experts work on the same tokens says that one could stand in for the other in the
+How many tokens two experts share is MC-Suite's expert-expert collaboration (arXiv 2504.05586). Here it is a report, not
+a criterion: that two experts work on the same tokens says that one could stand in for the other in the
 routing, not that their outputs are alike.
 """
 
