@@ -531,3 +531,20 @@ def test_several_kinds_of_moe_blocks_in_an_unknown_family_are_refused() -> None:
     block.__class__ = type("AnotherBlock", (type(block),), {})
     with pytest.raises(ValueError, match=r"model type 'flex_olmo' has several kinds of MoE blocks: .*AnotherBlock"):
         moe_blocks(model)
+
+
+def test_the_text_model_of_qwen3_vl_moe_alone(tmp_path: Path) -> None:
+    text = build("qwen3_vl_moe_text").model.language_model
+    tokens = random_tokens(2, 9)
+
+    def states(model: Any) -> Tensor:
+        with torch.no_grad():
+            out: Tensor = model(tokens).last_hidden_state
+        return out
+
+    expected = states(text)
+    torch.testing.assert_close(states(moe_ext.patch(text)), expected, rtol=1e-4, atol=1e-4)
+    stats = moe_ext.calibrate(text, batches(), progress=False)
+    moe_ext.unpatch(moe_ext.prune(text, moe_ext.plan(moe_ext.score(stats, "man"), keep=5)))
+    text.save_pretrained(tmp_path)
+    assert torch.equal(states(reloaded(type(text).from_pretrained, tmp_path)), states(text))
