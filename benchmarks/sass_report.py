@@ -28,7 +28,14 @@ from typing import Any
 from record import table, write_result
 
 ROOT = Path(__file__).parents[1]
-HOT = ("grouped_gemm_kernel", "small_batch_kernel", "combine_kernel", "route_kernel", "plain_gemm_kernel")
+HOT = (
+    "grouped_gemm_kernel",
+    "small_batch_kernel",
+    "combine_kernel",
+    "route_kernel",
+    "plain_gemm_kernel",
+    "products_kernel",
+)
 
 
 @dataclass

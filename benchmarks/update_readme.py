@@ -69,10 +69,26 @@ def cpu_table(result: Mapping[str, Any], source: str) -> str:
     return f"{table(result['rows'])}\n\n{note}"
 
 
+def search_tables(result: Mapping[str, Any], source: str) -> str:
+    """Rows have many columns and are few: they stand as columns."""
+    parts = []
+    for name, rows in result["tables"].items():
+        shown = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+        columns = [list(rows[0]), *shown]
+        lines = ["| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True)]
+        parts.append("\n".join([f"**{name}**\n", lines[0], "|---" * len(columns) + "|", *lines[1:]]))
+    parts.append(
+        f"{result['date']}, {result['machine']}, {result['variant']} variant, torch {result['versions']['torch']}, "
+        f"transformers {result['versions']['transformers']}: {result['what']} ([{source}](results/{source}))."
+    )
+    return "\n\n".join(parts)
+
+
 # The place of a table, between markers, and what goes there.
 PLACES: list[tuple[Path, str, Callable[[Mapping[str, Any], str], str]]] = [
     (ROOT / "README.md", "demo", demo_table),
     (ROOT / "benchmarks" / "README.md", "cpu", cpu_table),
+    (ROOT / "benchmarks" / "README.md", "search", search_tables),
     (ROOT / "benchmarks" / "README.md", "cuda-counters", counters_tables),
     (ROOT / "benchmarks" / "README.md", "cuda-ptxas", ptxas_table),
 ]

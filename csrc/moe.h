@@ -58,10 +58,43 @@ struct ExpertsParams {
   bool experts_are_int64;
 };
 
+// gram[t, i, j] = <f_i(x[t, :]), f_j(x[t, :])>, f as in ExpertsParams and rounded to `dtype`; sums in float64.
+struct GramParams {
+  const void* x;        // (T, H) of `dtype`
+  const void* gate_up;  // (E, 2 I, H) of `dtype`
+  const void* down;     // (E, H, I) of `dtype`
+  double* gram;         // (T, E, E) out
+  int64_t tokens;
+  int64_t num_experts;
+  int64_t hidden;
+  int64_t intermediate;
+  DType dtype;
+  Activation activation;
+};
+
+// errors[s] = sum over tokens of || F(x) - F_s(x) ||^2: what a layer's output loses when only the experts keep[s, :]
+// are left. N <= E: the experts of the N highest ranks of a token, which are all that it can come to use; pairs
+// i < j of them are stored row by row, (0, 1), (0, 2) ... (1, 2) ...: M = N (N - 1) / 2.
+struct SubsetsParams {
+  const double* distances;  // (T, M): || f_i - f_j ||^2 of the experts of ranks i and j
+  const int64_t* ranks;     // (T, N): expert of a rank, in [0, E)
+  const double* scores;     // (T, N): by rank; the weights of the chosen experts are their scores over the scores' sum
+  const bool* keep;         // (S, E); at most N - K experts of a subset are not kept
+  const float* thresholds;  // (K - 1): of F_s, as in RouteParams; or null: nothing is skipped
+  double* errors;           // (S) out
+  int64_t tokens;
+  int64_t num_experts;
+  int64_t depth;  // N
+  int64_t top_k;
+  int64_t subsets;  // S
+};
+
 namespace cpu {
 
 void route(const RouteParams& p, const Threads& threads);
 void experts(const ExpertsParams& p, const Threads& threads);
+void gram(const GramParams& p, const Threads& threads);
+void subset_errors(const SubsetsParams& p, const Threads& threads);
 
 // Position in the flattened (T, K) array of the first expert index outside [0, E], or -1.
 int64_t first_bad_expert(const void* experts, bool is_int64, int64_t slots, int64_t num_experts);
@@ -91,6 +124,7 @@ struct Scratch {
 // CUDA refuses a launch.
 void route(const RouteParams& p, CUstream_st* stream);
 void experts(const ExpertsParams& p, const Scratch& scratch, CUstream_st* stream);
+void gram(const GramParams& p, const Scratch& scratch, CUstream_st* stream);
 
 }  // namespace cuda
 }  // namespace moe_ext

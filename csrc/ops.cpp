@@ -259,37 +259,51 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, std::optio
 
 // ---- experts, experts_observed
 
-ExpertsParams check_experts(const char* op, const Tensor& x, const Tensor& gate_up, const Tensor& down,
-                            const Tensor& experts, const Tensor& weights, const std::string& activation) {
+// What the operators on a layer's weights share: the shapes, dtypes and layout of x, gate_up and down.
+ExpertsParams check_layer(const char* op, const Tensor& x, const Tensor& gate_up, const Tensor& down,
+                          const std::string& activation) {
   check_dims(op, "x", x, 2, "(T, H)");
   check_dims(op, "gate_up", gate_up, 3, "(E, 2I, H)");
-  check_dims(op, "experts", experts, 2, "(T, K)");
 
   ExpertsParams p{};
   p.tokens = x.size(0);
   p.hidden = x.size(1);
   p.num_experts = gate_up.size(0);
   p.intermediate = gate_up.size(1) / 2;
-  p.top_k = experts.size(1);
   if (p.num_experts < 1 || p.intermediate < 1 || p.hidden < 1 || gate_up.size(1) % 2 != 0) {
     refuse(op, "'gate_up' has shape ", text_of(shape_of(gate_up)),
            "; expected (E, 2I, H) with an even second dimension and none of them 0");
   }
   check_shape(op, "gate_up", gate_up, {p.num_experts, 2 * p.intermediate, p.hidden}, "(E, 2I, H) with H from 'x'");
   check_shape(op, "down", down, {p.num_experts, p.hidden, p.intermediate}, "(E, H, I) from 'gate_up'");
-  check_shape(op, "experts", experts, {p.tokens, p.top_k}, "(T, K) with T from 'x'");
-  check_shape(op, "weights", weights, {p.tokens, p.top_k}, "(T, K) from 'experts'");
 
   p.dtype = float_type(op, "x", x);
   check_type(op, "gate_up", gate_up, {x.scalar_type()});
   check_type(op, "down", down, {x.scalar_type()});
-  check_type(op, "experts", experts, {ScalarType::Int, ScalarType::Long});
-  check_type(op, "weights", weights, {ScalarType::Float, x.scalar_type()});
-  p.weights_dtype = float_type(op, "weights", weights);
-  p.experts_are_int64 = experts.scalar_type() == ScalarType::Long;
   check_contiguous(op, "gate_up", gate_up);
   check_contiguous(op, "down", down);
+  check_device(op, "gate_up", gate_up, "x", x);
+  check_device(op, "down", down, "x", x);
   p.activation = activation_named(op, activation);
+  if (x.is_cuda() && p.num_experts > cuda::kMaxExperts) {
+    refuse(op, "'gate_up' has ", p.num_experts, " experts; the CUDA kernels take up to ", cuda::kMaxExperts);
+  }
+  return p;
+}
+
+ExpertsParams check_experts(const char* op, const Tensor& x, const Tensor& gate_up, const Tensor& down,
+                            const Tensor& experts, const Tensor& weights, const std::string& activation) {
+  ExpertsParams p = check_layer(op, x, gate_up, down, activation);
+  check_dims(op, "experts", experts, 2, "(T, K)");
+  p.top_k = experts.size(1);
+  check_shape(op, "experts", experts, {p.tokens, p.top_k}, "(T, K) with T from 'x'");
+  check_shape(op, "weights", weights, {p.tokens, p.top_k}, "(T, K) from 'experts'");
+  check_type(op, "experts", experts, {ScalarType::Int, ScalarType::Long});
+  check_type(op, "weights", weights, {ScalarType::Float, x.scalar_type()});
+  check_device(op, "experts", experts, "x", x);
+  check_device(op, "weights", weights, "x", x);
+  p.weights_dtype = float_type(op, "weights", weights);
+  p.experts_are_int64 = experts.scalar_type() == ScalarType::Long;
   return p;
 }
 
@@ -318,17 +332,10 @@ Tensor run_experts(const char* op, const Tensor& x, const Tensor& gate_up, const
                    const Tensor& weights, const std::string& activation, const Tensor* moments,
                    const std::optional<Tensor>& counted) {
   ExpertsParams p = check_experts(op, x, gate_up, down, experts, weights, activation);
-  check_device(op, "gate_up", gate_up, "x", x);
-  check_device(op, "down", down, "x", x);
-  check_device(op, "experts", experts, "x", x);
-  check_device(op, "weights", weights, "x", x);
   if (moments != nullptr) {
     check_observation(op, p, *moments, counted);
     check_device(op, "moments", *moments, "x", x);
     if (counted.has_value()) check_device(op, "counted", *counted, "x", x);
-  }
-  if (x.is_cuda() && p.num_experts > cuda::kMaxExperts) {
-    refuse(op, "'gate_up' has ", p.num_experts, " experts; the CUDA kernels take up to ", cuda::kMaxExperts);
   }
 
   const Tensor dense_x = x.is_cuda() ? aligned(dense(x)) : dense(x);
@@ -369,6 +376,95 @@ Tensor experts_observed(const Tensor& x, const Tensor& gate_up, const Tensor& do
   return run_experts("experts_observed", x, gate_up, down, experts, weights, activation, &moments, counted);
 }
 
+// ---- expert_gram
+
+Tensor expert_gram(const Tensor& x, const Tensor& gate_up, const Tensor& down, std::string activation) {
+  const ExpertsParams layer = check_layer("expert_gram", x, gate_up, down, activation);
+  const Tensor dense_x = x.is_cuda() ? aligned(dense(x)) : dense(x);
+  const Tensor gram =
+      torch::stable::new_empty(x, {layer.tokens, layer.num_experts, layer.num_experts}, ScalarType::Double);
+
+  GramParams p{};
+  p.x = dense_x.const_data_ptr();
+  p.gate_up = gate_up.const_data_ptr();
+  p.down = down.const_data_ptr();
+  p.gram = static_cast<double*>(gram.mutable_data_ptr());
+  p.tokens = layer.tokens;
+  p.num_experts = layer.num_experts;
+  p.hidden = layer.hidden;
+  p.intermediate = layer.intermediate;
+  p.dtype = layer.dtype;
+  p.activation = layer.activation;
+#ifdef MOE_EXT_WITH_CUDA
+  if (x.is_cuda()) {
+    const OnDeviceOf device(x);
+    TorchScratch memory(x);
+    cuda::gram(p, memory.scratch(), device.stream());
+    return gram;
+  }
+#endif
+  cpu::gram(p, torch_threads());
+  return gram;
+}
+
+// ---- subset_errors
+
+void check_subset_values(const char* op, const SubsetsParams& p) {
+  for (int64_t i = 0; i < p.tokens * p.depth; ++i) {
+    if (p.ranks[i] >= 0 && p.ranks[i] < p.num_experts) continue;
+    refuse(op, "'ranks' holds ", p.ranks[i], " at token ", i / p.depth, ", rank ", i % p.depth, "; expected 0 to ",
+           p.num_experts - 1);
+  }
+  for (int64_t s = 0; s < p.subsets; ++s) {
+    int64_t dropped = 0;
+    for (int64_t e = 0; e < p.num_experts; ++e) dropped += !p.keep[s * p.num_experts + e];
+    if (dropped <= p.depth - p.top_k) continue;
+    refuse(op, "'keep' drops ", dropped, " experts in subset ", s, "; the ", p.depth,
+           " ranks of a token leave top_k = ", p.top_k, " experts for up to ", p.depth - p.top_k);
+  }
+}
+
+Tensor subset_errors(const Tensor& distances, const Tensor& ranks, const Tensor& scores, const Tensor& keep,
+                     int64_t top_k, std::optional<Tensor> thresholds) {
+  constexpr const char* op = "subset_errors";
+  check_dims(op, "ranks", ranks, 2, "(T, N)");
+  check_dims(op, "keep", keep, 2, "(S, E)");
+  SubsetsParams p{};
+  p.tokens = ranks.size(0);
+  p.depth = ranks.size(1);
+  p.subsets = keep.size(0);
+  p.num_experts = keep.size(1);
+  p.top_k = top_k;
+  check_shape(op, "distances", distances, {p.tokens, p.depth * (p.depth - 1) / 2},
+              "(T, N (N - 1) / 2) with T and N from 'ranks'");
+  check_shape(op, "scores", scores, {p.tokens, p.depth}, "(T, N) from 'ranks'");
+  check_type(op, "distances", distances, {ScalarType::Double});
+  check_type(op, "ranks", ranks, {ScalarType::Long});
+  check_type(op, "scores", scores, {ScalarType::Double});
+  check_type(op, "keep", keep, {ScalarType::Bool});
+  if (top_k < 1 || top_k > p.depth) {
+    refuse(op, "'top_k' is ", top_k, "; expected 1 to ", p.depth, ", the number of ranks in 'ranks'");
+  }
+  if (thresholds.has_value()) {
+    check_shape(op, "thresholds", *thresholds, {top_k - 1}, "(top_k - 1,)");
+    check_type(op, "thresholds", *thresholds, {ScalarType::Float});
+  }
+
+  const Tensor dense_distances = dense(distances), dense_ranks = dense(ranks), dense_scores = dense(scores);
+  const Tensor dense_keep = dense(keep);
+  const std::optional<Tensor> dense_thresholds = dense(thresholds);
+  p.distances = static_cast<const double*>(dense_distances.const_data_ptr());
+  p.ranks = static_cast<const int64_t*>(dense_ranks.const_data_ptr());
+  p.scores = static_cast<const double*>(dense_scores.const_data_ptr());
+  p.keep = static_cast<const bool*>(dense_keep.const_data_ptr());
+  p.thresholds = dense_thresholds.has_value() ? static_cast<const float*>(dense_thresholds->const_data_ptr()) : nullptr;
+  check_subset_values(op, p);
+  const Tensor errors = torch::stable::new_empty(scores, {p.subsets});
+  p.errors = static_cast<double*>(errors.mutable_data_ptr());
+  cpu::subset_errors(p, torch_threads());
+  return errors;
+}
+
 }  // namespace
 }  // namespace moe_ext
 
@@ -378,12 +474,18 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
   m.def(
       "experts_observed(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights, str activation, "
       "Tensor(a!) moments, Tensor? counted=None) -> Tensor");
+  m.def("expert_gram(Tensor x, Tensor gate_up, Tensor down, str activation) -> Tensor");
+  m.def(
+      "subset_errors(Tensor distances, Tensor ranks, Tensor scores, Tensor keep, int top_k, Tensor? thresholds=None) "
+      "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
   m.impl("route", TORCH_BOX(&moe_ext::route));
   m.impl("experts", TORCH_BOX(&moe_ext::experts));
   m.impl("experts_observed", TORCH_BOX(&moe_ext::experts_observed));
+  m.impl("expert_gram", TORCH_BOX(&moe_ext::expert_gram));
+  m.impl("subset_errors", TORCH_BOX(&moe_ext::subset_errors));
 }
 
 #ifdef MOE_EXT_WITH_CUDA
@@ -391,5 +493,6 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
   m.impl("route", TORCH_BOX(&moe_ext::route));
   m.impl("experts", TORCH_BOX(&moe_ext::experts));
   m.impl("experts_observed", TORCH_BOX(&moe_ext::experts_observed));
+  m.impl("expert_gram", TORCH_BOX(&moe_ext::expert_gram));
 }
 #endif

@@ -2,7 +2,7 @@
 
 stats = moe_ext.calibrate(model, batches)
 plan = moe_ext.plan(moe_ext.score(stats, "man"), keep=6)
-moe_ext.prune(model, plan)
+moe_ext.prune(model, plan)  # or moe_ext.search(model, batches, keep=6).plan
 moe_ext.patch(model, skip=moe_ext.skip_thresholds(stats))
 """
 
@@ -16,6 +16,8 @@ from moe_ext.plan import PruningPlan, plan
 from moe_ext.pruning import prune
 from moe_ext.redundancy import ExpertPair, redundant_pairs
 from moe_ext.routing import count_skips, skip_thresholds
+from moe_ext.search import search
+from moe_ext.search_result import LayerLosses, SearchResult
 from moe_ext.statistics import ExpertStatistics
 from moe_ext.version import __version__
 
@@ -24,9 +26,11 @@ __all__ = [
     "OBJECTIVES",
     "ExpertPair",
     "ExpertStatistics",
+    "LayerLosses",
     "Perplexity",
     "PruningPlan",
     "Scores",
+    "SearchResult",
     "__version__",
     "aimer",
     "calibrate",
@@ -38,6 +42,7 @@ __all__ = [
     "prune",
     "redundant_pairs",
     "score",
+    "search",
     "skip_thresholds",
     "unpatch",
 ]

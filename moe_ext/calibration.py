@@ -123,8 +123,8 @@ def _observing(model: PreTrainedModel, outputs: bool, strict: bool) -> Iterator[
             unpatch(model)
 
 
-def _check_batch(index: int, batch: Mapping[str, Tensor]) -> Tensor | None:
-    """The batch's counted tokens (B * S,) bool, or None if it has no attention mask."""
+def check_batch(index: int, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """The batch's counted tokens (B * S,) bool, or None if it has no attention mask; ValueError for a malformed one."""
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise ValueError(f"batch {index} is no mapping with 'input_ids'")
     shape = tuple(getattr(batch["input_ids"], "shape", ()))
@@ -189,7 +189,7 @@ def calibrate(
     )
     with torch.no_grad(), _observing(model, outputs, strict) as observers:
         for index, batch in enumerate(tqdm(batches, desc="calibrate", unit="batch", disable=not progress)):
-            counted = _check_batch(index, batch)
+            counted = check_batch(index, batch)
             for observer in observers:
                 observer.counted = None if counted is None else counted.to(observer.moments.device)
             inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}

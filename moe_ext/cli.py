@@ -30,7 +30,8 @@ from moe_ext.plan import PruningPlan
 from moe_ext.plan import plan as plan_from
 from moe_ext.pruning import prune as apply_plan
 from moe_ext.redundancy import redundant_pairs
-from moe_ext.routing import count_skips, skip_thresholds
+from moe_ext.routing import count_skips, skip_thresholds, thresholds_in_config
+from moe_ext.search import search as run_search
 from moe_ext.statistics import ExpertStatistics
 from moe_ext.text import read_domains, token_batches
 
@@ -82,6 +83,10 @@ Strict = Annotated[
     bool,
     typer.Option("--strict/--no-strict", help="Whether experts that the operators cannot run are an error."),
 ]
+Keep = Annotated[
+    str | None,
+    typer.Option(help="Experts that every layer keeps: a number, or one for each layer: 6,5,6,4.", show_default=False),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of the criterion 'random'.")]
 
 
@@ -103,11 +108,24 @@ def scores_for(statistics: Path, criterion: str | None, objective: str | None, s
     return scores_of(ExpertStatistics.load(statistics), criterion, objective=objective, seed=seed)
 
 
-def removed_experts(plan: PruningPlan) -> Table:
-    table = Table("layer", "keeps", "removes")
+def removed_experts(plan: PruningPlan, **columns: list[str]) -> Table:
+    """What a plan keeps and removes, a layer a row; further columns by their titles."""
+    table = Table("layer", "keeps", "removes", *columns)
     for layer, (name, keep) in enumerate(zip(plan.layers, plan.keep, strict=True)):
-        table.add_row(name, " ".join(map(str, keep)), " ".join(map(str, plan.removed(layer))))
+        more = [cells[layer] for cells in columns.values()]
+        table.add_row(name, " ".join(map(str, keep)), " ".join(map(str, plan.removed(layer))), *more)
     return table
+
+
+def counts_in(keep: str | None) -> int | list[int] | None:
+    """The numbers of ``--keep``."""
+    if keep is None:
+        return None
+    try:
+        counts = [int(count) for count in keep.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--keep {keep}: expected a number, or numbers with commas between them") from None
+    return counts if "," in keep else counts[0]
 
 
 @app.callback()
@@ -213,6 +231,78 @@ def redundancy(
         experts = f"{pair.first} {pair.second}"
         table.add_row(pair.layer, experts, str(pair.together), f"{pair.overlap:.1%}", f"{pair.lift:.2f}")
     out.print(table)
+
+
+@app.command()
+def search(
+    model: Model,
+    text: Text,
+    save_to: Annotated[Path, typer.Option("--out", help="Plan file to write.", show_default=False)],
+    keep: Keep = None,
+    ratio: Annotated[float | None, typer.Option(min=0, max=1, help="Share of experts that every layer loses.")] = None,
+    method: Annotated[
+        Literal["layerwise", "progressive", "greedy"],
+        typer.Option(
+            help="Judge layers on the unpruned model's inputs, on the pruned layers' before, or heuristically."
+        ),
+    ] = "layerwise",
+    budget: Annotated[
+        Literal["layer", "model"], typer.Option(help="Same number a layer, or the total shared out by loss.")
+    ] = "layer",
+    skip: Annotated[
+        bool, typer.Option("--skip", help="Judge layers that skip by the checkpoint's thresholds.")
+    ] = False,
+    max_subsets: Annotated[int, typer.Option(min=0, help="Subsets up to which a layer is searched exactly.")] = 50_000,
+    losses: Annotated[
+        Path | None,
+        typer.Option(help="File of all losses; an interrupted search goes on from it. <plan>.safetensors if absent."),
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="Label of the text; the domain names if empty.")] = "",
+    window: Window = 512,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Find the experts whose removal changes the layers' outputs least (NAEE)."""
+    if (keep is None) == (ratio is None):
+        raise typer.BadParameter("give --keep or --ratio, one of them")
+    counts = counts_in(keep)
+    file_destination(save_to)
+    losses = losses or save_to.with_suffix(".safetensors")
+    file_destination(losses)
+    texts = read_domains(text)
+    loaded, tokenizer = load(model, dtype, device)
+    blocks = moe_blocks(loaded)
+    thresholds = thresholds_in_config(loaded.config, len(blocks), blocks[0].top_k) if skip else None
+    if skip and thresholds is None:
+        raise ValueError(f"--skip: {model} holds no skip thresholds; moe-ext skip sets them")
+    result = run_search(
+        loaded,
+        token_batches(texts, tokenizer, window=window, batch_size=batch_size),
+        keep=counts,
+        ratio=ratio,
+        method=method,
+        budget=budget,
+        skip=thresholds,
+        max_subsets=max_subsets,
+        resume=losses,
+        progress=not as_json,
+        dataset=dataset or " + ".join(texts),
+    )
+    result.plan.save(save_to)
+    exact = result.plan.made_by["exact"]
+    if as_json:
+        rows = zip(result.plan.layers, result.plan.keep, result.layer_losses(), exact, strict=True)
+        layers = {name: {"keep": kept, "loss": loss, "exact": best} for name, kept, loss, best in rows}
+        print_json({"plan": str(save_to), "losses": str(losses), "layers": layers})
+        return
+    shown = [f"{loss:.4g}" for loss in result.layer_losses()]
+    subsets = [
+        f"{'all ' if best else 'greedily, '}{int((layer.keep.sum(1) == len(kept)).sum())}"
+        for best, layer, kept in zip(exact, result.losses, result.plan.keep, strict=True)
+    ]
+    out.print(removed_experts(result.plan, loss=shown, evaluated=subsets), f"written to {save_to}, losses to {losses}")
 
 
 @app.command()

@@ -1,8 +1,8 @@
 """The main job, end to end, on the demo model: what ``moe-ext demo`` runs.
 
-Calibrates a really trained Mixtral, prunes it by several criteria, skips weak experts, saves and reloads the result
-with stock transformers, and compares all variants by size, held-out perplexity per domain, share of slots skipped, and
-decode speed relative to the unpatched model in the same run.
+Calibrates a really trained Mixtral, prunes it by several criteria and by reconstruction search, skips weak experts,
+saves and reloads the result with stock transformers, and compares all variants by size, held-out perplexity per domain,
+share of slots skipped, and decode speed relative to the unpatched model in the same run.
 """
 
 import copy
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -35,12 +35,15 @@ from moe_ext.plan import PruningPlan, plan
 from moe_ext.pruning import prune
 from moe_ext.report import heat_maps
 from moe_ext.routing import count_skips, skip_thresholds
+from moe_ext.search import search
 from moe_ext.statistics import ExpertStatistics
 from moe_ext.text import read_domains, token_batches
 from moe_ext.version import __version__
 
 KEEPS = (6, 4)
 CRITERIA = ("man", "weighted_ean", "reap", "frequency")
+SEARCHES: tuple[Literal["layerwise", "progressive"], ...] = ("layerwise", "progressive")
+DATASET = "demo calibration text"
 SAVED = "weighted_ean"  # calibrated and evaluated on the same domains, which is what this criterion is for
 RANDOM_SEEDS = (0, 1, 2)
 # Evaluation that fits three minutes on two cores: the first part of each held-out text, every token scored once.
@@ -81,7 +84,7 @@ class Demo:
         self.prompt = self.tokenizer(next(iter(held_out.values()))[:400], return_tensors="pt")
 
     def statistics(self, model: PreTrainedModel) -> ExpertStatistics:
-        return calibrate(model, self.calibration, progress=False, dataset="demo calibration text")
+        return calibrate(model, self.calibration, progress=False, dataset=DATASET)
 
     def pruned(self, plan: PruningPlan) -> PreTrainedModel:
         return prune(copy.deepcopy(self.model), plan)
@@ -127,8 +130,8 @@ def run(folder: Path, output: Path, *, progress: bool = True) -> dict[str, Any]:
 
     Args:
         folder: the demo model: a Mixtral checkpoint with ``held_out`` and ``calibration`` text.
-        output: where ``statistics.safetensors``, ``plan.json``, ``scores.png``, ``demo.json`` and a new
-            ``pruned-<n>`` checkpoint go.
+        output: where ``statistics.safetensors``, ``plan.json``, ``search-<method>-<n>.safetensors``, ``scores.png``,
+            ``demo.json`` and a new ``pruned-<n>`` checkpoint go.
         progress: whether to show what is under way.
 
     Returns:
@@ -166,6 +169,11 @@ def _run(demo: Demo, folder: Path, output: Path, say: Callable[[str], None]) -> 
     for keep in KEEPS:
         for criterion in CRITERIA:
             add(f"8→{keep} {criterion}", patch(demo.pruned(plans[criterion, keep])))
+        for method in SEARCHES:
+            say(f"searching: 8→{keep} {method}")
+            found = search(demo.model, demo.calibration, keep=keep, method=method, progress=False, dataset=DATASET)
+            found.save(output / f"search-{method}-{keep}.safetensors")
+            add(f"8→{keep} search {method}", patch(demo.pruned(found.plan)))
         say(f"evaluating: 8→{keep} random")
         random = [plan(score(stats, "random", seed=seed), keep=keep) for seed in RANDOM_SEEDS]
         name = f"8→{keep} random (mean of {len(RANDOM_SEEDS)})"

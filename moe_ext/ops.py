@@ -105,6 +105,58 @@ def experts_observed(
     return out
 
 
+def expert_gram(x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+    """Scalar products of every pair of experts' outputs for every token, ``<f_i(x[t]), f_j(x[t])>``, ``f_e`` as in
+    :func:`experts` and rounded to the dtype of ``x``. The (T, E, H) outputs exist for some tokens at a time only.
+
+    With them the layer's output without some experts is known without running it again (arXiv 2402.14800, section 3.2):
+    for two vectors of routing weights with difference ``d``, ``||sum_e d_e f_e||^2 = d^T gram[t] d``.
+
+    Args:
+        x: (T, H) float32, bfloat16 or float16.
+        gate_up: (E, 2I, H), contiguous, dtype of ``x``.
+        down: (E, H, I), contiguous, dtype of ``x``.
+        activation: "silu", "gelu" (erf) or "gelu_tanh".
+
+    Returns:
+        (T, E, E) float64, symmetric to the bit: ``d^T gram d`` cancels. Products and sums are float64.
+
+    Raises:
+        RuntimeError: a shape, dtype, device, contiguity or value is not as above; the argument is named.
+    """
+    _refuse_gradients("expert_gram", x, gate_up, down)
+    gram: Tensor = torch.ops.moe_ext.expert_gram(x, gate_up, down, activation)
+    return gram
+
+
+def subset_errors(
+    distances: Tensor, ranks: Tensor, scores: Tensor, keep: Tensor, top_k: int, thresholds: Tensor | None = None
+) -> Tensor:
+    """Squared errors of a layer's output for subsets of its experts, summed over tokens, without running the layer:
+    ``sum_t ||F(x[t]) - F_s(x[t])||^2`` (arXiv 2402.14800, section 3.2). A CPU operator: its work is small.
+
+    F combines the experts of a token's first K ranks, F_s those of the first K that subset s keeps, weighted with their
+    scores over the scores' sum. N <= E is how many ranks of a token are given.
+
+    Args:
+        distances: (T, N (N - 1) / 2) float64, ``||f_i - f_j||^2`` of the experts of ranks i < j: (0, 1), (0, 2), ...,
+            (1, 2), ...
+        ranks: (T, N) int64, the expert of every rank, in [0, E).
+        scores: (T, N) float64, by rank; for a softmax over the chosen logits their exponentials.
+        keep: (S, E) bool, the subsets; each drops N - K experts at most, so that K of the given ranks are left.
+        top_k: K, from 1 to N.
+        thresholds: (K - 1,) float32: skip thresholds of F_s, as for :func:`route`; F skips nothing. None: no skipping.
+
+    Returns:
+        (S,) float64; the same bits for any number of threads.
+
+    Raises:
+        RuntimeError: a shape, dtype or value is not as above; the argument is named.
+    """
+    errors: Tensor = torch.ops.moe_ext.subset_errors(distances, ranks, scores, keep, top_k, thresholds)
+    return errors
+
+
 @torch.library.register_fake("moe_ext::route")
 def _route_fake(
     logits: Tensor, top_k: int, thresholds: Tensor | None = None, renormalise: bool = True
@@ -132,3 +184,16 @@ def _experts_observed_fake(
     counted: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("moe_ext::expert_gram")
+def _expert_gram_fake(x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+    num_experts = gate_up.shape[0]
+    return x.new_empty((x.shape[0], num_experts, num_experts), dtype=torch.float64)
+
+
+@torch.library.register_fake("moe_ext::subset_errors")
+def _subset_errors_fake(
+    distances: Tensor, ranks: Tensor, scores: Tensor, keep: Tensor, top_k: int, thresholds: Tensor | None = None
+) -> Tensor:
+    return scores.new_empty((keep.shape[0],))

@@ -211,7 +211,7 @@ def plan(
         name, asked, kept = "keep", keep, keep * (layers if scope == "model" else 1)
     elif ratio is not None and keep is None:
         whole = experts * layers if scope == "model" else experts // scores.groups
-        name, asked, kept = "ratio", ratio, _kept_after_removing(ratio, whole)
+        name, asked, kept = "ratio", ratio, kept_after_removing(ratio, whole)
         kept *= 1 if scope == "model" else scores.groups
     else:
         raise ValueError(f"keep: expected exactly one of keep and ratio, got keep={keep!r} and ratio={ratio!r}")
@@ -284,7 +284,8 @@ def _removed_from_all(values: Tensor, groups: int, wanted: int, fewest: int) -> 
     return removed
 
 
-def _kept_after_removing(ratio: float, experts: int) -> int:
+def kept_after_removing(ratio: float, experts: int) -> int:
+    """Experts left when ``floor(ratio * experts + 0.5)`` are removed; ValueError unless the ratio is in [0, 1)."""
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio: expected a share in [0, 1), got {ratio!r}")
     return experts - math.floor(ratio * experts + 0.5)

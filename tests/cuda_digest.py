@@ -33,7 +33,8 @@ def main() -> None:
                 os.environ["MOE_EXT_CUDA_KERNELS"] = kernels
                 moments = torch.zeros(shape[1], 3, 3, dtype=torch.float64, device="cuda")
                 out = ops.experts_observed(x, gate_up, down, experts, weights, "silu", moments)
-                results += [out.cpu(), moments.cpu()]
+                gram = ops.expert_gram(x, gate_up, down, "silu")
+                results += [out.cpu(), moments.cpu(), gram.cpu()]
                 runs += 1
             for tensor in results:
                 digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())

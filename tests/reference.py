@@ -83,8 +83,8 @@ def expert_output(case: ExpertsCase, expert: int, token: int) -> Tensor:
 
 
 # Half a unit in the last place, relative: one rounding of a result to its dtype. float16 also has subnormals.
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-SMALLEST = {torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 2.0**-25}
+ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SMALLEST = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 2.0**-25}
 
 FLOAT32 = ROUNDING[torch.float32]
 # What the tensor cores lose per product, relative to the sum of their magnitudes: they add 8 or more products and the
@@ -172,6 +172,23 @@ def experts_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None) -
                 moments_bound[expert, a, b] = (weights.abs() ** a * errors[b]).sum()
     bound += (case.experts.shape[1] + 1) * FLOAT32 * magnitude
     return Expected(out, bound, moments, moments_bound)
+
+
+def gram_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None) -> tuple[Tensor, Tensor]:
+    """Gram matrices (T, E, E) of all experts' outputs, and how far an :class:`Arithmetic` can take them away once each
+    output is rounded to the dtype of x. Their own float64 sums are lost in that: H 2^-53 beside 2^-24."""
+    tokens, num_experts = case.x.shape[0], case.down.shape[0]
+    outputs, errors = [], []
+    for expert in range(num_experts):
+        alone = replace(case, experts=torch.full((tokens, 1), expert), weights=torch.ones(tokens, 1))
+        expected = experts_reference(alone, arithmetic)
+        rounding = ROUNDING[case.x.dtype] * (expected.out.abs() + expected.bound) + SMALLEST[case.x.dtype]
+        outputs.append(expected.out)
+        errors.append(expected.bound + rounding)
+    y, error = torch.stack(outputs, dim=1), torch.stack(errors, dim=1)  # (T, E, H)
+    cross = torch.einsum("tih,tjh->tij", y.abs(), error)
+    gram = torch.einsum("tih,tjh->tij", y, y)
+    return gram, cross + cross.transpose(1, 2) + torch.einsum("tih,tjh->tij", error, error)
 
 
 def assert_within(got: Tensor, expected: Tensor, bound: Tensor) -> None:

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import moe_ext
-from moe_ext import checkpoint
+from moe_ext import PruningPlan, SearchResult, checkpoint, ops
 from moe_ext.architectures import FAMILIES
 from moe_ext.cli import main
+from moe_ext.search_result import read_layers
 from moe_ext.statistics import ExpertStatistics
 from moe_ext.text import read_domains, token_batches
 from tests.conftest import DEMO_MODEL
@@ -117,6 +118,52 @@ def test_the_whole_way_from_statistics_to_text(statistics: Path, text: Path, tmp
     assert written == moe_json("generate", tmp_path / "skipping", "def ", "--max-new-tokens", "7")
 
 
+def test_search_writes_the_plan_that_the_library_finds(text: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    arguments = ("search", MODEL, "--text", text, "--keep", "6", "--window", "128", "--out", plan)
+    result = moe(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "all 28" in result.stdout
+    assert re.search(r"search model\.layers\.3\.mlp.*best=", result.stderr)
+    model, tokenizer = checkpoint.load(DEMO_MODEL)
+    batches = token_batches(read_domains([text]), tokenizer, window=128)
+    expected = moe_ext.search(model, batches, keep=6, progress=False)
+    assert PruningPlan.load(plan).keep == expected.plan.keep
+    found = SearchResult.load(tmp_path / "plan.safetensors")
+    assert [layer.losses.tolist() for layer in found.losses] == [layer.losses.tolist() for layer in expected.losses]
+    pruned = moe_json("prune", MODEL, plan, "--out", tmp_path / "pruned")
+    assert pruned["parameters"] < pruned["parameters_before"]
+
+
+def test_search_goes_on_from_its_losses_file(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, losses = str(tmp_path / "plan.json"), str(tmp_path / "losses.safetensors")
+    arguments = ("search", MODEL, "--text", str(text / "python.txt"), "--window", "128", "--losses", losses)
+    gram, calls = ops.expert_gram, []
+
+    def interrupted(*arguments: Any) -> torch.Tensor:
+        calls.append(arguments)
+        if len(calls) > 5:  # two batches a layer
+            raise RuntimeError("the power is out")
+        return gram(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "expert_gram", interrupted)
+        assert inside(*arguments, "--keep", "6,5,4,4", "--out", plan) == 1
+    assert "the power is out" in capsys.readouterr().err
+    finished, _ = read_layers(losses)
+    assert 0 < len(finished) < 4
+    assert inside(*arguments, "--keep", "6,5,4,4", "--out", plan, "--json") == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert [len(layer["keep"]) for layer in layers.values()] == [6, 5, 4, 4]
+    assert inside(*arguments, "--keep", "6", "--out", plan) == 1
+    assert "is of another search (keep differ)" in capsys.readouterr().err
+    monkeypatch.setattr(ops, "expert_gram", None)
+    assert inside(*arguments, "--keep", "6,5,4,4", "--out", plan, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == layers
+
+
 def test_skip_in_place_changes_the_config_alone(statistics: Path, tmp_path: Path) -> None:
     model, tokenizer = checkpoint.load(DEMO_MODEL)
     checkpoint.save(model, tokenizer, tmp_path / "copy")
@@ -210,6 +257,8 @@ def test_statistics_of_another_model_are_refused(
     "arguments",
     [
         ("calibrate", MODEL, "--text", "text.txt", "--out", "nosuch/s.safetensors"),
+        ("search", MODEL, "--text", "text.txt", "--keep", "6", "--out", "nosuch/plan.json"),
+        ("search", MODEL, "--text", "text.txt", "--keep", "6", "--out", "plan.json", "--losses", "full"),
         ("prune", MODEL, "plan.json", "--out", "full"),
         ("skip", MODEL, "stats.safetensors", "--out", "full"),
         ("skip", "owner/name", "stats.safetensors", "--in-place"),
@@ -266,6 +315,10 @@ def test_info_says_what_was_built_and_what_runs() -> None:
         ("plan", "stats.safetensors", "--out", "plan.json"),
         ("plan", "stats.safetensors", "--out", "plan.json", "--keep", "6", "--ratio", "0.5"),
         ("plan", "stats.safetensors", "--out", "plan.json", "--keep", "six"),
+        ("search", MODEL, "--text", "text.txt", "--out", "plan.json"),
+        ("search", MODEL, "--text", "text.txt", "--out", "plan.json", "--keep", "6", "--ratio", "0.5"),
+        ("search", MODEL, "--text", "text.txt", "--out", "plan.json", "--keep", "6,five"),
+        ("search", MODEL, "--text", "text.txt", "--out", "plan.json", "--keep", "6", "--method", "best"),
         ("skip", MODEL, "stats.safetensors"),
         ("score", "stats.safetensors", "--criterion", "man", "--objective", "task-agnostic"),
         ("eval", MODEL),
@@ -289,6 +342,8 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], tmp_path: Path, mo
         (("score", "nosuch.safetensors"), "nosuch.safetensors"),
         (("score", "text.txt"), "text.txt: truncated, or not a safetensors file"),
         (("prune", MODEL, "text.txt", "--out", "pruned"), "text.txt"),
+        (("search", MODEL, "--text", "text.txt", "--keep", "9", "--out", "p"), "keep: 9 keeps 9 of 8 experts"),
+        (("search", MODEL, "--text", "text.txt", "--keep", "6", "--skip", "--out", "p"), "holds no skip thresholds"),
         (("demo", "--model", "."), ". is not the demo model (it has no folder 'held_out')"),
     ],
 )

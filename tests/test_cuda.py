@@ -31,8 +31,10 @@ from tests.reference import (
     assert_within,
     experts_case,
     experts_reference,
+    gram_reference,
 )
 from tests.test_calibration import assert_histograms_close
+from tests.test_gram import assert_gram_equals_brute_force, gram_of
 from tests.test_pruning import plan_of
 
 if "cuda" not in DEVICES:
@@ -41,6 +43,8 @@ if "cuda" not in DEVICES:
 HALVES = [torch.bfloat16, torch.float16]
 GROUPED = ["tall", "flat", "narrow"]
 KERNELS = ["small_batch", *GROUPED, "plain"]  # that MOE_EXT_CUDA_KERNELS can force
+NAMES = {"cpu": "cpu", "cuda": "cuda:0"}
+BOTH_WAYS = pytest.mark.parametrize(("device", "other"), [("cuda", "cpu"), ("cpu", "cuda")])
 
 
 @contextmanager
@@ -263,6 +267,86 @@ def test_a_tensor_may_begin_at_any_element(dtype: torch.dtype, tokens: int, name
     assert_moments_within(moments, expected)
 
 
+# ---- Gram matrices
+
+
+def gram_by(kernels: str, case: ExpertsCase) -> Tensor:
+    with forced(kernels):
+        return gram_of(case)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("dtype", HALVES)
+@given(shape=tensor_core_shapes(), activation=st.sampled_from(ACTIVATIONS))
+@settings(max_examples=15)
+def test_gram_by_all_kernels_equals_float64_brute_force(
+    kernels: str, dtype: torch.dtype, shape: dict[str, Any], activation: str
+) -> None:
+    case = experts_case(**shape, dtype=dtype, activation=activation)
+    with forced(kernels):  # all tokens go to all experts: what forces small batches leaves the choice to the shapes
+        assert_gram_equals_brute_force(case, "cuda", "tall" if kernels == "small_batch" else kernels)
+
+
+@pytest.mark.parametrize("kernels", [*GROUPED, "plain"])
+@pytest.mark.parametrize("tokens", [1, 15, 64, 65, 129, 257])
+@pytest.mark.parametrize("num_experts", [7, 8, 9, 17])
+def test_gram_around_the_edges_of_tiles(kernels: str, tokens: int, num_experts: int) -> None:
+    with forced(kernels):
+        case = experts_case(tokens, num_experts, 1, 72, 40, dtype=torch.bfloat16)
+        assert_gram_equals_brute_force(case, "cuda", kernels)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tokens", [13, 150])
+def test_gram_has_the_same_bits_in_every_run_and_for_all_tile_shapes(dtype: torch.dtype, tokens: int) -> None:
+    case = experts_case(tokens, 9, 1, 136, 72, dtype=dtype).to("cuda")
+    gram = gram_by("tall", case)
+    for kernels in ("tall", "flat", "narrow", ""):
+        assert torch.equal(gram_by(kernels, case), gram)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["x", "gate_up", "down"])
+def test_gram_of_a_tensor_that_begins_at_an_odd_address(dtype: torch.dtype, name: str) -> None:
+    case = experts_case(30, 4, 1, 40, 24, dtype=dtype)
+    expected, bound = gram_reference(case, arithmetic_of(case, "cuda", "tall" if name == "x" else "plain"))
+    moved = case.to("cuda")
+    setattr(moved, name, at_odd_address(getattr(moved, name)))
+    assert_within(gram_of(moved), expected, bound)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "dtype", "tokens"),
+    [(kernels, dtype, 30) for kernels in KERNELS for dtype in HALVES] + [("", torch.float32, 2100)],
+)
+def test_a_replayed_graph_gives_the_eager_gram(kernels: str, dtype: torch.dtype, tokens: int) -> None:
+    case = experts_case(tokens, 3, 1, 40, 24, dtype=dtype).to("cuda")
+    with forced(kernels):
+        graph, gram = captured(lambda: gram_of(case))
+        for seed in range(3):
+            case.x.copy_(torch.randn(tokens, 40, generator=torch.Generator().manual_seed(seed)))
+            graph.replay()
+            assert torch.equal(gram, gram_of(case))
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_the_host_does_not_wait_for_the_gram(kernels: str) -> None:
+    case = experts_case(30, 6, 2, 40, 24, dtype=torch.bfloat16).to("cuda")
+    with forced(kernels), waiting_refused():
+        gram_of(case)
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+def test_gram_refuses_an_argument_on_another_device(name: str, device: str, other: str) -> None:
+    case = experts_case(5, 4, 2, 16, 24).to(device)
+    setattr(case, name, getattr(case, name).to(other))
+    expected = f"expert_gram: '{name}' is on {NAMES[other]}; expected {NAMES[device]} like 'x'"
+    with pytest.raises(RuntimeError, match=expected):
+        gram_of(case)
+
+
 # ---- the same bits
 
 
@@ -455,10 +539,6 @@ def test_the_host_does_not_wait_for_the_device(kernels: str) -> None:
 # ---- errors
 
 
-NAMES = {"cpu": "cpu", "cuda": "cuda:0"}
-BOTH_WAYS = pytest.mark.parametrize(("device", "other"), [("cuda", "cpu"), ("cpu", "cuda")])
-
-
 @BOTH_WAYS
 @pytest.mark.parametrize("name", ["gate_up", "down", "experts", "weights"])
 def test_experts_refuses_an_argument_on_another_device(name: str, device: str, other: str) -> None:
@@ -495,6 +575,8 @@ def test_more_experts_than_the_kernels_take_are_refused() -> None:
     case = experts_case(2, 8193, 1, 1, 1).to("cuda")
     with pytest.raises(RuntimeError, match="'gate_up' has 8193 experts; the CUDA kernels take up to 8192"):
         ops.experts(*case.arguments())
+    with pytest.raises(RuntimeError, match="expert_gram: 'gate_up' has 8193 experts"):
+        gram_of(case)
 
 
 def test_unknown_kernels_are_refused() -> None:

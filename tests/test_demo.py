@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moe_ext import checkpoint, demo, patch
+from moe_ext import SearchResult, checkpoint, demo, patch
 from moe_ext.plan import PruningPlan
 from moe_ext.statistics import ExpertStatistics
 from tests.conftest import DEMO_MODEL
@@ -38,6 +38,8 @@ def test_the_table_holds_every_variant(finished: tuple[dict[str, Any], Path]) ->
         "8→6 weighted_ean",
         "8→6 reap",
         "8→6 frequency",
+        "8→6 search layerwise",
+        "8→6 search progressive",
         "8→6 random (mean of 2)",
         "skip at the median",
         "8→6 weighted_ean + skip",
@@ -50,6 +52,8 @@ def test_the_table_holds_every_variant(finished: tuple[dict[str, Any], Path]) ->
     assert 0.15 < rows["skip at the median"]["skipped"] < 0.35
     assert stock["speed"] == 1.0
     assert rows["8→6 random (mean of 2)"]["speed"] is None
+    searched = [SearchResult.load(finished[1] / f"search-{method}-6.safetensors") for method in demo.SEARCHES]
+    assert all(result.is_exact() and len(kept) == 6 for result in searched for kept in result.plan.keep)
     assert all(row["speed"] > 0 for row in rows.values() if row["speed"] is not None)
 
 

@@ -49,13 +49,6 @@ Device current_device() {
 
 namespace {
 
-int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-template <typename T>
-T* allocate(const Scratch& scratch, int64_t count) {
-  return static_cast<T*>(scratch.allocate(scratch.context, count * static_cast<int64_t>(sizeof(T))));
-}
-
 MomentsParams moments_params(const ExpertsParams& p, const float* squares, int64_t parts) {
   MomentsParams m{};
   m.squares = squares;

@@ -114,33 +114,63 @@ inline int64_t small_batch_staged_bytes(const ExpertsParams& p, const Device& de
   return std::min<int64_t>(staged, device.shared_per_block - lists);
 }
 
-// MOE_EXT_CUDA_KERNELS forces small_batch, tall, flat, narrow or plain, for tests and benchmarks; throws if it names
-// something else or kernels that cannot take the input.
-inline Choice choose(const ExpertsParams& p, const Device& device) {
+// What MOE_EXT_CUDA_KERNELS forces, for tests and benchmarks: small_batch, tall, flat, narrow, plain, or "" for the
+// choice by shape; throws if it names something else.
+inline std::string forced_kernels() {
   const char* forced = std::getenv("MOE_EXT_CUDA_KERNELS");
   const std::string name = forced == nullptr ? "" : forced;
-  if (name == "plain") return plain(p);
-  if (name != "" && name != "small_batch" && name != "tall" && name != "flat" && name != "narrow") {
+  if (name != "" && name != "small_batch" && name != "tall" && name != "flat" && name != "narrow" && name != "plain") {
     throw std::runtime_error("MOE_EXT_CUDA_KERNELS=" + name +
                              " is unknown; the kernels are small_batch, tall, flat, narrow, plain");
   }
-  if (!fits_tensor_cores(p)) {
-    if (name == "") return plain(p);
-    throw std::runtime_error("MOE_EXT_CUDA_KERNELS=" + name +
-                             " needs bfloat16 or float16, H and I multiples of 8, and 16-byte aligned tensors");
-  }
+  return name;
+}
+
+// Whether tensor cores multiply; throws if the forced kernels need them and cannot have them.
+inline bool takes_tensor_cores(const ExpertsParams& p, const std::string& forced) {
+  if (forced == "plain") return false;
+  if (fits_tensor_cores(p)) return true;
+  if (forced == "") return false;
+  throw std::runtime_error("MOE_EXT_CUDA_KERNELS=" + forced +
+                           " needs bfloat16 or float16, H and I multiples of 8, and 16-byte aligned tensors");
+}
+
+inline Choice choose_grouped(const ExpertsParams& p, const std::string& forced, const Device& device) {
+  if (forced == "tall") return grouped(kTall, kTall);
+  if (forced == "flat") return grouped(kFlat, kFlat);
+  if (forced == "narrow") return grouped(kNarrow, kNarrow);
+  return grouped(gemm_shape(p, Product::kGateUp, device), gemm_shape(p, Product::kDown, device));
+}
+
+inline Choice choose(const ExpertsParams& p, const Device& device) {
+  const std::string forced = forced_kernels();
+  if (!takes_tensor_cores(p, forced)) return plain(p);
   const bool fits = small_batch_staged_bytes(p, device) >= kSmallBatchStagedMinimum;
-  if (name == "small_batch" && !fits) {
+  if (forced == "small_batch" && !fits) {
     throw std::runtime_error(
         "MOE_EXT_CUDA_KERNELS=small_batch: the lists of T * K slots do not fit into shared memory");
   }
-  if (name == "small_batch" || (name == "" && p.tokens <= kSmallBatchTokens && fits)) {
+  if (forced == "small_batch" || (forced == "" && p.tokens <= kSmallBatchTokens && fits)) {
     return {Choice::Way::kSmallBatch, 0, 0, 0, 0};
   }
-  if (name == "tall") return grouped(kTall, kTall);
-  if (name == "flat") return grouped(kFlat, kFlat);
-  if (name == "narrow") return grouped(kNarrow, kNarrow);
-  return grouped(gemm_shape(p, Product::kGateUp, device), gemm_shape(p, Product::kDown, device));
+  return choose_grouped(p, forced, device);
+}
+
+// As `choose`, for products over a list of positions only, however few they are: forced small_batch changes nothing.
+inline Choice choose_sorted(const ExpertsParams& p, const Device& device) {
+  const std::string forced = forced_kernels();
+  return takes_tensor_cores(p, forced) ? choose_grouped(p, forced, device) : plain(p);
+}
+
+// ---- Gram matrices (gram.cu)
+
+inline constexpr int64_t kGramBytes = 1 << 30;  // of h and y, which are there for some tokens at a time
+inline constexpr int64_t kGramLeastTokens = 256, kGramMostTokens = 2048;
+
+// Tokens of a part: enough rows an expert to keep the tensor cores busy, and no more memory than that takes.
+inline int64_t gram_part(const GramParams& p) {
+  const int64_t token_bytes = p.num_experts * (p.hidden + p.intermediate) * 4;  // at most: the plain kernels' float32
+  return std::min(p.tokens, std::clamp(kGramBytes / token_bytes, kGramLeastTokens, kGramMostTokens));
 }
 
 // Elements of k of the parts that down's k is cut into so that every block has a unit of work: two rounds or more.

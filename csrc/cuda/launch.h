@@ -1,6 +1,6 @@
 // What the host side of the CUDA back end shares: the kernels' params and launchers, the order in which they feed each
-// other, errors. `experts.cu` calls the launchers; each is implemented beside its kernel. P = T * K slots; a *position*
-// is a slot's place in the list sorted by expert, in which sentinels have none.
+// other, errors. `experts.cu` and `gram.cu` call the launchers; each is implemented beside its kernel. P = T * K slots;
+// a *position* is a slot's place in the list sorted by expert, in which sentinels have none.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -16,6 +16,13 @@ namespace moe_ext::cuda {
 // Throws std::runtime_error naming `what` if `status` is an error; check_launch also picks up the last launch's status.
 void check(cudaError_t status, const char* what);
 void check_launch(const char* kernel);
+
+inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+template <typename T>
+T* allocate(const Scratch& scratch, int64_t count) {
+  return static_cast<T*>(scratch.allocate(scratch.context, count * static_cast<int64_t>(sizeof(T))));
+}
 
 // A grid's x dimension; throws if there are more blocks than CUDA allows.
 unsigned grid_size(int64_t blocks);

@@ -1,0 +1,316 @@
+"""Reconstruction search: the subset of every layer's experts whose output is nearest to that of all of them
+(arXiv 2402.14800, section 3.2), without running a layer once a subset.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import comb
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from moe_ext.architectures import MoeBlock, moe_blocks
+from moe_ext.budgets import counts_per_layer, share_out
+from moe_ext.calibration import check_batch
+from moe_ext.evaluation import evaluation_mode
+from moe_ext.files import file_destination
+from moe_ext.layer_inputs import LayerInputs
+from moe_ext.patching import active_thresholds, is_patched, patch, unpatch
+from moe_ext.plan import PruningPlan
+from moe_ext.reconstruction import LayerErrors, ranked
+from moe_ext.routing import check_thresholds
+from moe_ext.search_result import LayerLosses, SearchResult, read_layers, write_layers
+from moe_ext.subset_routing import route_among
+from moe_ext.subsets import GreedySearch, all_subsets
+from moe_ext.version import __version__
+
+METHODS = ("layerwise", "progressive", "greedy")
+BUDGETS = ("layer", "model")
+
+
+def search(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    keep: int | Sequence[int] | None = None,
+    ratio: float | None = None,
+    method: Literal["layerwise", "progressive", "greedy"] = "layerwise",
+    budget: Literal["layer", "model"] = "layer",
+    skip: Tensor | None = None,
+    max_subsets: int = 50_000,
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    dataset: str = "",
+) -> SearchResult:
+    """The experts to keep by reconstruction loss (arXiv 2402.14800, section 3.2).
+
+    The loss of keeping subset R in a layer is ``||F(x) - F_R(x)||_F``, F_R routing with the other experts' logits at
+    minus infinity; the norm is taken of each calibration batch and summed over them, as the paper's published code
+    does. It is computed in float64 from the Gram matrices of the experts' outputs, as the model's dtype rounds them:
+    all experts run once over all tokens, and nothing runs once a subset. Equal losses: the lexicographically first set
+    of dropped experts.
+
+    Memory beside the model: some hundred megabytes, whatever the number of tokens; hidden states, and for greedily
+    searched layers a token's products, that need more lie in a temporary file.
+
+    Args:
+        model: a model that :func:`moe_ext.patch` supports. Patched or not, it is left as it was; it is not pruned.
+        batches: mappings with ``input_ids`` (B, S) and optionally ``attention_mask`` (B, S); tokens whose mask is 0 are
+            padding and count in no loss. All are read before the search begins.
+        keep: experts that every layer keeps, K to E; or a list of one number for each layer. Exactly one of ``keep``
+            and ``ratio`` is given.
+        ratio: share of the experts removed, in [0, 1): ``floor(ratio * E + 0.5)`` of every layer.
+        method: "layerwise": every layer is judged on what the unpruned model gives it. "progressive": layers in order,
+            each judged on what the already pruned layers before it give it, against its own output with all experts.
+            Both evaluate every subset, up to ``max_subsets`` of them in a layer. "greedy": as layerwise, but a layer
+            drops one expert after the other, and the set is refined by swaps of two: a heuristic, for layers with many
+            experts. ``SearchResult.losses[layer].is_exact`` says which it was.
+        budget: "layer": every layer keeps its number. "model": the layers keep as many in all, shared out by how the
+            loss of each grows (greedily on the lower convex hulls of the layers' losses), K at least in each. Not with
+            "progressive", whose layers are judged one after the other: pass its ``keep`` the numbers found layerwise.
+        skip: (L, K - 1) skip thresholds, to judge layers that are pruned and also skip; None: no skipping. In
+            "progressive" the layers before skip, too.
+        max_subsets: subsets of one size up to which all of them are evaluated; a layer with more is searched greedily.
+        resume: a safetensors file that every finished layer is added to. If it is there already, from a search that was
+            interrupted, its layers are not searched again; the result is the same.
+        progress: whether to show a progress bar, with the layer and the lowest loss so far.
+        dataset: a label for the text, kept in the plan.
+
+    Returns:
+        The plan, and the losses of every subset that was evaluated. With "model", or a list, the plan's layers keep
+        different numbers.
+
+    Raises:
+        ValueError: an argument is not as above, a malformed batch, no counted token, a model that is skipping, losses
+            that are not finite (the layer is named), or a ``resume`` file of another search (says what differs).
+    """
+    blocks = _check_model(model)
+    num_experts, top_k = blocks[0].num_experts, blocks[0].top_k
+    counts = counts_per_layer(keep, ratio, len(blocks), num_experts, top_k)
+    if method not in METHODS or budget not in BUDGETS:
+        raise ValueError(f"method and budget are {method!r} and {budget!r}; expected one of {METHODS} and {BUDGETS}")
+    if method == "progressive" and budget == "model":
+        raise ValueError(
+            "budget: 'model' shares out by the losses of all layers, and progressive knows those of earlier ones only; "
+            "search layerwise with budget='model', then progressive with keep=[len(kept) for kept in plan.keep]"
+        )
+    thresholds = None if skip is None else check_thresholds(skip, len(blocks), top_k)
+    listed = list(batches)
+    counted = [check_batch(index, batch) for index, batch in enumerate(listed)]
+    tokens = sum(
+        batch["input_ids"].numel() if mask is None else int(mask.sum())
+        for batch, mask in zip(listed, counted, strict=True)
+    )
+    if tokens == 0:
+        raise ValueError("no token was counted: 'batches' is empty, or every token is padding")
+
+    asked: dict[str, Any] = {
+        "method": method,
+        "budget": budget,
+        **({"ratio": ratio} if ratio is not None else {"keep": keep if isinstance(keep, int) else counts}),
+        "max_subsets": max_subsets,
+        "skip": None if thresholds is None else thresholds.tolist(),
+        "dataset": dataset,
+        "tokens": tokens,
+    }
+    layers = _Layers(blocks, counts, method, budget, thresholds, max_subsets)
+    record = _Record(resume, {**asked, "model": _digest_of_model(model, blocks), "text": _digest_of_text(listed)})
+    found = record.layers
+    left = [layer for layer in range(len(blocks)) if layer not in found]
+    bar = tqdm(total=len(left) * len(listed), desc="search", unit="batch", disable=not progress)
+    with bar, torch.no_grad(), _prepared(model), LayerInputs(model, blocks, listed) as inputs, _Masks() as masks:
+        for layer, block in enumerate(blocks):
+            if layer in left:
+                found[layer] = layers.search(layer, inputs, counted, bar)
+                record.write()
+            if method == "progressive":
+                kept = torch.zeros(num_experts, dtype=torch.bool)
+                kept[list(found[layer].best(counts[layer])[0])] = True
+                masks.add(block, kept, None if thresholds is None else thresholds[layer])
+
+    losses = tuple(found[layer] for layer in range(len(blocks)))
+    if budget == "model":
+        curves = [[layer.best(size)[1] for size in range(num_experts, top_k - 1, -1)] for layer in losses]
+        counts = share_out(curves, sum(counts), num_experts)
+    chosen = [layer.best(count) for layer, count in zip(losses, counts, strict=True)]
+    plan = PruningPlan(
+        model_type=model.config.model_type,
+        num_experts=num_experts,
+        top_k=top_k,
+        layers=tuple(block.name for block in blocks),
+        keep=tuple(kept for kept, _ in chosen),
+        made_by={
+            "criterion": f"reconstruction loss, {method}",
+            **asked,
+            "losses": [loss for _, loss in chosen],
+            "exact": [layer.is_exact(count) for layer, count in zip(losses, counts, strict=True)],
+            "moe_ext": __version__,
+        },
+    )
+    result = SearchResult(plan, losses)
+    record.finish(plan)
+    return result
+
+
+class _Layers:
+    """Searches one layer at a time."""
+
+    def __init__(
+        self,
+        blocks: Sequence[MoeBlock],
+        counts: Sequence[int],
+        method: str,
+        budget: str,
+        thresholds: Tensor | None,
+        max_subsets: int,
+    ) -> None:
+        self.blocks, self.counts, self.thresholds = blocks, counts, thresholds
+        self.num_experts, self.top_k = blocks[0].num_experts, blocks[0].top_k
+        self.every_size = budget == "model"
+        self.most = 0 if method == "greedy" else max_subsets
+
+    def search(self, layer: int, inputs: LayerInputs, counted: Sequence[Tensor | None], bar: Any) -> LayerLosses:
+        """Losses of the layer's subsets; those of every size where the budget is the model's."""
+        block = self.blocks[layer]
+        smallest = self.top_k if self.every_size else self.counts[layer]
+        sizes = range(self.num_experts, smallest - 1, -1) if self.every_size else [smallest]
+        # All experts are one subset: there is nothing to be greedy about.
+        exact = [size for size in sizes if size == self.num_experts or comb(self.num_experts, size) <= self.most]
+        greedy = [size for size in sizes if size not in exact]
+        depth = min(self.num_experts, self.top_k + self.num_experts - smallest)
+        thresholds = None if self.thresholds is None else self.thresholds[layer]
+        errors = LayerErrors(all_subsets(self.num_experts, exact), self.top_k, thresholds, store=bool(greedy))
+        bar.set_description(f"search {block.name}")
+
+        def seen(batch: int, x: Tensor, logits: Tensor) -> None:
+            mask = counted[batch]
+            if mask is not None:
+                mask = mask.to(x.device)
+                x, logits = x[mask], logits[mask]
+            errors.add_batch(ranked(block.experts, x, logits, depth))
+            if smallest in exact:
+                bar.set_postfix(best=f"{float(errors.losses[errors.keep.sum(1) == smallest].min()):.4g}")
+            bar.update()
+
+        try:
+            inputs.observe(layer, seen)
+            keep, losses = errors.keep, errors.losses
+            if greedy:
+                walk = GreedySearch(
+                    errors.losses_of,
+                    self.num_experts,
+                    lambda size, loss: bar.set_postfix(kept=size, best=f"{loss:.4g}"),
+                )
+                walk.run(greedy)
+                walked = walk.subsets()
+                fresh = ~torch.isin(walked[0].sum(1), torch.tensor(exact))  # the walk passes sizes that are enumerated
+                keep, losses = torch.cat([keep, walked[0][fresh]]), torch.cat([losses, walked[1][fresh]])
+        finally:
+            errors.close()
+        if not bool(losses.isfinite().all()):
+            raise ValueError(f"layer {block.name} gave activations or router logits that are not finite")
+        return LayerLosses(keep, losses)
+
+
+class _Masks:
+    """Routers that route as if their layers were pruned already, until the ``with`` block is left."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "_Masks":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def add(self, block: MoeBlock, keep: Tensor, thresholds: Tensor | None) -> None:
+        """keep: (E,) bool; thresholds: (K - 1,) or None."""
+
+        def masked(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+            logits = output[0]
+            skip = None if thresholds is None else thresholds.to(logits.device)
+            return logits, *route_among(logits, keep.to(logits.device), block.top_k, skip)
+
+        self._handles.append(block.router.register_forward_hook(masked))
+
+
+class _Record:
+    """The finished layers of a search, in a file if there is one to write to.
+
+    Raises:
+        ValueError: the file is of another search.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, asked: dict[str, Any]) -> None:
+        self.layers: dict[int, LayerLosses] = {}
+        self._path = None if path is None else file_destination(path)
+        self._metadata = {"search": json.dumps(asked)}
+        if self._path is None or not self._path.exists():
+            return
+        self.layers, metadata = read_layers(self._path)
+        before = json.loads(metadata.get("search", "null")) or {}
+        if differing := [name for name, value in asked.items() if before.get(name) != value]:
+            raise ValueError(
+                f"resume: {path} is of another search ({', '.join(differing)} differ); name a new file, or delete it"
+            )
+
+    def write(self) -> None:
+        if self._path is not None:
+            write_layers(self._path, self.layers, self._metadata)
+
+    def finish(self, plan: PruningPlan) -> None:
+        self._metadata["plan"] = plan.to_json()
+        self.write()
+
+
+def _check_model(model: PreTrainedModel) -> list[MoeBlock]:
+    if active_thresholds(model) is not None:
+        raise ValueError("the model skips experts; patch(model, skip=None) before searching, and pass skip=thresholds")
+    blocks = moe_blocks(model)
+    if len({(block.num_experts, block.top_k) for block in blocks}) > 1:
+        raise ValueError("the model's layers have different numbers of experts; search takes the same in every layer")
+    return blocks
+
+
+@contextmanager
+def _prepared(model: PreTrainedModel) -> Iterator[None]:
+    """The model patched, without skipping, and in evaluation mode; as it was on the way out."""
+    was_patched = is_patched(model)
+    if not was_patched:
+        patch(model, skip=None)
+    try:
+        with evaluation_mode(model):
+            yield
+    finally:
+        if not was_patched:
+            unpatch(model)
+
+
+def _digest_of_model(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> str:
+    """Tells models apart by their type, dtype, layers and routers: experts are too many to read for this."""
+    digest = hashlib.sha256(f"{model.config.model_type} {model.dtype}".encode())
+    for block in blocks:
+        digest.update(block.name.encode())
+        digest.update(_bytes_of(next(block.router.parameters())))
+    return digest.hexdigest()
+
+
+def _digest_of_text(batches: Sequence[Mapping[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            digest.update(f"{name} {tuple(batch[name].shape)} {batch[name].dtype}".encode())
+            digest.update(_bytes_of(batch[name]))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

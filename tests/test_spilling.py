@@ -1,0 +1,50 @@
+"""A list of tensors, part of them in a file."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_ext.spilling import SpillingList
+
+TENSORS = [
+    torch.arange(6, dtype=torch.float64).reshape(2, 3),
+    torch.randn(3, 4).bfloat16(),
+    torch.zeros(0, 5),
+    torch.arange(12).reshape(3, 4).T,  # not contiguous
+    torch.tensor([True, False]),
+    torch.tensor(3.5),
+]
+
+
+@given(memory=st.integers(0, 250), order=st.lists(st.integers(0, len(TENSORS) - 1), max_size=9))
+def test_what_is_appended_comes_back(memory: int, order: list[int]) -> None:
+    spilling = SpillingList(memory)
+    for index in order:
+        spilling.append(TENSORS[index])
+    assert len(spilling) == len(order)
+    for got, index in zip(spilling, order, strict=True):
+        assert got.dtype == TENSORS[index].dtype
+        assert torch.equal(got, TENSORS[index])
+    spilling.close()
+
+
+@pytest.mark.parametrize("memory", [0, 16, 1000])
+def test_a_replaced_tensor_leaves_the_others_alone(memory: int) -> None:
+    spilling = SpillingList(memory)
+    for value in range(4):
+        spilling.append(torch.full((2,), float(value)))
+    spilling[2] = torch.tensor([7.0, 8.0])
+    assert [tensor.tolist() for tensor in spilling] == [[0, 0], [1, 1], [7, 8], [3, 3]]
+    with pytest.raises(ValueError, match=r"tensor: is torch\.float32 of shape \(3,\); expected .*\(2,\)"):
+        spilling[1] = torch.zeros(3)
+    spilling.close()
+
+
+@pytest.mark.parametrize("memory", [0, 1000])
+def test_a_tensor_that_changes_later_was_copied(memory: int) -> None:
+    spilling, tensor = SpillingList(memory), torch.ones(2)
+    spilling.append(tensor)
+    tensor.zero_()
+    assert spilling[0].tolist() == [1, 1]
+    spilling.close()
