@@ -8,11 +8,13 @@ moe_ext.patch(model, skip=moe_ext.skip_thresholds(stats))
 
 import moe_ext.binary  # noqa: F401  first: one clear ImportError if torch or the binary does not fit
 from moe_ext.calibration import calibrate
-from moe_ext.criteria import CRITERIA, OBJECTIVES, Scores, score
+from moe_ext.checkpoint import from_pretrained
+from moe_ext.criteria import CRITERIA, OBJECTIVES, Scores, aimer, score
 from moe_ext.evaluation import Perplexity, perplexity
 from moe_ext.patching import patch, unpatch
 from moe_ext.plan import PruningPlan, plan
 from moe_ext.pruning import prune
+from moe_ext.redundancy import ExpertPair, redundant_pairs
 from moe_ext.routing import count_skips, skip_thresholds
 from moe_ext.search import search
 from moe_ext.search_result import LayerLosses, SearchResult
@@ -22,6 +24,7 @@ from moe_ext.version import __version__
 __all__ = [
     "CRITERIA",
     "OBJECTIVES",
+    "ExpertPair",
     "ExpertStatistics",
     "LayerLosses",
     "Perplexity",
@@ -29,12 +32,15 @@ __all__ = [
     "Scores",
     "SearchResult",
     "__version__",
+    "aimer",
     "calibrate",
     "count_skips",
+    "from_pretrained",
     "patch",
     "perplexity",
     "plan",
     "prune",
+    "redundant_pairs",
     "score",
     "search",
     "skip_thresholds",

@@ -1,7 +1,8 @@
 """Calibration: runs a model over text and fills :class:`ExpertStatistics`, norms fused into the experts' own pass.
 
 An observer is attached to every experts module for the duration of the run. The moments come out of the
-``experts_observed`` operator; ratios and coactivation are a few small tensor operations on the routing.
+``experts_observed`` operator; ratios and coactivation are a few small tensor operations on the routing. Where the
+operator cannot run, or sums of outputs are asked for, the observer evaluates the family's own code expert by expert.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,30 +14,73 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from moe_ext import ops
-from moe_ext.architectures import MoeBlock, family_of, moe_blocks
+from moe_ext.architectures import (
+    MoeBlock,
+    eager_forward,
+    family_of,
+    model_type_of,
+    moe_blocks,
+    refuse_novices,
+    text_config,
+)
 from moe_ext.evaluation import evaluation_mode
 from moe_ext.patching import active_thresholds, is_patched, patch, unpatch
 from moe_ext.statistics import RATIO_BINS, ExpertStatistics
 
 
 class _Observer:
-    """Accumulates one layer's statistics on the layer's device; called in place of the ``experts`` operator."""
+    """Accumulates one layer's statistics on the layer's device; called in place of the ``experts`` operator, or beside
+    experts that run on transformers' implementation."""
 
-    def __init__(self, block: MoeBlock) -> None:
+    def __init__(self, block: MoeBlock, outputs: bool) -> None:
         device = next(block.experts.parameters()).device
+        self.experts = block.experts
         self.num_experts, self.top_k = block.num_experts, block.top_k
         self.moments = torch.zeros(self.num_experts, 3, 3, dtype=torch.float64, device=device)
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.ratio_histogram = torch.zeros(self.top_k - 1, RATIO_BINS, dtype=torch.int64, device=device)
         self.coactivation = torch.zeros(self.num_experts, self.num_experts, dtype=torch.int64, device=device)
+        self.outputs = outputs
+        self.output_sum: Tensor | None = None  # (E, H), from the first batch on if asked for
         self.counted: Tensor | None = None  # (T,) bool for the batch under way
 
     def __call__(
         self, x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
     ) -> Tensor:
         out = ops.experts_observed(x, gate_up, down, experts, weights, activation, self.moments, self.counted)
+        if self.outputs:
+            self._evaluate(x, experts, weights, moments=False)
         self._count(experts.long(), weights.float())
         return out
+
+    def observe(self, x: Tensor, experts: Tensor, weights: Tensor) -> None:
+        """The same statistics without the operator: x (T, H), experts (T, K), weights (T, K)."""
+        self._evaluate(x, experts, weights, moments=True)
+        self._count(experts.long(), weights.float())
+
+    def _evaluate(self, x: Tensor, experts: Tensor, weights: Tensor, *, moments: bool) -> None:
+        """Adds the counted slots' outputs to their sums, and their norms to the moments, with the model's own code.
+
+        One expert after the other, each on its own rows with weight 1: exact for whatever that code computes. Slower
+        than the operator, and it waits for a GPU.
+        """
+        if self.outputs and self.output_sum is None:
+            self.output_sum = torch.zeros(self.num_experts, x.shape[1], dtype=torch.float64, device=x.device)
+        counted = torch.ones_like(experts, dtype=torch.bool) if self.counted is None else self.counted[:, None]
+        for expert in range(self.num_experts):
+            tokens, slots = ((experts == expert) & counted).nonzero(as_tuple=True)  # (R,) each
+            if len(tokens) == 0:
+                continue
+            alone = torch.full((len(tokens), 1), expert, dtype=experts.dtype, device=x.device)
+            ones = torch.ones(len(tokens), 1, dtype=x.dtype, device=x.device)
+            out = eager_forward(self.experts)(self.experts, x[tokens], alone, ones).double()  # (R, H)
+            if self.output_sum is not None:
+                self.output_sum[expert] += out.sum(0)
+            if moments:
+                gate, norm = weights[tokens, slots].double(), out.norm(dim=-1)
+                for a in range(3):
+                    for b in range(3):
+                        self.moments[expert, a, b] += (gate**a * norm**b).sum()
 
     def _count(self, experts: Tensor, weights: Tensor) -> None:
         """experts, weights: (T, K). Sizes depend on shapes only, so that a GPU is not waited for."""
@@ -58,16 +102,16 @@ def _add_counts(histogram: Tensor, bins: Tensor, counts: Tensor) -> None:
 
 
 @contextmanager
-def _observing(model: PreTrainedModel) -> Iterator[list[_Observer]]:
+def _observing(model: PreTrainedModel, outputs: bool, strict: bool) -> Iterator[list[_Observer]]:
     """A patched model in evaluation mode with an observer in every MoE layer; restored on the way out."""
     blocks = moe_blocks(model)
     if any(hasattr(block.experts, "_moe_ext_observer") for block in blocks):
         raise ValueError("the model is being calibrated already")
     was_patched = is_patched(model)
     if not was_patched:
-        patch(model, skip=None)
+        patch(model, skip=None, strict=strict)
     try:
-        observers = [_Observer(block) for block in blocks]
+        observers = [_Observer(block, outputs) for block in blocks]
         for block, observer in zip(blocks, observers, strict=True):
             block.experts._moe_ext_observer = observer  # type: ignore[assignment]
         with evaluation_mode(model):
@@ -98,7 +142,13 @@ def check_batch(index: int, batch: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def calibrate(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], *, progress: bool = True, dataset: str = ""
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    progress: bool = True,
+    dataset: str = "",
+    outputs: bool = False,
+    strict: bool = True,
 ) -> ExpertStatistics:
     """Statistics of a model's experts over text, in one forward pass per batch.
 
@@ -108,28 +158,36 @@ def calibrate(
             padding and count in nothing.
         progress: whether to show a progress bar.
         dataset: a label for the text, kept in the statistics.
+        outputs: also sum every expert's outputs, for the criterion ``mone``. Slower: the experts run twice, the second
+            time one by one in transformers' code.
+        strict: as for :func:`moe_ext.patch`, if the model is not patched. With False, layers that the operators cannot
+            run are observed through transformers' code, with one warning.
 
     Returns:
         :class:`ExpertStatistics` on the CPU.
 
     Raises:
-        ValueError: a malformed batch, no counted token, a model that is skipping (its routing would bias the
-            statistics), or activations that are not finite (the layer is named).
+        ValueError: a malformed batch, no counted token, a model that :func:`moe_ext.patch` refuses or that is skipping
+            (its routing would bias the statistics), or activations that are not finite (the layer is named).
     """
     if active_thresholds(model) is not None:
         raise ValueError(
             "the model skips experts, which would bias its statistics; patch(model, skip=None) before calibrating"
         )
     blocks = moe_blocks(model)
+    refuse_novices(blocks, "calibrate")
     stats = ExpertStatistics.zeros(
-        model_type=model.config.model_type,
+        model_type=model_type_of(model),
         layers=tuple(block.name for block in blocks),
-        num_experts=blocks[0].num_experts,
+        num_experts=tuple(block.num_experts for block in blocks),
         top_k=blocks[0].top_k,
         gate=family_of(model).gate,
         dataset=dataset,
+        groups=blocks[0].groups,
+        fewest=blocks[0].fewest_experts,
+        hidden_size=text_config(model).hidden_size if outputs else None,
     )
-    with torch.no_grad(), _observing(model) as observers:
+    with torch.no_grad(), _observing(model, outputs, strict) as observers:
         for index, batch in enumerate(tqdm(batches, desc="calibrate", unit="batch", disable=not progress)):
             counted = check_batch(index, batch)
             for observer in observers:
@@ -138,10 +196,13 @@ def calibrate(
             # The decoder without the language model head: statistics need no logits.
             model.base_model(**inputs, use_cache=False)
     for layer, observer in enumerate(observers):
-        stats.moments[layer] = observer.moments
+        count = observer.num_experts
+        stats.moments[layer, :count] = observer.moments
         stats.tokens[layer] = observer.tokens
         stats.ratio_histogram[layer] = observer.ratio_histogram
-        stats.coactivation[layer] = observer.coactivation
+        stats.coactivation[layer, :count, :count] = observer.coactivation
+        if stats.output_sum is not None and observer.output_sum is not None:
+            stats.output_sum[layer, :count] = observer.output_sum
         if not bool(stats.moments[layer].isfinite().all()):
             raise ValueError(f"layer {stats.layers[layer]} gave activations or routing weights that are not finite")
     if not bool((stats.tokens > 0).all()):

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the job failed (one or two lines say why; ``--debug`` show
 import json
 import platform
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ from moe_ext import checkpoint
 from moe_ext.architectures import FAMILIES, moe_blocks
 from moe_ext.binary import _C
 from moe_ext.calibration import calibrate as run_calibration
-from moe_ext.criteria import CRITERIA, Scores, point_of
+from moe_ext.criteria import CRITERIA, OUTSIDE, Scores, aimer, point_of
 from moe_ext.criteria import score as scores_of
 from moe_ext.evaluation import perplexity
 from moe_ext.files import file_destination, folder_destination
@@ -28,6 +29,7 @@ from moe_ext.patching import patch
 from moe_ext.plan import PruningPlan
 from moe_ext.plan import plan as plan_from
 from moe_ext.pruning import prune as apply_plan
+from moe_ext.redundancy import redundant_pairs
 from moe_ext.routing import count_skips, skip_thresholds, thresholds_in_config
 from moe_ext.search import search as run_search
 from moe_ext.statistics import ExpertStatistics
@@ -46,7 +48,7 @@ show_traceback = False  # --debug
 
 def known_criterion(criterion: str | None) -> str | None:
     """An unknown criterion is wrong usage, found before any work."""
-    if criterion is not None and criterion != "random":
+    if criterion is not None and criterion not in OUTSIDE:
         try:
             point_of(criterion)
         except ValueError as error:
@@ -67,7 +69,8 @@ Device = Annotated[str, typer.Option(help="cpu, or cuda where the CUDA kernels w
 Criterion = Annotated[
     str | None,
     typer.Option(
-        help=f"One of {', '.join(CRITERIA)}, random, or a triple such as 'S(1,0,2)'.",
+        help=f"One of {', '.join((*CRITERIA, *OUTSIDE))}, or a triple such as 'S(1,0,2)'. aimer takes a checkpoint "
+        "where the others take statistics; mone needs statistics made with --outputs.",
         show_default=False,
         callback=known_criterion,
     ),
@@ -75,6 +78,10 @@ Criterion = Annotated[
 Objective = Annotated[
     Literal["task-agnostic", "task-specific"] | None,
     typer.Option(help="Use the criterion that arXiv 2606.15716 finds best for it."),
+]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict/--no-strict", help="Whether experts that the operators cannot run are an error."),
 ]
 Keep = Annotated[
     str | None,
@@ -95,6 +102,9 @@ def load(model: str, dtype: str, device: str) -> tuple[transformers.PreTrainedMo
 def scores_for(statistics: Path, criterion: str | None, objective: str | None, seed: int | None) -> Scores:
     if criterion is not None and objective is not None:
         raise typer.BadParameter("give --criterion or --objective, not both")
+    if criterion == "aimer":
+        with errors.status(f"loading {statistics}"):
+            return aimer(checkpoint.load(str(statistics))[0])
     return scores_of(ExpertStatistics.load(statistics), criterion, objective=objective, seed=seed)
 
 
@@ -130,10 +140,12 @@ def calibrate(
     text: Text,
     save_to: Annotated[Path, typer.Option("--out", help="Statistics file to write.", show_default=False)],
     dataset: Annotated[str, typer.Option(help="Label of the text; the domain names if empty.")] = "",
+    outputs: Annotated[bool, typer.Option("--outputs", help="Also sum experts' outputs (slower), for mone.")] = False,
     window: Window = 512,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    strict: Strict = True,
     as_json: Json = False,
 ) -> None:
     """Run a model over text and write its expert statistics."""
@@ -141,7 +153,8 @@ def calibrate(
     texts = read_domains(text)
     loaded, tokenizer = load(model, dtype, device)
     batches = list(token_batches(texts, tokenizer, window=window, batch_size=batch_size))
-    stats = run_calibration(loaded, batches, progress=not as_json, dataset=dataset or " + ".join(texts))
+    label = dataset or " + ".join(texts)
+    stats = run_calibration(loaded, batches, progress=not as_json, dataset=label, outputs=outputs, strict=strict)
     stats.save(save_to)
     tokens = int(stats.tokens.max())
     if as_json:
@@ -176,6 +189,13 @@ def plan(
     save_to: Annotated[Path, typer.Option("--out", help="Plan file to write.", show_default=False)],
     keep: Annotated[int | None, typer.Option(min=1, help="Experts that every layer keeps.")] = None,
     ratio: Annotated[float | None, typer.Option(min=0, max=1, help="Share of experts that every layer loses.")] = None,
+    scope: Annotated[
+        Literal["layer", "model"], typer.Option(help="model: one ranking of all layers; keep and ratio are averages.")
+    ] = "layer",
+    normalise: Annotated[
+        Literal["sum", "max", "none"] | None,
+        typer.Option(help="What divides a layer's scores with --scope model: sum if absent.", show_default=False),
+    ] = None,
     criterion: Criterion = None,
     objective: Objective = None,
     seed: Seed = None,
@@ -184,12 +204,33 @@ def plan(
     """Decide which experts each layer keeps."""
     if (keep is None) == (ratio is None):
         raise typer.BadParameter("give --keep or --ratio, one of them")
-    made = plan_from(scores_for(statistics, criterion, objective, seed), keep=keep, ratio=ratio)
+    if normalise is not None and scope == "layer":
+        raise typer.BadParameter("--normalise goes with --scope model")
+    scores = scores_for(statistics, criterion, objective, seed)
+    made = plan_from(scores, keep=keep, ratio=ratio, scope=scope, normalise=normalise)
     made.save(save_to)
     if as_json:
         print_json({"plan": str(save_to), "keep": dict(zip(made.layers, made.keep, strict=True))})
     else:
         out.print(removed_experts(made), f"written to {save_to}")
+
+
+@app.command()
+def redundancy(
+    statistics: Statistics,
+    most: Annotated[int, typer.Option(min=1, help="Pairs a layer, at most.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show the experts that are chosen for the same tokens."""
+    pairs = redundant_pairs(ExpertStatistics.load(statistics), most)
+    if as_json:
+        print_json([asdict(pair) for pair in pairs])
+        return
+    table = Table("layer", "experts", "tokens", "overlap", "lift")
+    for pair in pairs:
+        experts = f"{pair.first} {pair.second}"
+        table.add_row(pair.layer, experts, str(pair.together), f"{pair.overlap:.1%}", f"{pair.lift:.2f}")
+    out.print(table)
 
 
 @app.command()
@@ -269,15 +310,23 @@ def prune(
     model: Model,
     plan: Annotated[Path, typer.Argument(help="File written by `moe-ext plan`.", show_default=False)],
     save_to: Annotated[Path, typer.Option("--out", help="Folder for the pruned checkpoint.", show_default=False)],
+    novices: Annotated[
+        Path | None, typer.Option(help="Statistics made with --outputs: means take the place of removed experts.")
+    ] = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Remove the experts that a plan does not keep and write a checkpoint that stock transformers loads."""
+    """Remove the experts that a plan does not keep and write a checkpoint.
+
+    Stock transformers loads it, unless layers keep different numbers of experts or --novices is given: that takes
+    moe_ext.from_pretrained.
+    """
     made = PruningPlan.load(plan)
+    means = None if novices is None else ExpertStatistics.load(novices)
     folder_destination(save_to)
     loaded, tokenizer = load(model, dtype, "cpu")
     before = loaded.num_parameters()
-    apply_plan(loaded, made)
+    apply_plan(loaded, made, novices=means)
     with errors.status(f"writing {save_to}"):
         checkpoint.save(loaded, tokenizer, save_to)
     after, size = loaded.num_parameters(), checkpoint.size_on_disk(save_to)
@@ -299,6 +348,7 @@ def skip(
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    strict: Strict = True,
     as_json: Json = False,
 ) -> None:
     """Set the thresholds below which a token's weaker experts are skipped, and measure how often they are."""
@@ -312,10 +362,11 @@ def skip(
         raise FileNotFoundError(f"--in-place needs a checkpoint folder; {model} has no config.json")
     loaded, tokenizer = load(model, dtype, device)
     blocks = moe_blocks(loaded)
-    if stats.layers != tuple(block.name for block in blocks) or stats.num_experts != blocks[0].num_experts:
+    counts = tuple(block.num_routed for block in blocks)
+    if stats.layers != tuple(block.name for block in blocks) or stats.experts != counts:
         raise ValueError(f"{statistics} is of another model: calibrate {model} itself")
     thresholds = skip_thresholds(stats, quantile)
-    patch(loaded, skip=thresholds)
+    patch(loaded, skip=thresholds, strict=strict)
     rates = None
     if texts:
         with count_skips(loaded) as count, torch.inference_mode():
@@ -347,13 +398,14 @@ def evaluate(
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    strict: Strict = True,
     as_json: Json = False,
 ) -> None:
     """Perplexity per domain, and the share of expert slots skipped."""
     texts = read_domains(text)
     loaded, tokenizer = load(model, dtype, device)
     if not stock:
-        patch(loaded, skip="config" if skip else None)
+        patch(loaded, skip="config" if skip else None, strict=strict)
     with count_skips(loaded) as count:
         result = perplexity(
             loaded, texts, tokenizer, window=window, stride=stride, batch_size=batch_size, progress=not as_json
@@ -387,11 +439,12 @@ def generate(
     skip: Annotated[bool, typer.Option(help="Apply the skip thresholds that the checkpoint holds.")] = True,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    strict: Strict = True,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with a patched model."""
     loaded, tokenizer = load(model, dtype, device)
-    patch(loaded, skip="config" if skip else None)
+    patch(loaded, skip="config" if skip else None, strict=strict)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = None if as_json else transformers.TextStreamer(tokenizer, skip_special_tokens=True)

@@ -1,16 +1,19 @@
-"""Scores: how much each expert matters, computed from statistics alone.
+"""Scores: how much each expert matters, computed from statistics or, for ``aimer``, from the weights.
 
-Every criterion but ``random`` is a point ``(avg, a, b)`` of the unified family of arXiv 2606.15716,
+Most criteria are a point ``(avg, a, b)`` of the unified family of arXiv 2606.15716,
 ``S_e(avg, a, b) = M_e[a, b] / n_e^avg``: routing frequency, gate weight and activation strength, each in or out.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
+from moe_ext.architectures import expert_tensors, model_type_of, moe_blocks
 from moe_ext.statistics import ExpertStatistics
 
 CRITERIA: dict[str, tuple[int, int, int]] = {
@@ -23,7 +26,10 @@ CRITERIA: dict[str, tuple[int, int, int]] = {
     "weighted_ean": (0, 1, 1),
     "weighted_squared_ean": (0, 2, 2),
 }
-"""Named points ``(avg, a, b)`` of the family. ``"random"``, the control, is the one criterion outside it."""
+"""Named points ``(avg, a, b)`` of the family."""
+
+OUTSIDE = ("mone", "aimer", "random")
+"""Criteria outside the family: output variance, weights only, and the control."""
 
 OBJECTIVES: dict[str, str] = {"task-agnostic": "man", "task-specific": "weighted_ean"}
 """Default criterion of an objective: averaged and gate-free for any task, frequency and gate kept for a given one
@@ -41,6 +47,9 @@ class Scores:
         layers: L module names of the Mixture-of-Experts blocks.
         top_k: K, experts per token.
         dataset: label of the calibration text.
+        groups: expert groups, contiguous and of equal size, that pruning must keep equal; 1: none.
+        fewest: experts that a layer must keep, if given; K otherwise.
+        experts: number of experts of every layer, if given; E otherwise. Scores beyond it mean nothing.
     """
 
     values: torch.Tensor
@@ -49,6 +58,9 @@ class Scores:
     layers: tuple[str, ...]
     top_k: int
     dataset: str
+    groups: int = 1
+    fewest: int = 0
+    experts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or self.values.shape[0] != len(self.layers) or self.values.dtype != torch.float64:
@@ -71,8 +83,9 @@ def score(
 
     Args:
         stats: statistics of the calibration text.
-        criterion: a name in ``CRITERIA``, a point ``(avg, a, b)`` with avg in {0, 1} and a, b in {0, 1, 2}, or
-            ``"random"``: uniform in [0, 1).
+        criterion: a name in ``CRITERIA``; a point ``(avg, a, b)`` with avg in {0, 1} and a, b in {0, 1, 2};
+            ``"mone"``, access frequency times output variance (arXiv 2507.00390), of statistics with an
+            ``output_sum``; or ``"random"``: uniform in [0, 1). ``"aimer"`` needs no statistics: see :func:`aimer`.
         objective: a name in ``OBJECTIVES``, which chooses the criterion; ``"task-agnostic"`` when neither is given.
         seed: for ``"random"`` only, 0 when not given.
 
@@ -80,8 +93,8 @@ def score(
         Scores with (L, E) float64 values.
 
     Raises:
-        ValueError: both criterion and objective, an unknown one, a point outside the family, or a seed for a
-            criterion that draws nothing.
+        ValueError: both criterion and objective, an unknown one, a point outside the family, ``"mone"`` of statistics
+            without an ``output_sum``, or a seed for a criterion that draws nothing.
     """
     if criterion is not None and objective is not None:
         raise ValueError(f"criterion {criterion!r} and objective {objective!r}: expected one of them, not both")
@@ -95,6 +108,8 @@ def score(
         return _scores(stats, values, f"random(seed={seed})")
     if seed is not None:
         raise ValueError(f"seed: only criterion 'random' takes one, got {seed} with {criterion!r}")
+    if criterion == "mone":
+        return _scores(stats, _frequency_times_variance(stats), "mone")
     average, gate_power, norm_power = point_of(criterion)
     values = stats.moments[:, :, gate_power, norm_power]
     if average:
@@ -102,6 +117,61 @@ def score(
         values = torch.where(counts == 0, 0.0, values / counts)
     name = criterion if isinstance(criterion, str) else f"S({average},{gate_power},{norm_power})"
     return _scores(stats, values.clone(), name)
+
+
+def _frequency_times_variance(stats: ExpertStatistics) -> torch.Tensor:
+    """(L, E) ``n_e / T * || sqrt(Var f_e) ||_2``: the unbiased variance of every output dimension over routed tokens,
+    whose sum over dimensions is ``(sum ||f_e||^2 - ||sum f_e||^2 / n_e) / (n_e - 1)``; 0 below two tokens."""
+    if stats.output_sum is None:
+        raise ValueError("criterion 'mone' needs the sums of outputs: calibrate(..., outputs=True)")
+    counts = stats.routing_counts()
+    about_mean = stats.moments[:, :, 0, 2] - stats.output_sum.square().sum(-1) / counts.clamp(min=1)
+    variance = about_mean.clamp(min=0) / (counts - 1).clamp(min=1)
+    return torch.where(counts < 2, 0.0, counts / stats.tokens[:, None].clamp(min=1) * variance.sqrt())
+
+
+def aimer(model: PreTrainedModel) -> Scores:
+    """Scores from an expert's weights alone, without calibration (arXiv 2603.18492).
+
+    The paper's score is the mean absolute value of an expert's weights over their root mean square, and the highest are
+    removed first. Here as everywhere the lowest is removed first: the value is the reciprocal, root mean square over
+    mean absolute value, which orders experts the other way round. An expert whose weights are all 0 scores 0.
+
+    Args:
+        model: a model with MoE layers; its experts' weights and biases all count.
+
+    Returns:
+        Scores with (L, E) float64 values, 0 beyond a layer's number of experts.
+
+    Raises:
+        TypeError, ValueError: as :func:`moe_ext.architectures.moe_blocks`; weights that are not plain or not in memory.
+    """
+    blocks = moe_blocks(model)
+    experts = tuple(block.num_experts for block in blocks)
+    values = torch.zeros(len(blocks), max(experts), dtype=torch.float64)
+    with torch.no_grad():
+        for layer, block in enumerate(blocks):
+            tensors = expert_tensors(block).values()
+            for expert in range(block.num_experts):
+                weights = [tensor[expert] for tensor in tensors]
+                count = sum(weight.numel() for weight in weights)
+                absolute, euclidean = (
+                    torch.stack([torch.linalg.vector_norm(weight, order, dtype=torch.float64) for weight in weights])
+                    for order in (1, 2)
+                )
+                if mean := float(absolute.sum()) / count:
+                    values[layer, expert] = math.sqrt(float(euclidean.square().sum()) / count) / mean
+    return Scores(
+        values,
+        "aimer",
+        model_type_of(model),
+        tuple(block.name for block in blocks),
+        blocks[0].top_k,
+        dataset="",
+        groups=blocks[0].groups,
+        fewest=blocks[0].fewest_experts,
+        experts=experts,
+    )
 
 
 def _criterion_for(objective: str) -> str:
@@ -123,8 +193,9 @@ def point_of(criterion: str | tuple[int, int, int]) -> tuple[int, int, int]:
         if criterion in CRITERIA:
             return CRITERIA[criterion]
         if (triple := _TRIPLE.fullmatch(criterion)) is None:
-            names = ", ".join(CRITERIA)
-            raise ValueError(f"criterion: expected one of {names}, random, or a triple S(avg,a,b), got {criterion!r}")
+            names = ", ".join((*CRITERIA, *OUTSIDE))
+            hint = "; aimer scores a model, not statistics: moe_ext.aimer(model)" if criterion == "aimer" else ""
+            raise ValueError(f"criterion: expected one of {names}, or a triple S(avg,a,b), got {criterion!r}{hint}")
         criterion = (int(triple[1]), int(triple[2]), int(triple[3]))
     if len(criterion) != 3 or criterion[0] not in (0, 1) or not {*criterion[1:]} <= {0, 1, 2}:
         raise ValueError(f"criterion: expected (avg, a, b) with avg in 0..1 and a, b in 0..2, got {criterion!r}")
@@ -132,4 +203,14 @@ def point_of(criterion: str | tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def _scores(stats: ExpertStatistics, values: torch.Tensor, criterion: str) -> Scores:
-    return Scores(values, criterion, stats.model_type, stats.layers, stats.top_k, stats.dataset)
+    return Scores(
+        values,
+        criterion,
+        stats.model_type,
+        stats.layers,
+        stats.top_k,
+        stats.dataset,
+        groups=stats.groups,
+        fewest=stats.fewest,
+        experts=stats.experts,
+    )

@@ -2,10 +2,12 @@
 
 The experts go through transformers' own door: ``moe_ext`` is an experts implementation next to ``eager`` and
 ``grouped_mm``, selected with ``model.set_experts_implementation``. Weights stay the model's own parameters, uncopied.
-The router's forward is replaced on the instance, so that top-K, renormalisation and skipping are one operator. Where
+The router's forward is replaced on the instance: where the ``route`` operator computes the family's routing, top-K,
+renormalisation and skipping are one operator; elsewhere the family's own code runs and the skip rule follows it. Where
 gradients are required, both run transformers' own differentiable code.
 """
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -17,7 +19,15 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_ext import ops
-from moe_ext.architectures import MoeBlock, activation_of, check_experts, check_layout, moe_blocks
+from moe_ext.architectures import (
+    MoeBlock,
+    activation_of,
+    check_experts,
+    check_layout,
+    eager_forward,
+    expert_tensors,
+    moe_blocks,
+)
 from moe_ext.binary import _C
 from moe_ext.routing import CONFIG_KEY, check_thresholds, section_with, skip_weak, thresholds_in_config
 
@@ -30,6 +40,7 @@ class _Patch:
     """What a patched model needs to become what it was: kept on the model as ``_moe_ext_patch``."""
 
     implementation: dict[str, str | None]  # of transformers, as get_experts_implementation returns it
+    of_experts: str | None  # the one of the model's part that holds the experts
     config_entry: dict[str, Any] | None  # config.moe_ext before the patch
     thresholds: Tensor | None  # (L, K - 1) in use
 
@@ -44,7 +55,9 @@ def active_thresholds(model: PreTrainedModel) -> Tensor | None:
     return None if state is None else state.thresholds
 
 
-def patch(model: PreTrainedModel, *, skip: Tensor | Literal["config"] | None = "config") -> PreTrainedModel:
+def patch(
+    model: PreTrainedModel, *, skip: Tensor | Literal["config"] | None = "config", strict: bool = True
+) -> PreTrainedModel:
     """Runs a model's MoE layers on moe_ext's operators, in place. Patching again replaces the skip thresholds.
 
     Args:
@@ -53,18 +66,26 @@ def patch(model: PreTrainedModel, *, skip: Tensor | Literal["config"] | None = "
             written into ``model.config``, so that ``save_pretrained`` keeps them. "config" (default): those that the
             config holds, if it holds any. None: no skipping by this model object; thresholds that a checkpoint brought
             stay in its config.
+        strict: False leaves experts that the operators cannot run (an activation, layout, dtype or device that they do
+            not have) on transformers' implementation, with one warning that says why. Their routers are patched all
+            the same; skipping a slot then saves no time in them.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: no MoE layers, an unsupported model type, device, dtype, activation or experts layout, or thresholds
-            that do not fit. The model is left as it was.
+        ValueError: no MoE layers, an unsupported model type, weights that are not plain or not in memory, thresholds
+            that do not fit or, if strict, experts that the operators cannot run. The model is left as it was.
     """
     blocks = moe_blocks(model)
     for block in blocks:
-        _check_block(block)
+        _check_tensors(block)
+    unsupported = {block.name: reason for block in blocks if (reason := _unsupported(block)) is not None}
+    if unsupported and strict:
+        raise ValueError(
+            f"{next(iter(unsupported.values()))}. With strict=False such layers stay on transformers' implementation"
+        )
     if isinstance(skip, str):
         if skip != "config":
             raise ValueError(f"skip is {skip!r}; expected thresholds, 'config' or None")
@@ -76,7 +97,8 @@ def patch(model: PreTrainedModel, *, skip: Tensor | Literal["config"] | None = "
     if state is None:
         _check_unpatched(blocks)
         entry = getattr(model.config, CONFIG_KEY, None)
-        state = _Patch(model.get_experts_implementation(), None if entry is None else dict(entry), None)
+        of_experts: str | None = cast(Any, blocks[0].experts).config._experts_implementation
+        state = _Patch(model.get_experts_implementation(), of_experts, None if entry is None else dict(entry), None)
     model.set_experts_implementation(IMPLEMENTATION)  # before anything else changes: transformers may refuse
     model._moe_ext_patch = state
     state.thresholds = thresholds
@@ -84,13 +106,19 @@ def patch(model: PreTrainedModel, *, skip: Tensor | Literal["config"] | None = "
         _restore_config_entry(model, state)  # thresholds of an earlier patch are replaced, not kept
         if thresholds is not None:
             setattr(model.config, CONFIG_KEY, section_with(thresholds, state.config_entry))
-    named = state.implementation[""]
-    # Of transformers' implementations only eager leaves sentinel slots out; ours, when loaded by name, has no backward.
-    eager = thresholds is not None or named in (None, IMPLEMENTATION)
+    named = "eager" if state.of_experts in (None, IMPLEMENTATION) else state.of_experts
     for layer, block in enumerate(blocks):
-        block.experts._moe_ext_fallback = "eager" if eager else named  # type: ignore[assignment]
+        stock = block.name in unsupported
+        # Of transformers' implementations only eager leaves sentinel slots out; ours, loaded by name, has no backward.
+        block.experts._moe_ext_fallback = "eager" if thresholds is not None and not stock else named  # type: ignore[assignment]
+        block.experts._moe_ext_stock = stock  # type: ignore[assignment]
         block.router._moe_ext_thresholds = None if thresholds is None else thresholds[layer].clone()  # type: ignore[assignment]
+        block.router._moe_ext_renormalise = block.family.renormalise if block.family.fused else None  # type: ignore[assignment]
         block.router.forward = partial(_router_forward, block.router)  # a bound method would not unpickle
+    if unsupported:
+        first, *others = unsupported.values()
+        more = f" (and {len(others)} more such layers)" if others else ""
+        warnings.warn(f"{first}{more}: left on transformers' {named!r} experts", stacklevel=2)
     return model
 
 
@@ -112,7 +140,8 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     if state is None:
         return model
     for block in moe_blocks(model):
-        del block.router.forward, block.router._moe_ext_thresholds, block.experts._moe_ext_fallback
+        del block.router.forward, block.router._moe_ext_thresholds, block.router._moe_ext_renormalise
+        del block.experts._moe_ext_fallback, block.experts._moe_ext_stock
     model.set_experts_implementation(state.implementation)
     _restore_config_entry(model, state)
     del model._moe_ext_patch
@@ -126,28 +155,38 @@ def _restore_config_entry(model: PreTrainedModel, state: _Patch) -> None:
         delattr(model.config, CONFIG_KEY)
 
 
-def _check_block(block: MoeBlock) -> None:
-    """ValueError, naming the layer, if the operators cannot run this block."""
-    check_layout(block)
+def _check_tensors(block: MoeBlock) -> None:
+    """ValueError, naming the layer, unless the block's weights are plain tensors in memory in the expected shapes."""
+    if block.family.fused:
+        check_layout(block)
+    else:  # the router runs its own code, whatever it holds
+        expert_tensors(block)
+
+
+def _unsupported(block: MoeBlock) -> str | None:
+    """Why the operators cannot run a block's experts, naming the layer; None if they can."""
     try:
+        check_experts(block.name, block.experts)
         activation_of(block.experts.config)
     except ValueError as error:
-        raise ValueError(f"{block.name}: {error}") from None
+        reason = str(error)
+        return reason if reason.startswith(block.name) else f"{block.name}: {reason}"
     gate_up = cast(Tensor, block.experts.gate_up_proj)
     if gate_up.dtype not in SUPPORTED_DTYPES:
-        raise ValueError(f"{block.name}: dtype {gate_up.dtype} is not supported; use float32, bfloat16 or float16")
+        return f"{block.name}: dtype {gate_up.dtype} is not supported; use float32, bfloat16 or float16"
     if gate_up.device.type == "cuda" and not _C.cuda_archs:
-        raise ValueError(
+        return (
             f"{block.name} is on {gate_up.device}, but this build of moe_ext has no CUDA kernels; "
             "move the model to the CPU, or build with MOE_EXT_CUDA=1"
         )
     if gate_up.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{block.name}: device {gate_up.device} is not supported; use the CPU")
+        return f"{block.name}: device {gate_up.device} is not supported; use the CPU"
     for name, parameter in block.experts.named_parameters():
         if (parameter.dtype, parameter.device) != (gate_up.dtype, gate_up.device):
-            raise ValueError(f"{block.name}: {name} has another dtype or device than gate_up_proj")
+            return f"{block.name}: {name} has another dtype or device than gate_up_proj"
         if not parameter.is_contiguous():
-            raise ValueError(f"{block.name}: {name} is not contiguous; replace its data by data.contiguous()")
+            return f"{block.name}: {name} is not contiguous; replace its data by data.contiguous()"
+    return None
 
 
 def _gradients_required(*tensors: Tensor) -> bool:
@@ -156,15 +195,20 @@ def _gradients_required(*tensors: Tensor) -> bool:
 
 def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts implementation ``moe_ext`` of transformers' interface: (T, H), (T, K), (T, K) -> (T, H)."""
+    observer = getattr(self, "_moe_ext_observer", None)
+    if getattr(self, "_moe_ext_stock", False):
+        if observer is not None:
+            observer.observe(hidden_states, top_k_index, top_k_weights)
+        # Not every implementation knows the sentinel; a skipped slot's weight is 0, so any expert does.
+        top_k_index = top_k_index.masked_fill(top_k_index == cast(int, self.num_experts), 0)
+        return cast(Tensor, _stock_forward(self)(self, hidden_states, top_k_index, top_k_weights))
     gate_up, down = cast(Tensor, self.gate_up_proj), cast(Tensor, self.down_proj)
     if _gradients_required(hidden_states, top_k_weights, gate_up, down):
-        differentiable = _differentiable_forward(self)
-        return differentiable(self, hidden_states, top_k_index, top_k_weights)
+        return cast(Tensor, _stock_forward(self)(self, hidden_states, top_k_index, top_k_weights))
     if not hasattr(self, "_moe_ext_fallback"):  # selected by name, without patch: nobody has checked this module
         check_experts("experts", self)
     activation = activation_of(self.config)
     x = hidden_states.to(gate_up.dtype)  # under autocast the two differ; transformers' grouped_mm casts alike
-    observer = getattr(self, "_moe_ext_observer", None)
     if observer is None:
         out = ops.experts(x, gate_up, down, top_k_index, top_k_weights, activation)
     else:
@@ -172,26 +216,27 @@ def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor
     return out.to(hidden_states.dtype)
 
 
-def _differentiable_forward(experts: nn.Module) -> Any:
+def _stock_forward(experts: nn.Module) -> Any:
     """What transformers ran before the patch: a function of (self, hidden_states, top_k_index, top_k_weights)."""
     name = getattr(experts, "_moe_ext_fallback", "eager")
-    eager = type(experts).forward.__wrapped__  # type: ignore[attr-defined]  # under the interface's wrapper
-    return ALL_EXPERTS_FUNCTIONS.get(name, eager)
+    return ALL_EXPERTS_FUNCTIONS.get(name, eager_forward(experts))
 
 
-def _router_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A patched router: logits (T, E), weights (T, K) float32, experts (T, K) int64, E where a slot is skipped."""
-    weight = cast(Tensor, self.weight)
+def _router_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """A patched router: logits (T, E), weights (T, K), experts (T, K) int64, E where a slot is skipped."""
     thresholds = cast(Tensor | None, self._moe_ext_thresholds)
     if thresholds is not None and thresholds.device != hidden_states.device:
         thresholds = self._moe_ext_thresholds = thresholds.to(hidden_states.device)
-    if _gradients_required(hidden_states, weight):
-        logits, weights, experts = type(self).forward(self, hidden_states)
-        if thresholds is not None:
-            weights, experts = skip_weak(weights, experts, thresholds, weight.shape[0])
-        return logits, weights, experts
-    logits = F.linear(hidden_states.reshape(-1, hidden_states.shape[-1]), weight)  # (T, E)
-    weights, experts = ops.route(logits, cast(int, self.top_k), thresholds)
+    renormalise = cast(bool | None, self._moe_ext_renormalise)
+    if renormalise is None or _gradients_required(hidden_states, cast(Tensor, self.weight)):
+        output: tuple[Tensor, ...] = type(self).forward(self, hidden_states, *args, **kwargs)
+        if thresholds is None:
+            return output
+        logits, weights, experts, *more = output
+        return logits, *skip_weak(weights, experts, thresholds, cast(int, self.num_experts)), *more
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    logits = F.linear(flat, cast(Tensor, self.weight), cast(Tensor | None, getattr(self, "bias", None)))  # (T, E)
+    weights, experts = ops.route(logits, cast(int, self.top_k), thresholds, renormalise)
     return logits, weights, experts
 
 

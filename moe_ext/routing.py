@@ -103,18 +103,31 @@ def section_with(thresholds: Tensor, section: dict[str, Any] | None) -> dict[str
 def skip_weak(weights: Tensor, experts: Tensor, thresholds: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Applies the skip rule to routed slots, differentiably in the weights.
 
+    Ranks are those of the weights, whatever order the slots are in: a router that selects by corrected scores or within
+    groups does not sort them. Slots keep their places.
+
     Args:
-        weights: (T, K), largest first.
+        weights: (T, K).
         experts: (T, K) integer.
         thresholds: (K - 1,).
         num_experts: E, the index that marks a skipped slot.
 
     Returns:
         weights (T, K) with 0 and experts (T, K) with E in skipped slots.
+
+    Raises:
+        ValueError: the shapes differ, or the experts are not integers: a router with another kind of output.
     """
-    skipped = torch.zeros_like(weights, dtype=torch.bool)
-    detached = weights.detach()  # thresholds made under inference_mode must not enter the backward graph
-    skipped[:, 1:] = detached[:, 1:] < thresholds.to(detached) * detached[:, :1]
+    if weights.shape != experts.shape or experts.is_floating_point():
+        raise ValueError(
+            f"the router gave weights {tuple(weights.shape)} and experts {tuple(experts.shape)} of {experts.dtype}; "
+            "skipping needs (T, K) and (T, K) integers"
+        )
+    # Thresholds and weights made under inference_mode must not enter the backward graph.
+    ranked, order = weights.detach().sort(dim=-1, descending=True, stable=True)
+    weak = torch.zeros_like(ranked, dtype=torch.bool)
+    weak[:, 1:] = ranked[:, 1:] < thresholds.to(ranked) * ranked[:, :1]
+    skipped = torch.zeros_like(weak).scatter(-1, order, weak)
     kept = weights.masked_fill(skipped, 0.0)
     scale = weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)
     return kept * scale, experts.masked_fill(skipped, num_experts)
@@ -170,7 +183,7 @@ def count_skips(model: PreTrainedModel) -> Iterator[SkipCount]:
 
     handles = [model.base_model.register_forward_pre_hook(before, with_kwargs=True)]
     for layer, block in enumerate(blocks):
-        handles.append(block.router.register_forward_hook(after(layer, block.num_experts)))
+        handles.append(block.router.register_forward_hook(after(layer, block.num_routed)))
     try:
         yield count
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import safetensors.torch
@@ -44,9 +44,14 @@ class ExpertStatistics:
         ratio_histogram: (L, K - 1, RATIO_BINS) int64; ``[l, j]`` counts tokens by ``w_{j + 2} / w_1``, the routing
             weight of rank j + 2 over the largest (arXiv 2402.14800, dynamic skipping).
         coactivation: (L, E, E) int64; tokens routed to both experts, on the diagonal tokens routed to e.
+        output_sum: (L, E, H) float64, sum over routed tokens of ``f_e``; None unless calibration was asked for it.
+        groups: expert groups of a layer, contiguous and of equal size, that pruning must keep equal; 1: none.
+        experts: number of experts of every layer, if given; E is the largest. Rows beyond a layer's number are 0.
+        fewest: experts that a layer must keep for its router to choose K, if given; K where there are no groups.
 
     Raises:
-        ValueError: a tensor's shape, dtype or device is not as above, or ``layers`` is empty or repeats a name.
+        ValueError: a tensor's shape, dtype or device is not as above, ``layers`` is empty or repeats a name, or the
+            numbers of experts do not fit.
     """
 
     model_type: str
@@ -58,6 +63,10 @@ class ExpertStatistics:
     tokens: torch.Tensor
     ratio_histogram: torch.Tensor
     coactivation: torch.Tensor
+    output_sum: torch.Tensor | None = None
+    groups: int = 1
+    experts: tuple[int, ...] = ()
+    fewest: int = 0
 
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) != len(self.layers):
@@ -66,27 +75,55 @@ class ExpertStatistics:
             raise ValueError(f"moments: has shape {tuple(self.moments.shape)}; expected (L, E, 3, 3)")
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k: expected 1 to {self.num_experts} experts, got {self.top_k}")
-        for name, (shape, dtype) in _tensor_layout(self.num_layers, self.num_experts, self.top_k).items():
+        for name, (shape, dtype) in self._layout().items():
             tensor = getattr(self, name)
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; expected {shape}")
             if tensor.dtype != dtype or tensor.device.type != "cpu":
                 raise ValueError(f"{name}: is {tensor.dtype} on {tensor.device}; expected {dtype} on cpu")
+        self.experts = self.experts or (self.num_experts,) * self.num_layers
+        if len(self.experts) != self.num_layers or max(self.experts) != self.num_experts or min(self.experts) < 1:
+            raise ValueError(
+                f"experts: expected {self.num_layers} numbers, the largest {self.num_experts}, got {self.experts}"
+            )
+        if self.groups < 1 or any(count % self.groups for count in self.experts):
+            raise ValueError(f"groups: {self.groups} groups of equal size do not hold {self.experts} experts")
+        self.fewest = self.fewest or self.top_k
+        if not self.top_k <= self.fewest <= min(self.experts):
+            raise ValueError(f"fewest: expected {self.top_k} to {min(self.experts)} experts, got {self.fewest}")
 
     @classmethod
     def zeros(
-        cls, model_type: str, layers: tuple[str, ...], num_experts: int, top_k: int, gate: str, dataset: str = ""
+        cls,
+        model_type: str,
+        layers: tuple[str, ...],
+        num_experts: int | tuple[int, ...],
+        top_k: int,
+        gate: str,
+        dataset: str = "",
+        *,
+        groups: int = 1,
+        fewest: int = 0,
+        hidden_size: int | None = None,
     ) -> ExpertStatistics:
-        """Statistics of no text at all, to accumulate into; arguments as the attributes, ``num_experts`` is E.
+        """Statistics of no text at all, to accumulate into; arguments as the attributes.
+
+        Args:
+            num_experts: E, or the number of every layer.
+            hidden_size: H, for an ``output_sum``.
 
         Raises:
             ValueError: ``layers`` is empty or repeats a name, or ``top_k`` is not in 1..E.
         """
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k: expected 1 to {num_experts} experts, got {top_k}")
-        layout = _tensor_layout(len(layers), num_experts, top_k)
+        experts = (num_experts,) * len(layers) if isinstance(num_experts, int) else num_experts
+        largest = num_experts if isinstance(num_experts, int) else max(num_experts, default=0)
+        if not 1 <= top_k <= largest:
+            raise ValueError(f"top_k: expected 1 to {largest} experts, got {top_k}")
+        layout = _tensor_layout(len(layers), largest, top_k, hidden_size)
         tensors = {name: torch.zeros(shape, dtype=dtype, device="cpu") for name, (shape, dtype) in layout.items()}
-        return cls(model_type, tuple(layers), top_k, gate, dataset, **tensors)
+        return cls(
+            model_type, tuple(layers), top_k, gate, dataset, **tensors, groups=groups, experts=experts, fewest=fewest
+        )
 
     @property
     def num_layers(self) -> int:
@@ -112,15 +149,19 @@ class ExpertStatistics:
             other: statistics of the same model, from other text.
 
         Raises:
-            ValueError: model type, layers, number of experts, ``top_k`` or gate definition differ; names which.
+            ValueError: model type, layers, numbers of experts, ``top_k``, gate definition or groups differ (names
+                which), or one of them has no ``output_sum``.
         """
-        for name in ("model_type", "layers", "num_experts", "top_k", "gate"):
+        for name in ("model_type", "layers", "num_experts", "experts", "top_k", "gate", "groups", "fewest"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 raise ValueError(f"other: statistics of different models do not add up: {name} {ours!r} and {theirs!r}")
+        if (self.output_sum is None) != (other.output_sum is None):
+            raise ValueError("other: one of the two has an output_sum and the other has none; calibrate both alike")
         labels = {label for label in (*self.dataset.split(" + "), *other.dataset.split(" + ")) if label}
         sums = {name: getattr(self, name) + getattr(other, name) for name in self._tensors()}
-        return ExpertStatistics(self.model_type, self.layers, self.top_k, self.gate, " + ".join(sorted(labels)), **sums)
+        dataset = " + ".join(sorted(labels))
+        return replace(self, dataset=dataset, **sums)
 
     def __add__(self, other: object) -> ExpertStatistics:
         """``merge`` as an operator."""
@@ -146,6 +187,9 @@ class ExpertStatistics:
             "gate": self.gate,
             "dataset": self.dataset,
             "token_count": str(int(self.tokens.max())),
+            "groups": str(self.groups),
+            "experts": json.dumps(self.experts),
+            "fewest": str(self.fewest),
         }
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
         with replace_file(path) as temporary:
@@ -175,36 +219,45 @@ class ExpertStatistics:
             raise StatisticsFileError(f"{path}: {error}") from error
         return loaded
 
+    def _layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        hidden_size = None if self.output_sum is None else int(self.output_sum.shape[-1])
+        return _tensor_layout(self.num_layers, self.num_experts, self.top_k, hidden_size)
+
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, name) for name in _tensor_layout(self.num_layers, self.num_experts, self.top_k)}
+        return {name: getattr(self, name) for name in self._layout()}
 
     def _check_values(self) -> None:
         for name, tensor in self._tensors().items():
-            valid = tensor.isfinite() & (tensor >= 0)
+            signed = name == "output_sum"
+            valid = tensor.isfinite() & (signed | (tensor >= 0))
             if not valid.all():
                 layer, *index = (~valid).nonzero()[0].tolist()
                 value = tensor[(layer, *index)].item()
                 raise ValueError(
-                    f"{name}: layer {self.layers[layer]!r} holds {value} at {index}; expected finite values >= 0"
+                    f"{name}: layer {self.layers[layer]!r} holds {value} at {index}; "
+                    f"expected finite values{'' if signed else ' >= 0'}"
                 )
 
 
-def _tensor_layout(layers: int, experts: int, top_k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor field."""
+def _tensor_layout(
+    layers: int, experts: int, top_k: int, hidden_size: int | None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor field; ``output_sum`` with a hidden size only."""
+    optional = {} if hidden_size is None else {"output_sum": ((layers, experts, hidden_size), torch.float64)}
     return {
         "moments": ((layers, experts, 3, 3), torch.float64),
         "tokens": ((layers,), torch.int64),
         "ratio_histogram": ((layers, top_k - 1, RATIO_BINS), torch.int64),
         "coactivation": ((layers, experts, experts), torch.int64),
+        **optional,
     }
 
 
 def _present_tensors(names: list[str]) -> list[str]:
-    """``names`` when they are exactly the tensor fields; ValueError otherwise."""
-    expected = _tensor_layout(1, 1, 1).keys()
-    if missing := sorted(expected - set(names)):
+    """``names`` when they are the tensor fields, with or without the optional one; ValueError otherwise."""
+    if missing := sorted(_tensor_layout(1, 1, 1, None).keys() - set(names)):
         raise ValueError(f"tensor {missing[0]!r} is missing")
-    if unexpected := sorted(set(names) - expected):
+    if unexpected := sorted(set(names) - _tensor_layout(1, 1, 1, 1).keys()):
         raise ValueError(f"tensor {unexpected[0]!r} is not part of format version {FORMAT_VERSION}")
     return names
 
@@ -229,6 +282,10 @@ def _parse_metadata(metadata: dict[str, str]) -> dict[str, Any]:
         "top_k": _parse_integer("top_k", metadata["top_k"]),
         "gate": metadata["gate"],
         "dataset": metadata["dataset"],
+        # Absent in files from before models with groups and with layers of different sizes.
+        "groups": _parse_integer("groups", metadata.get("groups", "1")),
+        "experts": _parse_counts("experts", metadata.get("experts", "[]")),
+        "fewest": _parse_integer("fewest", metadata.get("fewest", "0")),
     }
 
 
@@ -237,6 +294,16 @@ def _parse_integer(name: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError(f"metadata {name!r} is {text[:40]!r}; expected an integer") from None
+
+
+def _parse_counts(name: str, text: str) -> tuple[int, ...]:
+    try:
+        counts = json.loads(text)
+    except (ValueError, RecursionError):
+        counts = None
+    if not isinstance(counts, list) or not all(type(entry) is int for entry in counts):
+        raise ValueError(f"metadata {name!r} is {text[:40]!r}; expected a JSON list of integers")
+    return tuple(counts)
 
 
 def _parse_names(name: str, text: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ import torch
 
 import moe_ext
 from moe_ext import PruningPlan, SearchResult, checkpoint, ops
+from moe_ext.architectures import FAMILIES
 from moe_ext.cli import main
 from moe_ext.search_result import read_layers
 from moe_ext.statistics import ExpertStatistics
@@ -192,6 +193,56 @@ def test_a_criterion_can_be_spelled_as_a_triple(statistics: Path, capsys: pytest
     assert triple == json.loads(capsys.readouterr().out)["scores"]
 
 
+def test_one_ranking_of_all_layers_makes_a_checkpoint_that_loads_again(
+    statistics: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--ratio", "0.4", "--scope", "model", "--criterion", "frequency")
+    assert inside("plan", str(statistics), *options, "--out", str(tmp_path / "plan.json"), "--json") == 0
+    keep = json.loads(capsys.readouterr().out)["keep"]
+    assert sum(map(len, keep.values())) == 19  # of 32
+    assert len({len(kept) for kept in keep.values()}) > 1
+    assert inside("prune", MODEL, str(tmp_path / "plan.json"), "--out", str(tmp_path / "pruned")) == 0
+    assert "per_layer_config" in json.loads((tmp_path / "pruned" / "config.json").read_text())
+    capsys.readouterr()
+    assert inside("eval", str(tmp_path / "pruned"), "--text", str(text), "--json") == 0
+    assert math.isfinite(json.loads(capsys.readouterr().out)["mean"])
+
+
+def test_aimer_scores_a_checkpoint_without_statistics(capsys: pytest.CaptureFixture[str]) -> None:
+    assert inside("score", MODEL, "--criterion", "aimer", "--json") == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert list(scores["scores"].values()) == moe_ext.aimer(checkpoint.load(DEMO_MODEL)[0]).values.tolist()
+
+
+def test_mone_and_its_means_take_statistics_with_outputs(
+    statistics: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inside("score", str(statistics), "--criterion", "mone") == 1
+    assert "criterion 'mone' needs the sums of outputs" in capsys.readouterr().err
+    file = str(tmp_path / "outputs.safetensors")
+    assert inside("calibrate", MODEL, "--text", str(text), "--out", file, "--window", "64", "--outputs") == 0
+    capsys.readouterr()
+    assert inside("score", file, "--criterion", "mone", "--json") == 0
+    assert all(value > 0 for row in json.loads(capsys.readouterr().out)["scores"].values() for value in row)
+    plan = str(tmp_path / "plan.json")
+    assert inside("plan", file, "--criterion", "mone", "--keep", "6", "--out", plan) == 0
+    assert inside("prune", MODEL, plan, "--novices", file, "--out", str(tmp_path / "pruned")) == 0
+    capsys.readouterr()
+    assert inside("eval", str(tmp_path / "pruned"), "--text", str(text), "--json") == 0
+    assert math.isfinite(json.loads(capsys.readouterr().out)["mean"])
+
+
+def test_redundancy_shows_pairs_that_the_library_finds(statistics: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inside("redundancy", str(statistics), "--most", "2", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    pairs = moe_ext.redundant_pairs(ExpertStatistics.load(statistics), 2)
+    assert [(pair["layer"], pair["first"], pair["second"], pair["overlap"]) for pair in shown] == [
+        (pair.layer, pair.first, pair.second, pair.overlap) for pair in pairs
+    ]
+    assert inside("redundancy", str(statistics)) == 0
+    assert f"{pairs[0].overlap:.1%}" in capsys.readouterr().out
+
+
 def test_statistics_of_another_model_are_refused(
     statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,7 +297,7 @@ def test_info_says_what_was_built_and_what_runs() -> None:
     assert facts["torch"] == torch.__version__
     assert facts["cpu_variants"]["portable"] == "runs here"
     assert facts["cpu_variant_in_use"] in facts["cpu_variants"]
-    assert facts["model_families"] == ["mixtral"]
+    assert facts["model_families"] == list(FAMILIES)
     table = moe("info")
     assert table.returncode == 0
     assert "cuda_archs" in table.stdout
@@ -273,6 +324,7 @@ def test_info_says_what_was_built_and_what_runs() -> None:
         ("eval", MODEL),
         ("eval", MODEL, "--text", "text.txt", "--dtype", "int4"),
         ("score", "stats.safetensors", "--criterion", "best"),
+        ("plan", "stats.safetensors", "--keep", "4", "--out", "plan.json", "--normalise", "max"),
         ("score", "stats.safetensors", "--objective", "speed"),
     ],
 )

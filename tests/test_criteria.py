@@ -7,8 +7,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from moe_ext.criteria import CRITERIA, OBJECTIVES, Scores, point_of, score
+from moe_ext.criteria import CRITERIA, OBJECTIVES, Scores, aimer, point_of, score
+from moe_ext.plan import plan
 from moe_ext.statistics import ExpertStatistics
+from tests.conftest import MixtralFactory
 
 Routed = list[list[list[tuple[float, float]]]]  # layers, experts, (gate weight, output norm) of each routed token
 
@@ -167,3 +169,76 @@ def test_a_triple_can_be_spelled_as_scores_spell_it(spelled: str) -> None:
 def test_a_triple_outside_the_family_or_misspelled_is_refused(spelled: str) -> None:
     with pytest.raises(ValueError, match="criterion: expected"):
         point_of(spelled)
+
+
+# ---- outside the family
+
+
+def with_outputs(layers: list[list[list[list[float]]]], tokens: list[int]) -> ExpertStatistics:
+    """Statistics of layers of experts of routed tokens' outputs (H,)."""
+    hidden = next(len(out) for experts in layers for outputs in experts for out in outputs)
+    names = tuple(f"layers.{i}" for i in range(len(layers)))
+    stats = ExpertStatistics.zeros("mixtral", names, len(layers[0]), 1, "g", hidden_size=hidden)
+    assert stats.output_sum is not None
+    for layer, experts in enumerate(layers):
+        stats.tokens[layer] = tokens[layer]
+        for expert, outputs in enumerate(experts):
+            stats.moments[layer, expert, 0, 0] = len(outputs)
+            for out in outputs:
+                stats.moments[layer, expert, 0, 2] += sum(value**2 for value in out)
+                stats.output_sum[layer, expert] += torch.tensor(out, dtype=torch.float64)
+    return stats
+
+
+def test_mone_by_hand() -> None:
+    # Expert 0 of 5 tokens' 2: variances (2 - 0)^2 / 2 = 2 and (1 - 5)^2 / 2 = 8, root of their sum sqrt(10), frequency
+    # 2 / 5. Expert 1 always gives the same; expert 2 saw one token, expert 3 none.
+    layer = [[[0.0, 1.0], [2.0, 5.0]], [[3.0, 4.0]] * 2, [[7.0, 7.0]], []]
+    values = score(with_outputs([layer], [5]), "mone").values
+    torch.testing.assert_close(values, torch.tensor([[0.4 * math.sqrt(10), 0.0, 0.0, 0.0]]).double())
+
+
+@given(data=st.data())
+def test_mone_is_frequency_times_the_norm_of_the_standard_deviations(data: st.DataObject) -> None:
+    out = st.lists(st.floats(-10, 10), min_size=3, max_size=3)
+    outputs = data.draw(st.lists(out, min_size=2, max_size=6))
+    value = score(with_outputs([[outputs, [[0.0] * 3]]], [10]), "mone").values[0, 0]
+    expected = len(outputs) / 10 * torch.tensor(outputs, dtype=torch.float64).std(dim=0, correction=1).norm()
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-6)  # sums of squares cancel: sqrt(1e-16 * 100)
+
+
+def test_mone_without_sums_of_outputs_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"criterion 'mone' needs the sums of outputs: calibrate\(..., outputs=True\)"):
+        score(ONE_LAYER, "mone")
+
+
+def test_aimer_by_hand(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    experts = model.model.layers[1].mlp.experts
+    with torch.no_grad():
+        experts.gate_up_proj[0], experts.down_proj[0] = 0.5, -0.5  # mean |w| = RMS: the paper's score is 1, the highest
+        experts.gate_up_proj[1], experts.down_proj[1] = 0.0, 2.0  # a third of the weights: 2 / 3 over 2 / sqrt(3)
+        experts.gate_up_proj[2], experts.down_proj[2] = 0.0, 0.0
+    scores = aimer(model)
+    torch.testing.assert_close(scores.values[1, :3], torch.tensor([1.0, math.sqrt(3), 0.0]).double())
+    weights = torch.cat([experts.gate_up_proj[3].flatten(), experts.down_proj[3].flatten()]).double()
+    of_paper = float(weights.abs().mean() / weights.square().mean().sqrt())
+    assert scores.values[1, 3].item() == pytest.approx(1 / of_paper)
+    assert (scores.criterion, scores.model_type, scores.top_k) == ("aimer", "mixtral", 2)
+
+
+def test_aimer_removes_the_highest_score_of_the_paper_first(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    made = plan(aimer(model), keep=7)
+    for layer, block in enumerate(model.model.layers):
+        of_paper = []
+        for expert in range(8):
+            tensors = (block.mlp.experts.gate_up_proj[expert], block.mlp.experts.down_proj[expert])
+            weights = torch.cat([tensor.detach().flatten() for tensor in tensors]).double()
+            of_paper.append(float(weights.abs().mean() / weights.square().mean().sqrt()))
+        assert made.removed(layer) == (of_paper.index(max(of_paper)),)
+
+
+def test_aimer_of_statistics_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"aimer scores a model, not statistics: moe_ext.aimer\(model\)"):
+        score(ONE_LAYER, "aimer")

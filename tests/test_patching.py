@@ -344,7 +344,9 @@ def test_a_model_without_moe_layers_is_refused() -> None:
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="model type 'llama' is not supported; supported: mixtral"):
+    with pytest.raises(
+        ValueError, match=r"model type 'llama' is not supported: no module of it goes through .*; supported: mixtral"
+    ):
         moe_ext.patch(LlamaForCausalLM(config))
 
 
@@ -369,18 +371,31 @@ def test_unsupported_dtypes_and_activations_are_refused(
     assert model.get_experts_implementation() == {"": "grouped_mm"}
 
 
+def test_experts_that_do_not_use_their_configs_activation_are_refused(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    model.model.layers[2].mlp.experts.act_fn = nn.ReLU()
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp: MixtralExperts has another activation than its config nam"):
+        moe_ext.patch(model)
+
+
 def test_an_unsupported_device_is_refused(tiny_mixtral: MixtralFactory) -> None:
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp: weight is on the meta device; load the model"):
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp: gate_up_proj is on the meta device; load the"):
         moe_ext.patch(tiny_mixtral().to("meta"))
 
 
-@pytest.mark.parametrize("flag", ["is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel"])
-def test_experts_with_another_layout_are_refused(tiny_mixtral: MixtralFactory, flag: str) -> None:
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("is_transposed", "transposed weights, which moe_ext does not support"),
+        ("has_bias", "parameters .*; expected plain .*'down_proj_bias'"),
+        ("has_post_expert_norm", "a norm after each expert, which moe_ext does not support"),
+        ("_is_expert_parallel", "expert parallelism, which moe_ext does not support"),
+    ],
+)
+def test_experts_with_another_layout_are_refused(tiny_mixtral: MixtralFactory, flag: str, message: str) -> None:
     model = tiny_mixtral()
     setattr(model.model.layers[1].mlp.experts, flag, True)
-    with pytest.raises(
-        ValueError, match=r"model\.layers\.1\.mlp: MixtralExperts has .*, which moe_ext does not support"
-    ):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp: MixtralExperts has " + message):
         moe_ext.patch(model)
     assert not is_patched(model)
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,79 @@ def test_a_nan_score_is_refused_with_its_layer() -> None:
 def test_kept_and_removed_experts_are_all_experts(made: PruningPlan) -> None:
     for layer, kept in enumerate(made.keep):
         assert sorted((*kept, *made.removed(layer))) == list(range(made.num_experts))
+
+
+def grouped(values: list[list[float]], groups: int, fewest: int, top_k: int = 1) -> Scores:
+    return replace(scored(values, top_k), groups=groups, fewest=fewest)
+
+
+def test_every_group_loses_the_same_number_its_lowest_first() -> None:
+    made = plan(grouped([[0.1, 0.2, 0.3, 0.4, 9.0, 8.0, 7.0, 6.0]], groups=2, fewest=2), keep=4)
+    assert made.keep == ((2, 3, 4, 5),)
+    assert plan(grouped([[1.0] * 8], groups=2, fewest=2), ratio=0.5).keep == ((0, 1, 4, 5),)  # ties, in each group
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep": 5}, "keep: 5 keeps 5 experts, which 2 groups do not share equally"),
+        ({"keep": 2}, r"keep: 2 keeps 2 of 8 experts; expected 4 to 8 \(what the router needs to all\)"),
+        ({"keep": 2, "scope": "model"}, r"keep: 2 keeps 2 of 8 experts; expected 4 to 8"),
+    ],
+)
+def test_a_number_that_the_groups_do_not_allow_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(grouped([[1.0] * 8], groups=2, fewest=4), **arguments)
+
+
+def test_one_ranking_over_all_layers_by_hand() -> None:
+    table = [[0.1, 0.2, 0.3, 0.4], [10.0, 20.0, 30.0, 940.0], [5.0, 5.0, 5.0, 5.0]]
+    raw = plan(scored(table), keep=3, scope="model", normalise="none")
+    assert raw.keep == ((3,), (0, 1, 2, 3), (0, 1, 2, 3))  # the smallest layer is emptied down to its floor
+    by_sum = plan(scored(table), ratio=0.25, scope="model")  # shares: .1 .2 .3 .4, .01 .02 .03 .94, .25 each
+    assert by_sum.keep == ((0, 1, 2, 3), (3,), (0, 1, 2, 3))
+    by_max = plan(scored(table), keep=2, scope="model", normalise="max")  # .25 .5 .75 1, .01 .02 .03 1, 1 each
+    assert by_max.keep == ((3,), (3,), (0, 1, 2, 3))
+    assert by_sum.made_by["scope"] == "model"
+    assert by_sum.made_by["normalise"] == "sum"
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_one_ranking_over_all_layers_removes_one_at_a_time(data: st.DataObject) -> None:
+    layers, experts = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 5))
+    value = st.sampled_from([0.0, 1.0, 2.0, 0.5])
+    table = data.draw(st.lists(st.lists(value, min_size=experts, max_size=experts), min_size=layers, max_size=layers))
+    top_k = data.draw(st.integers(1, experts))
+    keep = data.draw(st.integers(top_k, experts))
+    made = plan(scored(table, top_k), keep=keep, scope="model", normalise="none")
+    left = [(score, layer, expert) for layer, row in enumerate(table) for expert, score in enumerate(row)]
+    while len(left) > keep * layers:
+        sizes = [sum(entry[1] == layer for entry in left) for layer in range(layers)]
+        removable = [entry for entry in left if sizes[entry[1]] > top_k]
+        left.remove(min(removable, key=lambda entry: (entry[0], -entry[1], -entry[2])))
+    for layer, kept in enumerate(made.keep):
+        assert list(kept) == [expert for _, of, expert in left if of == layer]
+
+
+def test_one_ranking_over_all_layers_takes_a_group_step_at_a_time() -> None:
+    # Steps, lowest of each group together: layer a (1 + 5) / 2 = 3, (2 + 6) / 2 = 4; layer b (0 + 7) / 2 = 3.5, 8.
+    table = [[1.0, 2.0, 6.0, 5.0], [9.0, 0.0, 7.0, 7.0]]
+    made = plan(grouped(table, groups=2, fewest=2), keep=3, scope="model", normalise="none")
+    assert made.keep == ((1, 2), (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scope": "global"}, "scope: expected layer or model, got 'global'"),
+        ({"scope": "model", "normalise": "mean"}, "normalise: expected one of sum, max, none, got 'mean'"),
+        ({"normalise": "sum"}, "normalise: expected none with scope 'layer', got 'sum'"),
+    ],
+)
+def test_an_unknown_scope_or_normalisation_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(scored([[1.0, 2.0]]), keep=1, **arguments)
 
 
 def test_a_layer_that_does_not_exist_is_an_index_error() -> None:

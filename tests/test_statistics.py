@@ -272,6 +272,9 @@ def test_the_header_tells_a_reader_what_the_file_is(saved: Path) -> None:
         "gate": "g",
         "dataset": "c4",
         "token_count": str(filled((2, 4, 2), seed=0).tokens.max().item()),
+        "groups": "1",
+        "experts": json.dumps([4, 4]),
+        "fewest": "2",
     }
 
 
