@@ -143,6 +143,26 @@ def test_what_means_do_not_go_with_is_refused() -> None:
         moe_ext.calibrate(model, batches(), progress=False)
 
 
+def test_a_layer_with_means_is_never_half_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("mixtral")
+    stats = calibrated(model, "mixtral")
+    to, calls = Tensor.to, 0
+
+    def out_of_memory(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal calls
+        calls += args[-1:] == (torch.float32,)  # a layer's means take the dtype of its weights
+        if calls == 2:
+            raise MemoryError
+        return to(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", out_of_memory)
+    with pytest.raises(MemoryError):
+        moe_ext.prune(model, plan_for(model, keep_of(model, "mixtral")), novices=stats)
+    for block, count in zip(moe_blocks(model), (5, 8, 8), strict=True):
+        assert {parameter.shape[0] for parameter in block.experts.parameters()} == {count}
+        assert (block.num_experts, block.has_novices) == (count, count == 5)
+
+
 @pytest.mark.parametrize("left", [[5, 5, 5], {"0": "5"}, {"7": 5}, {"0": 0}, {"0": 9}])
 def test_a_config_that_makes_no_sense_is_refused(left: Any, tmp_path: Path) -> None:
     model = build("mixtral")
