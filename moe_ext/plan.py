@@ -190,9 +190,9 @@ def plan(
         and the version.
 
     Raises:
-        ValueError: neither or both of keep and ratio, a ``keep`` that is no integer, fewer than K or more than E experts
-            to keep, a number that the groups do not share equally, layers that differ in their number of experts already,
-            an unknown scope or normalisation, or a NaN score (the layer and expert are named).
+        ValueError: neither or both of keep and ratio, a ``keep`` that is no integer, fewer than K or more than E
+            experts to keep, a number that the groups do not share equally, layers that differ in their number of
+            experts already, an unknown scope or normalisation, or a NaN score (the layer and expert are named).
     """
     layers, experts = scores.values.shape
     if len(set(scores.experts)) > 1:

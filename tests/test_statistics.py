@@ -311,6 +311,9 @@ def test_everything_about_layers_survives_a_merge() -> None:
     one, other = uneven(0), uneven(1)
     both = one + other
     assert (both.groups, both.experts, both.fewest) == (2, (6, 4), 4)
+    assert both.output_sum is not None
+    assert one.output_sum is not None
+    assert other.output_sum is not None
     assert torch.equal(both.output_sum, one.output_sum + other.output_sum)
     assert torch.equal(both.moments, one.moments + other.moments)
 
