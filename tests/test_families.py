@@ -381,6 +381,7 @@ def test_layers_with_different_numbers_of_experts_reload_to_the_bit(name: str, t
     loaded = reloaded(moe_ext.from_pretrained, tmp_path, auto_class=type(model))
     assert torch.equal(logits_of(loaded, tokens), expected)
     assert [block.num_experts for block in moe_blocks(loaded)] == [len(kept) for kept in keep]
+    assert getattr(loaded, "num_experts", None) == getattr(model, "num_experts", None)  # the head's copy
     # One config for all layers, so that transformers' switches reach them; patch relies on it.
     assert len({id(block.experts.config) for block in moe_blocks(loaded)}) == 1
     torch.testing.assert_close(logits_of(patched(loaded, name), tokens), expected, rtol=1e-4, atol=1e-4)

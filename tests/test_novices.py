@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import moe_ext
+from moe_ext import ops
 from moe_ext.architectures import moe_blocks
 from tests.conftest import random_tokens
 from tests.families import STOCK_ONLY, build, keep_of, logits_of, plan_for, reloaded
@@ -111,6 +112,26 @@ def test_unpatching_leaves_the_means(tmp_path: Path) -> None:
     tokens = random_tokens(2, 9)
     expected = logits_of(model, tokens)
     assert torch.equal(logits_of(moe_ext.unpatch(moe_ext.patch(model)), tokens), expected)
+
+
+def test_slots_of_means_cost_the_operator_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, whole = build("mixtral"), build("mixtral")
+    keep = keep_of(model, "mixtral")
+    moe_ext.patch(moe_ext.prune(model, plan_for(model, keep), novices=calibrated(whole, "mixtral")))
+    routed, given = [], []
+    experts = ops.experts
+
+    def watched(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, *more: Any) -> Tensor:
+        given.append(index)
+        return experts(x, gate_up, down, index, *more)
+
+    monkeypatch.setattr(ops, "experts", watched)
+    for block in moe_blocks(model):
+        block.router.register_forward_hook(lambda module, args, output: routed.append(output[2]))
+    logits_of(model, random_tokens(2, 13))
+    for chosen, index, kept in zip(routed, given, keep, strict=True):
+        place = {expert: new for new, expert in enumerate(kept)}
+        assert index.tolist() == [[place.get(expert, len(kept)) for expert in token] for token in chosen.tolist()]
 
 
 def test_gradients_pass_a_layer_with_means() -> None:
