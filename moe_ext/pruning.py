@@ -145,7 +145,6 @@ def _write_counts(config: Any, counts: list[str], blocks: list[MoeBlock]) -> Non
     if any(block.num_experts != largest for block in blocks):
         for block in blocks:
             overrides.setdefault(block.layer, {}).update(dict.fromkeys(counts, block.num_experts))
-    config.per_layer_config = None  # while it is set, its fields cannot be written
     for name in counts:
         setattr(config, name, largest)
     if overrides:

@@ -148,3 +148,10 @@ def test_a_load_that_fails_leaves_no_trace_in_transformers_classes(pruned: Path)
         moe_ext.from_pretrained(pruned, auto_class=Broken)
     assert MixtralDecoderLayer.__init__ is layer
     assert "allow_global_per_layer_attribute_access" not in vars(MixtralConfig)
+
+
+@pytest.mark.parametrize("pruned", [1], indirect=True)
+def test_a_family_whose_decoder_layers_cannot_be_told_is_refused(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "MODEL_MAPPING", {})
+    with pytest.raises(ValueError, match="the decoder layers of model type 'mixtral' cannot be told"):
+        moe_ext.from_pretrained(pruned)

@@ -403,8 +403,12 @@ def test_a_model_with_uneven_layers_is_calibrated_skips_and_generates(name: str,
     model = build(name)
     keep = keep_of(model, name, fewer=2 if moe_blocks(model)[0].groups == 2 else 1)
     moe_ext.prune(patched(model, name), plan_for(model, keep))
-    stats = moe_ext.calibrate(model, batches(), progress=False)
+    stats = moe_ext.calibrate(model, batches(), progress=False, outputs=True)
     assert stats.experts == tuple(len(kept) for kept in keep)
+    assert stats.output_sum is not None
+    for sums, kept in zip(stats.output_sum, keep, strict=True):
+        assert bool(sums[: len(kept)].any())
+        assert not bool(sums[len(kept) :].any())
     stats.save(tmp_path / "stats.safetensors")
     thresholds = moe_ext.skip_thresholds(moe_ext.ExpertStatistics.load(tmp_path / "stats.safetensors"), 0.4)
     patched(model, name, skip=thresholds)

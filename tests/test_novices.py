@@ -156,6 +156,12 @@ def test_what_means_do_not_go_with_is_refused() -> None:
         moe_ext.prune(model, plan, novices=without)
     with pytest.raises(ValueError, match="novices: the statistics are of another model than the plan"):
         moe_ext.prune(model, plan, novices=calibrated(build("qwen3_moe"), "qwen3_moe"))
+    fewer = calibrated(build("mixtral", num_local_experts=6), "mixtral")
+    with pytest.raises(ValueError, match="novices: the statistics are of another model than the plan"):
+        moe_ext.prune(model, plan, novices=fewer)
+    narrow = calibrated(build("mixtral", hidden_size=16), "mixtral")
+    with pytest.raises(ValueError, match="novices: the statistics' outputs have 16 dimensions; the model's have 32"):
+        moe_ext.prune(model, plan, novices=narrow)
     stats = calibrated(model, "mixtral")
     moe_ext.prune(model, plan, novices=stats)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp has means in the place .*; prune the unpruned model instead"):
