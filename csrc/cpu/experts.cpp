@@ -12,7 +12,7 @@
 // one thread in a fixed order, so the result depends neither on the number of threads nor on the rest of the batch.
 //
 // Cost: reads 3 H I weights of each expert that has a token, once per kTokensPerRun tokens; 6 H I FLOPs a slot.
-// Memory: P (H + I) operands, H / 16 floats a slot when observing, and for each thread 128 bytes for every token and
+// Memory: P (H + I) operands, H / 32 floats a slot when observing, and for each thread 256 bytes for every token and
 // every slot of the busiest expert; P = slots that are no sentinel, of at most kTokensPerRun tokens.
 #include <algorithm>
 #include <cmath>

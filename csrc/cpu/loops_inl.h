@@ -27,6 +27,8 @@ constexpr int kWideTileRows = 1;
 #endif
 constexpr int64_t kShortRowBytes = 4096;
 constexpr int64_t kLineBytes = 64;
+// Beyond so many rows a chunk of them leaves a usual L2, and comes from the last cache for every block.
+constexpr int64_t kRowsInL2 = 128;
 
 // A number known at compile time, as a parameter of a generic lambda.
 template <int kValue>
@@ -42,10 +44,14 @@ struct Fetch {
   int64_t lines = 0;
 };
 
+// Instead of a pointer into an activation row that the next tile multiplies, a line of which is fetched with every
+// step.
+struct NoRowAhead {};
+
 // y[m, n] = or += a[m] . b[n] over k elements; a_stride, b_stride: elements from row to row.
-template <int M, int N, typename A, typename W>
+template <int M, int N, typename A, typename W, typename RowAhead>
 static inline void dot_tile(const A* a, int64_t a_stride, const W* b, int64_t b_stride, int64_t k, bool add, float* y,
-                            Fetch<W> fetch) {
+                            Fetch<W> fetch, RowAhead row_ahead) {
   using Dot = DotOf<A, W>;
   Vec acc[M][N];
 #pragma GCC unroll 8
@@ -54,6 +60,10 @@ static inline void dot_tile(const A* a, int64_t a_stride, const W* b, int64_t b_
     for (int n = 0; n < N; ++n) acc[m][n] = Vec::zero();
   }
   const auto step = [&] {
+    if constexpr (std::is_pointer_v<RowAhead>) {
+      __builtin_prefetch(row_ahead, 0, 2);
+      row_ahead += Dot::kStep;
+    }
     typename Dot::Weight bv[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) bv[n] = Dot::load_weight(b + n * b_stride);
@@ -125,10 +135,10 @@ struct Block {
   }
 
   // Rows [row, row + M) against columns [n, n + N), over the chunk at `first`.
-  template <int M, int N>
-  void tile(int64_t row, int64_t n, int64_t first, Fetch<W> fetch) const {
+  template <int M, int N, typename RowAhead>
+  void tile(int64_t row, int64_t n, int64_t first, Fetch<W> fetch, RowAhead row_ahead) const {
     dot_tile<M, N>(static_cast<const A*>(p.rows) + row * p.k + first, p.k, weight_row(p.weights, n, p.k) + first, p.k,
-                   chunk_at(first), first > 0, p.y + row * kBlockColumns + n, fetch);
+                   chunk_at(first), first > 0, p.y + row * kBlockColumns + n, fetch, row_ahead);
   }
 
   // Calls f(n, width) for tiles of columns: kWidest, kTileColumns or 1 wide, none with rows from both sides of the
@@ -161,7 +171,7 @@ struct Block {
       const WeightRows& next = last ? p.next_weights : p.weights;
       for (int64_t first = 0; first < p.k; first += kChunk) {
         const Fetch<W> fetch = this->fetch_of(next, last ? 0 : n + kWidth, first, 0, lines(this->chunk_at(first)));
-        this->template tile<M, kWidth>(0, n, first, fetch);
+        this->template tile<M, kWidth>(0, n, first, fetch, NoRowAhead());
       }
     };
     if (M <= kWideTileRows && p.k * static_cast<int64_t>(sizeof(W)) < kShortRowBytes) {
@@ -174,6 +184,7 @@ struct Block {
   // Many tiles of activation rows: bound by arithmetic. Chunk by chunk, so that a tile's part of the activations stays
   // in L1 and the block's part of the weights in L2; each tile fetches its share of what comes next, so that the
   // requests are spread evenly.
+  template <bool kAhead>
   void many_rows() const {
     const int64_t tiles = (p.row_count + kTileRows - 1) / kTileRows;
     for (int64_t first = 0; first < p.k; first += kChunk) {
@@ -187,7 +198,15 @@ struct Block {
         with_height<kTileRows>(end - row, [&](auto height) {
           this->template for_each_columns<kTileColumns>([&](int64_t n, auto width) {
             const Fetch<W> fetch = this->fetch_of(next, n, next_first, from, count);
-            this->template tile<decltype(height)::value, decltype(width)::value>(row, n, first, fetch);
+            constexpr int kHeight = decltype(height)::value, kWidth = decltype(width)::value;
+            if constexpr (kAhead) {
+              const int64_t ahead = end + n / kTileColumns;  // a row of the next tile with every tile of columns
+              const A* rows = static_cast<const A*>(p.rows) + first;
+              this->template tile<kHeight, kWidth>(row, n, first, fetch,
+                                                   rows + (ahead < p.row_count ? ahead : row) * p.k);
+            } else {
+              this->template tile<kHeight, kWidth>(row, n, first, fetch, NoRowAhead());
+            }
           });
         });
       }
@@ -207,8 +226,10 @@ struct Block {
   }
 
   void run() const {
-    if (p.row_count > kTileRows) {
-      many_rows();
+    if (p.row_count > kRowsInL2) {
+      many_rows<true>();
+    } else if (p.row_count > kTileRows) {
+      many_rows<false>();
     } else {
       with_height<kTileRows>(p.row_count, [&](auto height) { this->template few_rows<decltype(height)::value>(); });
     }
