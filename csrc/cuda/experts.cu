@@ -111,13 +111,7 @@ void run_sorted(const ExpertsParams& p, const Choice& choice, const Scratch& scr
                            p.top_k, p.intermediate, p.hidden, p.activation};
   const GemmParams down{h,        p.down,         y,           nullptr, s.down.tiles, s.down.max_tiles, p.top_k,
                         p.hidden, p.intermediate, p.activation};
-  if (tensor_cores) {
-    launch_grouped_gemm(Product::kGateUp, choice.gate_up_shape, gate_up, p.dtype, stream);
-    launch_grouped_gemm(Product::kDown, choice.down_shape, down, p.dtype, stream);
-  } else {
-    launch_plain_gemm(Product::kGateUp, choice.gate_up_rows, gate_up, p.dtype, stream);
-    launch_plain_gemm(Product::kDown, choice.down_rows, down, p.dtype, stream);
-  }
+  launch_gemms(choice, gate_up, down, p.dtype, stream);
 
   CombineParams c{};
   c.y = y;

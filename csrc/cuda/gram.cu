@@ -208,13 +208,7 @@ void gram(const GramParams& p, const Scratch& scratch, cudaStream_t stream) {
                              1, p.intermediate, p.hidden, p.activation};
     const GemmParams down{h,        p.down,         y,           nullptr, list.down.tiles, list.down.max_tiles, 1,
                           p.hidden, p.intermediate, p.activation};
-    if (tensor_cores) {
-      launch_grouped_gemm(Product::kGateUp, choice.gate_up_shape, gate_up, p.dtype, stream);
-      launch_grouped_gemm(Product::kDown, choice.down_shape, down, p.dtype, stream);
-    } else {
-      launch_plain_gemm(Product::kGateUp, choice.gate_up_rows, gate_up, p.dtype, stream);
-      launch_plain_gemm(Product::kDown, choice.down_rows, down, p.dtype, stream);
-    }
+    launch_gemms(choice, gate_up, down, p.dtype, stream);
     double* of_part = p.gram + first * p.num_experts * p.num_experts;
     launch_products({y, of_part, tokens, p.num_experts, p.hidden}, row_dtype, p.dtype, stream);
   }

@@ -162,6 +162,18 @@ inline Choice choose_sorted(const ExpertsParams& p, const Device& device) {
   return takes_tensor_cores(p, forced) ? choose_grouped(p, forced, device) : plain(p);
 }
 
+// The two products over a list of positions, by the kernels of a choice that is not kSmallBatch.
+inline void launch_gemms(const Choice& choice, const GemmParams& gate_up, const GemmParams& down, DType dtype,
+                         CUstream_st* stream) {
+  if (choice.way == Choice::Way::kGrouped) {
+    launch_grouped_gemm(Product::kGateUp, choice.gate_up_shape, gate_up, dtype, stream);
+    launch_grouped_gemm(Product::kDown, choice.down_shape, down, dtype, stream);
+  } else {
+    launch_plain_gemm(Product::kGateUp, choice.gate_up_rows, gate_up, dtype, stream);
+    launch_plain_gemm(Product::kDown, choice.down_rows, down, dtype, stream);
+  }
+}
+
 // ---- Gram matrices (gram.cu)
 
 inline constexpr int64_t kGramBytes = 1 << 30;  // of h and y, which are there for some tokens at a time
