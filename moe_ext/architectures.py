@@ -31,6 +31,9 @@ NUM_EXPERTS_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "m
 # Buffers that moe_ext.novices puts into experts modules.
 PLACES, MEANS = "moe_ext_places", "moe_ext_means"
 
+# Attribute of a weight on the meta device that moe_ext.skeleton loads before it is used: the device that it will be on.
+LOADED_LATER = "_moe_ext_loaded_later"
+
 _DECODER_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
 
@@ -464,7 +467,7 @@ def _check_plain(name: str, owner: str, key: str, tensor: Tensor) -> None:
     # A parametrized weight shows up under other names, a quantised one or an adapter as further or other types.
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
         raise ValueError(f"{name}: {owner}'s {key} is a {type(tensor).__name__}; expected plain tensors")
-    if tensor.device.type == "meta":
+    if tensor.device.type == "meta" and not hasattr(tensor, LOADED_LATER):
         raise ValueError(f"{name}: {key} is on the meta device; load the model's weights into memory")
 
 

@@ -21,6 +21,7 @@ from moe_ext import checkpoint
 from moe_ext.architectures import FAMILIES, moe_blocks
 from moe_ext.binary import _C
 from moe_ext.calibration import calibrate as run_calibration
+from moe_ext.checkpoint_pruning import prune_checkpoint
 from moe_ext.criteria import CRITERIA, OUTSIDE, Scores, aimer, point_of
 from moe_ext.criteria import score as scores_of
 from moe_ext.evaluation import perplexity
@@ -308,28 +309,41 @@ def search(
 @app.command()
 def prune(
     model: Model,
-    plan: Annotated[Path, typer.Argument(help="File written by `moe-ext plan`.", show_default=False)],
     save_to: Annotated[Path, typer.Option("--out", help="Folder for the pruned checkpoint.", show_default=False)],
+    plan: Annotated[
+        Path | None, typer.Argument(help="File written by `moe-ext plan` or `moe-ext search`.", show_default=False)
+    ] = None,
+    plan_option: Annotated[Path | None, typer.Option("--plan", help="The same.", show_default=False)] = None,
     novices: Annotated[
         Path | None, typer.Option(help="Statistics made with --outputs: means take the place of removed experts.")
     ] = None,
+    shard_size: Annotated[float, typer.Option(min=1e-6, help="Gigabytes of weights a file.")] = 5.0,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Remove the experts that a plan does not keep and write a checkpoint.
 
-    Stock transformers loads it, unless layers keep different numbers of experts or --novices is given: that takes
-    moe_ext.from_pretrained.
+    A checkpoint folder is pruned from file to file, whatever its size; a run that was interrupted goes on when it is
+    started again. A name on the Hub, or --novices, takes the model into memory. Stock transformers loads the result,
+    unless layers keep different numbers of experts or --novices is given: that takes moe_ext.from_pretrained.
     """
-    made = PruningPlan.load(plan)
-    means = None if novices is None else ExpertStatistics.load(novices)
+    if (plan is None) == (plan_option is None):
+        raise typer.BadParameter("give the plan once, as an argument or with --plan")
+    made = PruningPlan.load(plan or plan_option or Path())
     folder_destination(save_to)
-    loaded, tokenizer = load(model, dtype, "cpu")
-    before = loaded.num_parameters()
-    apply_plan(loaded, made, novices=means)
-    with errors.status(f"writing {save_to}"):
-        checkpoint.save(loaded, tokenizer, save_to)
-    after, size = loaded.num_parameters(), checkpoint.size_on_disk(save_to)
+    if novices is None and Path(model).is_dir():
+        written = prune_checkpoint(
+            model, made, save_to, shard_size=int(shard_size * 1e9), dtype=dtype, progress=not as_json
+        )
+        before, after, size = written.parameters_before, written.parameters, written.weight_bytes
+    else:
+        means = None if novices is None else ExpertStatistics.load(novices)
+        loaded, tokenizer = load(model, dtype, "cpu")
+        before = loaded.num_parameters()
+        apply_plan(loaded, made, novices=means)
+        with errors.status(f"writing {save_to}"):
+            checkpoint.save(loaded, tokenizer, save_to)
+        after, size = loaded.num_parameters(), checkpoint.size_on_disk(save_to)
     if as_json:
         print_json({"checkpoint": str(save_to), "parameters_before": before, "parameters": after, "weight_bytes": size})
     else:
