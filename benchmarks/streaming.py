@@ -39,15 +39,40 @@ CONFIG = {
     "architectures": ["MixtralForCausalLM"],
 }
 
-JOBS = {
-    "import": "import moe_ext, moe_ext.checkpoint_pruning",
-    "prune": """
+TOKENS = (4, 4, 256)  # batches, sequences, tokens
+
+PRUNE = """
 import moe_ext
 from moe_ext.plan import PruningPlan
-layers = tuple(f"model.layers.{{layer}}.mlp" for layer in range({layers}))
-plan = PruningPlan("mixtral", 8, 2, layers, ((0, 2, 3, 4, 6, 7),) * {layers})
-moe_ext.prune_checkpoint({source!r}, plan, {out!r}, progress=False)
-""",
+layers = tuple(f"model.layers.{layer}.mlp" for layer in range(LAYERS))
+plan = PruningPlan("mixtral", 8, 2, layers, ((0, 2, 3, 4, 6, 7),) * LAYERS)
+moe_ext.prune_checkpoint(SOURCE, plan, OUT, progress=False)
+"""
+# The layers' times: of loading (which waits for the disk unless it was read ahead) and of computing.
+CALIBRATE = """
+import json, os, time
+import torch, moe_ext
+from moe_ext.layers_on_disk import LayersOnDisk
+batches = [{"input_ids": torch.randint(0, 8192, TOKENS[1:])} for _ in range(TOKENS[0])]
+need, loading = LayersOnDisk.need, []
+def timed(self, layer):
+    begin = time.perf_counter()
+    need(self, layer)
+    loading.append(time.perf_counter() - begin)
+LayersOnDisk.need = timed
+begin = time.perf_counter()
+OPTIONS and OPTIONS.get("scratch") and os.makedirs(OPTIONS["scratch"])
+moe_ext.calibrate(SOURCE, batches, progress=False, **OPTIONS)
+seconds = time.perf_counter() - begin
+print(json.dumps({"calibration_seconds": round(seconds, 2), "loading_seconds": round(sum(loading), 2),
+                  "computing_seconds": round(seconds - sum(loading), 2)}))
+"""
+JOBS: dict[str, tuple[str, dict[str, Any]]] = {
+    "import": ("import moe_ext", {}),
+    "prune": (PRUNE, {}),
+    "calibrate": (CALIBRATE, {}),
+    "calibrate, no reading ahead": (CALIBRATE, {"read_ahead": False}),
+    "calibrate, scratch folder": (CALIBRATE, {"scratch": "OUT"}),
 }
 
 
@@ -128,6 +153,8 @@ def main() -> None:
         size = make_checkpoint(source)
         largest_layer = max(file.stat().st_size for file in source.glob("*.safetensors"))
         facts = {
+            "calibration_tokens": TOKENS[0] * TOKENS[1] * TOKENS[2],
+            "hidden_state_bytes": TOKENS[0] * TOKENS[1] * TOKENS[2] * 2048 * 2,
             "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
             "checkpoint_bytes": size,
             "largest_layer_bytes": largest_layer,
@@ -137,15 +164,18 @@ def main() -> None:
         rows = {}
         for name in arguments.jobs:
             forget(source)
-            out = Path(folder) / name
-            rows[name] = measured(JOBS[name].format(layers=LAYERS, source=str(source), out=str(out)))
+            code, options = JOBS[name]
+            out = str(Path(folder) / name)
+            options = {key: out if value == "OUT" else value for key, value in options.items()}
+            values = {"LAYERS": LAYERS, "SOURCE": str(source), "OUT": out, "TOKENS": TOKENS, "OPTIONS": options}
+            rows[name] = measured("".join(f"{key} = {value!r}\n" for key, value in values.items()) + code)
             print(name, json.dumps(rows[name]), flush=True)
         peak_of_maker = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if arguments.write is not None:
             write_result(
                 arguments.write,
-                "Peak resident memory and time of jobs on a checkpoint that stays on disk, each in a process of its own "
-                "after the checkpoint was dropped from the page cache; 'import' is a process that does nothing else.",
+                "Peak resident memory and time of jobs on a checkpoint that stays on disk, each in a process of its "
+                "own after the checkpoint was dropped from the page cache; 'import': a process that does nothing else.",
                 **facts,
                 peak_rss_bytes_of_the_maker=peak_of_maker,
                 jobs=rows,

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
@@ -320,6 +321,12 @@ def _groups(config: Any, family: Family) -> tuple[int, int]:
         return 1, 1
     groups = int(_field(config, family.groups_field) or 1)
     return groups, int(getattr(config, "topk_group", None) or groups)
+
+
+def device_of(weight: Tensor) -> torch.device:
+    """Where a weight is, or will be once it is loaded."""
+    device: torch.device = getattr(weight, LOADED_LATER, weight.device)
+    return device
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from moe_ext.architectures import (
     activation_of,
     check_experts,
     check_layout,
+    device_of,
     eager_forward,
     expert_tensors,
     moe_blocks,
@@ -174,13 +175,14 @@ def _unsupported(block: MoeBlock) -> str | None:
     gate_up = cast(Tensor, block.experts.gate_up_proj)
     if gate_up.dtype not in SUPPORTED_DTYPES:
         return f"{block.name}: dtype {gate_up.dtype} is not supported; use float32, bfloat16 or float16"
-    if gate_up.device.type == "cuda" and not _C.cuda_archs:
+    device = device_of(gate_up)
+    if device.type == "cuda" and not _C.cuda_archs:
         return (
-            f"{block.name} is on {gate_up.device}, but this build of moe_ext has no CUDA kernels; "
+            f"{block.name} is on {device}, but this build of moe_ext has no CUDA kernels; "
             "move the model to the CPU, or build with MOE_EXT_CUDA=1"
         )
-    if gate_up.device.type not in ("cpu", "cuda"):
-        return f"{block.name}: device {gate_up.device} is not supported; use the CPU"
+    if device.type not in ("cpu", "cuda"):
+        return f"{block.name}: device {device} is not supported; use the CPU"
     for name, parameter in block.experts.named_parameters():
         if (parameter.dtype, parameter.device) != (gate_up.dtype, gate_up.device):
             return f"{block.name}: {name} has another dtype or device than gate_up_proj"

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from moe_ext.architectures import MoeBlock, moe_blocks
 from moe_ext.budgets import counts_per_layer, share_out
 from moe_ext.calibration import check_batch
+from moe_ext.digests import tensor_bytes, text_digest
 from moe_ext.evaluation import evaluation_mode
 from moe_ext.files import file_destination
 from moe_ext.layer_inputs import LayerInputs
@@ -120,7 +121,7 @@ def search(
         "tokens": tokens,
     }
     layers = _Layers(blocks, counts, method, budget, thresholds, max_subsets)
-    record = _Record(resume, {**asked, "model": _digest_of_model(model, blocks), "text": _digest_of_text(listed)})
+    record = _Record(resume, {**asked, "model": _digest_of_model(model, blocks), "text": text_digest(listed)})
     found = record.layers
     left = [layer for layer in range(len(blocks)) if layer not in found]
     bar = tqdm(total=len(left) * len(listed), desc="search", unit="batch", disable=not progress)
@@ -299,18 +300,5 @@ def _digest_of_model(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> str:
     digest = hashlib.sha256(f"{model.config.model_type} {model.dtype}".encode())
     for block in blocks:
         digest.update(block.name.encode())
-        digest.update(_bytes_of(next(block.router.parameters())))
+        digest.update(tensor_bytes(next(block.router.parameters())))
     return digest.hexdigest()
-
-
-def _digest_of_text(batches: Sequence[Mapping[str, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name in sorted(batch):
-            digest.update(f"{name} {tuple(batch[name].shape)} {batch[name].dtype}".encode())
-            digest.update(_bytes_of(batch[name]))
-    return digest.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
