@@ -22,6 +22,7 @@ from moe_ext.architectures import (
     device_of,
     eager_forward,
     family_of,
+    input_device,
     model_type_of,
     moe_blocks,
     refuse_novices,
@@ -42,7 +43,7 @@ class _Observer:
     experts that run on transformers' implementation."""
 
     def __init__(self, block: MoeBlock, outputs: bool) -> None:
-        device = device_of(next(block.experts.parameters()))
+        device = device_of(block.experts, next(block.experts.parameters()))
         self.experts = block.experts
         self.num_experts, self.top_k = block.num_experts, block.top_k
         self.moments = torch.zeros(self.num_experts, 3, 3, dtype=torch.float64, device=device)
@@ -250,7 +251,7 @@ def _run(
             counted = check_batch(index, batch)
             for observer in observers:
                 observer.counted = None if counted is None else counted.to(observer.moments.device)
-            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            inputs = {name: tensor.to(input_device(model)) for name, tensor in batch.items()}
             # The decoder without the language model head: statistics need no logits.
             model.base_model(**inputs, use_cache=False)
     digests = [router_digest(block) for block in moe_blocks(model)]

@@ -339,6 +339,7 @@ def search(
         typer.Option(help="File of all losses; an interrupted search goes on from it. <plan>.safetensors if absent."),
     ] = None,
     dataset: Annotated[str, typer.Option(help="Label of the text; the domain names if empty.")] = "",
+    sequential: Sequential = False,
     window: Window = 512,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
@@ -353,13 +354,21 @@ def search(
     losses = losses or save_to.with_suffix(".safetensors")
     file_destination(losses)
     texts = read_domains(text)
-    loaded, tokenizer = load(model, dtype, device)
-    blocks = moe_blocks(loaded)
-    thresholds = thresholds_in_config(loaded.config, len(blocks), blocks[0].top_k) if skip else None
+    options: dict[str, Any] = {}
+    if sequential:
+        if skip:
+            raise typer.BadParameter("--skip goes without --sequential")
+        source: Any = checkpoint_folder(model)
+        tokenizer, thresholds = transformers.AutoTokenizer.from_pretrained(model), None
+        options = {"dtype": dtype, "device": device}
+    else:
+        source, tokenizer = load(model, dtype, device)
+        blocks = moe_blocks(source)
+        thresholds = thresholds_in_config(source.config, len(blocks), blocks[0].top_k) if skip else None
     if skip and thresholds is None:
         raise ValueError(f"--skip: {model} holds no skip thresholds; moe-ext skip sets them")
     result = run_search(
-        loaded,
+        source,
         token_batches(texts, tokenizer, window=window, batch_size=batch_size),
         keep=counts,
         ratio=ratio,
@@ -370,6 +379,7 @@ def search(
         resume=losses,
         progress=not as_json,
         dataset=dataset or " + ".join(texts),
+        **options,
     )
     result.plan.save(save_to)
     exact = result.plan.made_by["exact"]

@@ -10,7 +10,10 @@ from moe_ext.architectures import MoeBlock
 
 
 def router_digest(block: MoeBlock) -> str:
-    """Of a block's router: experts are too many to read for this. The same in every dtype that holds the weights."""
+    """Of a block's router: experts are too many to read for this. The same in every dtype that holds the weights.
+    Empty if they are not in memory."""
+    if any(tensor.is_meta for tensor in block.router.parameters()):
+        return ""
     digest = hashlib.sha256(block.name.encode())
     for tensor in block.router.parameters():
         digest.update(tensor_bytes(tensor.float()))
@@ -18,7 +21,10 @@ def router_digest(block: MoeBlock) -> str:
 
 
 def joined_digest(digests: Iterable[str]) -> str:
-    """One of several."""
+    """One of several; empty if one of them is."""
+    digests = list(digests)
+    if not all(digests):
+        return ""
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_ext.architectures import MoeBlock, device_of
+from moe_ext.architectures import MoeBlock, input_device
 from moe_ext.spilling import SpillingList
 
 MEMORY = 128 << 20
@@ -177,8 +177,7 @@ class LayerInputs:
             yield replace
 
     def _run(self, inputs: Mapping[str, Tensor]) -> None:
-        device = device_of(next(self._model.base_model.parameters()))
-        on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
+        on_device = {name: tensor.to(input_device(self._model)) for name, tensor in inputs.items()}
         self._model.base_model(**on_device, use_cache=False)
         _give_back_holes()
 

@@ -99,13 +99,11 @@ class LayersOnDisk:
         if self._read_ahead and layer + 1 < self.num_layers:
             self._reader.start([self._stored[name] for name in self._keys[layer + 1]])
 
-    def weight_files(self) -> list[Path]:
-        """The files that weights are read from."""
-        return sorted({tensor.file for tensor in self._stored.values()})
-
-    def layer_bytes(self) -> int:
-        """Bytes of the largest decoder layer in its files."""
-        return max(sum(self._stored[name].size for name in names) for names in self._keys)
+    def fingerprint(self) -> str:
+        """Tells checkpoints apart by their folder and their files' names, sizes and times."""
+        files = sorted({tensor.file for tensor in self._stored.values()} | {self.folder / "config.json"})
+        states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return f"{self.folder.resolve()} {states}"
 
     def _free(self) -> None:
         if self._resident is not None:

@@ -50,15 +50,10 @@ class Options:
     read_ahead: bool = True
 
 
-def bytes_of_states(layers: LayersOnDisk, batches: Sequence[Mapping[str, Tensor]]) -> int:
-    """What the hidden states of all batches take, once."""
-    return sum(_places(layers, batches)[1:])
-
-
-def _places(layers: LayersOnDisk, batches: Sequence[Mapping[str, Tensor]]) -> list[int]:
-    """0, and the bytes of every batch."""
+def _sizes(layers: LayersOnDisk, batches: Sequence[Mapping[str, Tensor]]) -> list[int]:
+    """Bytes that every batch's hidden states take."""
     width = text_config(layers.model).hidden_size * layers.model.dtype.itemsize
-    return [0, *(-(-batch["input_ids"].numel() * width // _ALIGNMENT) * _ALIGNMENT for batch in batches)]
+    return [-(-batch["input_ids"].numel() * width // _ALIGNMENT) * _ALIGNMENT for batch in batches]
 
 
 class MappedStates:
@@ -189,15 +184,15 @@ class Record:
             [
                 __version__,
                 text_digest(batches),
-                *(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in layers.weight_files()),
-                f"{layers.folder.resolve()} {layers.model.dtype} {options.device} {outputs} {stats.dataset}",
+                layers.fingerprint(),
+                f"{layers.model.dtype} {options.device} {outputs} {stats.dataset}",
                 *stats.shards,
             ]
         )
         self.position = 0
         self.digests: dict[int, str] = {}
         reached = self._read()
-        sizes = _places(layers, batches)[1:]
+        sizes = _sizes(layers, batches)
         if options.scratch is None or sum(sizes) == 0:
             _check_memory(sum(sizes))
             self.states: HiddenStates = SpillingStates(sum(sizes))

@@ -207,3 +207,40 @@ def test_what_cannot_be_calibrated_is_refused(mixtral: Path, tmp_path: Path) -> 
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(ValueError, match="truncated"):
         moe_ext.calibrate(tmp_path / "cut", ragged_batches(), progress=False)
+
+
+@pytest.mark.parametrize("options", [{"method": "layerwise"}, {"method": "progressive"}, {"method": "greedy"}])
+def test_a_search_finds_what_it_finds_in_the_loaded_model(options: dict[str, Any], mixtral: Path) -> None:
+    options = {**options, "keep": 6, "progress": False}
+    expected = moe_ext.search(moe_ext.from_pretrained(mixtral), ragged_batches(), **options)
+    got = moe_ext.search(mixtral, ragged_batches(), **options)
+    assert got.plan == expected.plan
+    for ours, theirs in zip(got.losses, expected.losses, strict=True):
+        assert torch.equal(ours.losses, theirs.losses)
+
+
+def test_an_interrupted_search_goes_on_with_the_layers_that_are_left(
+    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"keep": 6, "progress": False, "resume": tmp_path / "losses.safetensors"}
+    expected = moe_ext.search(mixtral, ragged_batches(), keep=6, progress=False)
+    observe, searched = LayerInputs.observe, []
+
+    def interrupted(self: LayerInputs, block: int, seen: Any) -> None:
+        searched.append(block)
+        if searched == [0, 1]:
+            raise KeyboardInterrupt
+        observe(self, block, seen)
+
+    monkeypatch.setattr(LayerInputs, "observe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        moe_ext.search(mixtral, ragged_batches(), **options)
+    assert moe_ext.search(mixtral, ragged_batches(), **options).plan == expected.plan
+    assert searched == [0, 1, 1, 2]
+
+
+def test_a_router_that_the_search_does_not_evaluate_is_refused() -> None:
+    with pytest.raises(ValueError, match="'deepseek_v3' has .sigmoid scores"):
+        moe_ext.search(build("deepseek_v3"), ragged_batches(), keep=6, progress=False)
+    with pytest.raises(TypeError, match="dtype: is for a checkpoint folder"):
+        moe_ext.search(build("mixtral"), ragged_batches(), keep=6, progress=False, dtype="float32")
