@@ -8,10 +8,11 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -19,7 +20,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from moe_ext.architectures import moe_blocks
-from moe_ext.checkpoint_files import StoredTensor, stored_tensors
+from moe_ext.checkpoint_files import CheckpointError, StoredTensor, stored_tensors
 from moe_ext.layer_inputs import decoder_layers
 from moe_ext.skeleton import skeleton_of
 
@@ -48,6 +49,7 @@ class LayersOnDisk:
     ) -> None:
         self._stored = stored_tensors(folder)
         skeleton = skeleton_of(folder, self._stored, dtype=dtype, device=device)
+        self._skeleton = skeleton
         self.model: PreTrainedModel = skeleton.model
         self.folder, self._device = Path(folder), torch.device(device)
         owner, layers, _ = decoder_layers(self.model, moe_blocks(self.model))
@@ -112,16 +114,53 @@ class LayersOnDisk:
             self._resident = None
 
     def _load(self, names: list[str]) -> None:
+        """Experts that are stored one by one are read into their place; the rest goes through transformers' code."""
+        stacked: dict[str, list[str]] = {}
+        others = []
+        for name in names:
+            source = self._skeleton.sources[name]
+            if source.part is None:
+                others.append(name)
+            else:
+                stacked.setdefault(source.target, []).append(name)
+        for target, parts in stacked.items():
+            self._load_stacked(target, parts)
         with ExitStack() as stack, _without_bar():
             files = {
                 file: stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-                for file in {self._stored[name].file for name in names}
+                for file in {self._stored[name].file for name in others}
             }
-            state = {name: files[self._stored[name].file].get_slice(name) for name in names}
+            state = {name: files[self._stored[name].file].get_slice(name) for name in others}
             info, _ = convert_and_load_state_dict_in_model(self.model, state, self._config)
         if problems := {**info.conversion_errors, **dict.fromkeys(map(str, info.mismatched_keys), "has another shape")}:
             name, problem = next(iter(problems.items()))
             raise ValueError(f"{self.folder}: {name}: {problem}")
+
+    def _load_stacked(self, target: str, names: list[str]) -> None:
+        """Reads a parameter (E, R, C) from tensors (R', C) that fill an expert's rows one above the other, with one of
+        them in memory beside it at most."""
+        module = self.model.get_submodule(target.rpartition(".")[0])
+        key, sources = target.rpartition(".")[2], self._skeleton.sources
+        absent = _of(module._parameters, key)
+        experts, rows, columns = absent.shape
+        weight = torch.empty_like(absent, dtype=self._skeleton.dtype_of(target), device=self._device)
+        filled = [0] * experts
+        for name in sorted(names, key=lambda name: (sources[name].expert, sources[name].part)):
+            stored, expert = self._stored[name], sources[name].expert
+            if expert is None or expert >= experts or stored.shape[1:] != (columns,):
+                raise ValueError(f"{self.folder}: {name} {stored.shape} has no place in {target} {tuple(absent.shape)}")
+            first, filled[expert] = filled[expert], filled[expert] + stored.shape[0]
+            place = weight[expert, first : filled[expert]]
+            direct = place.device.type == "cpu" and place.dtype == stored.dtype and place.is_contiguous()
+            read = place if direct else torch.empty(stored.shape, dtype=stored.dtype)
+            with stored.file.open("rb", buffering=0) as file:
+                file.seek(stored.offset)
+                _read_into(file, read.reshape(-1).view(torch.uint8).numpy().data)
+            if not direct:
+                place.copy_(read)
+        if filled != [rows] * experts:
+            raise ValueError(f"{self.folder}: experts of {target} have {filled} rows; expected {rows} each")
+        module._parameters[key] = nn.Parameter(weight, requires_grad=False)
 
     def _fill_buffers(self) -> None:
         """Buffers that no checkpoint holds, by the model's own code, as transformers' from_pretrained does it."""
@@ -154,6 +193,14 @@ def _without_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _read_into(file: Any, place: memoryview) -> None:
+    while len(place):
+        count = file.readinto(place)
+        if not count:
+            raise CheckpointError(f"{file.name}: was cut short since it was opened")
+        place = place[count:]
 
 
 class _Reader:

@@ -15,7 +15,13 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 from moe_ext.architectures import LOADED_LATER
 from moe_ext.checkpoint_files import StoredTensor
@@ -33,12 +39,15 @@ class Source:
         expert: index of the expert, if the key is of one expert alone.
         expert_at: where its number stands in the key: first character and the one after the last.
         converted: whether transformers computes something on the way, beyond another name.
+        part: where the tensor goes among those of its expert, which lie one above the other in the parameter's
+            slice of that expert; None if transformers' conversion is another one.
     """
 
     target: str
     expert: int | None = None
     expert_at: tuple[int, int] = (0, 0)
     converted: bool = False
+    part: int | None = None
 
 
 @dataclass(frozen=True)
@@ -132,10 +141,19 @@ def _sources(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Source]:
             number = re.search(pattern.replace("*.", r"(\d+)\.") + "$", name)
             if number is None:
                 raise ValueError(f"cannot tell which expert {name!r} is of")
-            found[name] = Source(target, int(number[1]), number.span(1), converted=True)
+            part = _part(converter_of[pattern], pattern)
+            found[name] = Source(target, int(number[1]), number.span(1), converted=True, part=part)
         else:
             found[name] = Source(target, converted=True)
     return found
+
+
+def _part(converter: WeightConverter, pattern: str) -> int | None:
+    stack, *others = converter.operations
+    above = len(others) == 1 and isinstance(others[0], Concatenate) and others[0].dim == 1
+    if isinstance(stack, MergeModulelist) and stack.dim == 0 and (above or len(converter.source_patterns) == 1):
+        return int(converter.source_patterns.index(pattern))
+    return None
 
 
 def tied(model: PreTrainedModel) -> set[str]:
