@@ -162,10 +162,11 @@ def main() -> None:
         {"rate": "pruning, bytes of the result", "value": f"{pruned / 1e9:.2f} GB/s"},
         {"rate": "computing, two cores", "value": f"{cpu_flops / 1e9:.0f} GFLOP/s"},
     ]
+    link = f"[{source.name}](../benchmarks/results/{source.name})"
     parts = [
         f"### Measured\n\nA generated Mixtral of {size / 1e9:.2f} GB ({result['largest_layer_bytes'] / 1e6:.0f} MB a "
-        f"layer, {result['largest_tensor_bytes'] / 1e6:.0f} MB its largest tensor), {result['calibration_tokens']} tokens, "
-        f"on {result['date']} ([{source.name}](../benchmarks/results/{source.name})).\n\n{table(rss)}\n\n{table(rates)}",
+        f"layer, {result['largest_tensor_bytes'] / 1e6:.0f} MB its largest tensor), {result['calibration_tokens']} "
+        f"tokens, on {result['date']} ({link}).\n\n{table(rss)}\n\n{table(rates)}",
         "### Calibration\n\n" + table([calibration(model, site) for model in MODELS for site in sites]),
         f"### Pruning to {KEPT:.0%} of the experts\n\n" + table([pruning(m, read, write, pruned) for m in MODELS]),
     ]

@@ -12,6 +12,8 @@ namespace moe_ext {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+static inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 enum class Activation : int32_t { kSilu, kGeluErf, kGeluTanh };
 
 // How a CPU kernel gets its threads: the caller's pool, so that no second one is started.
@@ -101,7 +103,7 @@ int64_t first_bad_expert(const void* experts, bool is_int64, int64_t slots, int6
 
 // Instruction sets: the compiled variants, best first; whether this machine runs one; the one in use. MOE_EXT_ISA
 // forces one by name; active_isa() throws std::runtime_error if that name is unknown or does not run here.
-inline constexpr int kIsaCount = 3;
+inline constexpr int kIsaCount = 4;
 const char* isa_name(int isa);
 bool isa_runs_here(int isa);
 int active_isa();

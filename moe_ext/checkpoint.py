@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from moe_ext.files import replace_file, replace_folder
 from moe_ext.heterogeneous import built
@@ -27,8 +27,8 @@ def from_pretrained(checkpoint: str | Path, *, auto_class: Any = AutoModelForCau
     code of transformers 5.23 reads the one global field instead, and stock ``from_pretrained`` stops with
     AmbiguousGlobalPerLayerAttributeError. Here each decoder layer is built from its own config; afterwards all share
     the model's, as ever. Experts replaced by their means (:func:`moe_ext.prune` with ``novices``) say so in
-    ``config.moe_ext``, and are built into the layers. For such a checkpoint the family's layer classes are changed
-    while it loads: load one model at a time.
+    ``config.moe_ext``, and are built into the layers. For such a checkpoint the family's layer and config classes are
+    changed while it loads: load one model at a time.
 
     Args:
         checkpoint: a folder, or a name on the Hugging Face Hub.
@@ -36,15 +36,17 @@ def from_pretrained(checkpoint: str | Path, *, auto_class: Any = AutoModelForCau
         **options: passed on to it.
 
     Returns:
-        The model.
+        What that ``from_pretrained`` returns: the model.
 
     Raises:
         ValueError: such a checkpoint of a family whose decoder layers cannot be told, or a wrong ``config.moe_ext``.
         OSError: no such checkpoint, or a broken one.
     """
-    where = {name: value for name, value in options.items() if name in _WHERE}
-    config = options.pop("config", None) or AutoConfig.from_pretrained(checkpoint, **where)
-    return built(config, lambda: auto_class.from_pretrained(checkpoint, config=config, **options))
+    config = options.get("config")
+    if not isinstance(config, PreTrainedConfig):  # it may be a name or a folder
+        where = {name: value for name, value in options.items() if name in _WHERE}
+        config = AutoConfig.from_pretrained(config or checkpoint, **where)
+    return built(config, lambda: auto_class.from_pretrained(checkpoint, **options))
 
 
 def load(checkpoint: str | Path, *, dtype: str = "auto", device: str = "cpu") -> tuple[PreTrainedModel, Any]:
@@ -71,7 +73,7 @@ def load(checkpoint: str | Path, *, dtype: str = "auto", device: str = "cpu") ->
 
 
 def save(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> None:
-    """Writes a checkpoint that stock transformers loads. The folder appears when it is complete.
+    """Writes a checkpoint that :func:`load` reads. The folder appears when it is complete.
 
     Args:
         folder: must not exist yet, or be empty.

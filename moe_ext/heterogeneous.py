@@ -14,13 +14,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moe_ext.novices import experts_left, make_room
 from moe_ext.routing import CONFIG_KEY
 
-_ALLOWED = "allow_global_per_layer_attribute_access"  # transformers' config field
+_ALLOWED = "allow_global_per_layer_attribute_access"  # property of transformers' configs
 
 
 def built(config: Any, make: Callable[[], Any]) -> Any:
     """What ``make`` builds from a config, also where layers differ or have means in the place of experts.
 
-    For such a config the family's layer classes are changed while ``make`` runs: build one model at a time.
+    For such a config the family's layer and config classes are changed while ``make`` runs: build one model at a time.
 
     Raises:
         ValueError: such a config of a family whose decoder layers cannot be told, or a wrong ``config.moe_ext``.
@@ -29,19 +29,14 @@ def built(config: Any, make: Callable[[], Any]) -> Any:
     left = experts_left(getattr(config, CONFIG_KEY, None), text.num_hidden_layers)
     if not text.is_heterogeneous and not left:
         return make()
-    allowed = vars(text).get(_ALLOWED)
-    vars(text)[_ALLOWED] = True  # language model heads keep a copy of the global count
     with _layers_built_one_by_one(text, left):
-        model = make()
-    if not allowed:
-        del vars(model.config.get_text_config(decoder=True))[_ALLOWED]
-    return model
+        return make()
 
 
 @contextmanager
 def _layers_built_one_by_one(config: Any, left: dict[int, int]) -> Iterator[None]:
     """Decoder layers of the config's family that are built inside the ``with`` block read ``per_layer_config``, and
-    have ``left[layer]`` experts beside means."""
+    have ``left[layer]`` experts beside means; the rest of the model may read the global fields."""
     base = MODEL_MAPPING.get(type(config), None)
     classes = [] if base is None else _decoder_layers(sys.modules[base.__module__])
     if not classes:
@@ -51,9 +46,11 @@ def _layers_built_one_by_one(config: Any, left: dict[int, int]) -> Iterator[None
     originals = [cls.__init__ for cls in classes]
     for cls, original in zip(classes, originals, strict=True):
         cls.__init__ = _built_from_its_own_config(original, left)
+    setattr(type(config), _ALLOWED, True)  # language model heads keep a copy of the global count
     try:
         yield
     finally:
+        delattr(type(config), _ALLOWED)  # the property of the base class again
         for cls, original in zip(classes, originals, strict=True):
             cls.__init__ = original
 

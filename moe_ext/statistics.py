@@ -157,7 +157,8 @@ class ExpertStatistics:
 
         Raises:
             ValueError: model type, layers, numbers of experts, ``top_k``, gate definition or groups differ (names
-                which), the routers' weights differ, one of them has no ``output_sum``, or both hold the same shard.
+                which), the routers' weights differ, one of them has no ``output_sum`` or one of another size, or both
+                hold the same shard.
         """
         for name in ("model_type", "layers", "num_experts", "experts", "top_k", "gate", "groups", "fewest"):
             ours, theirs = getattr(self, name), getattr(other, name)
@@ -169,6 +170,13 @@ class ExpertStatistics:
             raise ValueError(f"other: both hold the shard {twice[0]!r}, which would count twice")
         if (self.output_sum is None) != (other.output_sum is None):
             raise ValueError("other: one of the two has an output_sum and the other has none; calibrate both alike")
+        if self.output_sum is not None and other.output_sum is not None:
+            ours, theirs = self.output_sum.shape[-1], other.output_sum.shape[-1]
+            if ours != theirs:
+                raise ValueError(
+                    f"other: statistics of different models do not add up: output_sum has {ours} and "
+                    f"{theirs} dimensions"
+                )
         labels = {label for label in (*self.dataset.split(" + "), *other.dataset.split(" + ")) if label}
         sums = {name: getattr(self, name) + getattr(other, name) for name in self.tensors()}
         dataset = " + ".join(sorted(labels))
