@@ -16,6 +16,7 @@ from moe_ext.layers_on_disk import LayersOnDisk
 from moe_ext.statistics import ExpertStatistics
 from tests.conftest import random_tokens
 from tests.families import FIELDS, STOCK_ONLY, UNRECORDED, build, keep_of, plan_for
+from tests.reference import DEVICES
 
 FAMILIES = [*FIELDS, *UNRECORDED]
 
@@ -52,6 +53,12 @@ def test_statistics_are_those_of_the_loaded_model_bit_by_bit(family: str, tmp_pa
     expected = moe_ext.calibrate(loaded, ragged_batches(), **options)
     got = moe_ext.calibrate(tmp_path / "source", ragged_batches(), **options)
     assert_same_bits(got, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_layer_computes_on_the_device_asked_for(device: str, mixtral: Path) -> None:
+    expected = moe_ext.calibrate(moe_ext.from_pretrained(mixtral).to(device), ragged_batches(), progress=False)
+    assert_same_bits(moe_ext.calibrate(mixtral, ragged_batches(), progress=False, device=device), expected)
 
 
 def test_layers_that_differ_are_built_as_they_are(tmp_path: Path) -> None:
