@@ -68,12 +68,19 @@ seconds = time.perf_counter() - begin
 print(json.dumps({"calibration_seconds": round(seconds, 2), "loading_seconds": round(sum(loading), 2),
                   "computing_seconds": round(seconds - sum(loading), 2)}))
 """
+SEARCH = """
+import torch
+import moe_ext
+batches = [{"input_ids": torch.randint(0, 8192, TOKENS[1:])} for _ in range(TOKENS[0])]
+moe_ext.search(SOURCE, batches, keep=6, progress=False)
+"""
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "import": ("import moe_ext", {}),
     "prune": (PRUNE, {}),
     "calibrate": (CALIBRATE, {}),
     "calibrate, no reading ahead": (CALIBRATE, {"read_ahead": False}),
     "calibrate, scratch folder": (CALIBRATE, {"scratch": "OUT"}),
+    "search": (SEARCH, {}),
 }
 
 
