@@ -9,6 +9,7 @@ moe_ext.patch(model, skip=moe_ext.skip_thresholds(stats))
 import moe_ext.binary  # noqa: F401  first: one clear ImportError if torch or the binary does not fit
 from moe_ext.calibration import calibrate
 from moe_ext.checkpoint import from_pretrained
+from moe_ext.checkpoint_pruning import PrunedCheckpoint, prune_checkpoint
 from moe_ext.criteria import CRITERIA, OBJECTIVES, Scores, aimer, score
 from moe_ext.evaluation import Perplexity, perplexity
 from moe_ext.patching import patch, unpatch
@@ -28,6 +29,7 @@ __all__ = [
     "ExpertStatistics",
     "LayerLosses",
     "Perplexity",
+    "PrunedCheckpoint",
     "PruningPlan",
     "Scores",
     "SearchResult",
@@ -40,6 +42,7 @@ __all__ = [
     "perplexity",
     "plan",
     "prune",
+    "prune_checkpoint",
     "redundant_pairs",
     "score",
     "search",

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
@@ -30,6 +31,9 @@ NUM_EXPERTS_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "m
 
 # Buffers that moe_ext.novices puts into experts modules.
 PLACES, MEANS = "moe_ext_places", "moe_ext_means"
+
+# Attribute of a weight on the meta device that moe_ext.skeleton loads before it is used: the device that it will be on.
+LOADED_LATER = "_moe_ext_loaded_later"
 
 _DECODER_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
@@ -319,6 +323,30 @@ def _groups(config: Any, family: Family) -> tuple[int, int]:
     return groups, int(getattr(config, "topk_group", None) or groups)
 
 
+def device_of(module: nn.Module, weight: Tensor) -> torch.device:
+    """Where a module's weight is, or will be once it is loaded: by :mod:`moe_ext.layers_on_disk`, or for the time of a
+    forward pass by one of accelerate's hooks."""
+    hook = getattr(module, "_hf_hook", None)
+    places = [getattr(one, "execution_device", None) for one in getattr(hook, "hooks", [hook])]
+    hooked = next((torch.device(place) for place in places if place is not None), weight.device)
+    device: torch.device = getattr(weight, LOADED_LATER, hooked if weight.is_meta else weight.device)
+    return device
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its inputs; accelerate's hooks move them where the first weights will be."""
+    device: torch.device = model.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def refuse_offloaded(blocks: list[MoeBlock], job: str) -> None:
+    """ValueError, naming the layer, if weights are in memory only while accelerate's hooks run it."""
+    for block in blocks:
+        for tensor in (*_tensors(block.experts).values(), *_tensors(block.router).values()):
+            if tensor.is_meta and not hasattr(tensor, LOADED_LATER):
+                raise ValueError(f"{block.name} is offloaded by accelerate's hooks; {job} a model that is in memory")
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether a module's class goes through transformers' experts interface."""
     return "is_concatenated" in vars(module) and hasattr(type(module).forward, "__wrapped__")
@@ -404,7 +432,7 @@ def expert_tensors(block: MoeBlock) -> dict[str, Tensor]:
                 f"expected plain {sorted(expected)}"
             )
     for name, tensor in tensors.items():
-        _check_plain(block.name, type(experts).__name__, name, tensor)
+        _check_plain(block.name, experts, name, tensor)
         if tensor.dim() == 0 or tensor.shape[0] != block.num_experts:
             found = tensor.shape[0] if tensor.dim() else "no dimension of"
             raise ValueError(f"{block.name}: {name} has {found} experts; expected {block.num_experts}")
@@ -419,7 +447,7 @@ def check_layout(block: MoeBlock) -> None:
     """
     expert_tensors(block)
     for module, name, tensor, dim in block.routing_tensors():
-        _check_plain(block.name, type(module).__name__, name, tensor)
+        _check_plain(block.name, module, name, tensor)
         if tensor.dim() <= dim or tensor.shape[dim] != block.num_routed:
             raise ValueError(
                 f"{block.name}: the router's {name} has shape {tuple(tensor.shape)}; "
@@ -457,14 +485,14 @@ def check_experts(name: str, experts: nn.Module) -> None:
             "expected plain ['down_proj', 'gate_up_proj']"
         )
     for key, tensor in tensors.items():
-        _check_plain(name, type(experts).__name__, key, tensor)
+        _check_plain(name, experts, key, tensor)
 
 
-def _check_plain(name: str, owner: str, key: str, tensor: Tensor) -> None:
+def _check_plain(name: str, owner: nn.Module, key: str, tensor: Tensor) -> None:
     # A parametrized weight shows up under other names, a quantised one or an adapter as further or other types.
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
-        raise ValueError(f"{name}: {owner}'s {key} is a {type(tensor).__name__}; expected plain tensors")
-    if tensor.device.type == "meta":
+        raise ValueError(f"{name}: {type(owner).__name__}'s {key} is a {type(tensor).__name__}; expected plain tensors")
+    if device_of(owner, tensor).type == "meta":
         raise ValueError(f"{name}: {key} is on the meta device; load the model's weights into memory")
 
 

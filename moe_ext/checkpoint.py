@@ -1,29 +1,16 @@
 """Checkpoints on disk: loads a model with its tokenizer, and saves both as a folder that is either whole or absent."""
 
-import inspect
 import json
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import (
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from moe_ext.files import replace_file, replace_folder
-from moe_ext.novices import experts_left, make_room
+from moe_ext.heterogeneous import built
 from moe_ext.routing import CONFIG_KEY, section_with
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # "model" or "owner/model"
@@ -31,7 +18,6 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, 
 
 # Arguments of from_pretrained that say where a checkpoint is, for its config as for its weights.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
-_ALLOWED = "allow_global_per_layer_attribute_access"  # property of transformers' configs
 
 
 def from_pretrained(checkpoint: str | Path, *, auto_class: Any = AutoModelForCausalLM, **options: Any) -> Any:
@@ -60,59 +46,7 @@ def from_pretrained(checkpoint: str | Path, *, auto_class: Any = AutoModelForCau
     if not isinstance(config, PreTrainedConfig):  # it may be a name or a folder
         where = {name: value for name, value in options.items() if name in _WHERE}
         config = AutoConfig.from_pretrained(config or checkpoint, **where)
-    text = config.get_text_config(decoder=True)
-    left = experts_left(getattr(config, CONFIG_KEY, None), text.num_hidden_layers)
-    if not text.is_heterogeneous and not left:
-        return auto_class.from_pretrained(checkpoint, **options)
-    with _layers_built_one_by_one(text, left):
-        return auto_class.from_pretrained(checkpoint, **options)
-
-
-@contextmanager
-def _layers_built_one_by_one(config: Any, left: dict[int, int]) -> Iterator[None]:
-    """Decoder layers of the config's family that are built inside the ``with`` block read ``per_layer_config``, and
-    have ``left[layer]`` experts beside means; the rest of the model may read the global fields."""
-    base = MODEL_MAPPING.get(type(config), None)
-    classes = [] if base is None else _decoder_layers(sys.modules[base.__module__])
-    if not classes:
-        raise ValueError(
-            f"the decoder layers of model type {config.model_type!r} cannot be told from its modeling code"
-        )
-    originals = [cls.__init__ for cls in classes]
-    for cls, original in zip(classes, originals, strict=True):
-        cls.__init__ = _built_from_its_own_config(original, left)
-    setattr(type(config), _ALLOWED, True)  # language model heads keep a copy of the global count
-    try:
-        yield
-    finally:
-        delattr(type(config), _ALLOWED)  # the property of the base class again
-        for cls, original in zip(classes, originals, strict=True):
-            cls.__init__ = original
-
-
-def _decoder_layers(modeling: Any) -> list[Any]:
-    return [
-        cls
-        for cls in vars(modeling).values()
-        if inspect.isclass(cls)
-        and issubclass(cls, GradientCheckpointingLayer)
-        and {"config", "layer_idx"} <= set(inspect.signature(cls.__init__).parameters)
-    ]
-
-
-def _built_from_its_own_config(original: Any, left: dict[int, int]) -> Any:
-    @wraps(original)
-    def build(self: nn.Module, config: Any, layer_idx: int, *args: Any, **kwargs: Any) -> None:
-        own = config.per_layer_config[layer_idx]
-        original(self, own, layer_idx, *args, **kwargs)
-        if layer_idx in left:
-            make_room(self, left[layer_idx], config.hidden_size)
-        # One config for all from here on: implementations of attention and experts are chosen there.
-        for module in self.modules():
-            if getattr(module, "config", None) is own:
-                module.config = config
-
-    return build
+    return built(config, lambda: auto_class.from_pretrained(checkpoint, **options))
 
 
 def load(checkpoint: str | Path, *, dtype: str = "auto", device: str = "cpu") -> tuple[PreTrainedModel, Any]:

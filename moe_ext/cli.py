@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the job failed (one or two lines say why; ``--debug`` show
 import json
 import platform
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,13 +22,16 @@ from moe_ext import checkpoint
 from moe_ext.architectures import FAMILIES, moe_blocks
 from moe_ext.binary import _C
 from moe_ext.calibration import calibrate as run_calibration
+from moe_ext.checkpoint_pruning import prune_checkpoint
 from moe_ext.criteria import CRITERIA, OUTSIDE, Scores, aimer, point_of
 from moe_ext.criteria import score as scores_of
+from moe_ext.digests import text_digest
 from moe_ext.evaluation import perplexity
 from moe_ext.files import file_destination, folder_destination
 from moe_ext.patching import patch
 from moe_ext.plan import PruningPlan
 from moe_ext.plan import plan as plan_from
+from moe_ext.processes import process_group, rank, started_by_torchrun
 from moe_ext.pruning import prune as apply_plan
 from moe_ext.redundancy import redundant_pairs
 from moe_ext.routing import count_skips, skip_thresholds, thresholds_in_config
@@ -90,6 +94,12 @@ Keep = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Seed of the criterion 'random'.")]
 
 
+Sequential = Annotated[
+    bool,
+    typer.Option("--sequential", help="Hold one decoder layer of the checkpoint folder in memory at a time."),
+]
+
+
 def print_json(result: Any) -> None:
     print(json.dumps(result, indent=2))
 
@@ -97,6 +107,21 @@ def print_json(result: Any) -> None:
 def load(model: str, dtype: str, device: str) -> tuple[transformers.PreTrainedModel, Any]:
     with errors.status(f"loading {model}"):
         return checkpoint.load(model, dtype=dtype, device=device)
+
+
+def checkpoint_folder(model: str) -> Path:
+    """What --sequential reads from."""
+    if not Path(model).is_dir():
+        raise FileNotFoundError(f"--sequential needs a checkpoint folder; there is none at {model}")
+    return Path(model)
+
+
+def show_statistics(stats: ExpertStatistics, path: Path, as_json: bool) -> None:
+    tokens = int(stats.tokens.max())
+    if as_json:
+        print_json({"statistics": str(path), "tokens": tokens, "layers": list(stats.layers)})
+    else:
+        out.print(f"{tokens} tokens through {stats.num_layers} layers of {stats.num_experts} experts: {path}")
 
 
 def scores_for(statistics: Path, criterion: str | None, objective: str | None, seed: int | None) -> Scores:
@@ -143,6 +168,15 @@ def calibrate(
     save_to: Annotated[Path, typer.Option("--out", help="Statistics file to write.", show_default=False)],
     dataset: Annotated[str, typer.Option(help="Label of the text; the domain names if empty.")] = "",
     outputs: Annotated[bool, typer.Option("--outputs", help="Also sum experts' outputs (slower), for mone.")] = False,
+    sequential: Sequential = False,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(help="Folder for hidden states, twice, with --sequential; in memory if absent."),
+    ] = None,
+    shard: Annotated[
+        str, typer.Option(help="Label of this run, for `moe-ext merge`; a fingerprint of the text if empty.")
+    ] = "",
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that torchrun's processes wait for each other.")] = 600,
     window: Window = 512,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
@@ -150,19 +184,66 @@ def calibrate(
     strict: Strict = True,
     as_json: Json = False,
 ) -> None:
-    """Run a model over text and write its expert statistics."""
+    """Run a model over text and write its expert statistics.
+
+    Started by torchrun, every process takes its share of the batches, and the first one writes. With --sequential an
+    interrupted run goes on from <out>.partial when it is started again.
+    """
+    if scratch is not None and not sequential:
+        raise typer.BadParameter("--scratch goes with --sequential")
     file_destination(save_to)
     texts = read_domains(text)
-    loaded, tokenizer = load(model, dtype, device)
-    batches = list(token_batches(texts, tokenizer, window=window, batch_size=batch_size))
-    label = dataset or " + ".join(texts)
-    stats = run_calibration(loaded, batches, progress=not as_json, dataset=label, outputs=outputs, strict=strict)
-    stats.save(save_to)
-    tokens = int(stats.tokens.max())
-    if as_json:
-        print_json({"statistics": str(save_to), "tokens": tokens, "layers": list(stats.layers)})
-    else:
-        out.print(f"{tokens} tokens through {stats.num_layers} layers of {stats.num_experts} experts: {save_to}")
+    several = started_by_torchrun()
+    with process_group(device, timeout) if several else nullcontext(device) as place:
+        options: dict[str, Any] = {}
+        partial = save_to.with_name(f".{save_to.name}.{rank()}.partial")
+        if sequential:
+            source: Any = checkpoint_folder(model)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+            options = {"dtype": dtype, "device": place, "scratch": scratch, "resume": partial}
+        else:
+            source, tokenizer = load(model, dtype, place)
+        batches = list(token_batches(texts, tokenizer, window=window, batch_size=batch_size))
+        stats = run_calibration(
+            source,
+            batches,
+            progress=not as_json and rank() == 0,
+            dataset=dataset or " + ".join(texts),
+            outputs=outputs,
+            strict=strict,
+            shard=shard or text_digest(batches)[:12],
+            distributed=several,
+            **options,
+        )
+        if rank() == 0:
+            stats.save(save_to)
+        partial.unlink(missing_ok=True)
+        first = rank() == 0
+    if first:
+        show_statistics(stats, save_to, as_json)
+
+
+@app.command()
+def merge(
+    statistics: Annotated[
+        list[Path], typer.Argument(help="Files written by `moe-ext calibrate`, for one model.", show_default=False)
+    ],
+    save_to: Annotated[Path, typer.Option("--out", "-o", help="Statistics file to write.", show_default=False)],
+    allow_duplicates: Annotated[
+        bool, typer.Option("--allow-duplicates", help="Let a shard that is in several files count several times.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Add up the statistics of runs over different text, such as on different machines."""
+    file_destination(save_to)
+    merged = ExpertStatistics.load(statistics[0])
+    for file in statistics[1:]:
+        try:
+            merged = merged.merge(ExpertStatistics.load(file), allow_duplicates=allow_duplicates)
+        except ValueError as error:
+            raise ValueError(f"{file}: {str(error).removeprefix('other: ')}") from error
+    merged.save(save_to)
+    show_statistics(merged, save_to, as_json)
 
 
 @app.command()
@@ -260,6 +341,7 @@ def search(
         typer.Option(help="File of all losses; an interrupted search goes on from it. <plan>.safetensors if absent."),
     ] = None,
     dataset: Annotated[str, typer.Option(help="Label of the text; the domain names if empty.")] = "",
+    sequential: Sequential = False,
     window: Window = 512,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
@@ -274,13 +356,21 @@ def search(
     losses = losses or save_to.with_suffix(".safetensors")
     file_destination(losses)
     texts = read_domains(text)
-    loaded, tokenizer = load(model, dtype, device)
-    blocks = moe_blocks(loaded)
-    thresholds = thresholds_in_config(loaded.config, len(blocks), blocks[0].top_k) if skip else None
+    options: dict[str, Any] = {}
+    if sequential:
+        if skip:
+            raise typer.BadParameter("--skip goes without --sequential")
+        source: Any = checkpoint_folder(model)
+        tokenizer, thresholds = transformers.AutoTokenizer.from_pretrained(model), None
+        options = {"dtype": dtype, "device": device}
+    else:
+        source, tokenizer = load(model, dtype, device)
+        blocks = moe_blocks(source)
+        thresholds = thresholds_in_config(source.config, len(blocks), blocks[0].top_k) if skip else None
     if skip and thresholds is None:
         raise ValueError(f"--skip: {model} holds no skip thresholds; moe-ext skip sets them")
     result = run_search(
-        loaded,
+        source,
         token_batches(texts, tokenizer, window=window, batch_size=batch_size),
         keep=counts,
         ratio=ratio,
@@ -291,6 +381,7 @@ def search(
         resume=losses,
         progress=not as_json,
         dataset=dataset or " + ".join(texts),
+        **options,
     )
     result.plan.save(save_to)
     exact = result.plan.made_by["exact"]
@@ -310,28 +401,41 @@ def search(
 @app.command()
 def prune(
     model: Model,
-    plan: Annotated[Path, typer.Argument(help="File written by `moe-ext plan`.", show_default=False)],
     save_to: Annotated[Path, typer.Option("--out", help="Folder for the pruned checkpoint.", show_default=False)],
+    plan: Annotated[
+        Path | None, typer.Argument(help="File written by `moe-ext plan` or `moe-ext search`.", show_default=False)
+    ] = None,
+    plan_option: Annotated[Path | None, typer.Option("--plan", help="The same.", show_default=False)] = None,
     novices: Annotated[
         Path | None, typer.Option(help="Statistics made with --outputs: means take the place of removed experts.")
     ] = None,
+    shard_size: Annotated[float, typer.Option(min=1e-6, help="Gigabytes of weights a file.")] = 5.0,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Remove the experts that a plan does not keep and write a checkpoint.
 
-    Stock transformers loads it, unless layers keep different numbers of experts or --novices is given: that takes
-    moe_ext.from_pretrained.
+    A checkpoint folder is pruned from file to file, whatever its size; a run that was interrupted goes on when it is
+    started again. A name on the Hub, or --novices, takes the model into memory. Stock transformers loads the result,
+    unless layers keep different numbers of experts or --novices is given: that takes moe_ext.from_pretrained.
     """
-    made = PruningPlan.load(plan)
-    means = None if novices is None else ExpertStatistics.load(novices)
+    if (plan is None) == (plan_option is None):
+        raise typer.BadParameter("give the plan once, as an argument or with --plan")
+    made = PruningPlan.load(plan or plan_option or Path())
     folder_destination(save_to)
-    loaded, tokenizer = load(model, dtype, "cpu")
-    before = loaded.num_parameters()
-    apply_plan(loaded, made, novices=means)
-    with errors.status(f"writing {save_to}"):
-        checkpoint.save(loaded, tokenizer, save_to)
-    after, size = loaded.num_parameters(), checkpoint.size_on_disk(save_to)
+    if novices is None and Path(model).is_dir():
+        written = prune_checkpoint(
+            model, made, save_to, shard_size=int(shard_size * 1e9), dtype=dtype, progress=not as_json
+        )
+        before, after, size = written.parameters_before, written.parameters, written.weight_bytes
+    else:
+        means = None if novices is None else ExpertStatistics.load(novices)
+        loaded, tokenizer = load(model, dtype, "cpu")
+        before = loaded.num_parameters()
+        apply_plan(loaded, made, novices=means)
+        with errors.status(f"writing {save_to}"):
+            checkpoint.save(loaded, tokenizer, save_to)
+        after, size = loaded.num_parameters(), checkpoint.size_on_disk(save_to)
     if as_json:
         print_json({"checkpoint": str(save_to), "parameters_before": before, "parameters": after, "weight_bytes": size})
     else:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from moe_ext.architectures import expert_tensors, model_type_of, moe_blocks
+from moe_ext.architectures import expert_tensors, model_type_of, moe_blocks, refuse_offloaded
 from moe_ext.statistics import ExpertStatistics
 
 CRITERIA: dict[str, tuple[int, int, int]] = {
@@ -147,6 +147,7 @@ def aimer(model: PreTrainedModel) -> Scores:
         TypeError, ValueError: as :func:`moe_ext.architectures.moe_blocks`; weights that are not plain or not in memory.
     """
     blocks = moe_blocks(model)
+    refuse_offloaded(blocks, "score")
     experts = tuple(block.num_experts for block in blocks)
     values = torch.zeros(len(blocks), max(experts), dtype=torch.float64)
     with torch.no_grad():

@@ -40,12 +40,12 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         # Some writers replace the temporary by a file of their own: safetensors' save_file leaves mode 0600.
         temporary.chmod(mode & 0o7777)
-        _flush_to_disk(temporary)
+        flush_to_disk(temporary)
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _flush_to_disk(target.parent)
+    flush_to_disk(target.parent)
 
 
 @contextmanager
@@ -73,13 +73,13 @@ def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         for folder, _, names in os.walk(temporary, topdown=False):
             for name in names:
                 Path(folder, name).chmod(mode)
-                _flush_to_disk(Path(folder, name))
-            _flush_to_disk(Path(folder))
+                flush_to_disk(Path(folder, name))
+            flush_to_disk(Path(folder))
         temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _flush_to_disk(target.parent)
+    flush_to_disk(target.parent)
 
 
 def file_destination(path: str | os.PathLike[str]) -> Path:
@@ -108,7 +108,7 @@ def _temporary_beside(target: Path) -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

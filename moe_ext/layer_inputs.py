@@ -9,13 +9,13 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_ext.architectures import MoeBlock
+from moe_ext.architectures import MoeBlock, input_device
 from moe_ext.spilling import SpillingList
 
 MEMORY = 128 << 20
@@ -27,29 +27,102 @@ Seen = Callable[[int, Tensor, Tensor], None]
 """Called with the index of a batch, and the router's input (T, H) and logits (T, E)."""
 
 
+class HiddenStates(Protocol):
+    """What every batch's hidden states are before a decoder layer; of the layer after it once ``turn`` is called."""
+
+    def read(self, batch: int) -> Tensor: ...
+    def write(self, batch: int, states: Tensor) -> None: ...
+    def turn(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class SpillingStates:
+    """Hidden states of which a bounded part is in memory; written in place."""
+
+    def __init__(self, memory: int) -> None:
+        self._list = SpillingList(memory)
+
+    def read(self, batch: int) -> Tensor:
+        return self._list[batch]
+
+    def write(self, batch: int, states: Tensor) -> None:
+        if batch == len(self._list):
+            self._list.append(states)
+        else:
+            self._list[batch] = states
+
+    def turn(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._list.close()
+
+
 class LayerInputs:
-    """Walks through a model's MoE layers in order; a context manager that gives the hidden states' memory back.
+    """Walks through a model's decoder layers in order; a context manager that gives the hidden states' memory back.
 
     Args:
         model: in evaluation mode.
         blocks: its MoE layers.
         batches: arguments of the model's forward.
+        states: where hidden states wait; a bounded part in memory if absent.
+        need: called with the index of a decoder layer before it runs, for models whose weights are not all in memory.
+        position: decoder layer to begin with, if ``states`` hold what it is given.
     """
 
     def __init__(
-        self, model: PreTrainedModel, blocks: Sequence[MoeBlock], batches: Sequence[Mapping[str, Tensor]]
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[MoeBlock],
+        batches: Sequence[Mapping[str, Tensor]],
+        *,
+        states: HiddenStates | None = None,
+        need: Callable[[int], None] | None = None,
+        position: int = 0,
     ) -> None:
         self._model, self._batches = model, batches
-        self._layers, self._layer_of_block = _decoder_layers(model, blocks)
+        _, self._layers, self._layer_of_block = decoder_layers(model, blocks)
         self._blocks = blocks
-        self._states = SpillingList(MEMORY)  # of every batch, before decoder layer `_position`
-        self._position = 0
+        self._states = states or SpillingStates(MEMORY)
+        self._need = need
+        self._position = position  # the states are those before this layer; before the first none are kept
 
     def __enter__(self) -> "LayerInputs":
         return self
 
     def __exit__(self, *raised: object) -> None:
         self._states.close()
+
+    def advance(self, before: Callable[[int], None] | None = None) -> None:
+        """Runs the next decoder layer over all batches.
+
+        Args:
+            before: called with the index of every batch.
+
+        Raises:
+            ValueError: the layer returns something other than hidden states.
+        """
+        layer = self._layers[self._position]
+
+        def through(original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                output = original(self._entering(batch, hidden), *args, **kwargs)
+                if not isinstance(output, Tensor):
+                    raise ValueError(f"a {type(layer).__name__} returns {type(output).__name__}; expected a tensor")
+                self._states.write(batch, output)
+                return output
+
+            return forward
+
+        batch = 0
+        with self._alone(self._position) as replace:
+            replace(layer, through)
+            for batch, inputs in enumerate(self._batches):
+                if before is not None:
+                    before(batch)
+                self._run(inputs)
+        self._states.turn()
+        self._position += 1
 
     def observe(self, block: int, seen: Seen) -> None:
         """Calls ``seen`` for every batch with what the router of an MoE layer sees, given what the layers before it
@@ -58,54 +131,55 @@ class LayerInputs:
         Args:
             block: index of the layer; not before that of an earlier call.
         """
-        target, begun = self._layer_of_block[block], len(self._states) > 0
+        target = self._layer_of_block[block]
+        while self._position < target:
+            self.advance()
         router, experts = self._blocks[block].router, self._blocks[block].experts
         batch, routed = 0, 0
 
         def enter(original: Callable[..., Any]) -> Callable[..., Any]:
-            """The first layer that runs takes up where the last call left off."""
-            return lambda hidden, *args, **kwargs: original(self._states[batch].to(hidden.device), *args, **kwargs)
-
-        def keep(original: Callable[..., Any]) -> Callable[..., Any]:
-            """What the observed layer is given is where the next call begins."""
-
-            def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-                if begun:
-                    self._states[batch] = hidden
-                else:
-                    self._states.append(hidden)
-                return original(hidden, *args, **kwargs)
-
-            return forward
+            return lambda hidden, *args, **kwargs: original(self._entering(batch, hidden), *args, **kwargs)
 
         def look(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
             nonlocal routed
             routed += 1
             seen(batch, args[0].reshape(-1, args[0].shape[-1]), output[0])
 
-        with _forwards() as replace:
-            for index, layer in enumerate(self._layers):
-                if index < self._position or index > target:
-                    replace(layer, lambda _: _pass_on)
-            replace(self._layers[target], keep)
-            if begun:
-                replace(self._layers[self._position], enter)
+        with self._alone(target) as replace:
+            replace(self._layers[target], enter)
             replace(
                 experts, lambda _: lambda hidden, *args, **kwargs: torch.zeros_like(hidden)
             )  # what follows is not looked at
             handle = router.register_forward_hook(look)
             try:
                 for batch, inputs in enumerate(self._batches):  # noqa: B007  the closures read it
-                    on_device = {name: tensor.to(self._model.device) for name, tensor in inputs.items()}
-                    self._model.base_model(**on_device, use_cache=False)
-                    _give_back_holes()
+                    self._run(inputs)
             finally:
                 handle.remove()
         if routed != len(self._batches):
             raise RuntimeError(
                 f"{self._blocks[block].name}: the router ran {routed} times in {len(self._batches)} batches"
             )
-        self._position = target
+
+    def _entering(self, batch: int, hidden: Tensor) -> Tensor:
+        """What the layer at the position is given: before the first one it is what the model computes."""
+        return hidden if self._position == 0 else self._states.read(batch).to(hidden.device)
+
+    @contextmanager
+    def _alone(self, index: int) -> Iterator[Callable[[nn.Module, Callable[[Callable[..., Any]], Any]], None]]:
+        """Every decoder layer but one passes its input on."""
+        if self._need is not None:
+            self._need(index)
+        with _forwards() as replace:
+            for other, layer in enumerate(self._layers):
+                if other != index:
+                    replace(layer, lambda _: _pass_on)
+            yield replace
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> None:
+        on_device = {name: tensor.to(input_device(self._model)) for name, tensor in inputs.items()}
+        self._model.base_model(**on_device, use_cache=False)
+        _give_back_holes()
 
 
 def _give_back_holes() -> None:
@@ -138,13 +212,17 @@ def _forwards() -> Iterator[Callable[[nn.Module, Callable[[Callable[..., Any]], 
                 module.forward = own
 
 
-def _decoder_layers(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> tuple[list[nn.Module], list[int]]:
-    """The decoder layers, and which of them every MoE layer is in."""
+def decoder_layers(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> tuple[str, list[nn.Module], list[int]]:
+    """The name of the list of decoder layers, the layers, and which of them every MoE layer is in.
+
+    Raises:
+        ValueError: there is no such list.
+    """
     modules = dict(model.named_modules())
     parts = blocks[0].name.split(".")
     for depth in range(len(parts) - 1, 0, -1):
         owner = ".".join(parts[:depth])
         if isinstance(modules[owner], nn.ModuleList):
             of_block = [int(block.name.removeprefix(owner + ".").split(".")[0]) for block in blocks]
-            return list(modules[owner].children()), of_block
+            return owner, list(modules[owner].children()), of_block
     raise ValueError(f"{blocks[0].name} is in no list of decoder layers")

@@ -10,6 +10,7 @@ gradients are required, both run transformers' own differentiable code.
 import warnings
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any, Literal, cast
 
 import torch
@@ -24,6 +25,7 @@ from moe_ext.architectures import (
     activation_of,
     check_experts,
     check_layout,
+    device_of,
     eager_forward,
     expert_tensors,
     moe_blocks,
@@ -114,7 +116,9 @@ def patch(
         block.experts._moe_ext_stock = stock  # type: ignore[assignment]
         block.router._moe_ext_thresholds = None if thresholds is None else thresholds[layer].clone()  # type: ignore[assignment]
         block.router._moe_ext_renormalise = block.family.renormalise if block.family.fused else None  # type: ignore[assignment]
-        block.router.forward = partial(_router_forward, block.router)  # a bound method would not unpickle
+        # Below accelerate's hooks where there are any: they bring the weights.
+        place = "_old_forward" if hasattr(block.router, "_hf_hook") else "forward"
+        setattr(block.router, place, partial(_router_forward, block.router))  # a bound method would not unpickle
     if unsupported:
         first, *others = unsupported.values()
         more = f" (and {len(others)} more such layers)" if others else ""
@@ -127,11 +131,8 @@ def _check_unpatched(blocks: list[MoeBlock]) -> None:
     for block in blocks:
         if hasattr(block.router, "_moe_ext_thresholds"):
             raise ValueError(f"{block.name} is patched already as part of another model; unpatch that one first")
-        if "forward" in vars(block.router):
-            raise ValueError(
-                f"{block.name}: the router's forward was replaced on the instance (accelerate's hooks do so); "
-                "patch before, or load without them"
-            )
+        if "forward" in vars(block.router) and not hasattr(block.router, "_hf_hook"):
+            raise ValueError(f"{block.name}: the router's forward was replaced on the instance; patch before that")
 
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
@@ -140,7 +141,11 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     if state is None:
         return model
     for block in moe_blocks(model):
-        del block.router.forward, block.router._moe_ext_thresholds, block.router._moe_ext_renormalise
+        if hasattr(block.router, "_hf_hook"):
+            block.router._old_forward = MethodType(type(block.router).forward, block.router)  # type: ignore[assignment]
+        else:
+            del block.router.forward
+        del block.router._moe_ext_thresholds, block.router._moe_ext_renormalise
         del block.experts._moe_ext_fallback, block.experts._moe_ext_stock
     model.set_experts_implementation(state.implementation)
     _restore_config_entry(model, state)
@@ -174,13 +179,14 @@ def _unsupported(block: MoeBlock) -> str | None:
     gate_up = cast(Tensor, block.experts.gate_up_proj)
     if gate_up.dtype not in SUPPORTED_DTYPES:
         return f"{block.name}: dtype {gate_up.dtype} is not supported; use float32, bfloat16 or float16"
-    if gate_up.device.type == "cuda" and not _C.cuda_archs:
+    device = device_of(block.experts, gate_up)
+    if device.type == "cuda" and not _C.cuda_archs:
         return (
-            f"{block.name} is on {gate_up.device}, but this build of moe_ext has no CUDA kernels; "
+            f"{block.name} is on {device}, but this build of moe_ext has no CUDA kernels; "
             "move the model to the CPU, or build with MOE_EXT_CUDA=1"
         )
-    if gate_up.device.type not in ("cpu", "cuda"):
-        return f"{block.name}: device {gate_up.device} is not supported; use the CPU"
+    if device.type not in ("cpu", "cuda"):
+        return f"{block.name}: device {device} is not supported; use the CPU"
     for name, parameter in block.experts.named_parameters():
         if (parameter.dtype, parameter.device) != (gate_up.dtype, gate_up.device):
             return f"{block.name}: {name} has another dtype or device than gate_up_proj"

@@ -19,6 +19,7 @@ from moe_ext.architectures import (
     model_type_of,
     moe_blocks,
     refuse_novices,
+    refuse_offloaded,
     text_config,
 )
 from moe_ext.novices import add_novices, section_with_novices
@@ -37,6 +38,7 @@ def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     if plan.model_type != model_type_of(model):
         raise ValueError(f"the plan is for model type {plan.model_type!r}; this model is {model_type_of(model)!r}")
     refuse_novices(blocks, "prune")
+    refuse_offloaded(blocks, "prune")
     names = tuple(block.name for block in blocks)
     if plan.layers != names:
         raise ValueError(

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import comb
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from moe_ext.architectures import MoeBlock, model_type_of, moe_blocks
+from moe_ext.architectures import MoeBlock, model_type_of, moe_blocks, refuse_offloaded
 from moe_ext.budgets import counts_per_layer, share_out
 from moe_ext.calibration import check_batch
+from moe_ext.digests import tensor_bytes, text_digest
 from moe_ext.evaluation import evaluation_mode
 from moe_ext.files import file_destination
 from moe_ext.layer_inputs import LayerInputs
+from moe_ext.layers_on_disk import LayersOnDisk
 from moe_ext.patching import active_thresholds, is_patched, patch, unpatch
 from moe_ext.plan import PruningPlan
 from moe_ext.reconstruction import LayerErrors, ranked
@@ -35,7 +38,7 @@ BUDGETS = ("layer", "model")
 
 
 def search(
-    model: PreTrainedModel,
+    model: PreTrainedModel | str | os.PathLike[str],
     batches: Iterable[Mapping[str, Tensor]],
     *,
     keep: int | Sequence[int] | None = None,
@@ -47,6 +50,7 @@ def search(
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
     dataset: str = "",
+    **from_folder: Any,
 ) -> SearchResult:
     """The experts to keep by reconstruction loss (arXiv 2402.14800, section 3.2).
 
@@ -60,7 +64,9 @@ def search(
     searched layers a token's products, that need more lie in a temporary file.
 
     Args:
-        model: a model that :func:`moe_ext.patch` supports. Patched or not, it is left as it was; it is not pruned.
+        model: a model that :func:`moe_ext.patch` supports and whose router takes the softmax over the selected logits.
+            Patched or not, it is left as it was; it is not pruned. Or a checkpoint folder: its decoder layers are then
+            in memory one at a time, and the result is that of the loaded model.
         batches: mappings with ``input_ids`` (B, S) and optionally ``attention_mask`` (B, S); tokens whose mask is 0 are
             padding and count in no loss. All are read before the search begins.
         keep: experts that every layer keeps, K to E; or a list of one number for each layer. Exactly one of ``keep``
@@ -81,6 +87,8 @@ def search(
             interrupted, its layers are not searched again; the result is the same.
         progress: whether to show a progress bar, with the layer and the lowest loss so far.
         dataset: a label for the text, kept in the plan.
+        **from_folder: for a checkpoint folder only, ``dtype``, ``device`` and ``read_ahead`` of
+            :class:`moe_ext.layers_on_disk.LayersOnDisk`.
 
     Returns:
         The plan, and the losses of every subset that was evaluated. With "model", or a list, the plan's layers keep
@@ -90,6 +98,32 @@ def search(
         ValueError: an argument is not as above, a malformed batch, no counted token, a model that is skipping, losses
             that are not finite (the layer is named), or a ``resume`` file of another search (says what differs).
     """
+    asked: dict[str, Any] = {"keep": keep, "ratio": ratio, "method": method, "budget": budget, "skip": skip}
+    asked |= {"max_subsets": max_subsets, "resume": resume, "progress": progress, "dataset": dataset}
+    if isinstance(model, str | os.PathLike):
+        with LayersOnDisk(Path(model), **from_folder) as layers:
+            return _search(layers.model, batches, layers, **asked)
+    if from_folder:
+        raise TypeError(f"{next(iter(from_folder))}: is for a checkpoint folder; this model is in memory")
+    return _search(model, batches, None, **asked)
+
+
+def _search(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    on_disk: LayersOnDisk | None,
+    *,
+    keep: int | Sequence[int] | None,
+    ratio: float | None,
+    method: Literal["layerwise", "progressive", "greedy"],
+    budget: Literal["layer", "model"],
+    skip: Tensor | None,
+    max_subsets: int,
+    resume: str | os.PathLike[str] | None,
+    progress: bool,
+    dataset: str,
+) -> SearchResult:
+    """:func:`search`, of a model in memory or one whose layers are on the disk."""
     blocks = _check_model(model)
     num_experts, top_k = blocks[0].num_experts, blocks[0].top_k
     counts = counts_per_layer(keep, ratio, len(blocks), num_experts, top_k)
@@ -120,11 +154,18 @@ def search(
         "tokens": tokens,
     }
     layers = _Layers(blocks, counts, method, budget, thresholds, max_subsets)
-    record = _Record(resume, {**asked, "model": _digest_of_model(model, blocks), "text": _digest_of_text(listed)})
+    record = _Record(resume, {**asked, "model": _digest_of_model(model, blocks, on_disk), "text": text_digest(listed)})
     found = record.layers
     left = [layer for layer in range(len(blocks)) if layer not in found]
     bar = tqdm(total=len(left) * len(listed), desc="search", unit="batch", disable=not progress)
-    with bar, torch.no_grad(), _prepared(model), LayerInputs(model, blocks, listed) as inputs, _Masks() as masks:
+    need = None if on_disk is None else on_disk.need
+    with (
+        bar,
+        torch.no_grad(),
+        _prepared(model),
+        LayerInputs(model, blocks, listed, need=need) as inputs,
+        _Masks() as masks,
+    ):
         for layer, block in enumerate(blocks):
             if layer in left:
                 found[layer] = layers.search(layer, inputs, counted, bar)
@@ -275,11 +316,12 @@ def _check_model(model: PreTrainedModel) -> list[MoeBlock]:
     if active_thresholds(model) is not None:
         raise ValueError("the model skips experts; patch(model, skip=None) before searching, and pass skip=thresholds")
     blocks = moe_blocks(model)
+    refuse_offloaded(blocks, "search")
     for block in blocks:
         if not block.family.fused or block.family.renormalise is not True or block.has_novices:
             raise ValueError(
-                f"{block.name}: search knows routers whose weights are the softmax over the selected logits, and this "
-                "one routes otherwise; use calibrate, score and plan"
+                f"{block.name}: search evaluates routers that take the softmax over the selected logits, and this one "
+                f"routes otherwise; use calibrate, score and plan"
             )
     if len({(block.num_experts, block.top_k) for block in blocks}) > 1:
         raise ValueError("the model's layers have different numbers of experts; search takes the same in every layer")
@@ -300,23 +342,14 @@ def _prepared(model: PreTrainedModel) -> Iterator[None]:
             unpatch(model)
 
 
-def _digest_of_model(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> str:
-    """Tells models apart by their type, dtype, layers and routers: experts are too many to read for this."""
+def _digest_of_model(model: PreTrainedModel, blocks: Sequence[MoeBlock], on_disk: LayersOnDisk | None) -> str:
+    """Tells models apart by their type, dtype, layers and routers: experts are too many to read for this. Checkpoints
+    by their files' names, sizes and times."""
     digest = hashlib.sha256(f"{model_type_of(model)} {model.dtype}".encode())
     for block in blocks:
         digest.update(block.name.encode())
-        digest.update(_bytes_of(next(block.router.parameters())))
+        if on_disk is None:
+            digest.update(tensor_bytes(next(block.router.parameters())))
+    if on_disk is not None:
+        digest.update(on_disk.fingerprint().encode())
     return digest.hexdigest()
-
-
-def _digest_of_text(batches: Sequence[Mapping[str, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name in sorted(batch):
-            digest.update(f"{name} {tuple(batch[name].shape)} {batch[name].dtype}".encode())
-            digest.update(_bytes_of(batch[name]))
-    return digest.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -48,6 +48,8 @@ class ExpertStatistics:
         groups: expert groups of a layer, contiguous and of equal size, that pruning must keep equal; 1: none.
         experts: number of experts of every layer, if given; E is the largest. Rows beyond a layer's number are 0.
         fewest: experts that a layer must keep for its router to choose K, if given; K where there are no groups.
+        model_digest: tells models of one family apart by their routers' weights; empty if not known.
+        shards: labels of the runs that the sums are of, so that none is counted twice; empty if not known.
 
     Raises:
         ValueError: a tensor's shape, dtype or device is not as above, ``layers`` is empty or repeats a name, or the
@@ -67,6 +69,8 @@ class ExpertStatistics:
     groups: int = 1
     experts: tuple[int, ...] = ()
     fewest: int = 0
+    model_digest: str = ""
+    shards: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) != len(self.layers):
@@ -120,9 +124,11 @@ class ExpertStatistics:
         if not 1 <= top_k <= largest:
             raise ValueError(f"top_k: expected 1 to {largest} experts, got {top_k}")
         layout = _tensor_layout(len(layers), largest, top_k, hidden_size)
-        tensors = {name: torch.zeros(shape, dtype=dtype, device="cpu") for name, (shape, dtype) in layout.items()}
+        tensors: dict[str, Any] = {
+            name: torch.zeros(shape, dtype=dtype, device="cpu") for name, (shape, dtype) in layout.items()
+        }
         return cls(
-            model_type, tuple(layers), top_k, gate, dataset, **tensors, groups=groups, experts=experts, fewest=fewest
+            model_type, tuple(layers), top_k, gate, dataset, groups=groups, experts=experts, fewest=fewest, **tensors
         )
 
     @property
@@ -139,7 +145,7 @@ class ExpertStatistics:
         """(L, E) float64, a copy: ``n_e``, the tokens routed to each expert."""
         return self.moments[:, :, 0, 0].clone()
 
-    def merge(self, other: ExpertStatistics) -> ExpertStatistics:
+    def merge(self, other: ExpertStatistics, *, allow_duplicates: bool = False) -> ExpertStatistics:
         """The statistics of both texts; neither operand changes.
 
         Counts add exactly. The other moments add in float64, so the order of several merges matters to rounding only.
@@ -147,15 +153,21 @@ class ExpertStatistics:
 
         Args:
             other: statistics of the same model, from other text.
+            allow_duplicates: whether both may hold a run of the same shard label; it then counts twice.
 
         Raises:
             ValueError: model type, layers, numbers of experts, ``top_k``, gate definition or groups differ (names
-                which), or one of them has no ``output_sum`` or one of another size.
+                which), the routers' weights differ, one of them has no ``output_sum`` or one of another size, or both
+                hold the same shard.
         """
         for name in ("model_type", "layers", "num_experts", "experts", "top_k", "gate", "groups", "fewest"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 raise ValueError(f"other: statistics of different models do not add up: {name} {ours!r} and {theirs!r}")
+        if self.model_digest and other.model_digest and self.model_digest != other.model_digest:
+            raise ValueError("other: statistics of different models do not add up: the weights of the routers differ")
+        if (twice := sorted(set(self.shards) & set(other.shards))) and not allow_duplicates:
+            raise ValueError(f"other: both hold the shard {twice[0]!r}, which would count twice")
         if (self.output_sum is None) != (other.output_sum is None):
             raise ValueError("other: one of the two has an output_sum and the other has none; calibrate both alike")
         if self.output_sum is not None and other.output_sum is not None:
@@ -166,9 +178,11 @@ class ExpertStatistics:
                     f"{theirs} dimensions"
                 )
         labels = {label for label in (*self.dataset.split(" + "), *other.dataset.split(" + ")) if label}
-        sums = {name: getattr(self, name) + getattr(other, name) for name in self._tensors()}
+        sums = {name: getattr(self, name) + getattr(other, name) for name in self.tensors()}
         dataset = " + ".join(sorted(labels))
-        return replace(self, dataset=dataset, **sums)
+        shards = tuple(sorted((*self.shards, *other.shards)))
+        digest = self.model_digest and other.model_digest  # known only if both are
+        return replace(self, dataset=dataset, shards=shards, model_digest=digest, **sums)
 
     def __add__(self, other: object) -> ExpertStatistics:
         """``merge`` as an operator."""
@@ -197,8 +211,10 @@ class ExpertStatistics:
             "groups": str(self.groups),
             "experts": json.dumps(self.experts),
             "fewest": str(self.fewest),
+            "model_digest": self.model_digest,
+            "shards": json.dumps(self.shards),
         }
-        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
         with replace_file(path) as temporary:
             temporary.write_bytes(safetensors.torch.save(tensors, metadata))
 
@@ -230,11 +246,12 @@ class ExpertStatistics:
         hidden_size = None if self.output_sum is None else int(self.output_sum.shape[-1])
         return _tensor_layout(self.num_layers, self.num_experts, self.top_k, hidden_size)
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The sums by field name; themselves, not copies."""
         return {name: getattr(self, name) for name in self._layout()}
 
     def _check_values(self) -> None:
-        for name, tensor in self._tensors().items():
+        for name, tensor in self.tensors().items():
             signed = name == "output_sum"
             valid = tensor.isfinite() & (signed | (tensor >= 0))
             if not valid.all():
@@ -293,6 +310,9 @@ def _parse_metadata(metadata: dict[str, str]) -> dict[str, Any]:
         "groups": _parse_integer("groups", metadata.get("groups", "1")),
         "experts": _parse_counts("experts", metadata.get("experts", "[]")),
         "fewest": _parse_integer("fewest", metadata.get("fewest", "0")),
+        # Absent in files from before several machines.
+        "model_digest": metadata.get("model_digest", ""),
+        "shards": _parse_names("shards", metadata.get("shards", "[]")),
     }
 
 

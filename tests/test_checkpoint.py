@@ -12,7 +12,7 @@ from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 import moe_ext
-from moe_ext import checkpoint, patch, unpatch
+from moe_ext import checkpoint, heterogeneous, patch, unpatch
 from moe_ext.patching import active_thresholds
 from tests.conftest import DEMO_MODEL, MixtralFactory
 from tests.families import keep_of, plan_for
@@ -152,6 +152,6 @@ def test_a_load_that_fails_leaves_no_trace_in_transformers_classes(pruned: Path)
 
 @pytest.mark.parametrize("pruned", [1], indirect=True)
 def test_a_family_whose_decoder_layers_cannot_be_told_is_refused(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "MODEL_MAPPING", {})
+    monkeypatch.setattr(heterogeneous, "MODEL_MAPPING", {})
     with pytest.raises(ValueError, match="the decoder layers of model type 'mixtral' cannot be told"):
         moe_ext.from_pretrained(pruned)

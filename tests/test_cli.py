@@ -389,3 +389,27 @@ def test_an_interrupted_calibration_leaves_no_file(tmp_path: Path) -> None:
     assert process.wait(timeout=60) != 0
     process.stderr.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_folder_goes_all_the_way_with_one_layer_in_memory(
+    statistics: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "scratch").mkdir()
+    file = tmp_path / "stats.safetensors"
+    options = ["--window", "128", "--sequential", "--json"]
+    scratch = ["--scratch", str(tmp_path / "scratch")]
+    assert inside("calibrate", MODEL, "--text", str(text), "--out", str(file), *options, *scratch) == 0
+    got, expected = ExpertStatistics.load(file), ExpertStatistics.load(statistics)
+    assert all(torch.equal(tensor, got.tensors()[name]) for name, tensor in expected.tensors().items())
+    assert (got.shards, got.model_digest) == (expected.shards, expected.model_digest)
+    plan = str(tmp_path / "plan.json")
+    assert inside("search", MODEL, "--text", str(text), "--keep", "7", "--out", plan, *options) == 0
+    pruned = ("prune", MODEL, "--plan", plan, "--out", str(tmp_path / "pruned"), "--shard-size", "0.002", "--json")
+    assert inside(*pruned) == 0
+    assert len(list((tmp_path / "pruned").glob("model-*.safetensors"))) > 2
+    assert checkpoint.load(tmp_path / "pruned")[1]("def f(x):")["input_ids"]
+    capsys.readouterr()
+    assert inside("search", "no/such", "--text", str(text), "--keep", "7", "--out", plan, *options) == 1
+    assert "--sequential needs a checkpoint folder" in capsys.readouterr().err
+    assert inside("prune", MODEL, plan, "--plan", plan, "--out", str(tmp_path / "again")) == 2
+    assert inside("calibrate", MODEL, "--text", str(text), "--out", str(file), *scratch) == 2

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,8 @@ def test_the_header_tells_a_reader_what_the_file_is(saved: Path) -> None:
         "groups": "1",
         "experts": json.dumps([4, 4]),
         "fewest": "2",
+        "model_digest": "",
+        "shards": "[]",
     }
 
 
@@ -548,3 +551,26 @@ while True:
         process.kill()
         assert process.wait() == -signal.SIGKILL
     assert len(set(ExpertStatistics.load(path).tokens.tolist())) == 1
+
+
+def test_shards_and_model_of_merged_files_are_kept(tmp_path: Path) -> None:
+    one = replace(filled((2, 4, 2), seed=0), shards=("machine-b",), model_digest="m")
+    two = replace(filled((2, 4, 2), seed=1), shards=("machine-a", "machine-c"), model_digest="m")
+    (one + two).save(tmp_path / "all.safetensors")
+    loaded = ExpertStatistics.load(tmp_path / "all.safetensors")
+    assert (loaded.shards, loaded.model_digest) == (("machine-a", "machine-b", "machine-c"), "m")
+    assert (one + filled((2, 4, 2), seed=1)).model_digest == ""
+
+
+def test_a_shard_counts_twice_only_if_told_so() -> None:
+    one = replace(filled((2, 4, 2), seed=0), shards=("a",))
+    two = replace(filled((2, 4, 2), seed=1), shards=("a", "b"))
+    with pytest.raises(ValueError, match="both hold the shard 'a', which would count twice"):
+        _ = one + two
+    assert one.merge(two, allow_duplicates=True).shards == ("a", "a", "b")
+
+
+def test_models_with_other_routers_do_not_add_up() -> None:
+    one = replace(filled((2, 4, 2), seed=0), model_digest="m")
+    with pytest.raises(ValueError, match="the weights of the routers differ"):
+        _ = one + replace(filled((2, 4, 2), seed=1), model_digest="n")

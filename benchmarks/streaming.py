@@ -1,0 +1,195 @@
+"""How much memory does it take to prune and to calibrate a checkpoint from disk, and how fast does it go?
+
+Makes a random Mixtral checkpoint of several gigabytes in a temporary folder, lets ``moe-ext``'s library do each job in
+a process of its own, and reads that process's peak resident memory from the system.
+
+    python benchmarks/streaming.py --write benchmarks/results/DATE-streaming.json
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import write_result
+from safetensors.torch import save_file
+from transformers import MixtralConfig
+
+from moe_ext.checkpoint_files import INDEX, stored_tensors
+
+LAYERS, EXPERTS = 16, 8
+CONFIG = {
+    "vocab_size": 8192,
+    "hidden_size": 2048,
+    "intermediate_size": 4096,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_local_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "dtype": "bfloat16",
+    "architectures": ["MixtralForCausalLM"],
+}
+
+TOKENS = (2, 2, 256)  # batches, sequences, tokens
+
+PRUNE = """
+import moe_ext
+from moe_ext.plan import PruningPlan
+layers = tuple(f"model.layers.{layer}.mlp" for layer in range(LAYERS))
+plan = PruningPlan("mixtral", 8, 2, layers, ((0, 2, 3, 4, 6, 7),) * LAYERS)
+moe_ext.prune_checkpoint(SOURCE, plan, OUT, progress=False)
+"""
+# The layers' times: of loading (which waits for the disk unless it was read ahead) and of computing.
+CALIBRATE = """
+import json, os, time
+import torch
+import moe_ext
+from moe_ext.layers_on_disk import LayersOnDisk
+batches = [{"input_ids": torch.randint(0, 8192, TOKENS[1:])} for _ in range(TOKENS[0])]
+need, loading = LayersOnDisk.need, []
+def timed(self, layer):
+    begin = time.perf_counter()
+    need(self, layer)
+    loading.append(time.perf_counter() - begin)
+LayersOnDisk.need = timed
+begin = time.perf_counter()
+if "scratch" in OPTIONS:
+    os.makedirs(OPTIONS["scratch"])
+moe_ext.calibrate(SOURCE, batches, progress=False, **OPTIONS)
+seconds = time.perf_counter() - begin
+print(json.dumps({"calibration_seconds": round(seconds, 2), "loading_seconds": round(sum(loading), 2),
+                  "computing_seconds": round(seconds - sum(loading), 2)}))
+"""
+SEARCH = """
+import torch
+import moe_ext
+batches = [{"input_ids": torch.randint(0, 8192, TOKENS[1:])} for _ in range(TOKENS[0])]
+moe_ext.search(SOURCE, batches, keep=6, progress=False)
+"""
+JOBS: dict[str, tuple[str, dict[str, Any]]] = {
+    "import": ("import moe_ext", {}),
+    "prune": (PRUNE, {}),
+    "calibrate": (CALIBRATE, {}),
+    "calibrate, no reading ahead": (CALIBRATE, {"read_ahead": False}),
+    "calibrate, scratch folder": (CALIBRATE, {"scratch": "OUT"}),
+    "search": (SEARCH, {}),
+}
+
+
+def make_checkpoint(folder: Path) -> int:
+    """A random Mixtral, one layer a shard, in the Hub's layout; bytes of its weights."""
+    config = MixtralConfig(**CONFIG)
+    config.save_pretrained(folder)
+    hidden, inner, head = config.hidden_size, config.intermediate_size, config.hidden_size // 16
+    noise = torch.randn(inner * hidden, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0)) * 0.02
+    made, total, weight_map = 0, 0, {}
+
+    def random(*shape: int) -> torch.Tensor:
+        """Other numbers every time, without the cost of drawing them anew."""
+        nonlocal made
+        made += 1
+        size = shape[0] * (shape[1] if len(shape) > 1 else 1)
+        repeated = noise.roll(made * 7919)[:size] if size <= noise.numel() else noise.repeat(-(-size // noise.numel()))
+        return repeated[:size].reshape(shape).clone()
+
+    def write(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        nonlocal total
+        save_file(tensors, folder / name, {"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}"
+        tensors = {
+            f"{prefix}.input_layernorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+            f"{prefix}.post_attention_layernorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+            f"{prefix}.self_attn.q_proj.weight": random(hidden, hidden),
+            f"{prefix}.self_attn.k_proj.weight": random(8 * head, hidden),
+            f"{prefix}.self_attn.v_proj.weight": random(8 * head, hidden),
+            f"{prefix}.self_attn.o_proj.weight": random(hidden, hidden),
+            f"{prefix}.block_sparse_moe.gate.weight": random(EXPERTS, hidden),
+        }
+        for expert in range(EXPERTS):
+            for name, shape in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
+                tensors[f"{prefix}.block_sparse_moe.experts.{expert}.{name}.weight"] = random(*shape)
+        write(f"model-{layer + 1:05d}-of-{LAYERS + 1:05d}.safetensors", tensors)
+    ends = {
+        "model.embed_tokens.weight": random(config.vocab_size, hidden),
+        "lm_head.weight": random(config.vocab_size, hidden),
+        "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+    }
+    write(f"model-{LAYERS + 1:05d}-of-{LAYERS + 1:05d}.safetensors", ends)
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    return total
+
+
+def measured(code: str) -> dict[str, Any]:
+    """Seconds, peak resident memory and what a Python program printed as JSON in its last line."""
+    # Not getrusage: its peak is inherited from the process that started this one.
+    watch = (
+        "\nprint()\nprint(next(line for line in open('/proc/self/status') if line.startswith('VmHWM:')).split()[1])\n"
+    )
+    begin = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code + watch], check=True, capture_output=True, text=True)
+    seconds = time.perf_counter() - begin
+    lines = [line for line in result.stdout.splitlines() if line.strip()]
+    printed = json.loads(lines[-2]) if len(lines) > 1 else {}
+    return {"seconds": round(seconds, 1), "peak_rss_bytes": int(lines[-1]) * 1024, **printed}
+
+
+def forget(folder: Path) -> None:
+    """Drops a folder's files from the page cache, so that reading them takes the disk's time."""
+    os.sync()
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path)
+    parser.add_argument("--jobs", nargs="*", default=list(JOBS))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="moe_ext-") as folder:
+        source = Path(folder) / "source"
+        source.mkdir()
+        size = make_checkpoint(source)
+        largest_layer = max(file.stat().st_size for file in source.glob("*.safetensors"))
+        facts = {
+            "calibration_tokens": TOKENS[0] * TOKENS[1] * TOKENS[2],
+            "hidden_state_bytes": TOKENS[0] * TOKENS[1] * TOKENS[2] * 2048 * 2,
+            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+            "checkpoint_bytes": size,
+            "largest_layer_bytes": largest_layer,
+            "largest_tensor_bytes": max(tensor.size for tensor in stored_tensors(source).values()),
+        }
+        print(json.dumps(facts), flush=True)
+        rows = {}
+        for name in arguments.jobs:
+            forget(source)
+            code, options = JOBS[name]
+            out = str(Path(folder) / name)
+            options = {key: out if value == "OUT" else value for key, value in options.items()}
+            values = {"LAYERS": LAYERS, "SOURCE": str(source), "OUT": out, "TOKENS": TOKENS, "OPTIONS": options}
+            rows[name] = measured("".join(f"{key} = {value!r}\n" for key, value in values.items()) + code)
+            print(name, json.dumps(rows[name]), flush=True)
+        if arguments.write is not None:
+            write_result(
+                arguments.write,
+                "Peak resident memory and time of jobs on a checkpoint that stays on disk, each in a process of its "
+                "own after the checkpoint was dropped from the page cache; 'import': a process that does nothing else.",
+                **facts,
+                jobs=rows,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What lies in a checkpoint folder, read from the headers alone: every tensor's file, type, shape and place in it.
+
+Nothing in a folder is trusted: an index may name files elsewhere, a file may be cut short, two files may hold the same
+tensor. All of that is found here, before anything is read or written.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# safetensors' names of element types that torch has, too.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder's weight files are not whole, or not what its index says."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Attributes:
+        name: its key.
+        file: the safetensors file.
+        dtype: its element type.
+        shape: its shape.
+        offset: its first byte in the file.
+    """
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint folder by name, in the order of the files.
+
+    Raises:
+        FileNotFoundError: no folder, no safetensors weights in it, or a shard that its index names is not there.
+        CheckpointError: a file is truncated or foreign; the index names a file outside the folder or a tensor that its
+            shard does not hold, or leaves one out; two shards hold the same tensor.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint folder {folder}")
+    if (folder / SINGLE).is_file():
+        return {tensor.name: tensor for tensor in _read_header(folder / SINGLE)}
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}: other formats are not read")
+    weight_map = _read_index(folder / INDEX)
+    found: dict[str, StoredTensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(f"{folder / INDEX} names {shard}, which is not there")
+        for tensor in _read_header(folder / shard):
+            if tensor.name in found:
+                raise CheckpointError(f"{tensor.name!r} lies in both {found[tensor.name].file.name} and {shard}")
+            if weight_map.get(tensor.name) != shard:
+                raise CheckpointError(
+                    f"{shard} holds {tensor.name!r}, which {INDEX} puts into {weight_map.get(tensor.name, 'no shard')}"
+                )
+            found[tensor.name] = tensor
+    if missing := sorted(weight_map.keys() - found.keys()):
+        raise CheckpointError(f"{INDEX} puts {missing[0]!r} into {weight_map[missing[0]]}, which does not hold it")
+    return found
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a JSON file ({error})") from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: has no 'weight_map' of tensors to files")
+    for name, shard in weight_map.items():
+        # A plain name: no folder before it, in either system's writing.
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\:\0"):
+            raise CheckpointError(f"{path}: puts {name!r} into {shard!r}; expected a *.safetensors file of the folder")
+    return weight_map
+
+
+def _read_header(path: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors file in the order of their bytes, which fill the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MOST_HEADER_BYTES):
+            raise CheckpointError(f"{path}: truncated, or not a safetensors file")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not a safetensors file (its header is no JSON: {error})") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: not a safetensors file (its header is no JSON object)")
+    header.pop("__metadata__", None)
+    tensors = sorted(
+        (_parse_entry(path, name, entry, 8 + length) for name, entry in header.items()), key=lambda item: item.offset
+    )
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.offset != end:
+            raise CheckpointError(f"{path}: {tensor.name!r} begins at byte {tensor.offset}; expected {end}")
+        end += tensor.size
+    if end != size:
+        raise CheckpointError(f"{path}: truncated or overlong: has {size} bytes, its header describes {end}")
+    return tensors
+
+
+def _parse_entry(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    lists = [value for value in (shape, offsets) if isinstance(value, list)]
+    if len(lists) != 2 or any(type(number) is not int or number < 0 for numbers in lists for number in numbers):
+        raise CheckpointError(f"{path}: {name!r} has no valid shape and data_offsets in the header")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {name!r} has the unknown element type {dtype!r}")
+    tensor = StoredTensor(name, path, DTYPES[dtype], tuple(lists[0]), begin + (lists[1] or [0])[0])
+    if len(lists[1]) != 2 or lists[1][1] - lists[1][0] != tensor.size:
+        raise CheckpointError(f"{path}: {name!r} has data_offsets {lists[1]}; expected {tensor.size} bytes")
+    return tensor

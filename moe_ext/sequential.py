@@ -1,0 +1,272 @@
+"""What a calibration that holds one decoder layer at a time keeps between layers: hidden states and what is done.
+
+Hidden states are those of every batch before the next layer: in memory, or in files that are mapped into it. What is
+done is a file that grows by a layer at a time, so that a killed run can go on.
+"""
+
+import json
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moe_ext.architectures import text_config
+from moe_ext.digests import joined_digest, text_digest
+from moe_ext.files import file_destination, flush_to_disk, replace_file
+from moe_ext.layer_inputs import HiddenStates, SpillingStates
+from moe_ext.layers_on_disk import LayersOnDisk
+from moe_ext.statistics import ExpertStatistics
+from moe_ext.version import __version__
+
+_ALIGNMENT = mmap.PAGESIZE  # a batch begins on a page of its own
+
+
+@dataclass(frozen=True)
+class Options:
+    """How :func:`moe_ext.calibrate` goes through a checkpoint folder.
+
+    Attributes:
+        dtype: "auto" (as ``from_pretrained`` would choose it), "float32", "bfloat16" or "float16".
+        device: where a layer computes.
+        scratch: an existing folder for the hidden states of all batches, twice (before and after a layer), in mapped
+            files; without one they are in memory, once.
+        resume: a file that every finished layer is added to; yours to remove once the result is saved. If it is there
+            already, from a run that was interrupted, that run goes on. With ``scratch`` at the layer that it had come
+            to; without, the finished layers run again, but are not observed.
+        read_ahead: whether the next layer is read while one computes.
+    """
+
+    dtype: str = "auto"
+    device: str = "cpu"
+    scratch: str | os.PathLike[str] | None = None
+    resume: str | os.PathLike[str] | None = None
+    read_ahead: bool = True
+
+
+def _sizes(layers: LayersOnDisk, batches: Sequence[Mapping[str, Tensor]]) -> list[int]:
+    """Bytes that every batch's hidden states take."""
+    width = text_config(layers.model).hidden_size * layers.model.dtype.itemsize
+    return [-(-batch["input_ids"].numel() * width // _ALIGNMENT) * _ALIGNMENT for batch in batches]
+
+
+class MappedStates:
+    """Hidden states in two mapped files in turn: those before a layer stay until those after it are all there.
+
+    Args:
+        folder: where the files are.
+        name: what their names begin with.
+        sizes: bytes of every batch.
+        layer: decoder layer that the states are before; its file is there, or the layer is the first.
+    """
+
+    def __init__(self, folder: Path, name: str, sizes: Sequence[int], layer: int) -> None:
+        self._folder, self._name, self._layer = folder, name, layer
+        self._sizes = list(sizes)
+        self._offsets = [sum(self._sizes[:batch]) for batch in range(len(self._sizes))]
+        self._shapes: dict[int, tuple[torch.Size, torch.dtype]] = {}
+        self._before = self._opened(layer) if layer else None
+        self._after: mmap.mmap | None = None
+
+    @classmethod
+    def is_there(cls, folder: Path, name: str, sizes: Sequence[int], layer: int) -> bool:
+        """Whether the states before a layer lie in the folder."""
+        file = folder / f"{name}-{layer}.states"
+        return file.is_file() and file.stat().st_size == sum(sizes)
+
+    def read(self, batch: int) -> Tensor:
+        assert self._before is not None
+        start, (shape, dtype) = self._offsets[batch], self._shapes[batch]
+        states = torch.empty(shape, dtype=dtype)  # a copy: products round differently where memory is not aligned alike
+        content = memoryview(self._before)[start : start + shape.numel() * dtype.itemsize]
+        _bytes_of(states)[:] = content
+        content.release()
+        self._before.madvise(mmap.MADV_DONTNEED, start, self._sizes[batch])  # the file keeps it
+        return states
+
+    def write(self, batch: int, states: Tensor) -> None:
+        if self._after is None:
+            with self._file(self._layer + 1, ".part").open("wb") as file:
+                file.truncate(sum(self._sizes))
+            self._after = self._opened(self._layer + 1, ".part")
+        size = states.numel() * states.element_size()
+        if size > self._sizes[batch]:
+            raise ValueError(f"batch {batch}: hidden states take {size} bytes; expected {self._sizes[batch]} at most")
+        start = self._offsets[batch]
+        self._after[start : start + size] = _bytes_of(states.detach().cpu().contiguous())
+        self._after.madvise(mmap.MADV_DONTNEED, start, self._sizes[batch])  # the file keeps it
+        self._shapes[batch] = (states.shape, states.dtype)
+
+    def shape_as(self, batches: Sequence[Mapping[str, Tensor]], width: int, dtype: torch.dtype) -> None:
+        """For states that an earlier process wrote: (B, S, width) of every batch."""
+        self._shapes = {
+            batch: (torch.Size([*inputs["input_ids"].shape, width]), dtype) for batch, inputs in enumerate(batches)
+        }
+
+    def turn(self) -> None:
+        """What was written is what is read from now on; the layer's own input goes."""
+        if self._after is None:
+            return
+        self._after.flush()
+        done = self._file(self._layer + 1)
+        self._file(self._layer + 1, ".part").replace(done)
+        flush_to_disk(self._folder)
+        if self._before is not None:
+            self._before.close()
+        self._before, self._after = self._after, None
+        self._layer += 1
+
+    def forget_earlier(self) -> None:
+        """Removes the files of layers before the one that is next, once it is known that they are done."""
+        for file in self._folder.glob(f"{self._name}-*.states*"):
+            if file != self._file(self._layer):
+                file.unlink()
+
+    def remove(self) -> None:
+        """Removes all files."""
+        self.close()
+        for file in self._folder.glob(f"{self._name}-*.states*"):
+            file.unlink()
+
+    def close(self) -> None:
+        for mapping in (self._before, self._after):
+            if mapping is not None:
+                mapping.close()
+        self._before = self._after = None
+
+    def _file(self, layer: int, suffix: str = "") -> Path:
+        return self._folder / f"{self._name}-{layer}.states{suffix}"
+
+    def _opened(self, layer: int, suffix: str = "") -> mmap.mmap:
+        with self._file(layer, suffix).open("r+b") as file:
+            return mmap.mmap(file.fileno(), 0)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+class Record:
+    """Where a run is: its hidden states, the layers that are done, and the file that says so.
+
+    Attributes:
+        states: hidden states before ``position``.
+        position: decoder layer to go on with.
+        digests: by MoE layer, of the routers of those whose sums are in the statistics.
+
+    Args:
+        stats: statistics of no text; the sums of finished layers are read into them.
+
+    Raises:
+        ValueError: the file is of another run.
+        MemoryError: hidden states do not fit into memory.
+        OSError: they do not fit onto the disk, or the folder is not there.
+    """
+
+    def __init__(
+        self,
+        layers: LayersOnDisk,
+        batches: Sequence[Mapping[str, Tensor]],
+        stats: ExpertStatistics,
+        options: Options,
+        outputs: bool,
+    ) -> None:
+        self._stats = stats
+        self._path = None if options.resume is None else file_destination(options.resume)
+        self._job = joined_digest(
+            [
+                __version__,
+                text_digest(batches),
+                layers.fingerprint(),
+                f"{layers.model.dtype} {options.device} {outputs} {stats.dataset}",
+                *stats.shards,
+            ]
+        )
+        self.position = 0
+        self.digests: dict[int, str] = {}
+        reached = self._read()
+        sizes = _sizes(layers, batches)
+        if options.scratch is None or sum(sizes) == 0:
+            _check_memory(sum(sizes))
+            self.states: HiddenStates = SpillingStates(sum(sizes))
+            return
+        folder, name = Path(options.scratch), f"moe_ext-{self._job[:16]}"
+        if not folder.is_dir():
+            raise FileNotFoundError(f"scratch: the folder {folder} does not exist")
+        if reached and MappedStates.is_there(folder, name, sizes, reached):
+            self.position = reached
+        _check_disk(folder, name, 2 * sum(sizes))
+        mapped = MappedStates(folder, name, sizes, self.position)
+        mapped.shape_as(batches, text_config(layers.model).hidden_size, layers.model.dtype)
+        self.states = mapped
+
+    def write(self, layer: int) -> None:
+        """Says that the layers before ``layer`` are done."""
+        if self._path is not None:
+            tensors = {name: tensor.contiguous() for name, tensor in self._stats.tensors().items()}
+            metadata = {"job": self._job, "layer": str(layer), "digests": json.dumps(self.digests)}
+            with replace_file(self._path) as temporary:
+                temporary.write_bytes(safetensors.torch.save(tensors, metadata))
+        if isinstance(self.states, MappedStates):
+            self.states.forget_earlier()
+
+    def finish(self) -> None:
+        """Removes the hidden states; the file stays until the result is safe."""
+        if isinstance(self.states, MappedStates):
+            self.states.remove()
+
+    def _read(self) -> int:
+        """Takes over what the file holds; the decoder layer that it had come to."""
+        if self._path is None or not self._path.exists():
+            return 0
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("job") != self._job:
+                    raise ValueError(
+                        f"resume: {self._path} is of another run (model, text or options differ); "
+                        "name a new file, or delete it"
+                    )
+                for name, tensor in self._stats.tensors().items():
+                    tensor.copy_(file.get_tensor(name))
+                self.digests = {int(layer): digest for layer, digest in json.loads(metadata["digests"]).items()}
+                return int(metadata["layer"])
+        except SafetensorError as error:
+            raise ValueError(f"resume: {self._path} is no file of an interrupted calibration ({error})") from None
+
+
+def _check_memory(needed: int) -> None:
+    available = _available_memory()
+    if available is not None and needed > available:
+        raise MemoryError(
+            f"the hidden states of all batches take {needed / 1e9:.2f} GB, {available / 1e9:.2f} GB of memory are "
+            "free: give a scratch folder, or less text"
+        )
+
+
+def _available_memory() -> int | None:
+    """Bytes that Linux says could be had; None elsewhere."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0].split()[1]) * 1024 if found else None
+
+
+def _check_disk(folder: Path, name: str, needed: int) -> None:
+    filesystem: Any = os.statvfs(folder)
+    free = filesystem.f_bavail * filesystem.f_frsize + sum(
+        file.stat().st_blocks * 512 for file in folder.glob(f"{name}-*.states*")
+    )
+    if needed > free:
+        raise OSError(
+            f"scratch: the hidden states of all batches take {needed / 1e9:.2f} GB; {folder} has {free / 1e9:.2f} GB"
+        )

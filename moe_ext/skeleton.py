@@ -1,0 +1,181 @@
+"""A checkpoint's model without its weights: built on the meta device, with the way from every key to a parameter.
+
+transformers' own tables of names (``conversion_mapping``) say which parameter a key of the checkpoint feeds, and how:
+the Hub's files of most families hold an expert's projections one by one, the models all experts in one tensor.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+
+from moe_ext.architectures import LOADED_LATER
+from moe_ext.checkpoint_files import StoredTensor
+from moe_ext.heterogeneous import built
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a key of a checkpoint is for.
+
+    Attributes:
+        target: the parameter or buffer of the model that it feeds.
+        expert: index of the expert, if the key is of one expert alone.
+        expert_at: where its number stands in the key: first character and the one after the last.
+        converted: whether transformers computes something on the way, beyond another name.
+        part: where the tensor goes among those of its expert, which lie one above the other in the parameter's
+            slice of that expert; None if transformers' conversion is another one.
+    """
+
+    target: str
+    expert: int | None = None
+    expert_at: tuple[int, int] = (0, 0)
+    converted: bool = False
+    part: int | None = None
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on the meta device and its checkpoint's keys.
+
+    Attributes:
+        model: in evaluation mode; its weights, all on the meta device, are marked as loaded later.
+        dtype: the model's.
+        sources: for every key of the checkpoint that the model has a place for, what it is for.
+    """
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+    sources: dict[str, Source]
+
+    def dtype_of(self, target: str) -> torch.dtype:
+        """The type in which ``from_pretrained`` would hold a parameter or buffer."""
+        plan: dict[str, torch.dtype] = self.model._get_dtype_plan(self.dtype)
+        for pattern, dtype in plan.items():
+            if re.search(rf"(^|\.){re.escape(pattern)}($|\.)", target):
+                return dtype
+        return self.model.state_dict()[target].dtype
+
+
+def skeleton_of(
+    folder: str | Path, stored: dict[str, StoredTensor], *, dtype: str = "auto", device: str = "cpu"
+) -> Skeleton:
+    """The model of a checkpoint folder, without reading a weight.
+
+    Args:
+        stored: its tensors.
+        dtype: "auto" (as ``from_pretrained`` would choose it), "float32", "bfloat16" or "float16".
+        device: where the weights will go.
+
+    Raises:
+        ValueError: unknown dtype, a quantised checkpoint, a tensor that the model needs and the checkpoint has not, or
+            a model that cannot be built.
+        OSError: no config, or a broken one.
+    """
+    config = AutoConfig.from_pretrained(str(folder))
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{folder} is quantised: its weights are read only through transformers, in memory")
+    wanted = _dtype(config, stored, dtype)
+    with torch.device("meta"):
+        model = built(config, lambda: _class_of(config)(config, dtype=wanted)).eval()
+    model.config.name_or_path = str(folder)
+    for tensor in (*model.parameters(), *model.buffers()):
+        setattr(tensor, LOADED_LATER, torch.device(device))
+    skeleton = Skeleton(model, wanted, _sources(model, stored))
+    _check_complete(folder, skeleton, stored)
+    return skeleton
+
+
+def _class_of(config: Any) -> Any:
+    """What builds the model: of the class that saved the checkpoint if it is one of transformers'."""
+    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    return AutoModelForCausalLM.from_config if named is None else named._from_config
+
+
+def _dtype(config: Any, stored: dict[str, StoredTensor], dtype: str) -> torch.dtype:
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; expected auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    named = getattr(config, "dtype", None)
+    if isinstance(named, str):
+        named = getattr(torch, named)
+    if named is None:
+        named = next((tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point), torch.float32)
+    return named
+
+
+def _sources(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Source]:
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    places, prefix = model.state_dict(), model.base_model_prefix
+    found = {}
+    for name in names:  # as transformers' convert_and_load_state_dict_in_model finds them
+        target, pattern = rename_source_key(name, renamings, converters, prefix, places)
+        if target not in places and name in places:
+            target, pattern = rename_source_key(name, [], [], prefix, places)
+        if target not in places:
+            continue
+        if pattern is None:
+            found[name] = Source(target)
+        elif any(isinstance(operation, MergeModulelist) for operation in converter_of[pattern].operations):
+            # The renamings are plain, so the end of the key is as the pattern has it.
+            number = re.search(pattern.replace("*.", r"(\d+)\.") + "$", name)
+            if number is None:
+                raise ValueError(f"cannot tell which expert {name!r} is of")
+            part = _part(converter_of[pattern], pattern)
+            found[name] = Source(target, int(number[1]), number.span(1), converted=True, part=part)
+        else:
+            found[name] = Source(target, converted=True)
+    return found
+
+
+def _part(converter: WeightConverter, pattern: str) -> int | None:
+    stack, *others = converter.operations
+    above = len(others) == 1 and isinstance(others[0], Concatenate) and others[0].dim == 1
+    if isinstance(stack, MergeModulelist) and stack.dim == 0 and (above or len(converter.source_patterns) == 1):
+        return int(converter.source_patterns.index(pattern))
+    return None
+
+
+def tied(model: PreTrainedModel) -> set[str]:
+    """Parameters that are another one's, and in no checkpoint that transformers saves."""
+    return set(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _check_complete(folder: str | Path, skeleton: Skeleton, stored: dict[str, StoredTensor]) -> None:
+    fed: dict[str, int] = {}
+    for name, source in skeleton.sources.items():
+        fed[source.target] = fed.get(source.target, 0) + stored[name].size // stored[name].dtype.itemsize
+    for target, place in skeleton.model.state_dict().items():
+        if target in tied(skeleton.model):
+            continue
+        if fed.get(target, 0) != place.numel():
+            raise ValueError(
+                f"{folder} has {fed.get(target, 0)} numbers for {target}; the model needs {place.numel()} "
+                f"= {tuple(place.shape)}"
+            )
+
+
+def names_of(model: nn.Module) -> dict[int, str]:
+    """Parameters and buffers of a model by identity."""
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    return {id(tensor): name for name, tensor in named}

@@ -1,0 +1,253 @@
+"""Calibration from a checkpoint folder, one decoder layer at a time, against the loaded model."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moe_ext
+from moe_ext import calibration, layers_on_disk, sequential
+from moe_ext.layer_inputs import LayerInputs
+from moe_ext.layers_on_disk import LayersOnDisk
+from moe_ext.statistics import ExpertStatistics
+from tests.conftest import random_tokens
+from tests.families import FIELDS, STOCK_ONLY, UNRECORDED, build, keep_of, plan_for
+from tests.reference import DEVICES
+
+FAMILIES = [*FIELDS, *UNRECORDED]
+
+
+def ragged_batches() -> list[dict[str, torch.Tensor]]:
+    batches = [{"input_ids": random_tokens(2, 13, seed=seed)} for seed in (1, 2, 3)]
+    batches[0]["attention_mask"] = torch.tensor([[1] * 13, [1] * 5 + [0] * 8])
+    batches.append({"input_ids": random_tokens(1, 7, seed=4)})
+    return batches
+
+
+def assert_same_bits(got: ExpertStatistics, expected: ExpertStatistics) -> None:
+    for name, tensor in expected.tensors().items():
+        assert torch.equal(got.tensors()[name], tensor), name
+    assert (got.layers, got.experts, got.gate, got.dataset) == (
+        expected.layers, expected.experts, expected.gate, expected.dataset,
+    )  # fmt: skip
+    assert got.model_digest == expected.model_digest != ""
+
+
+@pytest.fixture
+def mixtral(tmp_path: Path) -> Path:
+    build("mixtral", dtype=torch.bfloat16).save_pretrained(tmp_path / "source", max_shard_size=20_000)
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_are_those_of_the_loaded_model_bit_by_bit(family: str, tmp_path: Path) -> None:
+    model = build(family, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    strict = family not in STOCK_ONLY
+    options: dict[str, Any] = {"progress": False, "outputs": True, "strict": strict, "dataset": "random"}
+    loaded = type(model).from_pretrained(tmp_path / "source", dtype="auto").eval()
+    expected = moe_ext.calibrate(loaded, ragged_batches(), **options)
+    got = moe_ext.calibrate(tmp_path / "source", ragged_batches(), **options)
+    assert_same_bits(got, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_layer_computes_on_the_device_asked_for(device: str, mixtral: Path) -> None:
+    expected = moe_ext.calibrate(moe_ext.from_pretrained(mixtral).to(device), ragged_batches(), progress=False)
+    assert_same_bits(moe_ext.calibrate(mixtral, ragged_batches(), progress=False, device=device), expected)
+
+
+def test_layers_that_differ_are_built_as_they_are(tmp_path: Path) -> None:
+    model = build("mixtral")
+    plan = plan_for(model, keep_of(model, "mixtral", fewer=1))
+    moe_ext.prune(model, plan).save_pretrained(tmp_path / "source")
+    expected = moe_ext.calibrate(moe_ext.from_pretrained(tmp_path / "source"), ragged_batches(), progress=False)
+    assert_same_bits(moe_ext.calibrate(tmp_path / "source", ragged_batches(), progress=False), expected)
+
+
+def test_another_dtype_is_that_of_the_loaded_model(mixtral: Path) -> None:
+    loaded = moe_ext.from_pretrained(mixtral, dtype=torch.float32)
+    expected = moe_ext.calibrate(loaded, ragged_batches(), progress=False)
+    assert_same_bits(moe_ext.calibrate(mixtral, ragged_batches(), progress=False, dtype="float32"), expected)
+
+
+def test_hidden_states_may_lie_in_a_scratch_folder(mixtral: Path, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    expected = moe_ext.calibrate(mixtral, ragged_batches(), progress=False)
+    got = moe_ext.calibrate(mixtral, ragged_batches(), progress=False, scratch=tmp_path / "scratch")
+    assert_same_bits(got, expected)
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_one_decoder_layer_is_in_memory_at_a_time(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    need = LayersOnDisk.need
+
+    def watched(self: LayersOnDisk, layer: int) -> None:
+        need(self, layer)
+        there = {
+            name.split(".")[2]
+            for name, parameter in self.model.named_parameters()
+            if ".layers." in name and parameter.device.type != "meta"
+        }
+        head = self.model.get_output_embeddings().weight.device.type
+        seen.append((layer, there, head))
+
+    monkeypatch.setattr(LayersOnDisk, "need", watched)
+    moe_ext.calibrate(mixtral, ragged_batches(), progress=False)
+    assert seen == [(layer, {str(layer)}, "meta") for layer in range(3)]
+
+
+def test_the_next_layer_is_read_while_one_computes(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[set[str]] = []
+    start = layers_on_disk._Reader.start
+
+    def watched(self: Any, tensors: list[Any]) -> None:
+        asked.append({tensor.name.split(".")[2] for tensor in tensors})
+        start(self, tensors)
+        self._thread.join()
+        assert not self._stopped.is_set()
+
+    monkeypatch.setattr(layers_on_disk._Reader, "start", watched)
+    moe_ext.calibrate(mixtral, ragged_batches(), progress=False)
+    assert asked == [{"1"}, {"2"}]
+    moe_ext.calibrate(mixtral, ragged_batches(), progress=False, read_ahead=False)
+    assert len(asked) == 2
+
+
+def killed_after(passes: int, work: Callable[[], object]) -> int:
+    """Runs in a forked process that is killed before its pass number ``passes``; its exit status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            advance, left = LayerInputs.advance, [passes]
+
+            def dies(self: Any, before: Any = None) -> None:
+                if left[0] == 0:
+                    os.kill(os.getpid(), 9)
+                left[0] -= 1
+                advance(self, before)
+
+            LayerInputs.advance = dies  # type: ignore[method-assign]
+            torch.set_num_threads(1)  # the parent's threads are not there
+            work()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("scratch", [False, True])
+def test_a_killed_run_goes_on_and_ends_with_the_same_statistics(
+    passes: int, scratch: bool, mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scratch").mkdir()
+    options: dict[str, Any] = {"progress": False, "outputs": True, "resume": tmp_path / "resume.safetensors"}
+    if scratch:
+        options["scratch"] = tmp_path / "scratch"
+    expected = moe_ext.calibrate(mixtral, ragged_batches(), progress=False, outputs=True)
+    assert killed_after(passes, lambda: moe_ext.calibrate(mixtral, ragged_batches(), **options)) == -9
+
+    ran, observed = [], []
+    advance, take = LayerInputs.advance, calibration._take
+
+    def counting(self: Any, before: Any = None) -> None:
+        ran.append(self._position)
+        advance(self, before)
+
+    def noting(stats: Any, layer: int, observer: Any) -> None:
+        observed.append(layer)
+        take(stats, layer, observer)
+
+    monkeypatch.setattr(LayerInputs, "advance", counting)
+    monkeypatch.setattr(calibration, "_take", noting)
+    assert_same_bits(moe_ext.calibrate(mixtral, ragged_batches(), **options), expected)
+    assert ran == list(range(passes if scratch else 0, 3))
+    assert observed == list(range(passes, 3))
+    assert list((tmp_path / "scratch").iterdir()) == []
+    # A run whose result was lost after it was done runs nothing again.
+    ran.clear()
+    assert_same_bits(moe_ext.calibrate(mixtral, ragged_batches(), **options), expected)
+    assert ran == []
+
+
+def test_a_file_of_another_run_is_refused(mixtral: Path, tmp_path: Path) -> None:
+    resume = tmp_path / "resume.safetensors"
+    moe_ext.calibrate(mixtral, ragged_batches(), progress=False, resume=resume)
+    with pytest.raises(ValueError, match="is of another run"):
+        moe_ext.calibrate(mixtral, ragged_batches()[:2], progress=False, resume=resume)
+    resume.write_text("not one")
+    with pytest.raises(ValueError, match="no file of an interrupted calibration"):
+        moe_ext.calibrate(mixtral, ragged_batches(), progress=False, resume=resume)
+
+
+def test_hidden_states_without_room_are_refused_before_anything_runs(
+    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequential, "_available_memory", lambda: 1000)
+    with pytest.raises(MemoryError, match="give a scratch folder, or less text"):
+        moe_ext.calibrate(mixtral, ragged_batches(), progress=False)
+    with pytest.raises(FileNotFoundError, match="scratch: the folder"):
+        moe_ext.calibrate(mixtral, ragged_batches(), progress=False, scratch=tmp_path / "none")
+    values = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((*values[:4], 0, *values[5:])))
+    with pytest.raises(OSError, match=r"scratch: the hidden states of all batches take"):
+        moe_ext.calibrate(mixtral, ragged_batches(), progress=False, scratch=tmp_path)
+
+
+def test_what_cannot_be_calibrated_is_refused(mixtral: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="scratch: is for a checkpoint folder"):
+        moe_ext.calibrate(build("mixtral"), ragged_batches(), progress=False, scratch=tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
+        moe_ext.calibrate(tmp_path / "none", ragged_batches(), progress=False)
+    with pytest.raises(ValueError, match="no token was counted"):
+        moe_ext.calibrate(mixtral, [], progress=False)
+    with pytest.raises(ValueError, match="batch 0 is no mapping"):
+        moe_ext.calibrate(mixtral, [1], progress=False)  # type: ignore[list-item]
+    shutil.copytree(mixtral, tmp_path / "cut")
+    shard = next((tmp_path / "cut").glob("model-00002*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="truncated"):
+        moe_ext.calibrate(tmp_path / "cut", ragged_batches(), progress=False)
+
+
+@pytest.mark.parametrize("options", [{"method": "layerwise"}, {"method": "progressive"}, {"method": "greedy"}])
+def test_a_search_finds_what_it_finds_in_the_loaded_model(options: dict[str, Any], mixtral: Path) -> None:
+    options = {**options, "keep": 6, "progress": False}
+    expected = moe_ext.search(moe_ext.from_pretrained(mixtral), ragged_batches(), **options)
+    got = moe_ext.search(mixtral, ragged_batches(), **options)
+    assert got.plan == expected.plan
+    for ours, theirs in zip(got.losses, expected.losses, strict=True):
+        assert torch.equal(ours.losses, theirs.losses)
+
+
+def test_an_interrupted_search_goes_on_with_the_layers_that_are_left(
+    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"keep": 6, "progress": False, "resume": tmp_path / "losses.safetensors"}
+    expected = moe_ext.search(mixtral, ragged_batches(), keep=6, progress=False)
+    observe, searched = LayerInputs.observe, []
+
+    def interrupted(self: LayerInputs, block: int, seen: Any) -> None:
+        searched.append(block)
+        if searched == [0, 1]:
+            raise KeyboardInterrupt
+        observe(self, block, seen)
+
+    monkeypatch.setattr(LayerInputs, "observe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        moe_ext.search(mixtral, ragged_batches(), **options)
+    assert moe_ext.search(mixtral, ragged_batches(), **options).plan == expected.plan
+    assert searched == [0, 1, 1, 2]
+
+
+def test_a_router_that_the_search_does_not_evaluate_is_refused() -> None:
+    with pytest.raises(ValueError, match="'deepseek_v3' has"):
+        moe_ext.search(build("deepseek_v3"), ragged_batches(), keep=6, progress=False)
+    with pytest.raises(TypeError, match="dtype: is for a checkpoint folder"):
+        moe_ext.search(build("mixtral"), ragged_batches(), keep=6, progress=False, dtype="float32")
