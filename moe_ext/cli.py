@@ -32,8 +32,10 @@ from moe_ext.pruning import prune as apply_plan
 from moe_ext.redundancy import redundant_pairs
 from moe_ext.routing import count_skips, skip_thresholds, thresholds_in_config
 from moe_ext.search import search as run_search
+from moe_ext.search_result import SearchResult, is_search
 from moe_ext.statistics import ExpertStatistics
 from moe_ext.text import read_domains, token_batches
+from moe_ext.variants import read_variants
 
 app = typer.Typer(
     help="Makes Mixture-of-Experts language models smaller and faster after training.",
@@ -303,6 +305,50 @@ def search(
         for best, layer, kept in zip(exact, result.losses, result.plan.keep, strict=True)
     ]
     out.print(removed_experts(result.plan, loss=shown, evaluated=subsets), f"written to {save_to}, losses to {losses}")
+
+
+@app.command()
+def report(
+    statistics: Statistics,
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="A search's losses, and JSON files of `moe-ext compare`, `eval` and `demo`."),
+    ] = None,
+    save_to: Annotated[Path | None, typer.Option("--out", "-o", help="HTML page to write.", show_default=False)] = None,
+    png: Annotated[Path | None, typer.Option(help="Folder for the figures alone.", show_default=False)] = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan to mark in the heat maps, of every criterion.")] = None,
+    keep: Annotated[int | None, typer.Option(min=1, help="Mark what each criterion removes to keep so many.")] = None,
+) -> None:
+    """Write a page about the experts: routing, criteria, skipping, a search's losses, evaluated variants."""
+    from moe_ext.report import Report, write_figures, write_page
+
+    if save_to is None and png is None:
+        raise typer.BadParameter("give --out, --png or both")
+    if plan is not None and keep is not None:
+        raise typer.BadParameter("give --plan or --keep, not both")
+    if save_to is not None:
+        file_destination(save_to)
+    searches, variants = [], []
+    for file in files or []:
+        if file.suffix == ".safetensors" or is_search(file):
+            searches.append(SearchResult.load(file))
+        else:
+            variants += read_variants(file)
+    if len(searches) > 1:
+        raise typer.BadParameter("the report takes one search")
+    made = Report(
+        ExpertStatistics.load(statistics),
+        removals=None if plan is None else PruningPlan.load(plan),
+        keep=keep,
+        search=searches[0] if searches else None,
+        variants=variants,
+    )
+    if png is not None:
+        names = write_figures(made, png)
+        out.print(f"{len(names)} figures: {png}", soft_wrap=True)
+    if save_to is not None:
+        write_page(made, save_to)
+        out.print(f"report: {save_to}", soft_wrap=True)
 
 
 @app.command()
