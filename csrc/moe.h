@@ -101,7 +101,7 @@ int64_t first_bad_expert(const void* experts, bool is_int64, int64_t slots, int6
 
 // Instruction sets: the compiled variants, best first; whether this machine runs one; the one in use. MOE_EXT_ISA
 // forces one by name; active_isa() throws std::runtime_error if that name is unknown or does not run here.
-inline constexpr int kIsaCount = 3;
+inline constexpr int kIsaCount = 4;
 const char* isa_name(int isa);
 bool isa_runs_here(int isa);
 int active_isa();

@@ -7,7 +7,6 @@ removes it when the process ends, however it ends. It is in Python's temporary f
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -41,9 +40,6 @@ class SpillingList:
 
     def __len__(self) -> int:
         return len(self._entries)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[index] for index in range(len(self)))
 
     def append(self, tensor: Tensor) -> None:
         """Keeps a copy of a tensor of any device and dtype."""

@@ -103,9 +103,12 @@ class Arithmetic:
 
 
 def arithmetic_of(case: ExpertsCase, device: str, kernels: str = "") -> Arithmetic:
-    """That of the named CUDA kernels, or of those that a call takes: the CPU, float32 and sizes that are no multiples
-    of 8 keep float32 throughout; up to 16 tokens h is kept in the dtype of x, beyond that h and y."""
+    """That of the named CUDA kernels, or of those that a call takes. On the CPU, dot products of bfloat16 keep h in
+    bfloat16, all else float32. On CUDA, float32 and sizes that are no multiples of 8 keep float32 throughout; up to 16
+    tokens h is kept in the dtype of x, beyond that h and y."""
     dtype, (_, hidden, intermediate) = case.x.dtype, case.down.shape
+    if device == "cpu" and dtype == torch.bfloat16 and _C.active_cpu_variant() == "avx512_bf16":
+        return Arithmetic(h=dtype)
     if device == "cpu" or dtype == torch.float32 or hidden % 8 or intermediate % 8 or kernels == "plain":
         return Arithmetic()
     small_batch = kernels == "small_batch" or (kernels == "" and case.x.shape[0] <= 16)

@@ -23,9 +23,9 @@ def test_what_is_appended_comes_back(memory: int, order: list[int]) -> None:
     for index in order:
         spilling.append(TENSORS[index])
     assert len(spilling) == len(order)
-    for got, index in zip(spilling, order, strict=True):
-        assert got.dtype == TENSORS[index].dtype
-        assert torch.equal(got, TENSORS[index])
+    for place, index in enumerate(order):
+        assert spilling[place].dtype == TENSORS[index].dtype
+        assert torch.equal(spilling[place], TENSORS[index])
     spilling.close()
 
 
@@ -35,7 +35,7 @@ def test_a_replaced_tensor_leaves_the_others_alone(memory: int) -> None:
     for value in range(4):
         spilling.append(torch.full((2,), float(value)))
     spilling[2] = torch.tensor([7.0, 8.0])
-    assert [tensor.tolist() for tensor in spilling] == [[0, 0], [1, 1], [7, 8], [3, 3]]
+    assert [spilling[place].tolist() for place in range(4)] == [[0, 0], [1, 1], [7, 8], [3, 3]]
     with pytest.raises(ValueError, match=r"tensor: is torch\.float32 of shape \(3,\); expected .*\(2,\)"):
         spilling[1] = torch.zeros(3)
     spilling.close()

@@ -1,23 +1,24 @@
-// Experts: out[t, :] = sum over slots s of g * f_e(x[t, :]), e = experts[t, s], g = weights[t, s]                   (T,
-// H)
+// Experts: out[t, :] = sum over slots s of g * f_e(x[t, :]), e = experts[t, s], g = weights[t, s]                (T, H)
 //          f_e(x) = down[e] (act(gate[e] x) * (up[e] x))
 //
-// Three passes over the slots sorted by expert, each spread over the threads task by task:
-//   gate_up   a task is one expert and kColumnBlock of its I columns: reads those gate and up rows once, keeps them in
-//   L2
-//             for all of the expert's tokens, writes h (P, I) float32.
-//   down      a task is one expert and kColumnBlock of its H columns: reads those rows once, writes y (P, H) float32.
-//   combine   a task is a few tokens: weights and sums a token's rows of y in slot order, and when observing takes
-//             ||f_e||^2 from the same registers.
-// Then the observed norms are summed per expert in position order, in float64. Every element is computed by one thread
-// in a fixed order, so the result does not depend on the number of threads or on the other tokens of the batch.
+// Two passes over the slots sorted by expert, each spread over the threads task by task:
+//   gate_up   a task is one expert and half a block of its I columns: reads those gate and up rows once for all of the
+//             expert's tokens and writes h (P, I), of the variant's operand type.
+//   down      a task is one block of the H columns and every expert: reads an expert's rows once for all of its tokens,
+//             weights the products and adds them to the tokens' sums, expert by expert; at the end rounds the sums
+//             into out. When observing it takes its part of ||f_e||^2 from the same registers.
+// While a thread multiplies a block of weights it fetches the one that comes next, so that memory and arithmetic
+// overlap. Then the observed norms are summed per expert in position order, in float64. Every element is computed by
+// one thread in a fixed order, so the result depends neither on the number of threads nor on the rest of the batch.
 //
 // Cost: reads 3 H I weights of each expert that has a token, once per kTokensPerRun tokens; 6 H I FLOPs a slot.
-// Memory: P (I + H) floats, and T H more where x is not float32; P = slots that are no sentinel, of at most
-// kTokensPerRun tokens.
+// Memory: P (H + I) operands, H / 16 floats a slot when observing, and for each thread 128 bytes for every token and
+// every slot of the busiest expert; P = slots that are no sentinel, of at most kTokensPerRun tokens.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "cpu/loops.h"
@@ -31,58 +32,50 @@ namespace {
 
 // Longer inputs run in parts, which bounds the memory: an expert still sees hundreds of tokens each time it is read.
 constexpr int64_t kTokensPerRun = 2048;
-constexpr int64_t kTokensPerTask = 16;
+constexpr int64_t kRowsPerTask = 16;
 constexpr int64_t kMultiplyAddsPerWorker = 1 << 17;
 constexpr int64_t kElementsPerWorker = 1 << 15;
 
 int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-const void* offset(const void* data, DType dtype, int64_t elements) {
+const char* offset(const void* data, DType dtype, int64_t elements) {
   return static_cast<const char*>(data) + elements * element_size(dtype);
 }
 
-float element(const void* data, DType dtype, int64_t index) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return static_cast<const float*>(data)[index];
-    case DType::kBFloat16:
-      return to_float(static_cast<const BFloat16*>(data)[index]);
-    case DType::kFloat16:
-      return to_float(static_cast<const Float16*>(data)[index]);
-  }
-  return 0.0f;
-}
+// Uninitialised memory that starts a cache line.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes = 0) : data_(static_cast<char*>(::operator new(static_cast<size_t>(bytes), kLine))) {}
+  char* bytes() const { return data_.get(); }
+  float* floats() const { return reinterpret_cast<float*>(data_.get()); }
 
-using Floats = std::unique_ptr<float[]>;
-Floats uninitialised(int64_t count) { return Floats(new float[static_cast<size_t>(count)]); }
-
-// Tasks of one grouped product: every expert that has tokens, times its blocks of columns.
-struct BlockTask {
-  int64_t expert;
-  int64_t first_column;
-  int64_t columns;
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(char* data) const { ::operator delete(data, kLine); }
+  };
+  std::unique_ptr<char[], Free> data_;
 };
 
-std::vector<BlockTask> block_tasks(const SortedSlots& slots, int64_t num_experts, int64_t columns) {
-  std::vector<BlockTask> tasks;
-  for (int64_t expert = 0; expert < num_experts; ++expert) {
-    if (slots.count(expert) == 0) continue;
-    for (int64_t first = 0; first < columns; first += kColumnBlock) {
-      tasks.push_back({expert, first, std::min(kColumnBlock, columns - first)});
-    }
-  }
-  return tasks;
-}
+// The columns of a down task: narrower ones keep more threads busy, but the choice must not depend on their number.
+int64_t down_columns(int64_t hidden) { return hidden >= 64 * kBlockColumns ? kBlockColumns : kBlockColumns / 2; }
+
+constexpr WeightRows kNone{};
 
 class ExpertsRun {
  public:
   ExpertsRun(const ExpertsParams& p, const Threads& threads, const Loops& loops)
-      : p_(p), threads_(threads), loops_(loops), slots_(sort_slots(p)) {}
+      : p_(p), threads_(threads), loops_(loops), operand_(loops.operand(p.dtype)), slots_(sort_slots(p)) {
+    for (int64_t expert = 0; expert < p.num_experts; ++expert) {
+      if (slots_.count(expert) == 0) continue;
+      active_.push_back(expert);
+      busiest_ = std::max(busiest_, slots_.count(expert));
+    }
+  }
 
   void run() {
     gate_up();
     down();
-    combine();
     if (p_.moments != nullptr) add_moments();
   }
 
@@ -91,109 +84,136 @@ class ExpertsRun {
     return workers_for(threads_, slots_.positions() * p_.hidden * p_.intermediate, kMultiplyAddsPerWorker);
   }
 
-  int64_t token_tasks() const { return (p_.tokens + kTokensPerTask - 1) / kTokensPerTask; }
-
-  // x as float32: the caller's array, or a widened copy.
-  const float* float_x(Floats& copy) const {
-    if (p_.dtype == DType::kFloat32) return static_cast<const float*>(p_.x);
-    copy = uninitialised(p_.tokens * p_.hidden);
-    const int64_t workers = workers_for(threads_, p_.tokens * p_.hidden, kElementsPerWorker);
-    for_each_task(threads_, workers, token_tasks(), [&](int64_t task, int64_t) {
-      const int64_t first = task * kTokensPerTask * p_.hidden;
-      const int64_t end = std::min(p_.tokens * p_.hidden, first + kTokensPerTask * p_.hidden);
-      loops_.widen(p_.dtype, offset(p_.x, p_.dtype, first), copy.get() + first, end - first);
+  // (P, H) operands: each position's row of x.
+  Buffer gathered_x() const {
+    const int64_t row_bytes = p_.hidden * element_size(operand_);
+    Buffer rows(slots_.positions() * row_bytes);
+    const int64_t workers = workers_for(threads_, slots_.positions() * p_.hidden, kElementsPerWorker);
+    const int64_t tasks = (slots_.positions() + kRowsPerTask - 1) / kRowsPerTask;
+    for_each_task(threads_, workers, tasks, [&](int64_t task, int64_t) {
+      const int64_t end = std::min(slots_.positions(), (task + 1) * kRowsPerTask);
+      for (int64_t position = task * kRowsPerTask; position < end; ++position) {
+        const char* x = offset(p_.x, p_.dtype, slots_.token_of[position] * p_.hidden);
+        char* row = rows.bytes() + position * row_bytes;
+        if (operand_ == p_.dtype) {
+          std::memcpy(row, x, row_bytes);
+        } else {
+          loops_.widen(p_.dtype, x, reinterpret_cast<float*>(row), p_.hidden);
+        }
+      }
     });
-    return copy.get();
+    return rows;
   }
+
+  // ---- gate_up
+
+  struct GateUpTask {
+    int64_t expert;
+    int64_t first_column;
+    int64_t columns;
+  };
 
   void gate_up() {
-    Floats copy;
-    const float* x = float_x(copy);
-    std::vector<const float*> rows(slots_.positions());
-    for (size_t position = 0; position < rows.size(); ++position) {
-      rows[position] = x + slots_.token_of[position] * p_.hidden;
-    }
-    h_ = uninitialised(slots_.positions() * p_.intermediate);
-    const std::vector<BlockTask> tasks = block_tasks(slots_, p_.num_experts, p_.intermediate);
-    for_each_task(threads_, product_workers(), static_cast<int64_t>(tasks.size()), [&](int64_t index, int64_t) {
-      const BlockTask& task = tasks[index];
-      const int64_t first = slots_.first[task.expert];
-      const int64_t gate_row = task.expert * 2 * p_.intermediate + task.first_column;
-      loops_.gate_up(p_.dtype, p_.activation, rows.data() + first, slots_.count(task.expert),
-                     offset(p_.gate_up, p_.dtype, gate_row * p_.hidden),
-                     offset(p_.gate_up, p_.dtype, (gate_row + p_.intermediate) * p_.hidden), task.columns, p_.hidden,
-                     h_.get() + first * p_.intermediate + task.first_column, p_.intermediate);
-    });
-  }
-
-  void down() {
-    y_ = uninitialised(slots_.positions() * p_.hidden);
-    const std::vector<BlockTask> tasks = block_tasks(slots_, p_.num_experts, p_.hidden);
-    for_each_task(threads_, product_workers(), static_cast<int64_t>(tasks.size()), [&](int64_t index, int64_t) {
-      const BlockTask& task = tasks[index];
-      const int64_t first = slots_.first[task.expert];
-      const int64_t down_row = task.expert * p_.hidden + task.first_column;
-      loops_.down(p_.dtype, h_.get() + first * p_.intermediate, slots_.count(task.expert),
-                  offset(p_.down, p_.dtype, down_row * p_.intermediate), task.columns, p_.intermediate,
-                  y_.get() + first * p_.hidden + task.first_column, p_.hidden);
-    });
-  }
-
-  void combine() {
-    const bool observe = p_.moments != nullptr;
-    if (observe) norms_.assign(slots_.positions(), 0.0);
-    const int64_t workers = workers_for(threads_, p_.tokens * p_.top_k * p_.hidden, kElementsPerWorker);
-    const Floats sums = uninitialised(workers * p_.hidden);
-    for_each_task(threads_, workers, token_tasks(), [&](int64_t task, int64_t worker) {
-      float* sum = sums.get() + worker * p_.hidden;
-      const int64_t end = std::min(p_.tokens, (task + 1) * kTokensPerTask);
-      for (int64_t token = task * kTokensPerTask; token < end; ++token) combine_token(token, sum, observe);
-    });
-  }
-
-  void combine_token(int64_t token, float* sum, bool observe) {
-    std::memset(sum, 0, sizeof(float) * p_.hidden);
-    for (int64_t slot = token * p_.top_k; slot < (token + 1) * p_.top_k; ++slot) {
-      const int64_t position = slots_.position_of[slot];
-      if (position < 0) continue;
-      const float weight = element(p_.weights, p_.weights_dtype, slot);
-      const float squares = loops_.accumulate(weight, y_.get() + position * p_.hidden, sum, p_.hidden, observe);
-      if (observe) norms_[position] = std::sqrt(static_cast<double>(squares));
-    }
-    char* out = static_cast<char*>(p_.out) + token * p_.hidden * element_size(p_.dtype);
-    loops_.narrow(p_.dtype, sum, out, p_.hidden);
-  }
-
-  // One thread and slot order: the sums are the same for any number of threads, and T * K * 9 additions are few.
-  void add_moments() {
-    std::vector<double> added(p_.num_experts * 9, 0.0);
-    for (int64_t slot = 0; slot < p_.tokens * p_.top_k; ++slot) {
-      const int64_t position = slots_.position_of[slot];
-      if (position < 0 || (p_.counted != nullptr && !p_.counted[slot / p_.top_k])) continue;
-      const double gate = element(p_.weights, p_.weights_dtype, slot);
-      const double norm = norms_[position];
-      const double gates[3] = {1.0, gate, gate * gate};
-      const double norms[3] = {1.0, norm, norm * norm};
-      double* moments = added.data() + expert_of(slot) * 9;
-      for (int a = 0; a < 3; ++a) {
-        for (int b = 0; b < 3; ++b) moments[a * 3 + b] += gates[a] * norms[b];
+    const Buffer x = gathered_x();
+    std::vector<GateUpTask> tasks;
+    for (const int64_t expert : active_) {
+      for (int64_t first = 0; first < p_.intermediate; first += kBlockColumns / 2) {
+        tasks.push_back({expert, first, std::min(kBlockColumns / 2, p_.intermediate - first)});
       }
     }
-    for (size_t i = 0; i < added.size(); ++i) p_.moments[i] += added[i];
+    const int64_t workers = product_workers();
+    h_ = Buffer(slots_.positions() * p_.intermediate * element_size(operand_));
+    const Buffer products(workers * busiest_ * kBlockColumns * sizeof(float));
+    for_each_task_ahead(threads_, workers, tasks.size(), [&](int64_t index, int64_t next, int64_t worker) {
+      const GateUpTask& task = tasks[index];
+      const int64_t first = slots_.first[task.expert], count = slots_.count(task.expert);
+      float* y = products.floats() + worker * busiest_ * kBlockColumns;
+      loops_.multiply(p_.dtype, {offset(x.bytes(), operand_, first * p_.hidden), gate_up_rows(task),
+                                 next < 0 ? kNone : gate_up_rows(tasks[next]), count, 2 * task.columns, p_.hidden, y});
+      char* h = h_.bytes() + (first * p_.intermediate + task.first_column) * element_size(operand_);
+      loops_.gate(p_.activation, y, count, task.columns, operand_, h, p_.intermediate);
+    });
   }
 
-  int64_t expert_of(int64_t slot) const {
-    return p_.experts_are_int64 ? static_cast<const int64_t*>(p_.experts)[slot]
-                                : static_cast<const int32_t*>(p_.experts)[slot];
+  // The gate rows of a task, and then as many up rows.
+  WeightRows gate_up_rows(const GateUpTask& task) const {
+    const int64_t gate = task.expert * 2 * p_.intermediate + task.first_column;
+    return {offset(p_.gate_up, p_.dtype, gate * p_.hidden),
+            offset(p_.gate_up, p_.dtype, (gate + p_.intermediate) * p_.hidden), task.columns};
+  }
+
+  // ---- down
+
+  void down() {
+    const int64_t width = down_columns(p_.hidden);
+    const int64_t tasks = (p_.hidden + width - 1) / width;
+    const int64_t workers = product_workers();
+    const Buffer products(workers * busiest_ * kBlockColumns * sizeof(float));
+    const Buffer sums(workers * p_.tokens * kBlockColumns * sizeof(float));
+    if (p_.moments != nullptr) squares_.resize(tasks * slots_.positions());
+    for_each_task_ahead(threads_, workers, tasks, [&](int64_t task, int64_t next, int64_t worker) {
+      const int64_t first_column = task * width;
+      const int64_t columns = std::min(width, p_.hidden - first_column);
+      float* y = products.floats() + worker * busiest_ * kBlockColumns;
+      float* sum = sums.floats() + worker * p_.tokens * kBlockColumns;
+      std::memset(sum, 0, p_.tokens * kBlockColumns * sizeof(float));
+      for (size_t i = 0; i < active_.size(); ++i) {
+        const int64_t first = slots_.first[active_[i]], count = slots_.count(active_[i]);
+        const WeightRows following = i + 1 < active_.size() ? down_rows(active_[i + 1], first_column)
+                                     : next < 0             ? kNone
+                                                            : down_rows(active_[0], next * width);
+        loops_.multiply(p_.dtype, {offset(h_.bytes(), operand_, first * p_.intermediate),
+                                   down_rows(active_[i], first_column), following, count, columns, p_.intermediate, y});
+        float* squares = p_.moments == nullptr ? nullptr : squares_.data() + task * slots_.positions() + first;
+        loops_.scatter(y, slots_.weight_of.data() + first, slots_.token_of.data() + first, count, columns, sum,
+                       squares);
+      }
+      for (int64_t token = 0; token < p_.tokens; ++token) {
+        char* out = static_cast<char*>(p_.out) + (token * p_.hidden + first_column) * element_size(p_.dtype);
+        loops_.narrow(p_.dtype, sum + token * kBlockColumns, out, columns);
+      }
+    });
+  }
+
+  // Rows of an expert from first_column on.
+  WeightRows down_rows(int64_t expert, int64_t first_column) const {
+    const void* row = offset(p_.down, p_.dtype, (expert * p_.hidden + first_column) * p_.intermediate);
+    return {row, nullptr, kBlockColumns};
+  }
+
+  // ---- moments
+
+  // One thread and position order: the sums are the same for any number of threads, and P * 9 additions are few.
+  void add_moments() {
+    const int64_t positions = slots_.positions();
+    std::vector<double> square_of(positions, 0.0);  // ||f_e||^2, summed over the down tasks in their order
+    for (size_t i = 0; i < squares_.size(); i += positions) {
+      for (int64_t position = 0; position < positions; ++position) square_of[position] += squares_[i + position];
+    }
+    for (const int64_t expert : active_) {
+      double added[9] = {};
+      for (int64_t position = slots_.first[expert]; position < slots_.first[expert + 1]; ++position) {
+        if (p_.counted != nullptr && !p_.counted[slots_.token_of[position]]) continue;
+        const double gate = slots_.weight_of[position], norm = std::sqrt(square_of[position]);
+        const double gates[3] = {1.0, gate, gate * gate};
+        const double norms[3] = {1.0, norm, square_of[position]};
+        for (int a = 0; a < 3; ++a) {
+          for (int b = 0; b < 3; ++b) added[a * 3 + b] += gates[a] * norms[b];
+        }
+      }
+      for (int i = 0; i < 9; ++i) p_.moments[expert * 9 + i] += added[i];
+    }
   }
 
   const ExpertsParams& p_;
   const Threads& threads_;
   const Loops& loops_;
+  const DType operand_;
   const SortedSlots slots_;
-  Floats h_;                   // (P, I)
-  Floats y_;                   // (P, H)
-  std::vector<double> norms_;  // (P) ||f_e||, only when observing
+  std::vector<int64_t> active_;  // experts that have slots, in order
+  int64_t busiest_ = 0;          // slots of the expert that has most
+  Buffer h_;                     // (P, I) operands
+  std::vector<float> squares_;   // (down tasks, P) parts of ||f_e||^2, only when observing
 };
 
 }  // namespace

@@ -17,6 +17,8 @@ struct Variant {
 
 #if defined(__x86_64__)
 const Variant kVariants[kIsaCount] = {
+    {"avx512_bf16", [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16"); },
+     &kAvx512Bf16Loops},
     {"avx512", [] { return __builtin_cpu_supports("avx512f") != 0; }, &kAvx512Loops},
     {"avx2",
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
@@ -25,6 +27,7 @@ const Variant kVariants[kIsaCount] = {
 };
 #else
 const Variant kVariants[kIsaCount] = {
+    {"avx512_bf16", [] { return false; }, nullptr},
     {"avx512", [] { return false; }, nullptr},
     {"avx2", [] { return false; }, nullptr},
     {"portable", [] { return true; }, &kPortableLoops},

@@ -1,9 +1,8 @@
 // The hot loops of the experts operators, compiled once per instruction set (loops_*.cpp) and reached through a table.
 //
-// All of them are built on one tile: a few float32 activation rows times a few weight rows, both contiguous along the
-// reduction, so weights are read as transformers stores them, once per block of rows that fits the cache. Every output
-// element has one vector accumulator that walks the reduction in order, whatever the tile it falls in: a token's result
-// has the same bits in any batch and for any number of threads.
+// All products are dot products of an activation row and a weight row, both contiguous along the reduction, so weights
+// are read as transformers stores them. Every output element has one vector accumulator that walks the reduction in
+// order, whatever the tile it falls in: a token's result has the same bits in any batch and for any number of threads.
 #pragma once
 
 #include <stdint.h>
@@ -12,34 +11,65 @@
 
 namespace moe_ext::cpu {
 
-// Weight rows that one task works on: 32 rows of 4096 bfloat16 are 256 KiB, a quarter of a usual L2.
-inline constexpr int64_t kColumnBlock = 32;
+// Weight rows of one block, at most: 32 rows of a chunk (kChunkBytes) are 128 KiB, and with the next block's, which is
+// fetched meanwhile, a quarter of a usual L2.
+inline constexpr int64_t kBlockColumns = 32;
+// Bytes of a row that a block works on at a time: a tile of six activation rows of this length stays in L1.
+inline constexpr int64_t kChunkBytes = 4096;
+
+// Rows of a weight matrix, each k elements long: [0, split) follow each other from `first` on, the others from
+// `second`.
+struct WeightRows {
+  const void* first;  // null: there are none
+  const void* second;
+  int64_t split;
+};
+
+// y[r, n] = rows[r] . weights[n]   for r < row_count, n < columns, in float32.
+struct Product {
+  const void* rows;         // (row_count, k) activations, of the variant's operand type
+  WeightRows weights;       // `columns` rows
+  WeightRows next_weights;  // what the same thread multiplies next, to be fetched meanwhile
+  int64_t row_count;
+  int64_t columns;  // at most kBlockColumns
+  int64_t k;
+  float* y;  // (row_count, kBlockColumns) out; columns beyond `columns` are left as they are
+};
 
 struct Loops {
+  // Whether activations of bfloat16 models are multiplied as bfloat16 (exact products, float32 sums); all other
+  // activations are multiplied as float32. Weights always are what the model has.
+  bool bfloat16_operands;
+
   // dst[i] = float(src[i]), i < n; src of `dtype`.
   void (*widen)(DType dtype, const void* src, float* dst, int64_t n);
 
-  // h[r, i] = act(rows[r] . gate[i]) * (rows[r] . up[i])  for r < row_count, i < columns <= kColumnBlock.
-  // rows[r] (hidden) float32; gate, up (columns, hidden) of `dtype`; h float32 with stride h_stride.
-  void (*gate_up)(DType dtype, Activation activation, const float* const* rows, int64_t row_count, const void* gate,
-                  const void* up, int64_t columns, int64_t hidden, float* h, int64_t h_stride);
+  // `dtype` is that of the weights.
+  void (*multiply)(DType dtype, const Product& p);
 
-  // y[r, i] = h[r] . down[i]  for r < row_count, i < columns <= kColumnBlock.
-  // h (row_count, intermediate), y float32 with stride y_stride; down (columns, intermediate) of `dtype`.
-  void (*down)(DType dtype, const float* h, int64_t row_count, const void* down, int64_t columns, int64_t intermediate,
-               float* y, int64_t y_stride);
+  // h[r, i] = act(y[r, i]) * y[r, columns + i]   for r < row_count, i < columns <= kBlockColumns / 2.
+  // y (row_count, kBlockColumns); h of `operand` (float32, or bfloat16 rounded to nearest even) with stride h_stride.
+  void (*gate)(Activation activation, const float* y, int64_t row_count, int64_t columns, DType operand, void* h,
+               int64_t h_stride);
 
-  // sum[i] += weight * y[i]; returns the sum of y[i]^2 if `observe`, else 0.
-  float (*accumulate)(float weight, const float* y, float* sum, int64_t n, bool observe);
+  // sums[tokens[r], i] += weights[r] * y[r, i]   for r < row_count, i < columns, r in order; y, sums with
+  // kBlockColumns columns. squares[r] = sum over i of y[r, i]^2, unless it is null.
+  void (*scatter)(const float* y, const float* weights, const int64_t* tokens, int64_t row_count, int64_t columns,
+                  float* sums, float* squares);
 
   // dst[i] = dtype(src[i]), round to nearest even.
   void (*narrow)(DType dtype, const float* src, void* dst, int64_t n);
+
+  DType operand(DType dtype) const {
+    return bfloat16_operands && dtype == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat32;
+  }
 };
 
 extern const Loops kPortableLoops;
 #if defined(__x86_64__)
 extern const Loops kAvx2Loops;
 extern const Loops kAvx512Loops;
+extern const Loops kAvx512Bf16Loops;
 #endif
 
 // The loops of active_isa().

@@ -4,49 +4,216 @@
 #include <math.h>
 #include <type_traits>
 
+#include "cpu/dot.h"
 #include "cpu/loops.h"
 #include "cpu/vec.h"
 
 namespace moe_ext::cpu::MOE_EXT_ISA {
 
-// Tile heights: accumulators (rows * 4) + 4 weight vectors + 1 activation vector stay within the register file.
+// Tiles of at most kTileRows activation rows times kTileColumns weight rows: kTileRows * kTileColumns accumulators,
+// kTileColumns weight vectors and one activation vector stay within the register file.
 #if defined(MOE_EXT_ISA_AVX512)
 constexpr int kTileRows = 6;
 #else
 constexpr int kTileRows = 2;
 #endif
+constexpr int kTileColumns = 4;
+// Twice as many columns where the registers hold them, so few activation rows are there, and where weight rows are so
+// short that the pauses between tiles count.
+#if defined(MOE_EXT_ISA_AVX512)
+constexpr int kWideTileRows = 2;
+#else
+constexpr int kWideTileRows = 1;
+#endif
+constexpr int64_t kShortRowBytes = 4096;
+constexpr int64_t kLineBytes = 64;
 
-// out[m][n] = a[m] . b[n] over k elements.
-template <int M, int N, typename W>
-static inline void dot_tile(const float* const* a, const W* const* b, int64_t k, float (&out)[M][N]) {
+// A number known at compile time, as a parameter of a generic lambda.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// Weights that are multiplied later: `lines` cache lines of each of a tile's rows, one with every step of the
+// reduction.
+template <typename W>
+struct Fetch {
+  const W* rows = nullptr;
+  int64_t lines = 0;
+};
+
+// y[m, n] = or += a[m] . b[n] over k elements; a_stride, b_stride: elements from row to row.
+template <int M, int N, typename A, typename W>
+static inline void dot_tile(const A* a, int64_t a_stride, const W* b, int64_t b_stride, int64_t k, bool add, float* y,
+                            Fetch<W> fetch) {
+  using Dot = DotOf<A, W>;
   Vec acc[M][N];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) acc[m][n] = Vec::zero();
   }
-  int64_t i = 0;
-  for (; i + Vec::kLanes <= k; i += Vec::kLanes) {
-    Vec bv[N];
+  const auto step = [&] {
+    typename Dot::Weight bv[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) bv[n] = Vec::load(b[n] + i);
+    for (int n = 0; n < N; ++n) bv[n] = Dot::load_weight(b + n * b_stride);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const Vec av = Vec::load(a[m] + i);
+      const typename Dot::Row av = Dot::load_row(a + m * a_stride);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) acc[m][n] = fma(av, bv[n], acc[m][n]);
+      for (int n = 0; n < N; ++n) acc[m][n] = Dot::add(acc[m][n], av, bv[n]);
     }
+    a += Dot::kStep;
+    b += Dot::kStep;
+  };
+  const int64_t steps = k / Dot::kStep;
+  const int64_t fetching = fetch.lines < steps ? fetch.lines : steps;
+  const char* line = reinterpret_cast<const char*>(fetch.rows);
+  int64_t i = 0;
+#pragma GCC unroll 4
+  for (; i < fetching; ++i) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) __builtin_prefetch(line + n * b_stride * static_cast<int64_t>(sizeof(W)));
+    line += kLineBytes;
+    step();
   }
+#pragma GCC unroll 4
+  for (; i < steps; ++i) step();
+  const int64_t rest = k % Dot::kStep;
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
+    float sums[N];
+    if constexpr (N % 4 == 0) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-      float sum = acc[m][n].sum();
-      for (int64_t j = i; j < k; ++j) sum += a[m][j] * to_float(b[n][j]);
-      out[m][n] = sum;
+      for (int n = 0; n < N; n += 4) sums_of(acc[m][n], acc[m][n + 1], acc[m][n + 2], acc[m][n + 3], sums + n);
+    } else {
+      for (int n = 0; n < N; ++n) sums[n] = acc[m][n].sum();
+    }
+    for (int64_t j = 0; j < rest; ++j) {
+      for (int n = 0; n < N; ++n) sums[n] += to_float(a[m * a_stride + j]) * to_float(b[n * b_stride + j]);
+    }
+    float* out = y + m * kBlockColumns;
+    if (add) {
+      for (int n = 0; n < N; ++n) out[n] += sums[n];
+    } else {
+      for (int n = 0; n < N; ++n) out[n] = sums[n];
     }
   }
 }
+
+// A typed Product, and the orders in which its tiles are computed. All cut rows into the same chunks and add the
+// chunks' sums in order: they give the same bits.
+template <typename A, typename W>
+struct Block {
+  static constexpr int64_t kChunk = kChunkBytes / static_cast<int64_t>(sizeof(A));
+
+  const Product& p;
+
+  static const W* weight_row(const WeightRows& weights, int64_t n, int64_t k) {
+    return n < weights.split ? static_cast<const W*>(weights.first) + n * k
+                             : static_cast<const W*>(weights.second) + (n - weights.split) * k;
+  }
+  int64_t chunk_at(int64_t first) const { return p.k - first < kChunk ? p.k - first : kChunk; }
+  static int64_t lines(int64_t elements) {
+    return (elements * static_cast<int64_t>(sizeof(W)) + kLineBytes - 1) / kLineBytes;
+  }
+
+  // `count` lines from line `from` on of the chunk at `first` of weight rows [n, n + kTileColumns).
+  Fetch<W> fetch_of(const WeightRows& weights, int64_t n, int64_t first, int64_t from, int64_t count) const {
+    if (weights.first == nullptr) return {};
+    return {weight_row(weights, n, p.k) + first + from * (kLineBytes / static_cast<int64_t>(sizeof(W))), count};
+  }
+
+  // Rows [row, row + M) against columns [n, n + N), over the chunk at `first`.
+  template <int M, int N>
+  void tile(int64_t row, int64_t n, int64_t first, Fetch<W> fetch) const {
+    dot_tile<M, N>(static_cast<const A*>(p.rows) + row * p.k + first, p.k, weight_row(p.weights, n, p.k) + first, p.k,
+                   chunk_at(first), first > 0, p.y + row * kBlockColumns + n, fetch);
+  }
+
+  // Calls f(n, width) for tiles of columns: kWidest, kTileColumns or 1 wide, none with rows from both sides of the
+  // split.
+  template <int kWidest, typename F>
+  void for_each_columns(const F& f) const {
+    const int64_t split = p.weights.split < p.columns ? p.weights.split : p.columns;
+    for (int64_t n = 0; n < p.columns;) {
+      const int64_t end = n < split ? split : p.columns;
+      if (kWidest > kTileColumns && n + kWidest <= end) {
+        f(n, Constant<kWidest>());
+        n += kWidest;
+      } else if (n + kTileColumns <= end) {
+        f(n, Constant<kTileColumns>());
+        n += kTileColumns;
+      } else {
+        f(n, Constant<1>());
+        ++n;
+      }
+    }
+  }
+
+  // At most a tile of activation rows: bound by reading the weights. A few weight rows from end to end, while the next
+  // few are fetched.
+  template <int M>
+  void few_rows() const {
+    const auto columns = [&](int64_t n, auto width) {
+      constexpr int kWidth = decltype(width)::value;
+      const bool last = n + 2 * kWidth > p.columns;
+      const WeightRows& next = last ? p.next_weights : p.weights;
+      for (int64_t first = 0; first < p.k; first += kChunk) {
+        const Fetch<W> fetch = this->fetch_of(next, last ? 0 : n + kWidth, first, 0, lines(this->chunk_at(first)));
+        this->template tile<M, kWidth>(0, n, first, fetch);
+      }
+    };
+    if (M <= kWideTileRows && p.k * static_cast<int64_t>(sizeof(W)) < kShortRowBytes) {
+      for_each_columns<2 * kTileColumns>(columns);
+    } else {
+      for_each_columns<kTileColumns>(columns);
+    }
+  }
+
+  // Many tiles of activation rows: bound by arithmetic. Chunk by chunk, so that a tile's part of the activations stays
+  // in L1 and the block's part of the weights in L2; each tile fetches its share of what comes next, so that the
+  // requests are spread evenly.
+  void many_rows() const {
+    const int64_t tiles = (p.row_count + kTileRows - 1) / kTileRows;
+    for (int64_t first = 0; first < p.k; first += kChunk) {
+      const bool last = first + kChunk >= p.k;
+      const WeightRows& next = last ? p.next_weights : p.weights;
+      const int64_t next_first = last ? 0 : first + kChunk;
+      const int64_t next_lines = lines(chunk_at(next_first));
+      for (int64_t t = 0; t < tiles; ++t) {  // of nearly equal heights: a flat last one would waste loads
+        const int64_t row = p.row_count * t / tiles, end = p.row_count * (t + 1) / tiles;
+        const int64_t from = next_lines * t / tiles, count = next_lines * (t + 1) / tiles - from;
+        with_height<kTileRows>(end - row, [&](auto height) {
+          this->template for_each_columns<kTileColumns>([&](int64_t n, auto width) {
+            const Fetch<W> fetch = this->fetch_of(next, n, next_first, from, count);
+            this->template tile<decltype(height)::value, decltype(width)::value>(row, n, first, fetch);
+          });
+        });
+      }
+    }
+  }
+
+  // Calls f(Constant<M>) for the M <= kMax that `height` is.
+  template <int kMax, typename F>
+  static void with_height(int64_t height, const F& f) {
+    if constexpr (kMax > 0) {
+      if (height == kMax) {
+        f(Constant<kMax>());
+      } else {
+        with_height<kMax - 1>(height, f);
+      }
+    }
+  }
+
+  void run() const {
+    if (p.row_count > kTileRows) {
+      many_rows();
+    } else {
+      with_height<kTileRows>(p.row_count, [&](auto height) { this->template few_rows<decltype(height)::value>(); });
+    }
+  }
+};
 
 static inline Vec apply(Activation activation, Vec x) {
   switch (activation) {
@@ -67,119 +234,51 @@ static inline Vec apply(Activation activation, Vec x) {
   return x;
 }
 
-// gate[i] = act(gate[i]) * up[i] over whole vectors: both arrays hold kColumnBlock elements.
-static inline void apply_gate(Activation activation, float* gate, const float* up, int64_t columns) {
-  static_assert(kColumnBlock % Vec::kLanes == 0, "a block is whole vectors");
-  for (int64_t i = 0; i < columns; i += Vec::kLanes) {
-    (apply(activation, Vec::load(gate + i)) * Vec::load(up + i)).store(gate + i);
-  }
-}
-
-template <int M, typename W>
-static void gate_up_rows(Activation activation, const float* const* rows, const W* gate, const W* up, int64_t columns,
-                         int64_t hidden, float* h, int64_t h_stride) {
-  float gates[M][kColumnBlock] = {};  // zero beyond `columns`, where the activation also runs
-  float ups[M][kColumnBlock] = {};
-  int64_t i = 0;
-  for (; i + 2 <= columns; i += 2) {
-    const W* b[4] = {gate + i * hidden, gate + (i + 1) * hidden, up + i * hidden, up + (i + 1) * hidden};
-    float out[M][4];
-    dot_tile<M, 4>(rows, b, hidden, out);
-    for (int m = 0; m < M; ++m) {
-      gates[m][i] = out[m][0];
-      gates[m][i + 1] = out[m][1];
-      ups[m][i] = out[m][2];
-      ups[m][i + 1] = out[m][3];
+template <typename H>
+static void gate_typed(Activation activation, const float* y, int64_t row_count, int64_t columns, H* h,
+                       int64_t h_stride) {
+  constexpr int64_t kHalf = kBlockColumns / 2;
+  static_assert(kHalf % Vec::kLanes == 0, "half a block is whole vectors");
+  for (int64_t r = 0; r < row_count; ++r, y += kBlockColumns, h += h_stride) {
+    if (columns == kHalf) {
+      for (int64_t i = 0; i < kHalf; i += Vec::kLanes) {
+        (apply(activation, Vec::load(y + i)) * Vec::load(y + kHalf + i)).store(h + i);
+      }
+      continue;
     }
-  }
-  if (i < columns) {
-    const W* b[2] = {gate + i * hidden, up + i * hidden};
-    float out[M][2];
-    dot_tile<M, 2>(rows, b, hidden, out);
-    for (int m = 0; m < M; ++m) {
-      gates[m][i] = out[m][0];
-      ups[m][i] = out[m][1];
+    float gates[kHalf] = {}, ups[kHalf] = {};
+    for (int64_t i = 0; i < columns; ++i) {
+      gates[i] = y[i];
+      ups[i] = y[columns + i];
     }
-  }
-  for (int m = 0; m < M; ++m) {
-    apply_gate(activation, gates[m], ups[m], columns);
-    for (int64_t j = 0; j < columns; ++j) h[m * h_stride + j] = gates[m][j];
-  }
-}
-
-template <int M, typename W>
-static void down_rows(const float* h, const W* down, int64_t columns, int64_t intermediate, float* y,
-                      int64_t y_stride) {
-  const float* rows[M];
-  for (int m = 0; m < M; ++m) rows[m] = h + m * intermediate;
-  int64_t i = 0;
-  for (; i + 4 <= columns; i += 4) {
-    const W* first = down + i * intermediate;
-    const W* b[4] = {first, first + intermediate, first + 2 * intermediate, first + 3 * intermediate};
-    float out[M][4];
-    dot_tile<M, 4>(rows, b, intermediate, out);
-    for (int m = 0; m < M; ++m) {
-      for (int n = 0; n < 4; ++n) y[m * y_stride + i + n] = out[m][n];
+    for (int64_t i = 0; i < kHalf; i += Vec::kLanes) {
+      (apply(activation, Vec::load(gates + i)) * Vec::load(ups + i)).store(gates + i);
     }
-  }
-  for (; i < columns; ++i) {
-    const W* b[1] = {down + i * intermediate};
-    float out[M][1];
-    dot_tile<M, 1>(rows, b, intermediate, out);
-    for (int m = 0; m < M; ++m) y[m * y_stride + i] = out[m][0];
+    for (int64_t i = 0; i < columns; ++i) from_float(gates[i], h + i);
   }
 }
 
-// Calls f.template run<M>(first_row) for tiles of kTileRows rows and one smaller tile for the rest.
-template <int M, typename F>
-static inline void rest_tile(int64_t first, int64_t rest, const F& f) {
-  if constexpr (M > 0) {
-    if (rest == M) {
-      f.template run<M>(first);
-    } else {
-      rest_tile<M - 1>(first, rest, f);
+template <bool kObserve>
+static void scatter_rows(const float* y, const float* weights, const int64_t* tokens, int64_t row_count,
+                         int64_t columns, float* sums, float* squares) {
+  for (int64_t r = 0; r < row_count; ++r, y += kBlockColumns) {
+    float* sum = sums + tokens[r] * kBlockColumns;
+    const Vec scale = Vec::all(weights[r]);
+    Vec square = Vec::zero();
+    int64_t i = 0;
+    for (; i + Vec::kLanes <= columns; i += Vec::kLanes) {
+      const Vec value = Vec::load(y + i);
+      fma(scale, value, Vec::load(sum + i)).store(sum + i);
+      if (kObserve) square = fma(value, value, square);
     }
+    float total = kObserve ? square.sum() : 0.0f;
+    for (; i < columns; ++i) {
+      sum[i] += weights[r] * y[i];
+      if (kObserve) total += y[i] * y[i];
+    }
+    if (kObserve) squares[r] = total;
   }
 }
-
-template <typename F>
-static inline void for_each_tile(int64_t row_count, const F& f) {
-  int64_t first = 0;
-  for (; first + kTileRows <= row_count; first += kTileRows) f.template run<kTileRows>(first);
-  rest_tile<kTileRows - 1>(first, row_count - first, f);
-}
-
-template <typename W>
-struct GateUpTiles {
-  Activation activation;
-  const float* const* rows;
-  const W* gate;
-  const W* up;
-  int64_t columns;
-  int64_t hidden;
-  float* h;
-  int64_t h_stride;
-
-  template <int M>
-  void run(int64_t first) const {
-    gate_up_rows<M>(activation, rows + first, gate, up, columns, hidden, h + first * h_stride, h_stride);
-  }
-};
-
-template <typename W>
-struct DownTiles {
-  const float* h;
-  const W* down;
-  int64_t columns;
-  int64_t intermediate;
-  float* y;
-  int64_t y_stride;
-
-  template <int M>
-  void run(int64_t first) const {
-    down_rows<M>(h + first * intermediate, down, columns, intermediate, y + first * y_stride, y_stride);
-  }
-};
 
 // Calls f(typed null pointer) for the C++ type of `dtype`.
 template <typename F>
@@ -197,21 +296,30 @@ static inline void with_type(DType dtype, const F& f) {
 template <typename Pointer>
 using Pointee = std::remove_pointer_t<Pointer>;
 
-static void gate_up(DType dtype, Activation activation, const float* const* rows, int64_t row_count, const void* gate,
-                    const void* up, int64_t columns, int64_t hidden, float* h, int64_t h_stride) {
+static void multiply(DType dtype, const Product& p) {
   with_type(dtype, [&](auto* type) {
     using W = Pointee<decltype(type)>;
-    for_each_tile(row_count, GateUpTiles<W>{activation, rows, static_cast<const W*>(gate), static_cast<const W*>(up),
-                                            columns, hidden, h, h_stride});
+    using A = std::conditional_t<kBFloat16Operands && std::is_same_v<W, BFloat16>, BFloat16, float>;
+    Block<A, W>{p}.run();
   });
 }
 
-static void down(DType dtype, const float* h, int64_t row_count, const void* weight, int64_t columns,
-                 int64_t intermediate, float* y, int64_t y_stride) {
-  with_type(dtype, [&](auto* type) {
-    using W = Pointee<decltype(type)>;
-    for_each_tile(row_count, DownTiles<W>{h, static_cast<const W*>(weight), columns, intermediate, y, y_stride});
-  });
+static void gate(Activation activation, const float* y, int64_t row_count, int64_t columns, DType operand, void* h,
+                 int64_t h_stride) {
+  if (operand == DType::kBFloat16) {
+    gate_typed(activation, y, row_count, columns, static_cast<BFloat16*>(h), h_stride);
+  } else {
+    gate_typed(activation, y, row_count, columns, static_cast<float*>(h), h_stride);
+  }
+}
+
+static void scatter(const float* y, const float* weights, const int64_t* tokens, int64_t row_count, int64_t columns,
+                    float* sums, float* squares) {
+  if (squares != nullptr) {
+    scatter_rows<true>(y, weights, tokens, row_count, columns, sums, squares);
+  } else {
+    scatter_rows<false>(y, weights, tokens, row_count, columns, sums, nullptr);
+  }
 }
 
 static void widen(DType dtype, const void* src, float* dst, int64_t n) {
@@ -227,33 +335,11 @@ static void narrow(DType dtype, const float* src, void* dst, int64_t n) {
   with_type(dtype, [&](auto* type) {
     auto* typed = static_cast<decltype(type)>(dst);
     int64_t i = 0;
-    for (; i + Vec::kLanes <= n; i += Vec::kLanes) store(Vec::load(src + i), typed + i);
+    for (; i + Vec::kLanes <= n; i += Vec::kLanes) Vec::load(src + i).store(typed + i);
     for (; i < n; ++i) from_float(src[i], typed + i);
   });
 }
 
-template <bool kObserve>
-static inline float accumulate_row(float weight, const float* y, float* sum, int64_t n) {
-  const Vec scale = Vec::all(weight);
-  Vec squares = Vec::zero();
-  int64_t i = 0;
-  for (; i + Vec::kLanes <= n; i += Vec::kLanes) {
-    const Vec value = Vec::load(y + i);
-    fma(scale, value, Vec::load(sum + i)).store(sum + i);
-    if (kObserve) squares = fma(value, value, squares);
-  }
-  float total = squares.sum();
-  for (; i < n; ++i) {
-    sum[i] += weight * y[i];
-    if (kObserve) total += y[i] * y[i];
-  }
-  return total;
-}
-
-static float accumulate(float weight, const float* y, float* sum, int64_t n, bool observe) {
-  return observe ? accumulate_row<true>(weight, y, sum, n) : accumulate_row<false>(weight, y, sum, n);
-}
-
-static constexpr Loops kLoops = {widen, gate_up, down, accumulate, narrow};
+static constexpr Loops kLoops = {kBFloat16Operands, widen, multiply, gate, scatter, narrow};
 
 }  // namespace moe_ext::cpu::MOE_EXT_ISA

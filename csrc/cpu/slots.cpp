@@ -1,27 +1,41 @@
 // Counting sort of (token, slot) pairs by expert. Cost: two passes over T * K indices and one over E counts.
 #include "cpu/slots.h"
 
+#include "cpu/numeric.h"
+
 namespace moe_ext::cpu {
 namespace {
 
-template <typename Index>
-SortedSlots sort_typed(const Index* experts, int64_t tokens, int64_t top_k, int64_t num_experts) {
-  SortedSlots sorted;
-  sorted.first.assign(num_experts + 1, 0);
-  const int64_t slots = tokens * top_k;
-  for (int64_t slot = 0; slot < slots; ++slot) {
-    if (experts[slot] < num_experts) ++sorted.first[experts[slot] + 1];
+float weight(const ExpertsParams& p, int64_t slot) {
+  switch (p.weights_dtype) {
+    case DType::kFloat32:
+      return static_cast<const float*>(p.weights)[slot];
+    case DType::kBFloat16:
+      return to_float(static_cast<const BFloat16*>(p.weights)[slot]);
+    case DType::kFloat16:
+      return to_float(static_cast<const Float16*>(p.weights)[slot]);
   }
-  for (int64_t expert = 0; expert < num_experts; ++expert) sorted.first[expert + 1] += sorted.first[expert];
+  return 0.0f;
+}
+
+template <typename Index>
+SortedSlots sort_typed(const Index* experts, const ExpertsParams& p) {
+  SortedSlots sorted;
+  sorted.first.assign(p.num_experts + 1, 0);
+  const int64_t slots = p.tokens * p.top_k;
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    if (experts[slot] < p.num_experts) ++sorted.first[experts[slot] + 1];
+  }
+  for (int64_t expert = 0; expert < p.num_experts; ++expert) sorted.first[expert + 1] += sorted.first[expert];
 
   std::vector<int64_t> next(sorted.first.begin(), sorted.first.end() - 1);
   sorted.token_of.resize(sorted.positions());
-  sorted.position_of.assign(slots, -1);
+  sorted.weight_of.resize(sorted.positions());
   for (int64_t slot = 0; slot < slots; ++slot) {
-    if (experts[slot] == num_experts) continue;
+    if (experts[slot] == p.num_experts) continue;
     const int64_t position = next[experts[slot]]++;
-    sorted.position_of[slot] = position;
-    sorted.token_of[position] = slot / top_k;
+    sorted.token_of[position] = slot / p.top_k;
+    sorted.weight_of[position] = weight(p, slot);
   }
   return sorted;
 }
@@ -37,8 +51,8 @@ int64_t first_bad_typed(const Index* experts, int64_t slots, int64_t num_experts
 }  // namespace
 
 SortedSlots sort_slots(const ExpertsParams& p) {
-  return p.experts_are_int64 ? sort_typed(static_cast<const int64_t*>(p.experts), p.tokens, p.top_k, p.num_experts)
-                             : sort_typed(static_cast<const int32_t*>(p.experts), p.tokens, p.top_k, p.num_experts);
+  return p.experts_are_int64 ? sort_typed(static_cast<const int64_t*>(p.experts), p)
+                             : sort_typed(static_cast<const int32_t*>(p.experts), p);
 }
 
 int64_t first_bad_expert(const void* experts, bool is_int64, int64_t slots, int64_t num_experts) {

@@ -11,9 +11,9 @@ namespace moe_ext::cpu {
 // Stable counting sort: within an expert, positions follow the flattened (token, slot) order. Sentinels have no
 // position.
 struct SortedSlots {
-  std::vector<int64_t> first;        // (E + 1) first position of each expert; the last is the number of positions P
-  std::vector<int64_t> token_of;     // (P) token of a position
-  std::vector<int64_t> position_of;  // (T * K) position of a slot, or -1 for a sentinel
+  std::vector<int64_t> first;     // (E + 1) first position of each expert; the last is the number of positions P
+  std::vector<int64_t> token_of;  // (P) token of a position
+  std::vector<float> weight_of;   // (P) its routing weight
 
   int64_t count(int64_t expert) const { return first[expert + 1] - first[expert]; }
   int64_t positions() const { return first.back(); }

@@ -1,6 +1,6 @@
-// One float32 vector type per instruction set, with the few operations that the loops need. Included only by loops.h,
-// which is compiled once per instruction set inside its own namespace. Masked or partial loads are not offered: the
-// loops finish the last elements with scalars.
+// One float32 vector type per instruction set, with the few operations that the loops need. Included only by
+// loops_inl.h and dot.h, which are compiled once per instruction set inside its own namespace. Masked or partial loads
+// are not offered: the loops finish the last elements with scalars.
 #pragma once
 
 #if defined(MOE_EXT_ISA_AVX512) || defined(MOE_EXT_ISA_AVX2)
@@ -33,6 +33,14 @@ struct Vec {
   void store(Float16* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  void store(BFloat16* p) const {  // as from_float does it
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i chosen = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
+  }
   float sum() const { return _mm512_reduce_add_ps(v); }
   // 2^this for integral values in [-126, 127], by writing the exponent field.
   Vec power_of_two() const {
@@ -51,6 +59,18 @@ static inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 static inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 static inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
+// sums[0..3] = the sums of a, b, c, d.
+static inline void sums_of(Vec a, Vec b, Vec c, Vec d, float* sums) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512d abcd = _mm512_castps_pd(_mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high)));
+  const __m256 half =
+      _mm256_add_ps(_mm256_castpd_ps(_mm512_castpd512_pd256(abcd)), _mm256_castpd_ps(_mm512_extractf64x4_pd(abcd, 1)));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+
 #elif defined(MOE_EXT_ISA_AVX2)
 
 struct Vec {
@@ -68,6 +88,16 @@ struct Vec {
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(Float16* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  void store(BFloat16* p) const {  // as from_float does it
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i chosen = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packus_epi32(_mm256_castsi256_si128(chosen), _mm256_extracti128_si256(chosen, 1)));
   }
   float sum() const {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -88,6 +118,12 @@ static inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 static inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 static inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 static inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+
+// sums[0..3] = the sums of a, b, c, d.
+static inline void sums_of(Vec a, Vec b, Vec c, Vec d, float* sums) {
+  const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+}
 
 #else  // portable: fixed-length loops that any compiler turns into what the machine has
 
@@ -141,15 +177,15 @@ MOE_EXT_LANEWISE(/)
 #undef MOE_EXT_LANEWISE
 static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 
-#endif
-
-static inline void store(Vec value, float* p) { value.store(p); }
-static inline void store(Vec value, Float16* p) { value.store(p); }
-static inline void store(Vec value, BFloat16* p) {
-  float lanes[Vec::kLanes];
-  value.store(lanes);
-  for (int i = 0; i < Vec::kLanes; ++i) from_float(lanes[i], p + i);
+// sums[0..3] = the sums of a, b, c, d.
+static inline void sums_of(Vec a, Vec b, Vec c, Vec d, float* sums) {
+  sums[0] = a.sum();
+  sums[1] = b.sum();
+  sums[2] = c.sum();
+  sums[3] = d.sum();
 }
+
+#endif
 
 // e^x to 2 ulp on [-87, 88]; below it stays at e^-87 and above at e^88, which every use here rounds away. NaN stays
 // NaN. x = n ln 2 + r with |r| <= ln 2 / 2, then the Taylor polynomial of e^r to degree 7 (remainder under 2^-26 of the

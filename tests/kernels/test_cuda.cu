@@ -145,6 +145,18 @@ TEST("a small batch whose lists do not fit into shared memory takes the kernels 
   CHECK(moe_ext::cuda::choose(shaped(16, 64, 64, 512, 512), kH100).way == Choice::Way::kSmallBatch, "sm_90");
 }
 
+TEST("Gram matrices take tiles of positions for few tokens, too, and parts of tokens that bound the memory") {
+  CHECK(moe_ext::cuda::choose_sorted(shaped(1, 64, 64, 8, 8), kH100).way == Choice::Way::kGrouped, "1 token");
+  moe_ext::GramParams p{};
+  p.num_experts = 8, p.hidden = 4096, p.intermediate = 14336;
+  for (const int64_t tokens : {1, 300, 5000}) {
+    p.tokens = tokens;
+    const int64_t part = moe_ext::cuda::gram_part(p);
+    CHECK(part >= std::min<int64_t>(tokens, 256) && part <= tokens, part, " of ", tokens, " tokens");
+    CHECK(part * p.num_experts * (p.hidden + p.intermediate) * 4 <= int64_t{2} << 30, part, " tokens");
+  }
+}
+
 TEST("the tile shape follows the rows of an expert and the blocks that a device runs at once") {
   const auto down_shape = [](const moe_ext::ExpertsParams& p, const Device& device) {
     return moe_ext::cuda::choose(p, device).down_shape;
