@@ -502,6 +502,70 @@ def generate(
 
 
 @app.command()
+def bench(
+    model: Annotated[str | None, typer.Option(help="Take the sizes from a model's config.json.")] = None,
+    shape: Annotated[str, typer.Option(help="Sizes of a layer: hidden, intermediate, experts, experts a token.")] = (
+        "1024,3584,8,2"
+    ),
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, with commas between them.")] = "1,4,16,64,256,1024",
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "bfloat16",
+    device: Device = "cpu",
+    seconds: Annotated[float, typer.Option(min=0, help="For each number of tokens, about.")] = 3.0,
+    save_to: Annotated[Path | None, typer.Option("--out", help="JSON file to write.", show_default=False)] = None,
+    png: Annotated[Path | None, typer.Option(help="Picture to write (*.png).", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Time the operators here, beside transformers' experts and the machine's limit. Ctrl-C keeps what was measured."""
+    from moe_ext.bench import machine
+    from moe_ext.bench.layer import DTYPES
+    from moe_ext.bench.record import result_of, write_result
+
+    sizes = machine.Shape.of_model(model) if model is not None else machine.Shape.parse(shape)
+    counts = [int(count) for count in tokens.split(",") if count.strip().isdigit() and int(count) > 0]
+    if not counts or len(counts) != len(tokens.split(",")):
+        raise typer.BadParameter(f"--tokens {tokens}: expected numbers of 1 or more with commas between them")
+    for path in (save_to, png):
+        if path is not None:
+            file_destination(path)
+    rows: list[machine.Measured] = []
+    stopped = False
+    try:
+        for row in machine.measurements(sizes, DTYPES[dtype], device, counts, seconds):
+            rows.append(row)
+            errors.print(f"{row.tokens} tokens: {row.ours:.3g} ms, {row.limit / row.ours:.0%} of the limit")
+    except KeyboardInterrupt:
+        stopped = True
+    if not rows:
+        raise typer.Exit(130)
+    what = "medians of interleaved rounds in one process, caches emptied before every call"
+    content = {
+        **machine.machine(device),
+        "model": model,
+        "shape": asdict(sizes),
+        "dtype": dtype,
+        "complete": not stopped,
+        "rows": [row.record for row in rows],
+    }
+    if save_to is not None:
+        write_result(save_to, what, **content)
+    title = f"H, I, E, K = {', '.join(map(str, asdict(sizes).values()))}; {dtype}; {machine.machine(device)['device']}"
+    if png is not None:
+        machine.write_speed_figure(rows, title, png)
+    if as_json:
+        print_json(result_of(what, **content))
+    else:
+        peers = list(dict.fromkeys(name for row in rows for name in row.peers))
+        table = Table("tokens", "moe_ext ms", *(f"{name} ms" for name in peers), "limit ms", "of limit", title=title)
+        for row in rows:
+            times = [f"{row.peers[name]:.3g}" if name in row.peers else "not run" for name in peers]
+            table.add_row(str(row.tokens), f"{row.ours:.3g}", *times, f"{row.limit:.3g}", f"{row.limit / row.ours:.0%}")
+        out.print(table)
+    if stopped:
+        errors.print("stopped: what was measured until then is kept")
+        raise typer.Exit(130)
+
+
+@app.command()
 def info(as_json: Json = False) -> None:
     """Build facts: versions, CPU variants, CUDA architectures, and what would run here."""
     variants = _C.cpu_variants()

@@ -33,6 +33,7 @@ from moe_ext.files import replace_file
 from moe_ext.heat_maps import heat_maps
 from moe_ext.patching import patch, unpatch
 from moe_ext.plan import PruningPlan, plan
+from moe_ext.processor import processor
 from moe_ext.pruning import prune
 from moe_ext.report import Report, need, write_page
 from moe_ext.routing import count_skips, skip_thresholds
@@ -245,15 +246,6 @@ def _save_and_reload(demo: Demo, model: PreTrainedModel, wanted: Path) -> Path:
     if not same:
         raise RuntimeError(f"{folder}, reloaded by stock transformers, gives other logits than the model saved")
     return folder
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def table_of(result: Mapping[str, Any]) -> Table:
