@@ -21,6 +21,7 @@ from moe_ext import checkpoint
 from moe_ext.architectures import FAMILIES, moe_blocks
 from moe_ext.binary import _C
 from moe_ext.calibration import calibrate as run_calibration
+from moe_ext.comparison import weight_bytes
 from moe_ext.criteria import CRITERIA, OUTSIDE, Scores, aimer, point_of
 from moe_ext.criteria import score as scores_of
 from moe_ext.evaluation import perplexity
@@ -28,6 +29,7 @@ from moe_ext.files import file_destination, folder_destination
 from moe_ext.patching import patch
 from moe_ext.plan import PruningPlan
 from moe_ext.plan import plan as plan_from
+from moe_ext.processor import processor
 from moe_ext.pruning import prune as apply_plan
 from moe_ext.redundancy import redundant_pairs
 from moe_ext.routing import count_skips, skip_thresholds, thresholds_in_config
@@ -460,6 +462,9 @@ def evaluate(
     if as_json:
         print_json(
             {
+                "checkpoint": model,
+                "parameters": loaded.num_parameters(),
+                "weight_bytes": weight_bytes(loaded),
                 "perplexity": result.per_domain,
                 "mean": result.mean,
                 "tokens": result.tokens,
@@ -473,6 +478,63 @@ def evaluate(
         table.add_row(domain, str(result.tokens[domain]), f"{value:.3f}")
     table.add_row("geometric mean", str(sum(result.tokens.values())), f"{result.mean:.3f}")
     out.print(table, f"expert slots skipped: {count.rate():.1%}")
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Folders, or names on the Hub.")],
+    text: Text,
+    save_to: Annotated[Path | None, typer.Option("--out", help="JSON file to write, for `moe-ext report`.")] = None,
+    skip: Annotated[bool, typer.Option(help="Apply the skip thresholds that the checkpoints hold.")] = True,
+    stock: Annotated[bool, typer.Option("--stock", help="Run transformers' own code instead of moe_ext's.")] = False,
+    window: Window = 512,
+    stride: Annotated[int | None, typer.Option(min=1, help="Step of the sliding window; half of it if absent.")] = None,
+    batch_size: BatchSize = 8,
+    decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode for the speed.")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    strict: Strict = True,
+    as_json: Json = False,
+) -> None:
+    """Perplexity per domain, size, decode speed and memory of several checkpoints, each in a process of its own."""
+    from moe_ext.bench.record import result_of, write_result
+    from moe_ext.comparison import Setting
+    from moe_ext.comparison import compare as run_comparison
+
+    texts = read_domains(text)
+    if save_to is not None:
+        file_destination(save_to)
+    setting = Setting(
+        skip, stock, window, stride, batch_size, decode_tokens, dtype, device, strict, torch.get_num_threads()
+    )
+    rows = []
+    for row in run_comparison(models, texts, setting):
+        errors.print(f"{row.checkpoint}: perplexity {row.mean:.3f}", highlight=False)
+        rows.append(row)
+    what = "perplexity on the given text, decode speed of one sequence, largest memory of a process"
+    content = {
+        "processor": processor(),
+        "setting": asdict(setting),
+        "checkpoints": [asdict(row) for row in rows],
+    }
+    if save_to is not None:
+        write_result(save_to, what, **content)
+    if as_json:
+        print_json(result_of(what, **content))
+        return
+    table = Table("checkpoint", "params", "weights", *texts, "mean", "skipped", "tokens/s", "memory")
+    for row in rows:
+        table.add_row(
+            row.checkpoint,
+            f"{row.parameters / 1e6:.2f}M",
+            f"{row.weight_bytes / 1e6:.1f}MB",
+            *(f"{row.perplexity[domain]:.2f}" for domain in texts),
+            f"{row.mean:.3f}",
+            f"{row.skip_rate:.1%}",
+            f"{row.tokens_per_second:.1f}",
+            "not known" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}MB",
+        )
+    out.print(table)
 
 
 @app.command()
