@@ -438,7 +438,12 @@ def skip(
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    text: Text,
+    text: Annotated[list[Path] | None, typer.Option("--text", help="Text file, or folder of *.txt.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Instead of text: tasks or groups of lm-eval, with commas; see moe_ext/tasks.")
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="Folder with further task files.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.")] = None,
     skip: Annotated[bool, typer.Option(help="Apply the skip thresholds that the checkpoint holds.")] = True,
     stock: Annotated[bool, typer.Option("--stock", help="Run transformers' own code instead of moe_ext's.")] = False,
     window: Window = 512,
@@ -449,8 +454,13 @@ def evaluate(
     strict: Strict = True,
     as_json: Json = False,
 ) -> None:
-    """Perplexity per domain, and the share of expert slots skipped."""
-    texts = read_domains(text)
+    """Perplexity per domain and the share of expert slots skipped; or lm-eval's tasks."""
+    if (text is None) == (tasks is None):
+        raise typer.BadParameter("give --text or --tasks, one of them")
+    if tasks is not None:
+        evaluate_on_tasks(model, tasks, include, limit, skip, stock, batch_size, dtype, device, strict, as_json)
+        return
+    texts = read_domains(text or [])
     loaded, tokenizer = load(model, dtype, device)
     if not stock:
         patch(loaded, skip="config" if skip else None, strict=strict)
@@ -478,6 +488,43 @@ def evaluate(
         table.add_row(domain, str(result.tokens[domain]), f"{value:.3f}")
     table.add_row("geometric mean", str(sum(result.tokens.values())), f"{result.mean:.3f}")
     out.print(table, f"expert slots skipped: {count.rate():.1%}")
+
+
+def evaluate_on_tasks(
+    model: str,
+    tasks: str,
+    include: Path | None,
+    limit: int | None,
+    skip: bool,
+    stock: bool,
+    batch_size: int,
+    dtype: str,
+    device: str,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    from moe_ext.harness import evaluate_tasks
+
+    found = evaluate_tasks(
+        model,
+        [name.strip() for name in tasks.split(",")],
+        model="hf" if stock else "moe_ext",
+        include=include,
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        **({} if stock else {"skip": "auto" if skip else "none", "strict": strict}),
+    )
+    if as_json:
+        print_json({"checkpoint": model, "tasks": found})
+        return
+    table = Table("task", "metric", "value")
+    for task, metrics in found.items():
+        for metric, value in metrics.items():
+            if isinstance(value, float):
+                table.add_row(task, metric.removesuffix(",none"), f"{value:.4f}")
+    out.print(table)
 
 
 @app.command()
