@@ -6,6 +6,7 @@ from what the newest results say (a test runs it).
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -59,13 +60,51 @@ def ptxas_table(result: Mapping[str, Any], source: str) -> str:
     )
 
 
-def cpu_table(result: Mapping[str, Any], source: str) -> str:
-    note = (
+def where(result: Mapping[str, Any]) -> str:
+    """Date, machine and versions of a result that was measured on a CPU."""
+    return (
         f"{result['date']}, {result['machine']}, {result['variant']} variant, torch {result['versions']['torch']}, "
-        f"transformers {result['versions']['transformers']}; reads {result['read_bandwidth'] / 1e9:.1f} GB/s; "
-        f"{result['what']} ([{source}](results/{source}))."
+        f"transformers {result['versions']['transformers']}"
     )
-    return f"{table(result['rows'])}\n\n{note}"
+
+
+def cpu_table(result: Mapping[str, Any], source: str) -> str:
+    note = f"{where(result)}; {result['what']} ([{source}](results/{source}))."
+    return f"{table(result['rows'])}\n\n**skipping, T = 1**\n\n{table(result['skipping'])}\n\n{note}"
+
+
+def cpu_summary(result: Mapping[str, Any], source: str) -> str:
+    rows = []
+    for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
+        for name, least, most in (("1 to 8", 1, 8), ("16 and 64", 16, 64), ("256 and 1024", 256, 1024)):
+            chosen = [row for row in result["rows"] if row["dtype"] == dtype and least <= row["T"] <= most]
+            gains = [row["fastest peer / ours"] for row in chosen]
+            reads = [row["weights read / bandwidth"] for row in chosen]
+            rates = [row["FLOP/s / linear"] for row in chosen]
+            rows.append(
+                {
+                    "dtype": dtype,
+                    "tokens": name,
+                    "over transformers' fastest": f"{statistics.geometric_mean(gains):.2f}x",
+                    "from, to": f"{min(gains):.2f}x, {max(gains):.2f}x",
+                    "weights read, of read bandwidth": f"{statistics.geometric_mean(reads):.0%}",
+                    "FLOP/s, of torch's linear": f"{statistics.geometric_mean(rates):.0%}",
+                }
+            )
+    shapes = "; ".join(dict.fromkeys(f"({row['H, I, E, K']})" for row in result["rows"]))
+    return (
+        f"{table(rows)}\n\nGeometric means over the shapes (H, I, E, K) = {shapes}; least and most in the fourth "
+        f"column. {where(result)}; {result['what']} ([{source}](benchmarks/results/{source}))."
+    )
+
+
+def decode_table(result: Mapping[str, Any], source: str) -> str:
+    memory = result["memory"]
+    return (
+        f"{table(result['rows'])}\n\n{result['model']}; {result['what']}. Peak memory of loading and one forward: "
+        f"patched {memory['patched'] / 1e6:.0f} MB, unpatched {memory['unpatched'] / 1e6:.0f} MB. {where(result)} "
+        f"([{source}](benchmarks/results/{source}))."
+    )
 
 
 def search_tables(result: Mapping[str, Any], source: str) -> str:
@@ -76,16 +115,15 @@ def search_tables(result: Mapping[str, Any], source: str) -> str:
         columns = [list(rows[0]), *shown]
         lines = ["| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True)]
         parts.append("\n".join([f"**{name}**\n", lines[0], "|---" * len(columns) + "|", *lines[1:]]))
-    parts.append(
-        f"{result['date']}, {result['machine']}, {result['variant']} variant, torch {result['versions']['torch']}, "
-        f"transformers {result['versions']['transformers']}: {result['what']} ([{source}](results/{source}))."
-    )
+    parts.append(f"{where(result)}: {result['what']} ([{source}](results/{source})).")
     return "\n\n".join(parts)
 
 
 # The place of a table, between markers, and what goes there.
 PLACES: list[tuple[Path, str, Callable[[Mapping[str, Any], str], str]]] = [
     (ROOT / "README.md", "demo", demo_table),
+    (ROOT / "README.md", "cpu-summary", cpu_summary),
+    (ROOT / "README.md", "decode", decode_table),
     (ROOT / "benchmarks" / "README.md", "cpu", cpu_table),
     (ROOT / "benchmarks" / "README.md", "search", search_tables),
     (ROOT / "benchmarks" / "README.md", "cuda-counters", counters_tables),
@@ -98,7 +136,7 @@ def updated(path: Path, text: str) -> str:
     for readme, name, render in PLACES:
         if readme != path:
             continue
-        source = newest(name)
+        source = newest(name.removesuffix("-summary"))
         rendered = render(json.loads(source.read_text(encoding="utf-8")), source.name)
         begin, end = f"<!-- {name} table -->\n", f"<!-- end of {name} table -->"
         if text.count(begin) != 1 or text.count(end) != 1:

@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_ext.files import replace_file, replace_folder
@@ -24,7 +31,7 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, 
 
 # Arguments of from_pretrained that say where a checkpoint is, for its config as for its weights.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
-_ALLOWED = "allow_global_per_layer_attribute_access"  # transformers' config field
+_ALLOWED = "allow_global_per_layer_attribute_access"  # property of transformers' configs
 
 
 def from_pretrained(checkpoint: str | Path, *, auto_class: Any = AutoModelForCausalLM, **options: Any) -> Any:
@@ -34,8 +41,8 @@ def from_pretrained(checkpoint: str | Path, *, auto_class: Any = AutoModelForCau
     code of transformers 5.23 reads the one global field instead, and stock ``from_pretrained`` stops with
     AmbiguousGlobalPerLayerAttributeError. Here each decoder layer is built from its own config; afterwards all share
     the model's, as ever. Experts replaced by their means (:func:`moe_ext.prune` with ``novices``) say so in
-    ``config.moe_ext``, and are built into the layers. For such a checkpoint the family's layer classes are changed
-    while it loads: load one model at a time.
+    ``config.moe_ext``, and are built into the layers. For such a checkpoint the family's layer and config classes are
+    changed while it loads: load one model at a time.
 
     Args:
         checkpoint: a folder, or a name on the Hugging Face Hub.
@@ -43,31 +50,28 @@ def from_pretrained(checkpoint: str | Path, *, auto_class: Any = AutoModelForCau
         **options: passed on to it.
 
     Returns:
-        The model.
+        What that ``from_pretrained`` returns: the model.
 
     Raises:
         ValueError: such a checkpoint of a family whose decoder layers cannot be told, or a wrong ``config.moe_ext``.
         OSError: no such checkpoint, or a broken one.
     """
-    where = {name: value for name, value in options.items() if name in _WHERE}
-    config = options.pop("config", None) or AutoConfig.from_pretrained(checkpoint, **where)
+    config = options.get("config")
+    if not isinstance(config, PreTrainedConfig):  # it may be a name or a folder
+        where = {name: value for name, value in options.items() if name in _WHERE}
+        config = AutoConfig.from_pretrained(config or checkpoint, **where)
     text = config.get_text_config(decoder=True)
     left = experts_left(getattr(config, CONFIG_KEY, None), text.num_hidden_layers)
     if not text.is_heterogeneous and not left:
-        return auto_class.from_pretrained(checkpoint, config=config, **options)
-    allowed = vars(text).get(_ALLOWED)
-    vars(text)[_ALLOWED] = True  # language model heads keep a copy of the global count
+        return auto_class.from_pretrained(checkpoint, **options)
     with _layers_built_one_by_one(text, left):
-        model = auto_class.from_pretrained(checkpoint, config=config, **options)
-    if not allowed:
-        del vars(model.config.get_text_config(decoder=True))[_ALLOWED]
-    return model
+        return auto_class.from_pretrained(checkpoint, **options)
 
 
 @contextmanager
 def _layers_built_one_by_one(config: Any, left: dict[int, int]) -> Iterator[None]:
     """Decoder layers of the config's family that are built inside the ``with`` block read ``per_layer_config``, and
-    have ``left[layer]`` experts beside means."""
+    have ``left[layer]`` experts beside means; the rest of the model may read the global fields."""
     base = MODEL_MAPPING.get(type(config), None)
     classes = [] if base is None else _decoder_layers(sys.modules[base.__module__])
     if not classes:
@@ -77,9 +81,11 @@ def _layers_built_one_by_one(config: Any, left: dict[int, int]) -> Iterator[None
     originals = [cls.__init__ for cls in classes]
     for cls, original in zip(classes, originals, strict=True):
         cls.__init__ = _built_from_its_own_config(original, left)
+    setattr(type(config), _ALLOWED, True)  # language model heads keep a copy of the global count
     try:
         yield
     finally:
+        delattr(type(config), _ALLOWED)  # the property of the base class again
         for cls, original in zip(classes, originals, strict=True):
             cls.__init__ = original
 
@@ -133,7 +139,7 @@ def load(checkpoint: str | Path, *, dtype: str = "auto", device: str = "cpu") ->
 
 
 def save(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> None:
-    """Writes a checkpoint that stock transformers loads. The folder appears when it is complete.
+    """Writes a checkpoint that :func:`load` reads. The folder appears when it is complete.
 
     Args:
         folder: must not exist yet, or be empty.

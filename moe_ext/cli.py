@@ -107,6 +107,8 @@ def scores_for(statistics: Path, criterion: str | None, objective: str | None, s
     if criterion is not None and objective is not None:
         raise typer.BadParameter("give --criterion or --objective, not both")
     if criterion == "aimer":
+        if seed is not None:
+            raise typer.BadParameter("--seed goes with --criterion random")
         with errors.status(f"loading {statistics}"):
             return aimer(checkpoint.load(str(statistics))[0])
     return scores_of(ExpertStatistics.load(statistics), criterion, objective=objective, seed=seed)

@@ -127,7 +127,7 @@ def _frequency_times_variance(stats: ExpertStatistics) -> torch.Tensor:
     counts = stats.routing_counts()
     about_mean = stats.moments[:, :, 0, 2] - stats.output_sum.square().sum(-1) / counts.clamp(min=1)
     variance = about_mean.clamp(min=0) / (counts - 1).clamp(min=1)
-    return torch.where(counts < 2, 0.0, counts / stats.tokens[:, None].clamp(min=1) * variance.sqrt())
+    return torch.where(counts < 2, 0.0, counts / stats.tokens[:, None] * variance.sqrt())
 
 
 def aimer(model: PreTrainedModel) -> Scores:

@@ -64,9 +64,10 @@ def experts(x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: 
         activation: "silu", "gelu" (erf) or "gelu_tanh".
 
     Returns:
-        (T, H), dtype of ``x``; products and sums are accumulated in float32. On the CPU the result is rounded once; so
-        it is on CUDA for float32 and for odd H or I, while the tensor-core kernels also round ``act(gate x) * (up x)``
-        and, for more than 16 tokens, each expert's output, as transformers does.
+        (T, H), dtype of ``x``; products and sums are accumulated in float32. On the CPU the result is rounded once, but
+        that the AVX-512 BF16 variant rounds ``act(gate x) * (up x)`` of bfloat16 models, too. On CUDA it is rounded
+        once for float32 and for odd H or I, while the tensor-core kernels also round ``act(gate x) * (up x)`` and, for
+        more than 16 tokens, each expert's output. transformers rounds all of these.
 
     Raises:
         RuntimeError: a shape, dtype, device, contiguity or value is not as above; the argument is named.

@@ -190,9 +190,9 @@ def plan(
         and the version.
 
     Raises:
-        ValueError: neither or both of keep and ratio, fewer than K or more than E experts to keep, a number that the
-            groups do not share equally, layers that differ in their number of experts already, an unknown scope or
-            normalisation, or a NaN score (the layer and expert are named).
+        ValueError: neither or both of keep and ratio, a ``keep`` that is no integer, fewer than K or more than E
+            experts to keep, a number that the groups do not share equally, layers that differ in their number of
+            experts already, an unknown scope or normalisation, or a NaN score (the layer and expert are named).
     """
     layers, experts = scores.values.shape
     if len(set(scores.experts)) > 1:
@@ -205,6 +205,8 @@ def plan(
     if normalise is not None and (scope == "layer" or normalise not in NORMALISATIONS):
         expected = f"one of {', '.join(NORMALISATIONS)}" if scope == "model" else "none with scope 'layer'"
         raise ValueError(f"normalise: expected {expected}, got {normalise!r}")
+    if keep is not None and not isinstance(keep, int):
+        raise ValueError(f"keep: expected a whole number, got {keep!r}")
     made_by: dict[str, Any] = {"criterion": scores.criterion, "dataset": scores.dataset}
     asked: float
     if keep is not None and ratio is None:

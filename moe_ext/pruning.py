@@ -117,8 +117,6 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
             for module in (block.module, block.router, block.experts):
                 if hasattr(module, "num_experts"):
                     module.num_experts = len(keep)  # type: ignore[assignment]
-            if isinstance(block.router, nn.Linear):
-                block.router.out_features = len(keep)
     _write_counts(text_config(model), fields, blocks)
     if hasattr(model, "num_experts"):  # the language model head's copy, for the auxiliary loss
         model.num_experts = max(map(len, plan.keep))
@@ -144,16 +142,12 @@ def _write_counts(config: Any, counts: list[str], blocks: list[MoeBlock]) -> Non
     exceptions per layer."""
     overrides = {int(layer): dict(fields) for layer, fields in config.to_dict().get("per_layer_config", {}).items()}
     largest = max(block.num_experts for block in blocks)
-    for fields in overrides.values():
-        for name in counts:
-            fields.pop(name, None)
     if any(block.num_experts != largest for block in blocks):
         for block in blocks:
             overrides.setdefault(block.layer, {}).update(dict.fromkeys(counts, block.num_experts))
-    config.per_layer_config = None  # while it is set, its fields cannot be written
     for name in counts:
         setattr(config, name, largest)
-    if any(overrides.values()):
+    if overrides:
         config.per_layer_config = overrides
 
 
@@ -179,9 +173,11 @@ def _put_novices(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPl
             weight = next(block.experts.parameters())
             places = torch.empty(plan.num_experts, dtype=torch.int64)
             places[[*keep, *removed]] = torch.arange(plan.num_experts)
+            # Copied before the experts change: a layer is pruned as a whole or not at all.
+            places, mean = places.to(weight.device), mean.to(weight.device, weight.dtype)
             _keep_slices(keep, _expert_parts(block))
             block.experts.num_experts = len(keep)  # type: ignore[assignment]
-            add_novices(block.experts, places.to(weight.device), mean.to(weight.device, weight.dtype))
+            add_novices(block.experts, places, mean)
     setattr(model.config, CONFIG_KEY, section)
 
 
@@ -202,6 +198,9 @@ def _keep_slices(keep: tuple[int, ...], parts: list[_Part]) -> None:
 
 def _replace(module: nn.Module, name: str, old: Tensor, new: Tensor) -> None:
     """Puts a tensor in the place of a parameter or buffer, which stays what it was."""
-    owner = module.get_submodule(name.rpartition(".")[0])
+    path, _, name = name.rpartition(".")
+    owner = module.get_submodule(path)
     is_parameter = isinstance(old, nn.Parameter)
-    setattr(owner, name.rpartition(".")[2], nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
+    setattr(owner, name, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
+    if isinstance(owner, nn.Linear) and name == "weight":
+        owner.out_features, owner.in_features = new.shape

@@ -123,14 +123,18 @@ def skip_weak(weights: Tensor, experts: Tensor, thresholds: Tensor, num_experts:
             f"the router gave weights {tuple(weights.shape)} and experts {tuple(experts.shape)} of {experts.dtype}; "
             "skipping needs (T, K) and (T, K) integers"
         )
+    # Thresholds are finer than half precision.
+    precise = weights.to(torch.promote_types(weights.dtype, torch.float32))
     # Thresholds and weights made under inference_mode must not enter the backward graph.
-    ranked, order = weights.detach().sort(dim=-1, descending=True, stable=True)
+    ranked, order = precise.detach().sort(dim=-1, descending=True, stable=True)
     weak = torch.zeros_like(ranked, dtype=torch.bool)
     weak[:, 1:] = ranked[:, 1:] < thresholds.to(ranked) * ranked[:, :1]
     skipped = torch.zeros_like(weak).scatter(-1, order, weak)
-    kept = weights.masked_fill(skipped, 0.0)
-    scale = weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)
-    return kept * scale, experts.masked_fill(skipped, num_experts)
+    kept = precise.masked_fill(skipped, 0.0)
+    total = kept.sum(-1, keepdim=True)
+    # A sigmoid router may give a token weights of 0 only: they stay 0.
+    scale = precise.sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
+    return (kept * scale).to(weights.dtype), experts.masked_fill(skipped, num_experts)
 
 
 @dataclass

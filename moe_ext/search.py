@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from moe_ext.architectures import MoeBlock, moe_blocks
+from moe_ext.architectures import MoeBlock, model_type_of, moe_blocks
 from moe_ext.budgets import counts_per_layer, share_out
 from moe_ext.calibration import check_batch
 from moe_ext.evaluation import evaluation_mode
@@ -140,7 +140,7 @@ def search(
         counts = share_out(curves, sum(counts), num_experts)
     chosen = [layer.best(count) for layer, count in zip(losses, counts, strict=True)]
     plan = PruningPlan(
-        model_type=model.config.model_type,
+        model_type=model_type_of(model),
         num_experts=num_experts,
         top_k=top_k,
         layers=tuple(block.name for block in blocks),
@@ -275,6 +275,12 @@ def _check_model(model: PreTrainedModel) -> list[MoeBlock]:
     if active_thresholds(model) is not None:
         raise ValueError("the model skips experts; patch(model, skip=None) before searching, and pass skip=thresholds")
     blocks = moe_blocks(model)
+    for block in blocks:
+        if not block.family.fused or block.family.renormalise is not True or block.has_novices:
+            raise ValueError(
+                f"{block.name}: search knows routers whose weights are the softmax over the selected logits, and this "
+                "one routes otherwise; use calibrate, score and plan"
+            )
     if len({(block.num_experts, block.top_k) for block in blocks}) > 1:
         raise ValueError("the model's layers have different numbers of experts; search takes the same in every layer")
     return blocks
@@ -296,7 +302,7 @@ def _prepared(model: PreTrainedModel) -> Iterator[None]:
 
 def _digest_of_model(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> str:
     """Tells models apart by their type, dtype, layers and routers: experts are too many to read for this."""
-    digest = hashlib.sha256(f"{model.config.model_type} {model.dtype}".encode())
+    digest = hashlib.sha256(f"{model_type_of(model)} {model.dtype}".encode())
     for block in blocks:
         digest.update(block.name.encode())
         digest.update(_bytes_of(next(block.router.parameters())))

@@ -150,7 +150,7 @@ class ExpertStatistics:
 
         Raises:
             ValueError: model type, layers, numbers of experts, ``top_k``, gate definition or groups differ (names
-                which), or one of them has no ``output_sum``.
+                which), or one of them has no ``output_sum`` or one of another size.
         """
         for name in ("model_type", "layers", "num_experts", "experts", "top_k", "gate", "groups", "fewest"):
             ours, theirs = getattr(self, name), getattr(other, name)
@@ -158,6 +158,13 @@ class ExpertStatistics:
                 raise ValueError(f"other: statistics of different models do not add up: {name} {ours!r} and {theirs!r}")
         if (self.output_sum is None) != (other.output_sum is None):
             raise ValueError("other: one of the two has an output_sum and the other has none; calibrate both alike")
+        if self.output_sum is not None and other.output_sum is not None:
+            ours, theirs = self.output_sum.shape[-1], other.output_sum.shape[-1]
+            if ours != theirs:
+                raise ValueError(
+                    f"other: statistics of different models do not add up: output_sum has {ours} and "
+                    f"{theirs} dimensions"
+                )
         labels = {label for label in (*self.dataset.split(" + "), *other.dataset.split(" + ")) if label}
         sums = {name: getattr(self, name) + getattr(other, name) for name in self._tensors()}
         dataset = " + ".join(sorted(labels))

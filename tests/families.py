@@ -105,6 +105,11 @@ UNRECORDED: dict[str, tuple[str, dict[str, Any]]] = {
     "flex_olmo": ("FlexOlmo", {"num_experts": 8, "num_experts_per_tok": 3}),
     "minimax_m2": ("MiniMaxM2", {"num_local_experts": 8, "num_experts_per_tok": 3}),  # the block holds the bias
     "dots1": ("Dots1", {**FIELDS["glm4_moe"][1], "n_shared_experts": 1}),
+    # The router is given the block's bias, and holds a Linear.
+    "afmoe": (
+        "Afmoe",
+        {"num_experts": 8, "num_experts_per_tok": 3, "num_dense_layers": 1, "moe_intermediate_size": 24},
+    ),
 }
 """Families without a record in ``FAMILIES``: the generic path."""
 
@@ -208,8 +213,9 @@ def mask_routers(model: PreTrainedModel, keep: tuple[tuple[int, ...], ...]) -> N
     for block, kept in zip(moe_blocks(model), keep, strict=True):
         dropped = [expert for expert in range(block.num_experts) if expert not in kept]
         block.router.forward = masked(block.router.forward, dropped)
-        for name, tensor in (*block.module.named_buffers(), *block.router.named_parameters()):
-            if "correction_bias" in name:
+        held = block.module.named_parameters(recurse=False)
+        for name, tensor in (*held, *block.module.named_buffers(), *block.router.named_parameters()):
+            if "correction_bias" in name or name == "expert_bias":
                 tensor.data[..., dropped] = -torch.inf
 
 

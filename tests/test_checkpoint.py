@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
+import moe_ext
 from moe_ext import checkpoint, patch, unpatch
 from moe_ext.patching import active_thresholds
 from tests.conftest import DEMO_MODEL, MixtralFactory
+from tests.families import keep_of, plan_for
 
 
 def test_a_saved_checkpoint_loads_to_the_same_weights(tmp_path: Path) -> None:
@@ -95,3 +99,59 @@ def test_thresholds_written_into_a_config_are_found_by_patch(tmp_path: Path) -> 
     loaded, _ = checkpoint.load(tmp_path / "copy")
     torch.testing.assert_close(active_thresholds(patch(loaded)), thresholds)
     assert active_thresholds(unpatch(loaded)) is None
+
+
+# ---- from_pretrained
+
+
+@pytest.fixture(params=[0, 1], ids=["even", "uneven"])
+def pruned(request: pytest.FixtureRequest, tiny_mixtral: MixtralFactory, tmp_path: Path) -> Path:
+    """A checkpoint whose layers have the same number of experts, or not."""
+    model = tiny_mixtral()
+    moe_ext.prune(model, plan_for(model, keep_of(model, "mixtral", fewer=request.param))).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_options_that_stock_from_pretrained_takes_are_passed_on(pruned: Path) -> None:
+    assert moe_ext.from_pretrained(pruned, rms_norm_eps=1e-3).config.rms_norm_eps == 1e-3
+    assert moe_ext.from_pretrained(pruned, dtype=torch.bfloat16).dtype == torch.bfloat16
+    _, info = moe_ext.from_pretrained(pruned, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert isinstance(moe_ext.from_pretrained(pruned, config=str(pruned)), MixtralForCausalLM)
+
+
+def test_a_config_that_is_passed_is_used_and_left_as_it_was(pruned: Path) -> None:
+    config = AutoConfig.from_pretrained(pruned, rms_norm_eps=1e-3)
+    before = dict(vars(config))
+    assert moe_ext.from_pretrained(pruned, config=config).config.rms_norm_eps == 1e-3
+    assert vars(config) == before
+
+
+def test_loading_leaves_no_trace_in_transformers_classes(pruned: Path) -> None:
+    layer, allowed = MixtralDecoderLayer.__init__, "allow_global_per_layer_attribute_access"
+    loaded = moe_ext.from_pretrained(pruned)
+    assert MixtralDecoderLayer.__init__ is layer
+    assert allowed not in vars(MixtralConfig)
+    assert allowed not in vars(loaded.config)
+
+
+@pytest.mark.parametrize("pruned", [1], indirect=True)
+def test_a_load_that_fails_leaves_no_trace_in_transformers_classes(pruned: Path) -> None:
+    class Broken:
+        @staticmethod
+        def from_pretrained(*args: Any, **options: Any) -> None:
+            assert MixtralDecoderLayer.__init__ is not layer
+            raise KeyboardInterrupt
+
+    layer = MixtralDecoderLayer.__init__
+    with pytest.raises(KeyboardInterrupt):
+        moe_ext.from_pretrained(pruned, auto_class=Broken)
+    assert MixtralDecoderLayer.__init__ is layer
+    assert "allow_global_per_layer_attribute_access" not in vars(MixtralConfig)
+
+
+@pytest.mark.parametrize("pruned", [1], indirect=True)
+def test_a_family_whose_decoder_layers_cannot_be_told_is_refused(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "MODEL_MAPPING", {})
+    with pytest.raises(ValueError, match="the decoder layers of model type 'mixtral' cannot be told"):
+        moe_ext.from_pretrained(pruned)

@@ -348,6 +348,7 @@ def test_info_says_what_was_built_and_what_runs() -> None:
         ("eval", MODEL, "--text", "text.txt", "--dtype", "int4"),
         ("score", "stats.safetensors", "--criterion", "best"),
         ("plan", "stats.safetensors", "--keep", "4", "--out", "plan.json", "--normalise", "max"),
+        ("score", MODEL, "--criterion", "aimer", "--seed", "1"),
         ("score", "stats.safetensors", "--objective", "speed"),
     ],
 )

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from moe_ext.criteria import CRITERIA, OBJECTIVES, Scores, aimer, point_of, score
 from moe_ext.plan import plan
+from moe_ext.pruning import prune
 from moe_ext.statistics import ExpertStatistics
 from tests.conftest import MixtralFactory
+from tests.families import build, keep_of, plan_for
 
 Routed = list[list[list[tuple[float, float]]]]  # layers, experts, (gate weight, output norm) of each routed token
 
@@ -207,6 +209,15 @@ def test_mone_is_frequency_times_the_norm_of_the_standard_deviations(data: st.Da
     torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-6)  # sums of squares cancel: sqrt(1e-16 * 100)
 
 
+@pytest.mark.parametrize("count", range(1, 8))
+def test_mone_of_outputs_that_do_not_vary_is_0_but_for_rounding(count: int) -> None:
+    constant = [[[0.1 * n, 0.7, 1.3 * n]] * count for n in range(1, 20)]
+    values = score(with_outputs([constant], [10]), "mone").values
+    # Sums of squares up to 5000 cancel: rounding leaves some 1e-12 of either sign, of which the root is taken.
+    assert float(values.min()) >= 0
+    assert float(values.max()) < (1e-5 if count > 1 else 1e-300)
+
+
 def test_mone_without_sums_of_outputs_is_refused() -> None:
     with pytest.raises(ValueError, match=r"criterion 'mone' needs the sums of outputs: calibrate\(..., outputs=True\)"):
         score(ONE_LAYER, "mone")
@@ -237,6 +248,30 @@ def test_aimer_removes_the_highest_score_of_the_paper_first(tiny_mixtral: Mixtra
             weights = torch.cat([tensor.detach().flatten() for tensor in tensors]).double()
             of_paper.append(float(weights.abs().mean() / weights.square().mean().sqrt()))
         assert made.removed(layer) == (of_paper.index(max(of_paper)),)
+
+
+def test_aimer_knows_the_groups_and_the_layers_sizes() -> None:
+    model = build("deepseek_v3")
+    scores = aimer(model)
+    assert (scores.groups, scores.fewest, scores.experts) == (2, 6, (12, 12))
+    with pytest.raises(ValueError, match="keep: 4 keeps 4 of 12 experts; expected 6 to 12"):
+        plan(scores, keep=4)
+    made = plan(scores, keep=8)
+    for kept in made.keep:
+        assert [sum(expert // 6 == group for expert in kept) for group in range(2)] == [4, 4]
+    prune(model, plan_for(model, keep_of(model, "deepseek_v3", fewer=2)))
+    scores = aimer(model)
+    assert scores.experts == (8, 6)
+    assert bool((scores.values[0] > 1).all())  # the root mean square is the larger mean
+    assert scores.values[1, 6:].tolist() == [0.0, 0.0]
+    with pytest.raises(ValueError, match="scores: the layers have 6 to 8 experts"):
+        plan(scores, keep=6)
+
+
+def test_scores_of_statistics_know_the_groups_and_the_layers_sizes() -> None:
+    stats = ExpertStatistics.zeros("deepseek_v3", ("layers.1", "layers.2"), (6, 4), 2, "g", groups=2, fewest=4)
+    scores = score(stats, "man")
+    assert (scores.groups, scores.fewest, scores.experts) == (2, 4, (6, 4))
 
 
 def test_aimer_of_statistics_is_refused() -> None:

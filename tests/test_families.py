@@ -180,6 +180,20 @@ def test_calibrate_equals_float64_brute_force(name: str, device: str) -> None:
     assert stats.tokens.tolist() == [11 + 6 + 18] * stats.num_layers
 
 
+@pytest.mark.parametrize(
+    ("name", "gate"),
+    [
+        ("mixtral", "softmax over the selected logits"),
+        ("qwen2_moe", "softmax over all logits"),
+        ("deepseek_v2", "softmax scores, as the family's router gives them"),
+        ("deepseek_v3", "sigmoid scores, renormalised, as the family's router gives them"),
+        ("phimoe", "weights as the family's router gives them"),
+    ],
+)
+def test_statistics_say_what_the_routing_weight_is(name: str, gate: str) -> None:
+    assert moe_ext.calibrate(build(name), batches(), progress=False).gate == gate
+
+
 # ---- prune
 
 
@@ -304,6 +318,27 @@ def test_what_is_left_on_transformers_is_said_once(name: str) -> None:
     assert said[0].endswith("(and 2 more such layers): left on transformers' 'grouped_mm' experts")
 
 
+@pytest.mark.parametrize("skip", [None, torch.full((3, 3), 0.5)], ids=["all", "skipping"])
+def test_what_is_left_on_transformers_keeps_its_implementation(skip: Tensor | None) -> None:
+    model = moe_ext.patch(build("gpt_oss"), skip=skip, strict=False)
+    assert {block.experts._moe_ext_fallback for block in moe_blocks(model)} == {"grouped_mm"}
+
+
+def test_a_router_that_takes_keywords_is_given_them() -> None:
+    model = build("flex_olmo")
+    router = model.model.layers[0].mlp.gate
+    router.__class__ = type(
+        "Scaled",
+        (type(router),),
+        {"forward": lambda self, x, *, factor: super(type(self), self).forward(x * factor)},
+    )
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    expected = router(x, factor=0.5)
+    moe_ext.patch(model)
+    for got, want in zip(router(x, factor=0.5), expected, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_layers_that_the_operators_can_run_do_not_follow_one_that_they_cannot() -> None:
     model = build("mixtral")
     model.model.layers[1].mlp.experts.is_transposed = True
@@ -346,6 +381,7 @@ def test_layers_with_different_numbers_of_experts_reload_to_the_bit(name: str, t
     loaded = reloaded(moe_ext.from_pretrained, tmp_path, auto_class=type(model))
     assert torch.equal(logits_of(loaded, tokens), expected)
     assert [block.num_experts for block in moe_blocks(loaded)] == [len(kept) for kept in keep]
+    assert getattr(loaded, "num_experts", None) == getattr(model, "num_experts", None)  # the head's copy
     # One config for all layers, so that transformers' switches reach them; patch relies on it.
     assert len({id(block.experts.config) for block in moe_blocks(loaded)}) == 1
     torch.testing.assert_close(logits_of(patched(loaded, name), tokens), expected, rtol=1e-4, atol=1e-4)
@@ -367,8 +403,12 @@ def test_a_model_with_uneven_layers_is_calibrated_skips_and_generates(name: str,
     model = build(name)
     keep = keep_of(model, name, fewer=2 if moe_blocks(model)[0].groups == 2 else 1)
     moe_ext.prune(patched(model, name), plan_for(model, keep))
-    stats = moe_ext.calibrate(model, batches(), progress=False)
+    stats = moe_ext.calibrate(model, batches(), progress=False, outputs=True)
     assert stats.experts == tuple(len(kept) for kept in keep)
+    assert stats.output_sum is not None
+    for sums, kept in zip(stats.output_sum, keep, strict=True):
+        assert bool(sums[: len(kept)].any())
+        assert not bool(sums[len(kept) :].any())
     stats.save(tmp_path / "stats.safetensors")
     thresholds = moe_ext.skip_thresholds(moe_ext.ExpertStatistics.load(tmp_path / "stats.safetensors"), 0.4)
     patched(model, name, skip=thresholds)
@@ -454,6 +494,48 @@ def test_a_plan_that_the_router_cannot_follow_changes_nothing(name: str, keep: t
         moe_ext.prune(model, plan)
     assert {key: id(parameter) for key, parameter in model.named_parameters()} == before
     assert model.config.to_dict() == config
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "fewest"),
+    [
+        ("mixtral", {}, 2),
+        ("deepseek_v2", {"topk_group": 1}, 6),  # all 3 from one of 2 groups
+        ("deepseek_v2", {"topk_group": 2}, 4),  # 3 from both, 2 each
+        ("deepseek_v2", {"topk_method": "greedy"}, 3),
+        ("deepseek_v3", {"n_group": 4, "topk_group": 3}, 8),  # one from each of three, but groups are ranked by two
+        ("deepseek_v3", {"n_group": 1, "topk_group": 1}, 3),
+    ],
+)
+def test_a_model_runs_with_the_fewest_experts_that_its_router_needs(
+    name: str, changes: dict[str, Any], fewest: int
+) -> None:
+    model = build(name, **changes)
+    assert {block.fewest_experts for block in moe_blocks(model)} == {fewest}
+    chosen: list[Tensor] = []
+    stats = moe_ext.calibrate(model, batches(), progress=False)
+    assert (stats.fewest, stats.groups) == (fewest, moe_blocks(model)[0].groups)
+    with pytest.raises(ValueError, match=f"expected {fewest} to"):
+        moe_ext.plan(moe_ext.score(stats, "man"), keep=fewest - 1)
+    moe_ext.prune(model, moe_ext.plan(moe_ext.score(stats, "man"), keep=fewest))
+    on_experts(model, lambda layer, module, args: chosen.append(args[1]))
+    assert bool(logits_of(model, random_tokens(1, 9)).isfinite().all())
+    assert all(len(set(token)) == len(token) for slots in chosen for token in slots.tolist())
+
+
+def test_experts_with_a_gating_function_of_their_own_are_refused() -> None:
+    model = build("flex_olmo")
+    experts = model.model.layers[1].mlp.experts
+    experts.__class__ = type("Clamped", (type(experts),), {"_apply_gate": lambda self, gate_up: gate_up})
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp: Clamped has its own gating function"):
+        moe_ext.patch(model)
+
+
+def test_experts_of_an_unknown_family_without_a_gate_are_refused() -> None:
+    model = build("flex_olmo")
+    model.model.layers[1].mlp.experts.has_gate = False
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp: FlexOlmoExperts has no gate projection"):
+        moe_ext.patch(model)
 
 
 def test_one_expert_of_jamba_which_stock_transformers_builds_without_a_router_is_refused() -> None:

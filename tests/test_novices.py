@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import moe_ext
+from moe_ext import ops
 from moe_ext.architectures import moe_blocks
 from tests.conftest import random_tokens
 from tests.families import STOCK_ONLY, build, keep_of, logits_of, plan_for, reloaded
@@ -113,6 +114,26 @@ def test_unpatching_leaves_the_means(tmp_path: Path) -> None:
     assert torch.equal(logits_of(moe_ext.unpatch(moe_ext.patch(model)), tokens), expected)
 
 
+def test_slots_of_means_cost_the_operator_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, whole = build("mixtral"), build("mixtral")
+    keep = keep_of(model, "mixtral")
+    moe_ext.patch(moe_ext.prune(model, plan_for(model, keep), novices=calibrated(whole, "mixtral")))
+    routed, given = [], []
+    experts = ops.experts
+
+    def watched(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, *more: Any) -> Tensor:
+        given.append(index)
+        return experts(x, gate_up, down, index, *more)
+
+    monkeypatch.setattr(ops, "experts", watched)
+    for block in moe_blocks(model):
+        block.router.register_forward_hook(lambda module, args, output: routed.append(output[2]))
+    logits_of(model, random_tokens(2, 13))
+    for chosen, index, kept in zip(routed, given, keep, strict=True):
+        place = {expert: new for new, expert in enumerate(kept)}
+        assert index.tolist() == [[place.get(expert, len(kept)) for expert in token] for token in chosen.tolist()]
+
+
 def test_gradients_pass_a_layer_with_means() -> None:
     model = build("mixtral")
     stats = calibrated(model, "mixtral")
@@ -135,12 +156,38 @@ def test_what_means_do_not_go_with_is_refused() -> None:
         moe_ext.prune(model, plan, novices=without)
     with pytest.raises(ValueError, match="novices: the statistics are of another model than the plan"):
         moe_ext.prune(model, plan, novices=calibrated(build("qwen3_moe"), "qwen3_moe"))
+    fewer = calibrated(build("mixtral", num_local_experts=6), "mixtral")
+    with pytest.raises(ValueError, match="novices: the statistics are of another model than the plan"):
+        moe_ext.prune(model, plan, novices=fewer)
+    narrow = calibrated(build("mixtral", hidden_size=16), "mixtral")
+    with pytest.raises(ValueError, match="novices: the statistics' outputs have 16 dimensions; the model's have 32"):
+        moe_ext.prune(model, plan, novices=narrow)
     stats = calibrated(model, "mixtral")
     moe_ext.prune(model, plan, novices=stats)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp has means in the place .*; prune the unpruned model instead"):
         moe_ext.prune(model, plan)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp has means in the place .*; calibrate the unpruned model"):
         moe_ext.calibrate(model, batches(), progress=False)
+
+
+def test_a_layer_with_means_is_never_half_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("mixtral")
+    stats = calibrated(model, "mixtral")
+    to, calls = Tensor.to, 0
+
+    def out_of_memory(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal calls
+        calls += args[-1:] == (torch.float32,)  # a layer's means take the dtype of its weights
+        if calls == 2:
+            raise MemoryError
+        return to(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", out_of_memory)
+    with pytest.raises(MemoryError):
+        moe_ext.prune(model, plan_for(model, keep_of(model, "mixtral")), novices=stats)
+    for block, count in zip(moe_blocks(model), (5, 8, 8), strict=True):
+        assert {parameter.shape[0] for parameter in block.experts.parameters()} == {count}
+        assert (block.num_experts, block.has_novices) == (count, count == 5)
 
 
 @pytest.mark.parametrize("left", [[5, 5, 5], {"0": "5"}, {"7": 5}, {"0": 0}, {"0": 9}])

@@ -399,6 +399,14 @@ def test_unsupported_dtypes_and_activations_are_refused(
     assert model.get_experts_implementation() == {"": "grouped_mm"}
 
 
+def test_a_router_of_another_size_than_its_experts_is_refused(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    model.model.layers[2].mlp.gate.weight = nn.Parameter(torch.zeros(7, 32))
+    message = r"layers\.2\.mlp: the router's weight has shape \(7, 32\); expected 8 experts along dimension 0"
+    with pytest.raises(ValueError, match=message):
+        moe_ext.patch(model)
+
+
 def test_experts_that_do_not_use_their_configs_activation_are_refused(tiny_mixtral: MixtralFactory) -> None:
     model = tiny_mixtral()
     model.model.layers[2].mlp.experts.act_fn = nn.ReLU()
@@ -412,17 +420,21 @@ def test_an_unsupported_device_is_refused(tiny_mixtral: MixtralFactory) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "message"),
+    ("flag", "value", "message"),
     [
-        ("is_transposed", "transposed weights, which moe_ext does not support"),
-        ("has_bias", "parameters .*; expected plain .*'down_proj_bias'"),
-        ("has_post_expert_norm", "a norm after each expert, which moe_ext does not support"),
-        ("_is_expert_parallel", "expert parallelism, which moe_ext does not support"),
+        ("is_transposed", True, "transposed weights, which moe_ext does not support"),
+        ("is_concatenated", False, "interleaved gate and up rows, which moe_ext does not support"),
+        ("has_bias", True, "parameters .*; expected plain .*'down_proj_bias'"),
+        ("has_gate", False, "parameters .*; expected plain .*'up_proj'"),
+        ("has_post_expert_norm", True, "a norm after each expert, which moe_ext does not support"),
+        ("_is_expert_parallel", True, "expert parallelism, which moe_ext does not support"),
     ],
 )
-def test_experts_with_another_layout_are_refused(tiny_mixtral: MixtralFactory, flag: str, message: str) -> None:
+def test_experts_with_another_layout_are_refused(
+    tiny_mixtral: MixtralFactory, flag: str, value: bool, message: str
+) -> None:
     model = tiny_mixtral()
-    setattr(model.model.layers[1].mlp.experts, flag, True)
+    setattr(model.model.layers[1].mlp.experts, flag, value)
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp: MixtralExperts has " + message):
         moe_ext.patch(model)
     assert not is_patched(model)

@@ -151,6 +151,18 @@ def test_a_number_that_the_groups_do_not_allow_is_refused(arguments: dict[str, A
         plan(grouped([[1.0] * 8], groups=2, fewest=4), **arguments)
 
 
+@pytest.mark.parametrize("normalise", ["sum", "max"])
+def test_a_layer_that_no_token_reached_goes_first(normalise: str) -> None:
+    made = plan(scored([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]), keep=2, scope="model", normalise=normalise)
+    assert made.keep == ((0, 1, 2), (0,))
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_a_broken_number_to_keep_is_refused(scope: str) -> None:
+    with pytest.raises(ValueError, match=r"keep: expected a whole number, got 2\.5"):
+        plan(scored([[1.0] * 4] * 2), keep=2.5, scope=scope)  # type: ignore[arg-type]
+
+
 def test_one_ranking_over_all_layers_by_hand() -> None:
     table = [[0.1, 0.2, 0.3, 0.4], [10.0, 20.0, 30.0, 940.0], [5.0, 5.0, 5.0, 5.0]]
     raw = plan(scored(table), keep=3, scope="model", normalise="none")

@@ -1,6 +1,7 @@
 """prune against a stock model whose router is masked, and reload in a process without moe_ext."""
 
 import gc
+import re
 import subprocess
 import sys
 import weakref
@@ -194,3 +195,13 @@ def test_a_plan_that_does_not_fit_changes_nothing(
         moe_ext.prune(model, plan)
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
     assert model.config.num_local_experts == 8
+
+
+def test_uneven_layers_without_a_number_are_refused(
+    tiny_mixtral: MixtralFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_mixtral()
+    monkeypatch.setattr("moe_ext.architectures._DECODER_LAYER", re.compile("never"))
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp is in no numbered decoder layer"):
+        moe_ext.prune(model, plan_of(((0, 1), (0, 1, 2), (0, 1))))
+    assert [layer.mlp.gate.weight.shape[0] for layer in model.model.layers] == [8, 8, 8]

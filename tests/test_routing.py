@@ -143,6 +143,21 @@ def test_the_differentiable_rule_equals_brute_force_and_the_operator(
     torch.testing.assert_close(weights, fused_weights, rtol=3e-6, atol=0)
 
 
+def test_thresholds_are_not_rounded_to_the_weights_dtype() -> None:
+    weights, experts = torch.tensor([[1.0, 0.5]], dtype=torch.bfloat16), torch.tensor([[3, 4]])
+    skipped = skip_weak(weights, experts, torch.tensor([0.501]), 8)  # 0.5 in bfloat16
+    assert skipped[0].tolist() == [[1.5, 0.0]]
+    assert skipped[0].dtype == torch.bfloat16
+    assert skipped[1].tolist() == [[3, 8]]
+
+
+def test_weights_of_0_only_stay_0() -> None:
+    experts = torch.tensor([[0, 1, 2]])
+    weights, kept = skip_weak(torch.zeros(1, 3), experts, torch.tensor([0.5, 0.5]), 8)
+    assert weights.tolist() == [[0.0, 0.0, 0.0]]
+    assert torch.equal(kept, experts)
+
+
 def test_other_entries_of_the_configs_section_survive(tiny_mixtral: MixtralFactory) -> None:
     model = tiny_mixtral()
     model.config.moe_ext = {"note": "kept"}

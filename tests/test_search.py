@@ -14,9 +14,11 @@ from transformers import MixtralForCausalLM
 
 import moe_ext
 from moe_ext import LayerLosses, SearchResult, checkpoint, layer_inputs, ops, reconstruction
+from moe_ext.architectures import moe_blocks
 from moe_ext.patching import is_patched
 from moe_ext.search_result import SearchFileError
 from moe_ext.text import read_domains, token_batches
+from tests import families
 from tests.conftest import DEMO_MODEL, MixtralFactory, random_tokens
 from tests.reference import DEVICES
 from tests.test_calibration import padded_batches
@@ -189,6 +191,32 @@ def test_a_layers_loss_is_what_its_pruned_output_differs_by(tiny_mixtral: Mixtra
             variant(**batches[0])
         outputs.append(seen[0])
     assert result.layer_losses() == pytest.approx([float((outputs[0] - outputs[1]).norm())], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe", "minimax", "qwen3_vl_moe_text"])
+def test_a_familys_loss_is_what_its_pruned_output_differs_by(family: str) -> None:
+    model, batches = families.build(family), [{"input_ids": random_tokens(3, 20)}]
+    first = moe_blocks(model)[0]
+    result = search(model, batches, keep=first.num_experts - 2, method="greedy")
+    outputs = []
+    for variant in (families.build(family), moe_ext.prune(model, result.plan)):
+        seen: list[Tensor] = []
+        block = moe_blocks(variant)[0]  # its inputs are not changed by pruning
+
+        def add(module: nn.Module, args: Any, out: Any, seen: list[Tensor] = seen) -> None:
+            seen.append(out[0] if isinstance(out, tuple) else out)
+
+        block.experts.register_forward_hook(add)
+        with torch.no_grad():
+            variant(**batches[0])
+        outputs.append(seen[0])
+    assert result.layer_losses()[0] == pytest.approx(float((outputs[0] - outputs[1]).norm()), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "phimoe", "jamba", "qwen2_moe"])
+def test_a_family_with_another_router_is_refused(family: str) -> None:
+    with pytest.raises(ValueError, match="this one routes otherwise; use calibrate, score and plan"):
+        search(families.build(family), [{"input_ids": random_tokens(1, 4)}], keep=6)
 
 
 def test_padding_counts_in_no_loss(tiny_mixtral: MixtralFactory) -> None:

@@ -278,6 +278,115 @@ def test_the_header_tells_a_reader_what_the_file_is(saved: Path) -> None:
     }
 
 
+# ---- groups, layers of different sizes, sums of outputs
+
+
+def uneven(seed: int = 0, **changes: Any) -> ExpertStatistics:
+    """Two layers of 6 and 4 experts in 2 groups, with sums of outputs of either sign."""
+    fields = {"num_experts": (6, 4), "top_k": 2, "groups": 2, "fewest": 4, "hidden_size": 3, **changes}
+    stats = ExpertStatistics.zeros("deepseek_v3", ("layers.1", "layers.2"), gate="g", **fields)
+    generator = torch.Generator().manual_seed(seed)
+    if stats.output_sum is not None:
+        stats.output_sum.copy_(torch.randn(stats.output_sum.shape, generator=generator))
+    stats.moments.copy_(torch.randint(0, 9, stats.moments.shape, generator=generator))
+    return stats
+
+
+def assert_equal_throughout(got: ExpertStatistics, expected: ExpertStatistics) -> None:
+    for name, value in vars(expected).items():
+        found = getattr(got, name)
+        assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value, name
+
+
+def test_everything_about_layers_comes_back_from_a_file(tmp_path: Path) -> None:
+    stats = uneven()
+    stats.save(tmp_path / "stats.safetensors")
+    loaded = ExpertStatistics.load(tmp_path / "stats.safetensors")
+    assert (loaded.groups, loaded.experts, loaded.fewest) == (2, (6, 4), 4)
+    assert loaded.output_sum is not None
+    assert_equal_throughout(loaded, stats)
+
+
+def test_everything_about_layers_survives_a_merge() -> None:
+    one, other = uneven(0), uneven(1)
+    both = one + other
+    assert (both.groups, both.experts, both.fewest) == (2, (6, 4), 4)
+    assert both.output_sum is not None
+    assert one.output_sum is not None
+    assert other.output_sum is not None
+    assert torch.equal(both.output_sum, one.output_sum + other.output_sum)
+    assert torch.equal(both.moments, one.moments + other.moments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"groups": 1}, "groups 2 and 1"),
+        ({"fewest": 2}, "fewest 4 and 2"),
+        ({"num_experts": (4, 6)}, r"experts \(6, 4\) and \(4, 6\)"),
+        ({"hidden_size": None}, "one of the two has an output_sum and the other has none"),
+        ({"hidden_size": 4}, "output_sum has 3 and 4 dimensions"),
+    ],
+)
+def test_statistics_of_differently_made_models_do_not_merge(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"other: .*{message}"):
+        uneven().merge(uneven(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"groups": 0}, r"groups: 0 groups of equal size do not hold \(6, 4\) experts"),
+        ({"groups": 4}, r"groups: 4 groups of equal size do not hold \(6, 4\) experts"),
+        ({"fewest": 5}, "fewest: expected 2 to 4 experts, got 5"),
+        ({"fewest": 1}, "fewest: expected 2 to 4 experts, got 1"),
+        ({"num_experts": (6,)}, r"experts: expected 2 numbers, the largest 6, got \(6,\)"),
+        ({"num_experts": (6, 0)}, r"experts: expected 2 numbers, the largest 6, got \(6, 0\)"),
+    ],
+)
+def test_numbers_of_experts_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        uneven(**changes)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_sums_of_outputs_that_are_not_finite_are_not_saved(bad: float, tmp_path: Path) -> None:
+    stats = uneven()
+    assert stats.output_sum is not None
+    stats.output_sum[1, 2, 0] = bad
+    with pytest.raises(
+        ValueError, match=r"output_sum: layer 'layers.2' holds \w+ at \[2, 0\]; expected finite values$"
+    ):
+        stats.save(tmp_path / "stats.safetensors")
+
+
+def test_a_file_from_before_groups_and_uneven_layers_is_read(saved: Path) -> None:
+    with safe_open(saved, framework="pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key not in ("groups", "experts", "fewest")}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    safetensors.torch.save_file(tensors, saved, metadata)
+    assert_equal_throughout(ExpertStatistics.load(saved), filled((2, 4, 2), seed=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("groups", "two", "metadata 'groups' is 'two'; expected an integer"),
+        ("experts", "[4, 4.0]", "metadata 'experts' is .*; expected a JSON list of integers"),
+        ("experts", "[4", "metadata 'experts' is .*; expected a JSON list of integers"),
+        ("experts", "[4]", "experts: expected 2 numbers, the largest 4"),
+        ("fewest", "5", "fewest: expected 2 to 4 experts, got 5"),
+    ],
+)
+def test_a_file_with_broken_numbers_of_experts_is_refused(saved: Path, name: str, value: str, message: str) -> None:
+    with safe_open(saved, framework="pt") as file:
+        metadata = {**file.metadata(), name: value}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+    safetensors.torch.save_file(tensors, saved, metadata)
+    with pytest.raises(StatisticsFileError, match=rf"stats\.safetensors: {message}"):
+        ExpertStatistics.load(saved)
+
+
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, 700, 10_000, -512, -8, -1])
 def test_a_truncated_statistics_file_is_refused(saved: Path, length: int) -> None:
     saved.write_bytes(saved.read_bytes()[:length])

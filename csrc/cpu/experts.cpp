@@ -36,12 +36,6 @@ constexpr int64_t kRowsPerTask = 16;
 constexpr int64_t kMultiplyAddsPerWorker = 1 << 17;
 constexpr int64_t kElementsPerWorker = 1 << 15;
 
-int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-const char* offset(const void* data, DType dtype, int64_t elements) {
-  return static_cast<const char*>(data) + elements * element_size(dtype);
-}
-
 // Uninitialised memory that starts a cache line.
 class Buffer {
  public:

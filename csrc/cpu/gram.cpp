@@ -10,6 +10,7 @@
 //
 // Cost: 6 E H I FLOPs a token for y, E (E + 1) H for the products. Memory: y, and what the experts operator takes.
 #include <algorithm>
+#include <iterator>
 #include <memory>
 #include <vector>
 
@@ -33,8 +34,6 @@ typedef double Doubles __attribute__((vector_size(kLanes * sizeof(double))));  /
 #define MOE_EXT_INLINE inline __attribute__((always_inline))
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // A token's rows of y, one an expert.
 struct TokenRows {
@@ -127,14 +126,11 @@ void gram_portable(DType dtype, const TokenRows& y, double* rows, double* gram) 
 }
 
 #if defined(__x86_64__)
-constexpr GramOfToken kVariants[kIsaCount] = {gram_avx512, gram_avx2, gram_portable};
+constexpr GramOfToken kVariants[] = {gram_avx512, gram_avx512, gram_avx2, gram_portable};
 #else
-constexpr GramOfToken kVariants[kIsaCount] = {nullptr, nullptr, gram_portable};
+constexpr GramOfToken kVariants[] = {nullptr, nullptr, nullptr, gram_portable};
 #endif
-
-const char* offset(const void* data, DType dtype, int64_t elements) {
-  return static_cast<const char*>(data) + elements * element_size(dtype);
-}
+static_assert(std::size(kVariants) == kIsaCount, "one for every instruction set of isa.cpp");
 
 // y[e, t, :] = f_e(x[first + t, :]) for the part's tokens, of `dtype`.
 void compute_outputs(const GramParams& p, int64_t first, int64_t tokens, char* y, const Threads& threads) {

@@ -1,8 +1,9 @@
 // The hot loops of the experts operators, compiled once per instruction set (loops_*.cpp) and reached through a table.
 //
 // All products are dot products of an activation row and a weight row, both contiguous along the reduction, so weights
-// are read as transformers stores them. Every output element has one vector accumulator that walks the reduction in
-// order, whatever the tile it falls in: a token's result has the same bits in any batch and for any number of threads.
+// are read as transformers stores them. Every output element has one vector accumulator that walks a chunk of the
+// reduction in order, and chunks are added in order, whatever the tile it falls in: a token's result has the same bits
+// in any batch and for any number of threads.
 #pragma once
 
 #include <stdint.h>

@@ -1,11 +1,17 @@
-// Scalar conversions between float32 and the 16-bit types. `static`, so that a copy compiled for a newer instruction
-// set is never linked into code that must run without it.
+// The three floating-point types: their sizes, and scalar conversions between float32 and the 16-bit ones. `static`, so
+// that a copy compiled for a newer instruction set is never linked into code that must run without it.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
+#include "moe.h"
+
 namespace moe_ext::cpu {
+
+static inline const char* offset(const void* data, DType dtype, int64_t elements) {
+  return static_cast<const char*>(data) + elements * element_size(dtype);
+}
 
 struct BFloat16 {
   uint16_t bits;

@@ -17,8 +17,6 @@ namespace moe_ext::cuda {
 void check(cudaError_t status, const char* what);
 void check_launch(const char* kernel);
 
-inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 template <typename T>
 T* allocate(const Scratch& scratch, int64_t count) {
   return static_cast<T*>(scratch.allocate(scratch.context, count * static_cast<int64_t>(sizeof(T))));

@@ -1,0 +1,179 @@
+"""How fast does a whole Mixtral decode on the CPU, unpruned, pruned and skipping, and what memory does patching take?
+
+    python benchmarks/decode.py [--output benchmarks/results/<date>-decode.json]
+
+A Mixtral of random weights, larger than any cache. Every variant generates the same number of tokens from the same
+prompt, greedily, batch 1, in interleaved rounds; tokens/s are medians. Thresholds for skipping are the medians of a
+calibration on random tokens, so that about half of the second experts are skipped. Memory is the peak resident set of a
+process that loads the model from its folder and runs one forward of 256 tokens, patched or not.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import table, write_result
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import moe_ext
+from moe_ext.binary import _C
+from moe_ext.demo import processor
+from moe_ext.routing import count_skips
+
+FORWARD = """
+import resource, sys, torch, moe_ext
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto", experts_implementation="grouped_mm")
+if sys.argv[2] == "patched":
+    moe_ext.patch(model)
+with torch.no_grad():
+    model(input_ids=torch.arange(256)[None])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def random_mixtral(layers: int, hidden: int, intermediate: int, dtype: torch.dtype) -> MixtralForCausalLM:
+    config = MixtralConfig(
+        vocab_size=1024,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 256),
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config).to(dtype)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    model.model.rotary_emb.__init__(config)  # its frequencies are a buffer, not a parameter
+    return model.eval()
+
+
+def generate(model: Any, prompt: torch.Tensor, tokens: int) -> float:
+    """Seconds to generate `tokens` tokens after the prompt was read."""
+    with torch.no_grad():
+        cache = model(input_ids=prompt, use_cache=True).past_key_values
+        start = time.perf_counter()
+        model.generate(
+            input_ids=torch.cat([prompt, prompt[:, :1]], dim=1),
+            past_key_values=cache,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+        )
+        return time.perf_counter() - start
+
+
+def peak_memory(folder: Path, how: str) -> int:
+    """Bytes."""
+    command = [sys.executable, "-c", FORWARD, str(folder), how]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(result.stdout.split()[-1]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--intermediate", type=int, default=3584)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+
+    model = random_mixtral(options.layers, options.hidden, options.intermediate, getattr(torch, options.dtype))
+    batches = [{"input_ids": torch.randint(0, 1024, (4, 128), generator=torch.Generator().manual_seed(1))}]
+    stats = moe_ext.calibrate(model, batches, progress=False)
+    scores = moe_ext.score(stats)
+    pruned = {keep: moe_ext.prune(copy.deepcopy(model), moe_ext.plan(scores, keep=keep)) for keep in (6, 4)}
+    thresholds = {8: moe_ext.skip_thresholds(stats)}
+    for keep, smaller in pruned.items():
+        thresholds[keep] = moe_ext.skip_thresholds(moe_ext.calibrate(smaller, batches, progress=False))
+
+    def variant(keep: int, implementation: str, skip: bool) -> Callable[[], Any]:
+        """A function that brings the model of so many experts into the state of a variant, and returns it."""
+        chosen = model if keep == 8 else pruned[keep]
+
+        def ready() -> Any:
+            moe_ext.unpatch(chosen)
+            if implementation == "moe_ext":
+                return moe_ext.patch(chosen, skip=thresholds[keep] if skip else None)
+            chosen.set_experts_implementation(implementation)
+            return chosen
+
+        return ready
+
+    variants = {
+        "transformers eager": variant(8, "eager", False),
+        "transformers grouped_mm": variant(8, "grouped_mm", False),
+        "moe_ext": variant(8, "moe_ext", False),
+        "moe_ext, 6 experts kept": variant(6, "moe_ext", False),
+        "moe_ext, 4 experts kept": variant(4, "moe_ext", False),
+        "moe_ext, skipping": variant(8, "moe_ext", True),
+        "moe_ext, 6 kept and skipping": variant(6, "moe_ext", True),
+        "moe_ext, 4 kept and skipping": variant(4, "moe_ext", True),
+    }
+    prompt = batches[0]["input_ids"][:1, :32]
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    skipped: dict[str, float] = {}
+    for name, ready in variants.items():  # a round to warm up, which also counts what is skipped
+        with count_skips(ready()) as count:
+            generate(ready(), prompt, options.tokens)
+        skipped[name] = count.rate()
+    for _ in range(options.rounds):
+        for name, ready in variants.items():
+            times[name].append(generate(ready(), prompt, options.tokens))
+    base = statistics.median(times["transformers grouped_mm"])
+    rows = [
+        {
+            "variant": name,
+            "tokens/s": options.tokens / statistics.median(seconds),
+            "/ grouped_mm": base / statistics.median(seconds),
+            "slots skipped": skipped[name],
+        }
+        for name, seconds in times.items()
+    ]
+    print(table(rows))
+
+    with tempfile.TemporaryDirectory() as folder:
+        moe_ext.unpatch(model).save_pretrained(folder)
+        # Alternately, the least of three: what the allocator leaves differs from run to run.
+        peaks = [(peak_memory(Path(folder), "unpatched"), peak_memory(Path(folder), "patched")) for _ in range(3)]
+    memory = dict(zip(["unpatched", "patched"], map(min, zip(*peaks, strict=True)), strict=True))
+    memory["patched / unpatched"] = memory["patched"] / memory["unpatched"]
+    print(json.dumps(memory))
+    if options.output is not None:
+        write_result(
+            options.output,
+            f"greedy decoding of {options.tokens} tokens, batch 1, medians of {options.rounds} interleaved rounds",
+            machine=f"{processor()}, {torch.get_num_threads()} threads",
+            variant=_C.active_cpu_variant(),
+            model=f"Mixtral of random weights: {options.layers} layers, H {options.hidden}, I {options.intermediate}, "
+            f"8 experts, top-2, {options.dtype}",
+            rows=rows,
+            memory=memory,
+        )
+
+
+if __name__ == "__main__":
+    main()
