@@ -11,107 +11,23 @@ is that over our time.
 """
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from layer import DTYPES, Layer
-from record import table, write_result
 
 from moe_ext import ops
+from moe_ext.bench.cpu import Rounds, measure
+from moe_ext.bench.layer import DTYPES, Layer
+from moe_ext.bench.record import table, write_result
 from moe_ext.binary import _C
-from moe_ext.demo import processor
+from moe_ext.processor import processor
 
 SHAPES = ["1024,3584,8,2", "2048,768,64,8", "4096,14336,4,2"]  # H, I, E, K
 TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024]
-PEERS = ["eager", "grouped_mm", "batched_mm"]
-GATHERED_BYTES = 4 << 30  # batched_mm copies every slot's weights: not run where that takes more
-
-
-class Rounds:
-    """Times functions in turn, in a process whose caches hold nothing of theirs."""
-
-    def __init__(self, seconds: float, buffer_bytes: int) -> None:
-        self.seconds = seconds
-        self.buffer = torch.ones(buffer_bytes // 4)
-
-    def read(self) -> float:
-        """Seconds to read the buffer: by the reduction of torch that is fastest for one that no cache holds."""
-        start = time.perf_counter()
-        self.buffer.sum()
-        return time.perf_counter() - start
-
-    def medians(self, cold: dict[str, Callable[[], Any]], warm: dict[str, Callable[[], Any]]) -> dict[str, float]:
-        """Median seconds of each function and of ``read``, in rounds of about ``seconds`` in all, five at least. Those
-        in ``warm`` are timed right after a call of themselves."""
-        times: dict[str, list[float]] = {name: [] for name in ["read", *cold, *warm]}
-        for function in cold.values():
-            function()  # what is set up once
-        end = time.perf_counter() + self.seconds
-        while len(times["read"]) < 5 or time.perf_counter() < end:
-            for name, function in {**cold, **warm}.items():
-                times["read"].append(self.read())
-                if name in warm:
-                    function()
-                start = time.perf_counter()
-                function()
-                times[name].append(time.perf_counter() - start)
-        return {name: statistics.median(values) for name, values in times.items()}
-
-
-def linear(rows: int, hidden: int, intermediate: int, dtype: torch.dtype) -> Callable[[], None]:
-    """torch's linear for the two products of an expert with `rows` tokens."""
-    x, h = torch.randn(rows, hidden).to(dtype), torch.randn(rows, intermediate).to(dtype)
-    gate_up, down = (torch.randn(*s).to(dtype) for s in ((2 * intermediate, hidden), (hidden, intermediate)))
-
-    def both() -> None:
-        torch.nn.functional.linear(x, gate_up)
-        torch.nn.functional.linear(h, down)
-
-    return both
-
-
-def measure(layer: Layer, tokens: int, rounds: Rounds) -> dict[str, Any]:
-    x, logits, weights, experts = layer.inputs(tokens)
-    functions = layer.operators(x, logits, weights, experts)
-    warm = {"route": functions.pop("route")}
-    expert_bytes = 3 * layer.hidden * layer.intermediate * x.element_size()
-    for name in PEERS:
-        if name != "batched_mm" or experts.numel() * expert_bytes <= GATHERED_BYTES:
-            functions[name] = layer.peer(name, x, experts, weights)
-    active = int(experts.unique().numel())
-    rows = max(1, experts.numel() // active)
-    warm["linear"] = linear(rows, layer.hidden, layer.intermediate, layer.dtype)
-    times = rounds.medians(functions, warm)
-
-    bandwidth = rounds.buffer.numel() * 4 / times["read"]
-    rate = 6 * rows * layer.hidden * layer.intermediate / times["linear"]
-    read = active * expert_bytes / bandwidth
-    multiply = 6 * layer.hidden * layer.intermediate * experts.numel() / rate
-    fastest = min((name for name in PEERS if name in times), key=lambda name: times[name])
-    ours = times["experts"]
-    return {
-        "H, I, E, K": f"{layer.hidden}, {layer.intermediate}, {layer.num_experts}, {layer.top_k}",
-        "dtype": str(layer.dtype).removeprefix("torch."),
-        "T": tokens,
-        "active": active,
-        **{f"{name} ms": times.get(name, float("nan")) * 1e3 for name in ["experts", *PEERS]},
-        "fastest peer / ours": times[fastest] / ours,
-        "read GB/s": bandwidth / 1e9,
-        "linear GFLOP/s": rate / 1e9,
-        "limit ms": max(read, multiply) * 1e3,
-        "bound by": "read" if read > multiply else "linear",
-        "weights read / bandwidth": read / ours,
-        "FLOP/s / linear": multiply / ours,
-        "of limit": max(read, multiply) / ours,
-        "observed / experts": times["experts_observed"] / ours,
-        "route us": times["route"] * 1e6,
-    }
 
 
 def measure_skipping(layer: Layer, rounds: Rounds) -> list[dict[str, Any]]:

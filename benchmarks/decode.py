@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import table, write_result
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import moe_ext
+from moe_ext.bench.record import table, write_result
 from moe_ext.binary import _C
-from moe_ext.demo import processor
+from moe_ext.processor import processor
 from moe_ext.routing import count_skips
 
 FORWARD = """

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from record import table, write_result
+from moe_ext.bench.record import table, write_result
 
 ROOT = Path(__file__).parents[1]
 HOT = (

@@ -27,15 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layer import DTYPES
-from record import table, write_result
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import moe_ext
 from moe_ext import ops
+from moe_ext.bench.layer import DTYPES
+from moe_ext.bench.record import table, write_result
 from moe_ext.binary import _C
-from moe_ext.demo import processor
+from moe_ext.processor import processor
 from moe_ext.reconstruction import LayerErrors, ranked
 from moe_ext.subset_routing import route_among
 from moe_ext.subsets import all_subsets

@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from record import table
-
+from moe_ext.bench.record import table
 from moe_ext.demo import cells_of, columns_of
 from moe_ext.files import replace_file
 

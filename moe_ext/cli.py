@@ -23,6 +23,7 @@ from moe_ext.architectures import FAMILIES, moe_blocks
 from moe_ext.binary import _C
 from moe_ext.calibration import calibrate as run_calibration
 from moe_ext.checkpoint_pruning import prune_checkpoint
+from moe_ext.comparison import weight_bytes
 from moe_ext.criteria import CRITERIA, OUTSIDE, Scores, aimer, point_of
 from moe_ext.criteria import score as scores_of
 from moe_ext.digests import text_digest
@@ -32,12 +33,15 @@ from moe_ext.patching import patch
 from moe_ext.plan import PruningPlan
 from moe_ext.plan import plan as plan_from
 from moe_ext.processes import process_group, rank, started_by_torchrun
+from moe_ext.processor import processor
 from moe_ext.pruning import prune as apply_plan
 from moe_ext.redundancy import redundant_pairs
 from moe_ext.routing import count_skips, skip_thresholds, thresholds_in_config
 from moe_ext.search import search as run_search
+from moe_ext.search_result import SearchResult, is_search
 from moe_ext.statistics import ExpertStatistics
 from moe_ext.text import read_domains, token_batches
+from moe_ext.variants import read_variants
 
 app = typer.Typer(
     help="Makes Mixture-of-Experts language models smaller and faster after training.",
@@ -399,6 +403,50 @@ def search(
 
 
 @app.command()
+def report(
+    statistics: Statistics,
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="A search's losses, and JSON files of `moe-ext compare`, `eval` and `demo`."),
+    ] = None,
+    save_to: Annotated[Path | None, typer.Option("--out", "-o", help="HTML page to write.", show_default=False)] = None,
+    png: Annotated[Path | None, typer.Option(help="Folder for the figures alone.", show_default=False)] = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan to mark in the heat maps, of every criterion.")] = None,
+    keep: Annotated[int | None, typer.Option(min=1, help="Mark what each criterion removes to keep so many.")] = None,
+) -> None:
+    """Write a page about the experts: routing, criteria, skipping, a search's losses, evaluated variants."""
+    from moe_ext.report import Report, write_figures, write_page
+
+    if save_to is None and png is None:
+        raise typer.BadParameter("give --out, --png or both")
+    if plan is not None and keep is not None:
+        raise typer.BadParameter("give --plan or --keep, not both")
+    if save_to is not None:
+        file_destination(save_to)
+    searches, variants = [], []
+    for file in files or []:
+        if file.suffix == ".safetensors" or is_search(file):
+            searches.append(SearchResult.load(file))
+        else:
+            variants += read_variants(file)
+    if len(searches) > 1:
+        raise typer.BadParameter("the report takes one search")
+    made = Report(
+        ExpertStatistics.load(statistics),
+        removals=None if plan is None else PruningPlan.load(plan),
+        keep=keep,
+        search=searches[0] if searches else None,
+        variants=variants,
+    )
+    if png is not None:
+        names = write_figures(made, png)
+        out.print(f"{len(names)} figures: {png}", soft_wrap=True)
+    if save_to is not None:
+        write_page(made, save_to)
+        out.print(f"report: {save_to}", soft_wrap=True)
+
+
+@app.command()
 def prune(
     model: Model,
     save_to: Annotated[Path, typer.Option("--out", help="Folder for the pruned checkpoint.", show_default=False)],
@@ -496,7 +544,12 @@ def skip(
 @app.command(name="eval")
 def evaluate(
     model: Model,
-    text: Text,
+    text: Annotated[list[Path] | None, typer.Option("--text", help="Text file, or folder of *.txt.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Instead of text: tasks or groups of lm-eval, with commas; see moe_ext/tasks.")
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="Folder with further task files.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.")] = None,
     skip: Annotated[bool, typer.Option(help="Apply the skip thresholds that the checkpoint holds.")] = True,
     stock: Annotated[bool, typer.Option("--stock", help="Run transformers' own code instead of moe_ext's.")] = False,
     window: Window = 512,
@@ -507,8 +560,13 @@ def evaluate(
     strict: Strict = True,
     as_json: Json = False,
 ) -> None:
-    """Perplexity per domain, and the share of expert slots skipped."""
-    texts = read_domains(text)
+    """Perplexity per domain and the share of expert slots skipped; or lm-eval's tasks."""
+    if (text is None) == (tasks is None):
+        raise typer.BadParameter("give --text or --tasks, one of them")
+    if tasks is not None:
+        evaluate_on_tasks(model, tasks, include, limit, skip, stock, batch_size, dtype, device, strict, as_json)
+        return
+    texts = read_domains(text or [])
     loaded, tokenizer = load(model, dtype, device)
     if not stock:
         patch(loaded, skip="config" if skip else None, strict=strict)
@@ -520,6 +578,9 @@ def evaluate(
     if as_json:
         print_json(
             {
+                "checkpoint": model,
+                "parameters": loaded.num_parameters(),
+                "weight_bytes": weight_bytes(loaded),
                 "perplexity": result.per_domain,
                 "mean": result.mean,
                 "tokens": result.tokens,
@@ -533,6 +594,100 @@ def evaluate(
         table.add_row(domain, str(result.tokens[domain]), f"{value:.3f}")
     table.add_row("geometric mean", str(sum(result.tokens.values())), f"{result.mean:.3f}")
     out.print(table, f"expert slots skipped: {count.rate():.1%}")
+
+
+def evaluate_on_tasks(
+    model: str,
+    tasks: str,
+    include: Path | None,
+    limit: int | None,
+    skip: bool,
+    stock: bool,
+    batch_size: int,
+    dtype: str,
+    device: str,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    from moe_ext.harness import evaluate_tasks
+
+    found = evaluate_tasks(
+        model,
+        [name.strip() for name in tasks.split(",")],
+        model="hf" if stock else "moe_ext",
+        include=include,
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        **({} if stock else {"skip": "auto" if skip else "none", "strict": strict}),
+    )
+    if as_json:
+        print_json({"checkpoint": model, "tasks": found})
+        return
+    table = Table("task", "metric", "value")
+    for task, metrics in found.items():
+        for metric, value in metrics.items():
+            if isinstance(value, float):
+                table.add_row(task, metric.removesuffix(",none"), f"{value:.4f}")
+    out.print(table)
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Folders, or names on the Hub.")],
+    text: Text,
+    save_to: Annotated[Path | None, typer.Option("--out", help="JSON file to write, for `moe-ext report`.")] = None,
+    skip: Annotated[bool, typer.Option(help="Apply the skip thresholds that the checkpoints hold.")] = True,
+    stock: Annotated[bool, typer.Option("--stock", help="Run transformers' own code instead of moe_ext's.")] = False,
+    window: Window = 512,
+    stride: Annotated[int | None, typer.Option(min=1, help="Step of the sliding window; half of it if absent.")] = None,
+    batch_size: BatchSize = 8,
+    decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode for the speed.")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    strict: Strict = True,
+    as_json: Json = False,
+) -> None:
+    """Perplexity per domain, size, decode speed and memory of several checkpoints, each in a process of its own."""
+    from moe_ext.bench.record import result_of, write_result
+    from moe_ext.comparison import Setting
+    from moe_ext.comparison import compare as run_comparison
+
+    texts = read_domains(text)
+    if save_to is not None:
+        file_destination(save_to)
+    setting = Setting(
+        skip, stock, window, stride, batch_size, decode_tokens, dtype, device, strict, torch.get_num_threads()
+    )
+    rows = []
+    for row in run_comparison(models, texts, setting):
+        errors.print(f"{row.checkpoint}: perplexity {row.mean:.3f}", highlight=False)
+        rows.append(row)
+    what = "perplexity on the given text, decode speed of one sequence, largest memory of a process"
+    content = {
+        "processor": processor(),
+        "setting": asdict(setting),
+        "checkpoints": [asdict(row) for row in rows],
+    }
+    if save_to is not None:
+        write_result(save_to, what, **content)
+    if as_json:
+        print_json(result_of(what, **content))
+        return
+    table = Table("checkpoint", "params", "weights", *texts, "mean", "skipped", "tokens/s", "memory")
+    for row in rows:
+        table.add_row(
+            row.checkpoint,
+            f"{row.parameters / 1e6:.2f}M",
+            f"{row.weight_bytes / 1e6:.1f}MB",
+            *(f"{row.perplexity[domain]:.2f}" for domain in texts),
+            f"{row.mean:.3f}",
+            f"{row.skip_rate:.1%}",
+            f"{row.tokens_per_second:.1f}",
+            "not known" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}MB",
+        )
+    out.print(table)
 
 
 @app.command()
@@ -559,6 +714,70 @@ def generate(
     if as_json:
         new = tokens[inputs["input_ids"].shape[1] :]
         print_json({"prompt": prompt, "text": tokenizer.decode(new, skip_special_tokens=True), "tokens": len(new)})
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Option(help="Take the sizes from a model's config.json.")] = None,
+    shape: Annotated[str, typer.Option(help="Sizes of a layer: hidden, intermediate, experts, experts a token.")] = (
+        "1024,3584,8,2"
+    ),
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, with commas between them.")] = "1,4,16,64,256,1024",
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "bfloat16",
+    device: Device = "cpu",
+    seconds: Annotated[float, typer.Option(min=0, help="For each number of tokens, about.")] = 3.0,
+    save_to: Annotated[Path | None, typer.Option("--out", help="JSON file to write.", show_default=False)] = None,
+    png: Annotated[Path | None, typer.Option(help="Picture to write (*.png).", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Time the operators here, beside transformers' experts and the machine's limit. Ctrl-C keeps what was measured."""
+    from moe_ext.bench import machine
+    from moe_ext.bench.layer import DTYPES
+    from moe_ext.bench.record import result_of, write_result
+
+    sizes = machine.Shape.of_model(model) if model is not None else machine.Shape.parse(shape)
+    counts = [int(count) for count in tokens.split(",") if count.strip().isdigit() and int(count) > 0]
+    if not counts or len(counts) != len(tokens.split(",")):
+        raise typer.BadParameter(f"--tokens {tokens}: expected numbers of 1 or more with commas between them")
+    for path in (save_to, png):
+        if path is not None:
+            file_destination(path)
+    rows: list[machine.Measured] = []
+    stopped = False
+    try:
+        for row in machine.measurements(sizes, DTYPES[dtype], device, counts, seconds):
+            rows.append(row)
+            errors.print(f"{row.tokens} tokens: {row.ours:.3g} ms, {row.limit / row.ours:.0%} of the limit")
+    except KeyboardInterrupt:
+        stopped = True
+    if not rows:
+        raise typer.Exit(130)
+    what = "medians of interleaved rounds in one process, caches emptied before every call"
+    content = {
+        **machine.machine(device),
+        "model": model,
+        "shape": asdict(sizes),
+        "dtype": dtype,
+        "complete": not stopped,
+        "rows": [row.record for row in rows],
+    }
+    if save_to is not None:
+        write_result(save_to, what, **content)
+    title = f"H, I, E, K = {', '.join(map(str, asdict(sizes).values()))}; {dtype}; {machine.machine(device)['device']}"
+    if png is not None:
+        machine.write_speed_figure(rows, title, png)
+    if as_json:
+        print_json(result_of(what, **content))
+    else:
+        peers = list(dict.fromkeys(name for row in rows for name in row.peers))
+        table = Table("tokens", "moe_ext ms", *(f"{name} ms" for name in peers), "limit ms", "of limit", title=title)
+        for row in rows:
+            times = [f"{row.peers[name]:.3g}" if name in row.peers else "not run" for name in peers]
+            table.add_row(str(row.tokens), f"{row.ours:.3g}", *times, f"{row.limit:.3g}", f"{row.limit / row.ours:.0%}")
+        out.print(table)
+    if stopped:
+        errors.print("stopped: what was measured until then is kept")
+        raise typer.Exit(130)
 
 
 @app.command()

@@ -30,14 +30,18 @@ from moe_ext.calibration import calibrate
 from moe_ext.criteria import score
 from moe_ext.evaluation import perplexity
 from moe_ext.files import replace_file
+from moe_ext.heat_maps import heat_maps
 from moe_ext.patching import patch, unpatch
 from moe_ext.plan import PruningPlan, plan
+from moe_ext.processor import processor
 from moe_ext.pruning import prune
-from moe_ext.report import heat_maps
+from moe_ext.report import Report, need, write_page
 from moe_ext.routing import count_skips, skip_thresholds
 from moe_ext.search import search
+from moe_ext.search_result import SearchResult
 from moe_ext.statistics import ExpertStatistics
 from moe_ext.text import read_domains, token_batches
+from moe_ext.variants import Variant
 from moe_ext.version import __version__
 
 KEEPS = (6, 4)
@@ -131,7 +135,7 @@ def run(folder: Path, output: Path, *, progress: bool = True) -> dict[str, Any]:
     Args:
         folder: the demo model: a Mixtral checkpoint with ``held_out`` and ``calibration`` text.
         output: where ``statistics.safetensors``, ``plan.json``, ``search-<method>-<n>.safetensors``, ``scores.png``,
-            ``demo.json`` and a new ``pruned-<n>`` checkpoint go.
+            ``report.html``, ``demo.json`` and a new ``pruned-<n>`` checkpoint go.
         progress: whether to show what is under way.
 
     Returns:
@@ -139,8 +143,10 @@ def run(folder: Path, output: Path, *, progress: bool = True) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: ``folder`` is not the demo model.
+        ImportError: matplotlib or jinja2 is missing.
         RuntimeError: the checkpoint that stock transformers reloaded gives other logits than the one saved.
     """
+    need("matplotlib", "jinja2")  # at the end, which is minutes away
     demo = Demo(folder)
     output.mkdir(parents=True, exist_ok=True)
     bar = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), disable=not progress)
@@ -158,6 +164,7 @@ def _run(demo: Demo, folder: Path, output: Path, say: Callable[[str], None]) -> 
 
     say("evaluating the unpruned model")
     rows = [demo.row("unpruned, transformers", demo.model)]
+    searches: dict[tuple[str, int], SearchResult] = {}
     models: dict[str, PreTrainedModel] = {}
 
     def add(name: str, model: PreTrainedModel) -> None:
@@ -172,6 +179,7 @@ def _run(demo: Demo, folder: Path, output: Path, say: Callable[[str], None]) -> 
         for method in SEARCHES:
             say(f"searching: 8→{keep} {method}")
             found = search(demo.model, demo.calibration, keep=keep, method=method, progress=False, dataset=DATASET)
+            searches[method, keep] = found
             found.save(output / f"search-{method}-{keep}.safetensors")
             add(f"8→{keep} search {method}", patch(demo.pruned(found.plan)))
         say(f"evaluating: 8→{keep} random")
@@ -195,6 +203,8 @@ def _run(demo: Demo, folder: Path, output: Path, say: Callable[[str], None]) -> 
     say("drawing")
     plans[SAVED, kept].save(output / "plan.json")
     heat_maps(scores, output / "scores.png", plans={criterion: plans[criterion, kept] for criterion in CRITERIA})
+    variants = [Variant(row.name, row.mean, row.file_bytes, row.speed, "x") for row in rows]
+    write_page(Report(stats, keep=kept, search=searches["layerwise", kept], variants=variants), output / "report.html")
     result = {
         "date": date.today().isoformat(),
         "machine": {"processor": processor(), "threads": torch.get_num_threads(), "variant": _C.active_cpu_variant()},
@@ -213,6 +223,7 @@ def _run(demo: Demo, folder: Path, output: Path, say: Callable[[str], None]) -> 
             "statistics": str(output / "statistics.safetensors"),
             "plan": str(output / "plan.json"),
             "heat maps": str(output / "scores.png"),
+            "report": str(output / "report.html"),
             "this table as JSON": str(output / "demo.json"),
         },
     }
@@ -235,15 +246,6 @@ def _save_and_reload(demo: Demo, model: PreTrainedModel, wanted: Path) -> Path:
     if not same:
         raise RuntimeError(f"{folder}, reloaded by stock transformers, gives other logits than the model saved")
     return folder
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def table_of(result: Mapping[str, Any]) -> Table:

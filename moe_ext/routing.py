@@ -158,28 +158,34 @@ class SkipCount:
 def count_skips(model: PreTrainedModel) -> Iterator[SkipCount]:
     """Counts routed and skipped slots of every forward inside the ``with`` block; padding is not counted.
 
-    Padding is what a 2-dimensional ``attention_mask`` marks with 0, in any forward of the model or its decoder.
+    Padding is what the ``attention_mask`` of any forward of the model or its decoder marks: a 2-dimensional mask with
+    0, a 4-dimensional one, as ``generate`` makes for a static cache, where a token may not attend to itself. The counts
+    are read on the host, for which a compiled model (``torch.compile``) breaks its graph.
 
     Raises:
-        ValueError: in the forward, if its attention mask has another form (a static cache makes a 4-dimensional one).
+        ValueError: in the forward, if its attention mask has another form.
     """
     blocks = moe_blocks(model)
     count = SkipCount([block.name for block in blocks], [0] * len(blocks), [0] * len(blocks))
-    mask: Tensor | None = None  # (B, past and present tokens) of the forward under way
+    mask: Tensor | None = None  # of the forward under way
+    past = 0
     signature = inspect.signature(model.base_model.forward)
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        nonlocal mask
-        mask = signature.bind_partial(*args, **kwargs).arguments.get("attention_mask")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-            raise ValueError("count_skips cannot tell padding from an attention mask that is not (sequences, tokens)")
+        nonlocal mask, past
+        arguments = signature.bind_partial(*args, **kwargs).arguments
+        mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
+        if isinstance(mask, dict):  # a model with several kinds of attention
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() in (2, 4)):
+            raise ValueError(_UNKNOWN_MASK)
+        past = 0 if cache is None else int(cache.get_seq_length())
 
     def after(layer: int, num_experts: int) -> Any:
         def hook(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
             experts = output[2]  # (T, K)
             if mask is not None:
-                present = experts.shape[0] // mask.shape[0]
-                experts = experts[mask[:, -present:].reshape(-1).bool().to(experts.device)]
+                experts = experts[_present(mask, past, experts.shape[0]).to(experts.device)]
             count.skipped[layer] += int((experts == num_experts).sum())
             count.slots[layer] += experts.numel()
 
@@ -193,3 +199,29 @@ def count_skips(model: PreTrainedModel) -> Iterator[SkipCount]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+_UNKNOWN_MASK = (
+    "count_skips cannot tell padding from this attention mask; expected (sequences, tokens), or "
+    "(sequences, 1, tokens, tokens in the cache)"
+)
+
+
+def _present(mask: Tensor, past: int, tokens: int) -> Tensor:
+    """(T,) bool: the tokens of a forward that are not padding.
+
+    Args:
+        mask: (B, past and present tokens), or (B, 1, present tokens, cache) bool or additive.
+        past: tokens in the cache before the forward.
+        tokens: T = B times present tokens.
+
+    Raises:
+        ValueError: the mask has another form.
+    """
+    if mask.dim() == 2:
+        return mask[:, -(tokens // mask.shape[0]) :].reshape(-1).bool()
+    batch, _, present, cache = mask.shape
+    if batch * present != tokens or past + present > cache:
+        raise ValueError(_UNKNOWN_MASK)
+    own = mask[:, 0, :, past:].diagonal(dim1=1, dim2=2)
+    return (own if own.dtype == torch.bool else own == 0).reshape(-1)

@@ -125,7 +125,7 @@ class SearchResult:
         """Write the result; ``path`` is replaced whole or left as it was.
 
         Args:
-            path: ``*.safetensors``, which :meth:`load` reads, or ``*.json``.
+            path: ``*.safetensors`` or ``*.json``; :meth:`load` reads both.
 
         Raises:
             ValueError: another suffix.
@@ -141,13 +141,46 @@ class SearchResult:
             raise ValueError(f"path: expected a name that ends in .safetensors or .json, got {os.fspath(path)!r}")
 
     @classmethod
+    def from_json(cls, text: str) -> SearchResult:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            SearchFileError: not JSON, not a search's result, of another version, or not valid.
+        """
+        try:
+            content = json.loads(text)
+            if not isinstance(content, dict) or content.get("format") != FORMAT:
+                raise ValueError(f"not a search's result: expected a JSON object with format {FORMAT!r}")
+            if content.get("format_version") != FORMAT_VERSION:
+                raise ValueError(
+                    f"has format version {content.get('format_version')}; this moe_ext reads {FORMAT_VERSION}"
+                )
+            plan = PruningPlan.from_json(json.dumps(content["plan"]))
+            losses = []
+            for layer in content["layers"]:
+                keep = torch.zeros(len(layer["keep"]), plan.num_experts, dtype=torch.bool)
+                for row, kept in zip(keep, layer["keep"], strict=True):
+                    row[kept] = True
+                losses.append(LayerLosses(keep, torch.tensor(layer["losses"], dtype=torch.float64)))
+            return cls(plan, tuple(losses))
+        except KeyError as error:
+            raise SearchFileError(f"{error} is missing") from error
+        except (ValueError, TypeError, IndexError, RecursionError) as error:
+            raise SearchFileError(str(error)) from error
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SearchResult:
-        """Read the safetensors file that :meth:`save` wrote.
+        """Read the file that :meth:`save` wrote, ``*.json`` or safetensors.
 
         Raises:
             SearchFileError: the file is truncated, foreign, of an unfinished search, or not valid; names the path.
             OSError: the file cannot be read.
         """
+        if Path(path).suffix == ".json":
+            try:
+                return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise SearchFileError(f"{path}: {error}") from error
         losses, metadata = read_layers(path)
         if "plan" not in metadata:
             raise SearchFileError(f"{path}: the search is not finished; run it again to go on")
@@ -158,6 +191,19 @@ class SearchResult:
             return cls(plan, tuple(losses[layer] for layer in range(len(plan.layers))))
         except (PlanFileError, ValueError) as error:
             raise SearchFileError(f"{path}: {error}") from error
+
+
+def is_search(path: str | os.PathLike[str]) -> bool:
+    """Whether a JSON file says that it is a search's result, valid or not; False for a file of anything else.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def write_layers(path: str | os.PathLike[str], losses: dict[int, LayerLosses], metadata: dict[str, str]) -> None:

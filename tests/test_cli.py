@@ -76,6 +76,29 @@ def test_calibrate_writes_what_the_library_computes(statistics: Path, text: Path
     assert written.dataset == "english + python"
 
 
+def test_report_writes_a_page_and_the_figures(statistics: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    assert moe("plan", statistics, "--keep", "5", "--out", plan).returncode == 0
+    demo = max((DEMO_MODEL.parents[1] / "benchmarks" / "results").glob("*-demo.json"))
+    result = moe("report", statistics, demo, "--plan", plan, "-o", tmp_path / "page.html", "--png", tmp_path / "png")
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert "12 of 32 experts are marked." in page  # three of eight in each of four layers
+    assert "8→4 weighted_ean" in page
+    assert (tmp_path / "png" / "quality-size.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_of_nothing_or_without_a_place_is_wrong_usage(
+    statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inside("report", str(statistics)) == 2
+    assert "give --out, --png or both" in capsys.readouterr().err
+    (tmp_path / "other.json").write_text("{}")
+    assert inside("report", str(statistics), str(tmp_path / "other.json"), "-o", str(tmp_path / "page.html")) == 1
+    assert "not what moe-ext compare, eval or demo writes" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_score_shows_a_table_or_json(statistics: Path) -> None:
     result = moe("score", statistics, "--objective", "task-specific")
     assert result.returncode == 0

@@ -63,6 +63,8 @@ def test_the_files_are_where_the_demo_says(finished: tuple[dict[str, Any], Path]
     assert all(path.is_relative_to(output) for path in files.values())
     assert json.loads((output / "demo.json").read_text(encoding="utf-8")) == result
     assert files["heat maps"].read_bytes().startswith(b"\x89PNG")
+    page = files["report"].read_text(encoding="utf-8")
+    assert all(f'<figure id="{name}">' in page for name in ("scores-man", "search-losses", "quality-speed"))
     stats, plan = ExpertStatistics.load(files["statistics"]), PruningPlan.load(files["plan"])
     assert plan.layers == stats.layers
     model, _ = checkpoint.load(files["pruned checkpoint"])

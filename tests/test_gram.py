@@ -231,6 +231,20 @@ def test_subset_errors_equal_brute_force(
     )
 
 
+def test_subset_errors_compile_without_graph_breaks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    distances, scores = (torch.rand(5, n, dtype=torch.float64, generator=generator) for n in (6, 4))
+    ranks = torch.stack([torch.randperm(4, generator=generator) for _ in range(5)])
+    keep = torch.tensor([[True, True, True, False], [False, True, True, True]])
+
+    def errors(distances: torch.Tensor) -> torch.Tensor:
+        return ops.subset_errors(distances, ranks, scores, keep, 2) * 2
+
+    got = torch.compile(errors, fullgraph=True, backend="aot_eager")(distances)
+    assert torch.equal(got, errors(distances))
+    assert bool((got > 0).all())
+
+
 def test_subset_errors_have_the_same_bits_for_any_number_of_threads_and_other_subsets() -> None:
     _, _, ranking = random_ranking(3000, 9, 9)
     drops = list(itertools.combinations(range(9), 4))

@@ -278,6 +278,34 @@ def test_static_cache_generates_the_unpatched_models_tokens(tiny_mixtral: Mixtra
     assert torch.equal(moe_ext.patch(model).generate(tokens, **options), expected)
 
 
+@pytest.mark.parametrize("skip", [None, THRESHOLDS])
+def test_a_patched_model_compiles_whole(tiny_mixtral: MixtralFactory, skip: torch.Tensor | None) -> None:
+    model = moe_ext.patch(tiny_mixtral(), skip=skip)
+    tokens = random_tokens(2, 7)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        # The same operators in the same order; only torch's own decompositions may round otherwise.
+        torch.testing.assert_close(compiled(tokens, use_cache=False).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_model_generates_the_eager_models_tokens_with_a_static_cache(tiny_mixtral: MixtralFactory) -> None:
+    model = moe_ext.patch(tiny_mixtral(), skip=THRESHOLDS)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(random_tokens(1, 5), **options)
+    # Decoding, as transformers does on a GPU by itself; a graph break is an error.
+    forward, calls = torch.compile(model.forward, fullgraph=True, backend="aot_eager", dynamic=False), 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return forward(*args, **kwargs)
+
+    model.get_compiled_call = lambda config: counted
+    model._valid_auto_compile_criteria = lambda *args, **kwargs: True
+    assert torch.equal(model.generate(random_tokens(1, 5), **options), expected)
+    assert calls == 5
+
+
 # ---- what cannot be patched
 
 

@@ -1,135 +1,211 @@
-"""Heat maps show what the scores and plans say."""
+"""The report says what its input says, in figures with text alternatives; the page is well-formed and loads nothing."""
 
-import io
-import os
+import dataclasses
+import json
+import re
+import sys
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
-from matplotlib.image import imread
 
-from moe_ext.criteria import Scores
-from moe_ext.plan import PruningPlan, plan
-from moe_ext.report import heat_map_figure, heat_maps
+from moe_ext import PruningPlan, skip_thresholds
+from moe_ext.report import Report, render, write_figures, write_page
+from moe_ext.search_result import SearchFileError, SearchResult
+from moe_ext.variants import Variant
+from tests.report_input import demo_report, thin_report
 
-
-def scored(values: list[list[float]], criterion: str = "man") -> Scores:
-    layers = tuple(f"layers.{i}" for i in range(len(values)))
-    return Scores(torch.tensor(values, dtype=torch.float64), criterion, "mixtral", layers, 1, "c4")
+VOID = {"meta", "input", "br", "link", "img"}
 
 
-MAN = scored([[1.0, 4.0, 2.0], [0.0, 5.0, 10.0]])
-EAN = scored([[7.0, 7.0, 7.0], [3.0, 0.0, 0.0]], "ean")
+class Page(HTMLParser):
+    """Tags with their attributes; fails on tags that do not match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
 
 
-def shades(figure: Figure, panel: int) -> list[list[float]]:
-    values: list[list[float]] = figure.axes[panel].images[0].get_array().tolist()  # type: ignore[union-attr]
-    return values
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render(demo_report())
 
 
-def crosses(figure: Figure, panel: int) -> set[tuple[float, float]]:
-    """(expert, layer) of every cross."""
-    return {(x, y) for line in figure.axes[panel].lines for x, y in np.asarray(line.get_xydata()).tolist()}
+def test_every_figure_has_a_text_alternative(page: str) -> None:
+    tags = Page(page).tags
+    figures = [attributes["id"] for tag, attributes in tags if tag == "figure"]
+    drawn = [attributes for tag, attributes in tags if attributes.get("role") == "img"]
+    assert {"load", "coactivation", "scores-man", "scores-mone", "agreement", "gate-ratios", "search-losses"} <= set(
+        figures
+    )
+    assert {"quality-size", "quality-speed"} <= set(figures)
+    # One label a figure; the gate ratios have one a layer.
+    assert len(drawn) == len(figures) - 1 + demo_report().stats.num_layers
+    assert all(len(attributes["aria-label"] or "") > 40 for attributes in drawn)
 
 
-def test_a_panel_shows_scores_relative_to_the_largest_of_their_layer() -> None:
-    assert shades(heat_map_figure({"MAN": MAN}), 0) == [[0.25, 1.0, 0.5], [0.0, 0.5, 1.0]]
+def test_names_in_the_page_are_unique_and_links_lead_somewhere(page: str) -> None:
+    tags = Page(page).tags
+    names = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(names) == len(set(names))
+    links = re.findall(r'(?:href="|url\()#([^")]+)', page)
+    assert links
+    assert set(links) <= set(names)
 
 
-def test_a_layer_of_zero_scores_is_shown_as_zero() -> None:
-    assert shades(heat_map_figure({"MAN": scored([[0.0, 0.0]])}), 0) == [[0.0, 0.0]]
+def test_the_page_refers_to_nothing_outside_itself(page: str) -> None:
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert [source for source in sources if not source.startswith(("#", "data:image/png"))] == []
+    assert "@import" not in page
+    assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
 
 
-def test_criteria_stand_side_by_side_in_order_on_one_scale() -> None:
-    figure = heat_map_figure({"MAN": MAN, "even": scored([[1.0, 2.0]])})
-    assert [axes.get_title() for axes in figure.axes[:2]] == ["MAN", "even"]
-    assert shades(figure, 1) == [[0.5, 1.0]]
-    assert [axes.images[0].get_clim() for axes in figure.axes[:2]] == [(0, 1), (0, 1)]
-    assert len(figure.axes) == 3  # two panels and their one colour bar
+def test_labels_are_shown_as_text_and_not_as_markup(page: str) -> None:
+    assert "a </script> b" not in page
+    assert "a &lt;/script&gt; b" in page
+    assert "&lt;pruned&gt; &amp; &#34;small&#34;" in page
 
 
-def test_removed_experts_are_crossed_out() -> None:
-    figure = heat_map_figure({"MAN": MAN, "EAN": EAN}, plans={"EAN": plan(EAN, keep=2)})
-    assert crosses(figure, 0) == set()
-    assert crosses(figure, 1) == {(2, 0), (2, 1)}
+def test_the_same_input_gives_the_same_page(page: str) -> None:
+    assert render(demo_report()) == page
 
 
-def test_layers_may_lose_different_numbers_of_experts() -> None:
-    uneven = PruningPlan("mixtral", 3, 1, MAN.layers, ((0, 1, 2), (1,)))
-    assert crosses(heat_map_figure({"MAN": MAN}, plans={"MAN": uneven}), 0) == {(0, 1), (2, 1)}
+def test_skip_rates_are_those_of_the_histogram(page: str) -> None:
+    stats = demo_report().stats
+    report_rates = re.search(r'id="skip-rates">(.*?)</script>', page)
+    assert report_rates
+    rates = torch.tensor(json.loads(report_rates[1])["layers"])
+    # At 0 nothing is skipped, at 1 every second expert but those with equal weights.
+    assert bool((rates[:, 0] == 0).all())
+    assert bool((rates[:, -1] == 0.5).all())
+    upper_edges = stats.ratio_histogram[:, 0].cumsum(1)[:, 511]  # ratios below 512 / 1024
+    assert rates[:, 50].tolist() == pytest.approx((upper_edges / stats.tokens / 2).tolist(), abs=5e-5)  # 4 decimals
 
 
-def test_a_plan_that_removes_nothing_draws_no_cross() -> None:
-    assert crosses(heat_map_figure({"MAN": MAN}, plans={"MAN": plan(MAN, keep=3)}), 0) == set()
+def test_crosses_are_what_the_criterion_removes_at_the_searchs_number() -> None:
+    report = demo_report()
+    plans = report.plans()
+    assert {len(kept) for plan in plans.values() for kept in plan.keep} == {6}
+    assert plans["frequency"].keep != plans["man"].keep
+    given = dataclasses.replace(report, removals=plans["man"])
+    assert set(map(id, given.plans().values())) == {id(plans["man"])}
+    assert {len(kept) for kept in dataclasses.replace(report, keep=4).plans()["man"].keep} == {4}
 
 
-def test_axes_are_labelled_in_whole_numbers() -> None:
-    figure = heat_map_figure({"MAN": MAN})
-    figure.draw_without_rendering()
-    axes = figure.axes[0]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("expert", "layer")
-    assert {0.0, 1.0} <= set(axes.get_yticks())
-    assert all(tick == round(tick) for tick in (*axes.get_xticks(), *axes.get_yticks()))
+def test_descriptions_say_what_the_figures_show() -> None:
+    pictures = {picture.name: picture for section in demo_report().sections() for picture in section.pictures}
+    stats, search = demo_report().stats, demo_report().search
+    assert search is not None
+    assert pictures["scores-man"].description == "8 of 32 experts are marked."
+    counts = stats.routing_counts()
+    layer, expert = divmod(int(counts.argmax()), 8)  # every layer has the same number of slots
+    load = float(counts.max() / counts[layer].sum() * 8)
+    assert f"{load:.2f} times an even one: expert {expert} of layer {layer}" in pictures["load"].description
+    medians = skip_thresholds(stats)
+    assert f"from {float(medians.min()):.2f} to {float(medians.max()):.2f}" in pictures["gate-ratios"].description
+    removed = [row[1] for row in pictures["search-losses"].rows]
+    assert removed == [", ".join(map(str, search.plan.removed(layer))) for layer in range(4)]
+    assert pictures["quality-size"].rows[1] == ('<pruned> & "small"', "7.8 MB", "120.00 tokens/s", "25.85")
 
 
-def test_the_file_is_the_figure_as_png(tmp_path: Path) -> None:
-    heat_maps({"MAN": MAN}, tmp_path / "map.png", plans={"MAN": plan(MAN, keep=2)})
-    pixels = io.BytesIO()
-    heat_map_figure({"MAN": MAN}, plans={"MAN": plan(MAN, keep=2)}).savefig(pixels, format="png", dpi=150)
-    pixels.seek(0)
-    assert (imread(tmp_path / "map.png") == imread(pixels)).all()
+def test_a_report_of_little_leaves_out_what_it_cannot_show() -> None:
+    names = [picture.name for section in thin_report().sections() for picture in section.pictures]
+    assert "load" in names
+    assert not {"coactivation", "gate-ratios", "search-losses", "quality-size"} & set(names)
+    page = render(thin_report())
+    assert "<script" not in page
 
 
-def test_crosses_change_the_picture(tmp_path: Path) -> None:
-    heat_maps({"MAN": MAN}, tmp_path / "plain.png")
-    heat_maps({"MAN": MAN}, tmp_path / "crossed.png", plans={"MAN": plan(MAN, keep=2)})
-    assert (imread(tmp_path / "plain.png") != imread(tmp_path / "crossed.png")).any()
+def test_a_model_with_many_experts_is_drawn() -> None:
+    import moe_ext
+
+    stats = moe_ext.ExpertStatistics.zeros("qwen3_moe", tuple(f"layers.{i}" for i in range(26)), 128, 8, "softmax")
+    stats.tokens += 100
+    stats.moments[:] = torch.rand(26, 128, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    stats.ratio_histogram += 1
+    page = render(Report(stats))
+    assert len(page) < 4_000_000
 
 
-def test_a_large_model_fits_a_bounded_picture() -> None:
-    width, height = heat_map_figure({"MAN": scored([[1.0] * 256] * 94)}).get_size_inches()
-    assert width < 16
-    assert height < 16
+def test_figures_alone_are_png_files(tmp_path: Path) -> None:
+    names = write_figures(demo_report(), tmp_path / "figures")
+    assert sorted(names) == sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert "search-losses.png" in names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "figures").iterdir())
 
 
-def test_an_interrupted_picture_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_half(_: Figure, path: Path, **arguments: Any) -> None:
-        path.write_bytes(b"\x89PNG")
+def test_an_interrupted_page_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "report.html").write_text("old")
+
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    (tmp_path / "map.png").write_bytes(b"old")
-    monkeypatch.setattr(Figure, "savefig", write_half)
+    monkeypatch.setattr(Path, "write_text", stop)
     with pytest.raises(KeyboardInterrupt):
-        heat_maps({"MAN": MAN}, tmp_path / "map.png")
-    assert (tmp_path / "map.png").read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["map.png"]
+        write_page(thin_report(), tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_bytes() == b"old"
 
 
-def test_another_file_type_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"path: expected a name that ends in \.png, got .*map\.pdf"):
-        heat_maps({"MAN": MAN}, tmp_path / "map.pdf")
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match=r"the report needs jinja2: pip install 'moe_ext\[report\]'"):
+        render(thin_report())
 
 
-def test_no_scores_are_refused() -> None:
-    with pytest.raises(ValueError, match="scores: expected one or more criteria, got none"):
-        heat_map_figure({})
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": 9}, "keep: 9 keeps 9 of 8 experts"),
+        ({"removals": PruningPlan("mixtral", 8, 2, ("other",), (tuple(range(8)),))}, "removals: is for other layers"),
+        ({"variants": [Variant("a", float("inf"))]}, "variants: 'a' has perplexity inf"),
+        ({"variants": [Variant("a", 2.0, speed=1.0), Variant("b", 2.0, speed=1.0, speed_unit="x")]}, "do not compare"),
+    ],
+)
+def test_input_that_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(demo_report(), **changes)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
-def test_scores_that_cannot_be_drawn_are_refused(value: float) -> None:
-    with pytest.raises(ValueError, match="scores: 'MAN' holds a score that is negative, infinite or NaN"):
-        heat_map_figure({"MAN": scored([[1.0, value]])})
+def test_a_searchs_json_reads_back(tmp_path: Path) -> None:
+    search = demo_report().search
+    assert search is not None
+    search.save(tmp_path / "search.json")
+    loaded = SearchResult.load(tmp_path / "search.json")
+    assert loaded.plan == search.plan
+    for one, other in zip(loaded.losses, search.losses, strict=True):
+        assert torch.equal(one.keep, other.keep)
+        assert torch.equal(one.losses, other.losses)
 
 
-def test_a_plan_without_scores_is_refused() -> None:
-    with pytest.raises(ValueError, match="plans: 'EAN' has no scores to be drawn on; there are MAN"):
-        heat_map_figure({"MAN": MAN}, plans={"EAN": plan(EAN, keep=2)})
-
-
-@pytest.mark.parametrize("other", [scored([[1.0, 2.0, 3.0]]), scored([[1.0, 2.0], [1.0, 2.0]])])
-def test_a_plan_for_another_model_is_refused(other: Scores) -> None:
-    with pytest.raises(ValueError, match="plans: 'MAN' is for other layers or another number of experts"):
-        heat_map_figure({"MAN": MAN}, plans={"MAN": plan(other, keep=1)})
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("moe_ext.search", "other"), "not a search's result"),
+        (('"exact": true, "keep": [[', '"exact": true, "keep": [[99, '), "search.json: "),
+        (('"plan"', '"plane"'), "'plan' is missing"),
+        (('"format_version": 1', '"format_version": 2'), "has format version 2"),
+    ],
+)
+def test_a_searchs_json_that_is_not_valid_is_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    search = demo_report().search
+    assert search is not None
+    path = tmp_path / "search.json"
+    path.write_text(search.to_json().replace(*change, 1))
+    with pytest.raises(SearchFileError, match=message):
+        SearchResult.load(path)

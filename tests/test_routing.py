@@ -1,5 +1,7 @@
 """Skip thresholds, their rule and their rate, against plain Python."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -86,9 +88,24 @@ def test_a_mask_that_does_not_tell_padding_is_refused(tiny_mixtral: MixtralFacto
     tokens = random_tokens(2, 5)
     with moe_ext.count_skips(model) as count, torch.no_grad():
         model.model(tokens, torch.tensor([[1] * 5, [0] * 2 + [1] * 3]))  # positional, the same
-        with pytest.raises(ValueError, match="cannot tell padding from an attention mask that is not"):
-            model(tokens, attention_mask=torch.ones(2, 1, 5, 5, dtype=torch.bool))
+        with pytest.raises(ValueError, match="cannot tell padding from this attention mask"):
+            model(tokens, attention_mask=torch.ones(2, 5, 5, dtype=torch.bool))
     assert count.slots == [(5 + 3) * 2] * 3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # masks of booleans, and masks to be added
+def test_a_static_cache_counts_as_a_growing_one(tiny_mixtral: MixtralFactory, attention: str) -> None:
+    model = tiny_mixtral(attn_implementation=attention)
+    moe_ext.patch(model, skip=torch.full((3, 1), 0.3))
+    tokens, mask = random_tokens(2, 7), torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with moe_ext.count_skips(model) as expected:
+        model.generate(tokens, **options)
+    with moe_ext.count_skips(model) as count:
+        model.generate(tokens, cache_implementation="static", **options)
+    assert count == expected
+    assert count.slots == [(7 + 4 + 2 * 5) * 2] * 3
+    assert sum(count.skipped) > 0
 
 
 @pytest.mark.parametrize("quantile", [-0.1, 1.1, float("nan")])

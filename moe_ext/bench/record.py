@@ -1,4 +1,4 @@
-"""What the benchmarks share: the versions that a result names, and how a result file is written."""
+"""The versions that a result names, and how a result file is written."""
 
 import datetime
 import json
@@ -16,11 +16,15 @@ def versions() -> dict[str, str]:
     return {"moe_ext": moe_ext.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
+def result_of(what: str, **content: Any) -> dict[str, Any]:
+    """A dated result: ``what`` says in a sentence what the numbers are and where they come from."""
+    return {"what": what, "date": datetime.date.today().isoformat(), "versions": versions(), **content}
+
+
 def write_result(path: Path, what: str, **content: Any) -> None:
-    """Writes a dated JSON file: ``what`` says in a sentence what the numbers are and where they come from."""
-    record = {"what": what, "date": datetime.date.today().isoformat(), "versions": versions(), **content}
+    """Writes :func:`result_of` as a JSON file."""
     with replace_file(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.write_text(json.dumps(result_of(what, **content), indent=1) + "\n")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
