@@ -9,9 +9,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from record import table
 from update_readme import newest
 
+from moe_ext.bench.record import table
 from moe_ext.files import replace_file
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "scaling.md"

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import write_result
 from safetensors.torch import save_file
 from transformers import MixtralConfig
 
+from moe_ext.bench.record import write_result
 from moe_ext.checkpoint_files import INDEX, stored_tensors
 
 LAYERS, EXPERTS = 16, 8
