@@ -19,9 +19,10 @@ from tests.conftest import DEMO_MODEL
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-BIG_MODEL = "mistralai/Mixtral-8x7B-v0.1"  # what readers have and tests have not
-# Lines that CI runs by itself: they install the package, or run the demo and these tests.
-BY_CI = ("make demo", "make test", "pip install ")
+BIG_MODELS = ("mistralai/Mixtral-8x7B-v0.1", "./Mixtral-8x7B-v0.1")  # what readers have and tests have not
+# Lines that others run: they install the package, or run the demo and these tests (CI), or several processes
+# (test_processes.py).
+BY_OTHERS = ("make demo", "make test", "pip install ", "torchrun ")
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -44,7 +45,7 @@ def run_shell(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the `moe-ext` lines of a block in this process, as starting one takes seconds."""
     for line in text.splitlines():
         words = shlex.split(line, comments=True)
-        if not words or line.startswith(BY_CI):
+        if not words or line.startswith(BY_OTHERS):
             continue
         assert words[0] == "moe-ext", f"no test knows how to run {line!r}"
         if "--tasks" in words:
@@ -69,7 +70,8 @@ def test_the_code_blocks_of_a_page_run(
     page: Path, folder: Path, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for language, text in blocks(page):
-        text = text.replace(BIG_MODEL, str(DEMO_MODEL))
+        for model in BIG_MODELS:
+            text = text.replace(model, str(DEMO_MODEL))
         if language == "bash":
             run_shell(text, monkeypatch)
         elif language == "python":

@@ -246,8 +246,6 @@ def test_an_interrupted_search_goes_on_with_the_layers_that_are_left(
     assert searched == [0, 1, 1, 2]
 
 
-def test_a_router_that_the_search_does_not_evaluate_is_refused() -> None:
-    with pytest.raises(ValueError, match="'deepseek_v3' has"):
-        moe_ext.search(build("deepseek_v3"), ragged_batches(), keep=6, progress=False)
+def test_an_option_for_folders_is_refused_with_a_model() -> None:
     with pytest.raises(TypeError, match="dtype: is for a checkpoint folder"):
         moe_ext.search(build("mixtral"), ragged_batches(), keep=6, progress=False, dtype="float32")
