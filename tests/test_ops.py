@@ -255,7 +255,7 @@ def test_moments_equal_float64_brute_force(
     arithmetic = arithmetic_of(case, device)
     expected = experts_reference(case if counted is None else case.tokens(counted), arithmetic)
     assert_moments_within(moments, expected, start)
-    if arithmetic == Arithmetic():
+    if device == "cpu" and arithmetic == Arithmetic():
         # Norms are float32 sums of squares of float32 outputs: 2^-17 relative covers 136 terms, twice for ||f||^2.
         torch.testing.assert_close(moments, start + expected.moments, rtol=2.0**-16, atol=1e-12)
 
