@@ -274,7 +274,7 @@ def _run_layers(
     blocks = moe_blocks(model)
     _, _, of_block = decoder_layers(model, blocks)
     counted = [check_batch(index, batch) for index, batch in enumerate(batches)]
-    record = Record(layers, batches, stats, options, outputs)
+    record = Record(layers, batches, stats, options, outputs, show=progress)
     done = len(record.digests) == len(blocks)
     left = range(record.position, record.position if done else of_block[-1] + 1)
     bar = tqdm(total=len(left) * len(batches), desc="calibrate", unit="batch", disable=not progress)

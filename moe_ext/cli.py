@@ -36,7 +36,7 @@ from moe_ext.processes import process_group, rank, started_by_torchrun
 from moe_ext.processor import processor
 from moe_ext.pruning import prune as apply_plan
 from moe_ext.redundancy import redundant_pairs
-from moe_ext.routing import count_skips, skip_thresholds, thresholds_in_config
+from moe_ext.routing import count_skips, skip_thresholds
 from moe_ext.search import search as run_search
 from moe_ext.search_result import SearchResult, is_search
 from moe_ext.statistics import ExpertStatistics
@@ -102,6 +102,11 @@ Sequential = Annotated[
     bool,
     typer.Option("--sequential", help="Hold one decoder layer of the checkpoint folder in memory at a time."),
 ]
+Scratch = Annotated[
+    Path | None,
+    typer.Option(help="Folder for hidden states, twice, with --sequential; in memory if absent."),
+]
+Timeout = Annotated[float, typer.Option(min=1, help="Seconds that torchrun's processes wait for each other.")]
 
 
 def print_json(result: Any) -> None:
@@ -113,11 +118,16 @@ def load(model: str, dtype: str, device: str) -> tuple[transformers.PreTrainedMo
         return checkpoint.load(model, dtype=dtype, device=device)
 
 
-def checkpoint_folder(model: str) -> Path:
-    """What --sequential reads from."""
+def source_of(
+    model: str, sequential: bool, scratch: Path | None, dtype: str, device: str
+) -> tuple[Any, Any, dict[str, Any]]:
+    """What calibrate and search take as the model, its tokenizer, and the options that go with it."""
+    if not sequential:
+        return *load(model, dtype, device), {}
     if not Path(model).is_dir():
         raise FileNotFoundError(f"--sequential needs a checkpoint folder; there is none at {model}")
-    return Path(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    return Path(model), tokenizer, {"dtype": dtype, "device": device, "scratch": scratch}
 
 
 def show_statistics(stats: ExpertStatistics, path: Path, as_json: bool) -> None:
@@ -173,14 +183,11 @@ def calibrate(
     dataset: Annotated[str, typer.Option(help="Label of the text; the domain names if empty.")] = "",
     outputs: Annotated[bool, typer.Option("--outputs", help="Also sum experts' outputs (slower), for mone.")] = False,
     sequential: Sequential = False,
-    scratch: Annotated[
-        Path | None,
-        typer.Option(help="Folder for hidden states, twice, with --sequential; in memory if absent."),
-    ] = None,
+    scratch: Scratch = None,
     shard: Annotated[
         str, typer.Option(help="Label of this run, for `moe-ext merge`; a fingerprint of the text if empty.")
     ] = "",
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that torchrun's processes wait for each other.")] = 600,
+    timeout: Timeout = 600,
     window: Window = 512,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
@@ -199,14 +206,10 @@ def calibrate(
     texts = read_domains(text)
     several = started_by_torchrun()
     with process_group(device, timeout) if several else nullcontext(device) as place:
-        options: dict[str, Any] = {}
+        source, tokenizer, options = source_of(model, sequential, scratch, dtype, place)
         partial = save_to.with_name(f".{save_to.name}.{rank()}.partial")
         if sequential:
-            source: Any = checkpoint_folder(model)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-            options = {"dtype": dtype, "device": place, "scratch": scratch, "resume": partial}
-        else:
-            source, tokenizer = load(model, dtype, place)
+            options["resume"] = partial
         batches = list(token_batches(texts, tokenizer, window=window, batch_size=batch_size))
         stats = run_calibration(
             source,
@@ -346,48 +349,50 @@ def search(
     ] = None,
     dataset: Annotated[str, typer.Option(help="Label of the text; the domain names if empty.")] = "",
     sequential: Sequential = False,
+    scratch: Scratch = None,
+    timeout: Timeout = 600,
     window: Window = 512,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Find the experts whose removal changes the layers' outputs least (NAEE)."""
+    """Find the experts whose removal changes the layers' outputs least (NAEE).
+
+    Started by torchrun, every process takes its share of the batches, and the first one writes.
+    """
     if (keep is None) == (ratio is None):
         raise typer.BadParameter("give --keep or --ratio, one of them")
+    if scratch is not None and not sequential:
+        raise typer.BadParameter("--scratch goes with --sequential")
     counts = counts_in(keep)
     file_destination(save_to)
     losses = losses or save_to.with_suffix(".safetensors")
     file_destination(losses)
     texts = read_domains(text)
-    options: dict[str, Any] = {}
-    if sequential:
-        if skip:
-            raise typer.BadParameter("--skip goes without --sequential")
-        source: Any = checkpoint_folder(model)
-        tokenizer, thresholds = transformers.AutoTokenizer.from_pretrained(model), None
-        options = {"dtype": dtype, "device": device}
-    else:
-        source, tokenizer = load(model, dtype, device)
-        blocks = moe_blocks(source)
-        thresholds = thresholds_in_config(source.config, len(blocks), blocks[0].top_k) if skip else None
-    if skip and thresholds is None:
-        raise ValueError(f"--skip: {model} holds no skip thresholds; moe-ext skip sets them")
-    result = run_search(
-        source,
-        token_batches(texts, tokenizer, window=window, batch_size=batch_size),
-        keep=counts,
-        ratio=ratio,
-        method=method,
-        budget=budget,
-        skip=thresholds,
-        max_subsets=max_subsets,
-        resume=losses,
-        progress=not as_json,
-        dataset=dataset or " + ".join(texts),
-        **options,
-    )
-    result.plan.save(save_to)
+    several = started_by_torchrun()
+    with process_group(device, timeout) if several else nullcontext(device) as place:
+        source, tokenizer, options = source_of(model, sequential, scratch, dtype, place)
+        result = run_search(
+            source,
+            token_batches(texts, tokenizer, window=window, batch_size=batch_size),
+            keep=counts,
+            ratio=ratio,
+            method=method,
+            budget=budget,
+            skip="config" if skip else None,
+            max_subsets=max_subsets,
+            resume=losses,
+            progress=not as_json and rank() == 0,
+            dataset=dataset or " + ".join(texts),
+            distributed=several,
+            **options,
+        )
+        first = rank() == 0
+        if first:
+            result.plan.save(save_to)
+    if not first:
+        return
     exact = result.plan.made_by["exact"]
     if as_json:
         rows = zip(result.plan.layers, result.plan.keep, result.layer_losses(), exact, strict=True)

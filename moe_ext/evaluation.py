@@ -11,6 +11,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from moe_ext.architectures import input_device
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -146,7 +148,8 @@ def _summed_loss(model: PreTrainedModel, batch: list[_Window]) -> float:
     for row, part in enumerate(batch):
         inputs[row, : len(part.inputs)] = part.inputs
         mask[row, : len(part.inputs)] = 1
-    logits = model(input_ids=inputs.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+    device = input_device(model)
+    logits = model(input_ids=inputs.to(device), attention_mask=mask.to(device), use_cache=False).logits
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     for row, part in zip(logits, batch, strict=True):
         # (m, vocabulary): a row at a time, because the float32 copy of a whole batch's logits is large.

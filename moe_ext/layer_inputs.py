@@ -28,12 +28,16 @@ Seen = Callable[[int, Tensor, Tensor], None]
 
 
 class HiddenStates(Protocol):
-    """What every batch's hidden states are before a decoder layer; of the layer after it once ``turn`` is called."""
+    """What every batch's hidden states are before a decoder layer; of the layer after it once ``turn`` is called.
+
+    ``close`` gives memory back; ``remove``, once they are needed no more, also files that another process could read.
+    """
 
     def read(self, batch: int) -> Tensor: ...
     def write(self, batch: int, states: Tensor) -> None: ...
     def turn(self) -> None: ...
     def close(self) -> None: ...
+    def remove(self) -> None: ...
 
 
 class SpillingStates:
@@ -56,6 +60,9 @@ class SpillingStates:
 
     def close(self) -> None:
         self._list.close()
+
+    def remove(self) -> None:
+        self.close()
 
 
 class LayerInputs:

@@ -5,7 +5,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import comb
 from pathlib import Path
@@ -19,16 +19,18 @@ from transformers import PreTrainedModel
 from moe_ext.architectures import MoeBlock, model_type_of, moe_blocks, refuse_offloaded
 from moe_ext.budgets import counts_per_layer, share_out
 from moe_ext.calibration import check_batch
-from moe_ext.digests import tensor_bytes, text_digest
+from moe_ext.digests import joined_digest, router_digest, tensor_bytes, text_digest
 from moe_ext.evaluation import evaluation_mode
 from moe_ext.files import file_destination
-from moe_ext.layer_inputs import LayerInputs
+from moe_ext.layer_inputs import LayerInputs, decoder_layers
 from moe_ext.layers_on_disk import LayersOnDisk
 from moe_ext.patching import active_thresholds, is_patched, patch, unpatch
 from moe_ext.plan import PruningPlan
+from moe_ext.processes import check_same, from_first, place_among, rank, share_of, total_of
 from moe_ext.reconstruction import LayerErrors, ranked
-from moe_ext.routing import check_thresholds
+from moe_ext.routing import check_thresholds, thresholds_in_config
 from moe_ext.search_result import LayerLosses, SearchResult, read_layers, write_layers
+from moe_ext.sequential import Options, waiting_states
 from moe_ext.subset_routing import route_among
 from moe_ext.subsets import GreedySearch, all_subsets
 from moe_ext.version import __version__
@@ -45,11 +47,12 @@ def search(
     ratio: float | None = None,
     method: Literal["layerwise", "progressive", "greedy"] = "layerwise",
     budget: Literal["layer", "model"] = "layer",
-    skip: Tensor | None = None,
+    skip: Tensor | Literal["config"] | None = None,
     max_subsets: int = 50_000,
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
     dataset: str = "",
+    distributed: bool = False,
     **from_folder: Any,
 ) -> SearchResult:
     """The experts to keep by reconstruction loss (arXiv 2402.14800, section 3.2).
@@ -61,7 +64,8 @@ def search(
     of dropped experts.
 
     Memory beside the model: some hundred megabytes, whatever the number of tokens; hidden states, and for greedily
-    searched layers a token's products, that need more lie in a temporary file.
+    searched layers a token's products, that need more lie in a temporary file. From a checkpoint folder, hidden states
+    are in memory or where ``scratch`` says.
 
     Args:
         model: a model that :func:`moe_ext.patch` supports and whose router takes the softmax over the selected logits.
@@ -80,15 +84,18 @@ def search(
         budget: "layer": every layer keeps its number. "model": the layers keep as many in all, shared out by how the
             loss of each grows (greedily on the lower convex hulls of the layers' losses), K at least in each. Not with
             "progressive", whose layers are judged one after the other: pass its ``keep`` the numbers found layerwise.
-        skip: (L, K - 1) skip thresholds, to judge layers that are pruned and also skip; None: no skipping. In
-            "progressive" the layers before skip, too.
+        skip: (L, K - 1) skip thresholds, to judge layers that are pruned and also skip; "config": those that the
+            model's config holds; None: no skipping. In "progressive" the layers before skip, too.
         max_subsets: subsets of one size up to which all of them are evaluated; a layer with more is searched greedily.
         resume: a safetensors file that every finished layer is added to. If it is there already, from a search that was
-            interrupted, its layers are not searched again; the result is the same.
+            interrupted, its layers are not searched again; the result is the same. The decoder layers before the next
+            one run again, unless a checkpoint folder's hidden states lie in a ``scratch`` folder.
         progress: whether to show a progress bar, with the layer and the lowest loss so far.
         dataset: a label for the text, kept in the plan.
-        **from_folder: for a checkpoint folder only, ``dtype``, ``device`` and ``read_ahead`` of
-            :class:`moe_ext.layers_on_disk.LayersOnDisk`.
+        distributed: whether the batches are shared among the processes of torch.distributed's default group, every
+            N-th whole batch to each, and the losses added up; all of them are given all batches and return the same
+            result. The first one reads and writes ``resume``.
+        **from_folder: for a checkpoint folder only; those of :class:`moe_ext.sequential.Options` but ``resume``.
 
     Returns:
         The plan, and the losses of every subset that was evaluated. With "model", or a list, the plan's layers keep
@@ -97,31 +104,39 @@ def search(
     Raises:
         ValueError: an argument is not as above, a malformed batch, no counted token, a model that is skipping, losses
             that are not finite (the layer is named), or a ``resume`` file of another search (says what differs).
+        MemoryError, OSError: hidden states for which there is no room, or a checkpoint that cannot be read.
+        RuntimeError: a process of the group is gone, or does not answer in time.
     """
     asked: dict[str, Any] = {"keep": keep, "ratio": ratio, "method": method, "budget": budget, "skip": skip}
     asked |= {"max_subsets": max_subsets, "resume": resume, "progress": progress, "dataset": dataset}
+    asked["distributed"] = distributed
     if isinstance(model, str | os.PathLike):
-        with LayersOnDisk(Path(model), **from_folder) as layers:
-            return _search(layers.model, batches, layers, **asked)
+        options = Options(**from_folder)
+        with LayersOnDisk(
+            Path(model), dtype=options.dtype, device=options.device, read_ahead=options.read_ahead
+        ) as layers:
+            return _search(layers.model, batches, layers, options, **asked)
     if from_folder:
         raise TypeError(f"{next(iter(from_folder))}: is for a checkpoint folder; this model is in memory")
-    return _search(model, batches, None, **asked)
+    return _search(model, batches, None, None, **asked)
 
 
 def _search(
     model: PreTrainedModel,
     batches: Iterable[Mapping[str, Tensor]],
     on_disk: LayersOnDisk | None,
+    options: Options | None,
     *,
     keep: int | Sequence[int] | None,
     ratio: float | None,
     method: Literal["layerwise", "progressive", "greedy"],
     budget: Literal["layer", "model"],
-    skip: Tensor | None,
+    skip: Tensor | Literal["config"] | None,
     max_subsets: int,
     resume: str | os.PathLike[str] | None,
     progress: bool,
     dataset: str,
+    distributed: bool,
 ) -> SearchResult:
     """:func:`search`, of a model in memory or one whose layers are on the disk."""
     blocks = _check_model(model)
@@ -134,7 +149,7 @@ def _search(
             "budget: 'model' shares out by the losses of all layers, and progressive knows those of earlier ones only; "
             "search layerwise with budget='model', then progressive with keep=[len(kept) for kept in plan.keep]"
         )
-    thresholds = None if skip is None else check_thresholds(skip, len(blocks), top_k)
+    thresholds = _thresholds(model, skip, len(blocks), top_k)
     listed = list(batches)
     counted = [check_batch(index, batch) for index, batch in enumerate(listed)]
     tokens = sum(
@@ -153,17 +168,30 @@ def _search(
         "dataset": dataset,
         "tokens": tokens,
     }
-    layers = _Layers(blocks, counts, method, budget, thresholds, max_subsets)
-    record = _Record(resume, {**asked, "model": _digest_of_model(model, blocks, on_disk), "text": text_digest(listed)})
+    text, of_model = text_digest(listed), _digest_of_model(model, blocks, on_disk)
+    if distributed:
+        check_same(text, "the processes search over different text")
+        listed, counted = list(share_of(listed)), list(share_of(counted))
+    layers = _Layers(blocks, counts, method, budget, thresholds, max_subsets, distributed)
+    record = _Record(resume, {**asked, "model": of_model, "text": text}, distributed)
     found = record.layers
     left = [layer for layer in range(len(blocks)) if layer not in found]
+    states, position = None, 0
+    if on_disk is not None and options is not None:
+        _, _, of_block = decoder_layers(model, blocks)
+        job = joined_digest([__version__, json.dumps(asked), text, of_model, place_among()])
+        reached = of_block[left[0]] if left else 0
+        waiting = listed if left else []
+        states, position = waiting_states(
+            on_disk, waiting, options.scratch, job, reached, hold=False, show=progress and bool(left)
+        )
     bar = tqdm(total=len(left) * len(listed), desc="search", unit="batch", disable=not progress)
     need = None if on_disk is None else on_disk.need
     with (
         bar,
         torch.no_grad(),
         _prepared(model),
-        LayerInputs(model, blocks, listed, need=need) as inputs,
+        LayerInputs(model, blocks, listed, states=states, need=need, position=position) as inputs,
         _Masks() as masks,
     ):
         for layer, block in enumerate(blocks):
@@ -195,8 +223,26 @@ def _search(
         },
     )
     result = SearchResult(plan, losses)
+    if states is not None:
+        states.remove()
     record.finish(plan)
     return result
+
+
+def _thresholds(
+    model: PreTrainedModel, skip: Tensor | Literal["config"] | None, layers: int, top_k: int
+) -> Tensor | None:
+    """(L, K - 1) float32 or None; ValueError if they do not fit, or the config has none."""
+    if skip is None:
+        return None
+    if not isinstance(skip, str):
+        return check_thresholds(skip, layers, top_k)
+    if skip != "config":
+        raise ValueError(f"skip is {skip!r}; expected thresholds, 'config' or None")
+    found = thresholds_in_config(model.config, layers, top_k)
+    if found is None:
+        raise ValueError(f"skip: {model.config.name_or_path} holds no skip thresholds; moe-ext skip sets them")
+    return found
 
 
 class _Layers:
@@ -210,8 +256,11 @@ class _Layers:
         budget: str,
         thresholds: Tensor | None,
         max_subsets: int,
+        distributed: bool,
     ) -> None:
         self.blocks, self.counts, self.thresholds = blocks, counts, thresholds
+        self.total: Callable[[Tensor], Tensor] = total_of if distributed else lambda losses: losses
+        self.distributed = distributed
         self.num_experts, self.top_k = blocks[0].num_experts, blocks[0].top_k
         self.every_size = budget == "model"
         self.most = 0 if method == "greedy" else max_subsets
@@ -235,16 +284,18 @@ class _Layers:
                 mask = mask.to(x.device)
                 x, logits = x[mask], logits[mask]
             errors.add_batch(ranked(block.experts, x, logits, depth))
-            if smallest in exact:
+            if smallest in exact:  # of this process's batches
                 bar.set_postfix(best=f"{float(errors.losses[errors.keep.sum(1) == smallest].min()):.4g}")
             bar.update()
 
         try:
             inputs.observe(layer, seen)
-            keep, losses = errors.keep, errors.losses
+            if self.distributed:
+                check_same(router_digest(block), f"{block.name}: the processes search different models")
+            keep, losses = errors.keep, self.total(errors.losses)
             if greedy:
                 walk = GreedySearch(
-                    errors.losses_of,
+                    lambda subsets: self.total(errors.losses_of(subsets)),
                     self.num_experts,
                     lambda size, loss: bar.set_postfix(kept=size, best=f"{loss:.4g}"),
                 )
@@ -284,27 +335,32 @@ class _Masks:
 
 
 class _Record:
-    """The finished layers of a search, in a file if there is one to write to.
+    """The finished layers of a search, in a file if there is one to write to; of several processes the first writes.
 
     Raises:
         ValueError: the file is of another search.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, asked: dict[str, Any]) -> None:
-        self.layers: dict[int, LayerLosses] = {}
+    def __init__(self, path: str | os.PathLike[str] | None, asked: dict[str, Any], distributed: bool) -> None:
         self._path = None if path is None else file_destination(path)
         self._metadata = {"search": json.dumps(asked)}
+        self._writes = not distributed or rank() == 0
+        self.layers = from_first(lambda: self._read(asked)) if distributed else self._read(asked)
+
+    def _read(self, asked: dict[str, Any]) -> dict[int, LayerLosses]:
         if self._path is None or not self._path.exists():
-            return
-        self.layers, metadata = read_layers(self._path)
+            return {}
+        layers, metadata = read_layers(self._path)
         before = json.loads(metadata.get("search", "null")) or {}
         if differing := [name for name, value in asked.items() if before.get(name) != value]:
             raise ValueError(
-                f"resume: {path} is of another search ({', '.join(differing)} differ); name a new file, or delete it"
+                f"resume: {self._path} is of another search ({', '.join(differing)} differ); "
+                "name a new file, or delete it"
             )
+        return layers
 
     def write(self) -> None:
-        if self._path is not None:
+        if self._path is not None and self._writes:
             write_layers(self._path, self.layers, self._metadata)
 
     def finish(self, plan: PruningPlan) -> None:

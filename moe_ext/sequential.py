@@ -1,12 +1,13 @@
-"""What a calibration that holds one decoder layer at a time keeps between layers: hidden states and what is done.
+"""What calibration and search keep between layers of which one is in memory: hidden states, and what is done.
 
-Hidden states are those of every batch before the next layer: in memory, or in files that are mapped into it. What is
-done is a file that grows by a layer at a time, so that a killed run can go on.
+Hidden states are those of every batch before the next layer: in memory, or in files that are mapped into it. What a
+calibration has done is a file that grows by a layer at a time, so that a killed run can go on.
 """
 
 import json
 import mmap
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,14 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from moe_ext.architectures import text_config
 from moe_ext.digests import joined_digest, text_digest
 from moe_ext.files import file_destination, flush_to_disk, replace_file
 from moe_ext.layer_inputs import HiddenStates, SpillingStates
 from moe_ext.layers_on_disk import LayersOnDisk
+from moe_ext.processes import place_among
 from moe_ext.statistics import ExpertStatistics
 from moe_ext.version import __version__
 
@@ -30,16 +33,16 @@ _ALIGNMENT = mmap.PAGESIZE  # a batch begins on a page of its own
 
 @dataclass(frozen=True)
 class Options:
-    """How :func:`moe_ext.calibrate` goes through a checkpoint folder.
+    """How :func:`moe_ext.calibrate` and :func:`moe_ext.search` go through a checkpoint folder.
 
     Attributes:
         dtype: "auto" (as ``from_pretrained`` would choose it), "float32", "bfloat16" or "float16".
         device: where a layer computes.
         scratch: an existing folder for the hidden states of all batches, twice (before and after a layer), in mapped
             files; without one they are in memory, once.
-        resume: a file that every finished layer is added to; yours to remove once the result is saved. If it is there
-            already, from a run that was interrupted, that run goes on. With ``scratch`` at the layer that it had come
-            to; without, the finished layers run again, but are not observed.
+        resume: a file that every finished layer is added to; yours to remove once the result is saved (a search's is
+            its result). If it is there already, from a run that was interrupted, that run goes on. With ``scratch`` at
+            the layer that it had come to; without, the finished layers run again, but are not observed.
         read_ahead: whether the next layer is read while one computes.
     """
 
@@ -64,10 +67,11 @@ class MappedStates:
         name: what their names begin with.
         sizes: bytes of every batch.
         layer: decoder layer that the states are before; its file is there, or the layer is the first.
+        hold: whether the states before a layer stay, once those after it are there, until :meth:`forget_earlier`.
     """
 
-    def __init__(self, folder: Path, name: str, sizes: Sequence[int], layer: int) -> None:
-        self._folder, self._name, self._layer = folder, name, layer
+    def __init__(self, folder: Path, name: str, sizes: Sequence[int], layer: int, *, hold: bool) -> None:
+        self._folder, self._name, self._layer, self._hold = folder, name, layer, hold
         self._sizes = list(sizes)
         self._offsets = [sum(self._sizes[:batch]) for batch in range(len(self._sizes))]
         self._shapes: dict[int, tuple[torch.Size, torch.dtype]] = {}
@@ -75,10 +79,13 @@ class MappedStates:
         self._after: mmap.mmap | None = None
 
     @classmethod
-    def is_there(cls, folder: Path, name: str, sizes: Sequence[int], layer: int) -> bool:
-        """Whether the states before a layer lie in the folder."""
-        file = folder / f"{name}-{layer}.states"
-        return file.is_file() and file.stat().st_size == sum(sizes)
+    def latest(cls, folder: Path, name: str, sizes: Sequence[int], layer: int) -> int:
+        """The last layer up to ``layer`` before which the states lie in the folder; 0, the first, if none do."""
+        for earlier in range(layer, 0, -1):
+            file = folder / f"{name}-{earlier}.states"
+            if file.is_file() and file.stat().st_size == sum(sizes):
+                return earlier
+        return 0
 
     def read(self, batch: int) -> Tensor:
         assert self._before is not None
@@ -121,6 +128,8 @@ class MappedStates:
             self._before.close()
         self._before, self._after = self._after, None
         self._layer += 1
+        if not self._hold:
+            self.forget_earlier()
 
     def forget_earlier(self) -> None:
         """Removes the files of layers before the one that is next, once it is known that they are done."""
@@ -129,7 +138,6 @@ class MappedStates:
                 file.unlink()
 
     def remove(self) -> None:
-        """Removes all files."""
         self.close()
         for file in self._folder.glob(f"{self._name}-*.states*"):
             file.unlink()
@@ -153,8 +161,50 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
+def waiting_states(
+    layers: LayersOnDisk,
+    batches: Sequence[Mapping[str, Tensor]],
+    scratch: str | os.PathLike[str] | None,
+    job: str,
+    reached: int,
+    *,
+    hold: bool,
+    show: bool,
+) -> tuple[HiddenStates, int]:
+    """Where the hidden states of a run wait, and the decoder layer that it begins with.
+
+    Args:
+        scratch: folder for them; None: they are in memory.
+        job: digest of the run: states of another one are not taken.
+        reached: decoder layer at which the run may go on, if the states before it, or before an earlier one, are there.
+        hold: as for :class:`MappedStates`.
+        show: whether to say how much room they take.
+
+    Raises:
+        MemoryError: they do not fit into memory.
+        OSError: they do not fit onto the disk, or the folder is not there.
+    """
+    sizes = _sizes(layers, batches)
+    size = f"hidden states of {len(batches)} batches: {sum(sizes) / 1e9:.2f} GB"
+    if scratch is None or sum(sizes) == 0:
+        _check_memory(sum(sizes))
+        if show:
+            tqdm.write(f"{size} in memory", file=sys.stderr)
+        return SpillingStates(sum(sizes)), 0
+    folder, name = Path(scratch), f"moe_ext-{job[:16]}"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"scratch: the folder {folder} does not exist")
+    _check_disk(folder, name, 2 * sum(sizes))
+    if show:
+        tqdm.write(f"{size} in {folder}, twice", file=sys.stderr)
+    position = MappedStates.latest(folder, name, sizes, reached)
+    mapped = MappedStates(folder, name, sizes, position, hold=hold)
+    mapped.shape_as(batches, text_config(layers.model).hidden_size, layers.model.dtype)
+    return mapped, position
+
+
 class Record:
-    """Where a run is: its hidden states, the layers that are done, and the file that says so.
+    """Where a calibration is: its hidden states, the layers that are done, and the file that says so.
 
     Attributes:
         states: hidden states before ``position``.
@@ -163,11 +213,11 @@ class Record:
 
     Args:
         stats: statistics of no text; the sums of finished layers are read into them.
+        show: whether to say how much room the hidden states take.
 
     Raises:
         ValueError: the file is of another run.
-        MemoryError: hidden states do not fit into memory.
-        OSError: they do not fit onto the disk, or the folder is not there.
+        MemoryError, OSError: as :func:`waiting_states`.
     """
 
     def __init__(
@@ -177,6 +227,8 @@ class Record:
         stats: ExpertStatistics,
         options: Options,
         outputs: bool,
+        *,
+        show: bool,
     ) -> None:
         self._stats = stats
         self._path = None if options.resume is None else file_destination(options.resume)
@@ -185,27 +237,15 @@ class Record:
                 __version__,
                 text_digest(batches),
                 layers.fingerprint(),
-                f"{layers.model.dtype} {options.device} {outputs} {stats.dataset}",
+                f"{layers.model.dtype} {options.device} {outputs} {place_among()} {stats.dataset}",
                 *stats.shards,
             ]
         )
-        self.position = 0
         self.digests: dict[int, str] = {}
         reached = self._read()
-        sizes = _sizes(layers, batches)
-        if options.scratch is None or sum(sizes) == 0:
-            _check_memory(sum(sizes))
-            self.states: HiddenStates = SpillingStates(sum(sizes))
-            return
-        folder, name = Path(options.scratch), f"moe_ext-{self._job[:16]}"
-        if not folder.is_dir():
-            raise FileNotFoundError(f"scratch: the folder {folder} does not exist")
-        if reached and MappedStates.is_there(folder, name, sizes, reached):
-            self.position = reached
-        _check_disk(folder, name, 2 * sum(sizes))
-        mapped = MappedStates(folder, name, sizes, self.position)
-        mapped.shape_as(batches, text_config(layers.model).hidden_size, layers.model.dtype)
-        self.states = mapped
+        self.states, self.position = waiting_states(
+            layers, batches, options.scratch, self._job, reached, hold=True, show=show
+        )
 
     def write(self, layer: int) -> None:
         """Says that the layers before ``layer`` are done."""
@@ -219,8 +259,7 @@ class Record:
 
     def finish(self) -> None:
         """Removes the hidden states; the file stays until the result is safe."""
-        if isinstance(self.states, MappedStates):
-            self.states.remove()
+        self.states.remove()
 
     def _read(self) -> int:
         """Takes over what the file holds; the decoder layer that it had come to."""

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from moe_ext.architectures import model_type_of, moe_blocks
+from moe_ext.architectures import input_device, model_type_of, moe_blocks
 from moe_ext.plan import PruningPlan
 
 # Fields that the families share; a config without one of them takes its own instead.
@@ -155,7 +155,7 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **change
 
 def logits_of(model: PreTrainedModel, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:
     with torch.no_grad():
-        logits: torch.Tensor = model(tokens.to(model.device), **inputs).logits
+        logits: torch.Tensor = model(tokens.to(input_device(model)), **inputs).logits
     return logits
 
 

@@ -10,6 +10,7 @@ import moe_ext
 from moe_ext.architectures import moe_blocks
 from tests.conftest import random_tokens
 from tests.families import build, keep_of, logits_of, plan_for
+from tests.reference import DEVICES
 
 pytest.importorskip("accelerate")
 
@@ -20,8 +21,17 @@ MAPS: dict[str, dict[str, str]] = {
         **OUTSIDE, "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk",
     },
     "all layers on disk": {**OUTSIDE, "model.layers": "disk"},
+    "everything but a norm on disk": {**dict.fromkeys(OUTSIDE, "disk"), "model.layers": "disk", "model.norm": "cpu"},
 }  # fmt: skip
-
+if "cuda" in DEVICES:
+    MAPS |= {
+        "cuda:0, cpu and disk": {
+            "model.embed_tokens": "cuda:0", "model.norm": "cuda:0", "model.rotary_emb": "cuda:0", "lm_head": "cuda:0",
+            "model.layers.0": "cuda:0", "model.layers.1": "cpu", "model.layers.2": "disk",
+        },
+        "cuda:0 for the middle layer": {**OUTSIDE, "model.layers.0": "cpu", "model.layers.1": "cuda:0",
+                                        "model.layers.2": "disk"},
+    }  # fmt: skip
 
 @pytest.fixture(params=["mixtral", "deepseek_v3"])  # a fused router, and one that runs its own code
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
@@ -29,8 +39,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def dispatched(folder: Path, name: str) -> PreTrainedModel:
-    return moe_ext.from_pretrained(folder, device_map=MAPS[name], offload_folder=str(folder / "offload")).eval()
+def dispatched(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    where = {"device_map": MAPS[name], "offload_folder": str(folder / "offload")}
+    return moe_ext.from_pretrained(folder, dtype=dtype, **where).eval()
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -40,9 +51,20 @@ def test_a_patched_model_computes_what_the_stock_one_does(name: str, folder: Pat
     model = dispatched(folder, name)
     moe_ext.patch(model)
     # float32 sums of a few dozen terms in another order, through three layers
-    torch.testing.assert_close(logits_of(model, tokens), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(model, tokens).cpu(), expected, rtol=1e-4, atol=1e-4)
     if name != "one device":
-        assert next(moe_blocks(model)[1].experts.parameters()).is_meta  # still offloaded
+        assert next(moe_blocks(model)[-1].experts.parameters()).is_meta  # still offloaded
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_patched_model_in_bfloat16_is_as_near_to_float32_as_the_stock_one(name: str, folder: Path) -> None:
+    tokens = random_tokens(4, 32)
+    exact = logits_of(moe_ext.from_pretrained(folder, dtype=torch.float32), tokens)
+    model = dispatched(folder, name, torch.bfloat16)
+    stock = (logits_of(model, tokens).cpu().float() - exact).abs().mean()
+    ours = (logits_of(moe_ext.patch(model), tokens).cpu().float() - exact).abs().mean()
+    # Both round weights and activations alike; a token near a tie, of which each has its own, changes its expert.
+    assert 0 < ours < 1.25 * stock
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -58,14 +80,27 @@ def test_skipping_works_below_the_hooks_and_unpatching_restores(name: str, folde
     assert torch.equal(logits_of(moe_ext.unpatch(model), tokens), stock)
 
 
-def test_calibration_finds_what_it_finds_in_memory(folder: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in MAPS if name not in ("one device", "all layers on disk")])
+def test_calibration_finds_what_it_finds_in_memory(name: str, folder: Path) -> None:
     batches = [{"input_ids": random_tokens(2, 9, seed=seed)} for seed in range(2)]
-    here, there = moe_ext.from_pretrained(folder), dispatched(folder, "some layers on disk")
+    here, there = moe_ext.from_pretrained(folder), dispatched(folder, name)
     expected = moe_ext.calibrate(here, batches, progress=False)
     got = moe_ext.calibrate(there, batches, progress=False)
     assert torch.equal(got.coactivation, expected.coactivation)
     # Offloaded weights may lie at other addresses, where products round differently.
     torch.testing.assert_close(got.moments, expected.moments, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_perplexity_is_that_of_the_model_in_memory(name: str, folder: Path) -> None:
+    def tokenizer(text: str, verbose: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % 96 for letter in text]}
+
+    texts, options = {"all": "the quick brown fox jumps over the lazy dog"}, {"window": 16, "progress": False}
+    expected = moe_ext.perplexity(moe_ext.from_pretrained(folder), texts, tokenizer, **options)  # type: ignore[arg-type]
+    model = moe_ext.patch(dispatched(folder, name))
+    # float32 sums of a few dozen terms in another order, through three layers
+    assert moe_ext.perplexity(model, texts, tokenizer, **options).mean == pytest.approx(expected.mean, rel=1e-4)  # type: ignore[arg-type]
 
 
 def test_offloaded_weights_are_not_pruned_scored_or_searched(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Calibration from a checkpoint folder, one decoder layer at a time, against the loaded model."""
+"""Calibration and search from a checkpoint folder, one decoder layer at a time, against the loaded model."""
 
 import os
 import shutil
@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import moe_ext
-from moe_ext import calibration, layers_on_disk, sequential
+from moe_ext import calibration, checkpoint, layers_on_disk, sequential
 from moe_ext.layer_inputs import LayerInputs
 from moe_ext.layers_on_disk import LayersOnDisk
+from moe_ext.search_result import SearchResult
 from moe_ext.statistics import ExpertStatistics
 from tests.conftest import random_tokens
 from tests.families import FIELDS, STOCK_ONLY, UNRECORDED, build, keep_of, plan_for
@@ -55,10 +56,24 @@ def test_statistics_are_those_of_the_loaded_model_bit_by_bit(family: str, tmp_pa
     assert_same_bits(got, expected)
 
 
+@pytest.mark.parametrize("scratch", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])  # a fused router, and one that runs its own code
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_layer_computes_on_the_device_asked_for(device: str, mixtral: Path) -> None:
-    expected = moe_ext.calibrate(moe_ext.from_pretrained(mixtral).to(device), ragged_batches(), progress=False)
-    assert_same_bits(moe_ext.calibrate(mixtral, ragged_batches(), progress=False, device=device), expected)
+def test_a_layer_computes_on_the_device_asked_for(device: str, family: str, scratch: bool, tmp_path: Path) -> None:
+    build(family, dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    (tmp_path / "scratch").mkdir()
+    options: dict[str, Any] = {"progress": False, "outputs": True}
+    loaded = moe_ext.from_pretrained(tmp_path / "source").to(device)
+    expected = moe_ext.calibrate(loaded, ragged_batches(), **options)
+    if scratch:
+        options["scratch"] = tmp_path / "scratch"
+    got = moe_ext.calibrate(tmp_path / "source", ragged_batches(), device=device, **options)
+    assert_same_bits(got, expected)
+    on_cpu = moe_ext.calibrate(tmp_path / "source", ragged_batches(), **options)
+    assert torch.equal(got.tokens, on_cpu.tokens)
+    # Activations are rounded to bfloat16 (2^-9 relative) in other places; a token near a tie changes its expert.
+    norms, others = got.moments[:, :, 0, 1].sum(1), on_cpu.moments[:, :, 0, 1].sum(1)
+    torch.testing.assert_close(norms, others, rtol=0.05, atol=0)
 
 
 def test_layers_that_differ_are_built_as_they_are(tmp_path: Path) -> None:
@@ -216,14 +231,82 @@ def test_what_cannot_be_calibrated_is_refused(mixtral: Path, tmp_path: Path) -> 
         moe_ext.calibrate(tmp_path / "cut", ragged_batches(), progress=False)
 
 
-@pytest.mark.parametrize("options", [{"method": "layerwise"}, {"method": "progressive"}, {"method": "greedy"}])
-def test_a_search_finds_what_it_finds_in_the_loaded_model(options: dict[str, Any], mixtral: Path) -> None:
-    options = {**options, "keep": 6, "progress": False}
-    expected = moe_ext.search(moe_ext.from_pretrained(mixtral), ragged_batches(), **options)
-    got = moe_ext.search(mixtral, ragged_batches(), **options)
+METHODS = ["layerwise", "progressive", "greedy"]
+
+
+def assert_same_search(got: SearchResult, expected: SearchResult) -> None:
     assert got.plan == expected.plan
     for ours, theirs in zip(got.losses, expected.losses, strict=True):
         assert torch.equal(ours.losses, theirs.losses)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_search_finds_what_it_finds_in_the_loaded_model(
+    device: str, method: Any, mixtral: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"method": method, "keep": 6, "progress": False}
+    expected = moe_ext.search(moe_ext.from_pretrained(mixtral).to(device), ragged_batches(), **options)
+    assert_same_search(moe_ext.search(mixtral, ragged_batches(), device=device, **options), expected)
+    (tmp_path / "scratch").mkdir()
+    options["scratch"] = tmp_path / "scratch"
+    assert_same_search(moe_ext.search(mixtral, ragged_batches(), device=device, **options), expected)
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_search_takes_skip_thresholds_from_the_config(mixtral: Path) -> None:
+    thresholds = torch.tensor([[0.6], [0.3], [0.8]])
+    checkpoint.write_thresholds(mixtral, thresholds)
+    options: dict[str, Any] = {"method": "progressive", "keep": 6, "progress": False}
+    expected = moe_ext.search(moe_ext.from_pretrained(mixtral), ragged_batches(), skip=thresholds, **options)
+    assert_same_search(moe_ext.search(mixtral, ragged_batches(), skip="config", **options), expected)
+    with pytest.raises(ValueError, match="skip is 'median'; expected thresholds, 'config' or None"):
+        moe_ext.search(mixtral, ragged_batches(), skip="median", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])  # every layer has experts; all but the second
+def test_a_killed_search_with_a_scratch_folder_runs_no_layer_again(
+    family: str, method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(family, norm_topk_prob=True).save_pretrained(tmp_path / "source")
+    (tmp_path / "scratch").mkdir()
+    options: dict[str, Any] = {"method": method, "keep": 6, "progress": False, "scratch": tmp_path / "scratch"}
+    expected = moe_ext.search(tmp_path / "source", ragged_batches(), **options)
+    last = 2  # of three layers: its router is observed, and what follows it does not run
+    ran: list[int] = []
+    advance = LayerInputs.advance
+
+    def counting(self: Any, before: Any = None) -> None:
+        ran.append(self._position)
+        advance(self, before)
+
+    for passes in range(1, last):
+        options["resume"] = tmp_path / f"after-{passes}.safetensors"
+        assert killed_after(passes, lambda: moe_ext.search(tmp_path / "source", ragged_batches(), **options)) == -9
+        ran.clear()
+        with monkeypatch.context() as watched:
+            watched.setattr(LayerInputs, "advance", counting)
+            assert_same_search(moe_ext.search(tmp_path / "source", ragged_batches(), **options), expected)
+        assert ran == list(range(passes, last))
+        assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_the_room_for_hidden_states_is_said_before_anything_runs(
+    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(self: Any, before: Any = None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LayerInputs, "advance", stopped)
+    batches = [{"input_ids": random_tokens(8, 1000)}] * 10  # 80 000 tokens of 32 bfloat16
+    with pytest.raises(KeyboardInterrupt):
+        moe_ext.calibrate(mixtral, batches)
+    assert "hidden states of 10 batches: 0.01 GB in memory" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        moe_ext.search(mixtral, batches, keep=6, scratch=tmp_path)
+    assert f"hidden states of 10 batches: 0.01 GB in {tmp_path}, twice" in capsys.readouterr().err
 
 
 def test_an_interrupted_search_goes_on_with_the_layers_that_are_left(
