@@ -9,7 +9,6 @@ from math import comb
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from moe_ext.files import replace_file
 from moe_ext.plan import PlanFileError, PruningPlan
 from moe_ext.subsets import IMPROVEMENT
+from moe_ext.tensor_file import write_tensors
 
 FORMAT = "moe_ext.search"
 FORMAT_VERSION = 1
@@ -210,11 +210,10 @@ def write_layers(path: str | os.PathLike[str], losses: dict[int, LayerLosses], m
     """Writes layers' losses, all of a search's or those that it has so far, as a safetensors file."""
     tensors = {}
     for layer, found in losses.items():
-        tensors[f"layers.{layer}.keep"] = found.keep.contiguous()
-        tensors[f"layers.{layer}.losses"] = found.losses.contiguous()
+        tensors[f"layers.{layer}.keep"] = found.keep
+        tensors[f"layers.{layer}.losses"] = found.losses
     marks = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
-    with replace_file(path) as temporary:
-        temporary.write_bytes(safetensors.torch.save(tensors, {**marks, **metadata}))
+    write_tensors(path, tensors, {**marks, **metadata})
 
 
 def read_layers(path: str | os.PathLike[str]) -> tuple[dict[int, LayerLosses], dict[str, str]]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -21,11 +20,12 @@ from tqdm import tqdm
 
 from moe_ext.architectures import text_config
 from moe_ext.digests import joined_digest, text_digest
-from moe_ext.files import file_destination, flush_to_disk, replace_file
+from moe_ext.files import file_destination, flush_to_disk
 from moe_ext.layer_inputs import HiddenStates, SpillingStates
 from moe_ext.layers_on_disk import LayersOnDisk
 from moe_ext.processes import place_among
 from moe_ext.statistics import ExpertStatistics
+from moe_ext.tensor_file import write_tensors
 from moe_ext.version import __version__
 
 _ALIGNMENT = mmap.PAGESIZE  # a batch begins on a page of its own
@@ -250,10 +250,8 @@ class Record:
     def write(self, layer: int) -> None:
         """Says that the layers before ``layer`` are done."""
         if self._path is not None:
-            tensors = {name: tensor.contiguous() for name, tensor in self._stats.tensors().items()}
             metadata = {"job": self._job, "layer": str(layer), "digests": json.dumps(self.digests)}
-            with replace_file(self._path) as temporary:
-                temporary.write_bytes(safetensors.torch.save(tensors, metadata))
+            write_tensors(self._path, self._stats.tensors(), metadata)
         if isinstance(self.states, MappedStates):
             self.states.forget_earlier()
 

@@ -11,11 +11,10 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moe_ext.files import replace_file
+from moe_ext.tensor_file import write_tensors
 
 RATIO_BINS = 1024
 """Bins of equal width over [0, 1] that ``ratio_histogram`` counts ``w_j / w_1`` in; a ratio of 1 falls in the last."""
@@ -214,9 +213,7 @@ class ExpertStatistics:
             "model_digest": self.model_digest,
             "shards": json.dumps(self.shards),
         }
-        tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
-        with replace_file(path) as temporary:
-            temporary.write_bytes(safetensors.torch.save(tensors, metadata))
+        write_tensors(path, self.tensors(), metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExpertStatistics:

@@ -33,6 +33,7 @@ if "cuda" in DEVICES:
                                         "model.layers.2": "disk"},
     }  # fmt: skip
 
+
 @pytest.fixture(params=["mixtral", "deepseek_v3"])  # a fused router, and one that runs its own code
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     build(request.param).save_pretrained(tmp_path / "source")

@@ -2,20 +2,25 @@
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import moe_ext
 from moe_ext import calibration, checkpoint, layers_on_disk, sequential
+from moe_ext.cli import app
 from moe_ext.layer_inputs import LayerInputs
 from moe_ext.layers_on_disk import LayersOnDisk
 from moe_ext.search_result import SearchResult
 from moe_ext.statistics import ExpertStatistics
-from tests.conftest import random_tokens
+from tests.conftest import DEMO_MODEL, random_tokens
 from tests.families import FIELDS, STOCK_ONLY, UNRECORDED, build, keep_of, plan_for
 from tests.reference import DEVICES
 
@@ -189,6 +194,46 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_statistics(
     ran.clear()
     assert_same_bits(moe_ext.calibrate(mixtral, ragged_batches(), **options), expected)
     assert ran == []
+
+
+DYING = """
+import os, signal, sys
+from moe_ext import cli, sequential
+owner, function, left = getattr(sequential, sys.argv[1]), sys.argv[2], int(sys.argv[3])
+original = getattr(owner, function)
+def dies(*arguments):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+setattr(owner, function, dies)
+sys.argv[1:4] = []
+cli.main()
+"""
+
+
+def test_the_killed_program_ends_with_the_same_file_once_it_is_let(tmp_path: Path) -> None:
+    text, out, expected = tmp_path / "python.txt", tmp_path / "stats.safetensors", tmp_path / "expected.safetensors"
+    text.write_text((DEMO_MODEL / "held_out" / "python.txt").read_text()[:1500])
+    (tmp_path / "scratch").mkdir()
+    arguments = ["calibrate", str(DEMO_MODEL), "--text", str(text), "--sequential", "--window", "64", "--json"]
+    assert CliRunner().invoke(app, [*arguments, "--batch-size", "2", "--out", str(expected)]).exit_code == 0
+    arguments += ["--batch-size", "2", "--out", str(out), "--scratch", str(tmp_path / "scratch")]
+    for point in (
+        ("Record", "write", "1"),  # two layers have run, one is noted
+        ("MappedStates", "write", "5"),  # in the midst of a layer's batches
+        ("ExpertStatistics", "save", "0"),  # all is noted
+    ):
+        killed = subprocess.run([sys.executable, "-c", DYING, *point, *arguments], capture_output=True, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not out.exists()
+        assert (tmp_path / ".stats.safetensors.0.partial").exists()
+    done = subprocess.run([sys.executable, "-m", "moe_ext", *arguments], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == expected.read_bytes()
+    assert list((tmp_path / "scratch").iterdir()) == []
+    assert not (tmp_path / ".stats.safetensors.0.partial").exists()
 
 
 def test_a_file_of_another_run_is_refused(mixtral: Path, tmp_path: Path) -> None:
