@@ -103,7 +103,8 @@ def prune_checkpoint(
         out: must not exist yet, or be an empty folder.
         shard_size: bytes of weights a file.
         dtype: "auto": as ``from_pretrained(dtype="auto")`` would hold it, usually the bytes as they are; or another
-            type to convert to.
+            type to convert to. Float8 weights with scales (``weight_scale_inv``, DeepSeek-V3's own format) stay as they
+            are: their scales go and stay with them.
         progress: whether to show a progress bar.
 
     Raises:
@@ -118,7 +119,7 @@ def prune_checkpoint(
         raise ValueError(f"shard_size is {shard_size}; expected a number of bytes")
     target = folder_destination(out)
     stored = stored_tensors(checkpoint)
-    skeleton = skeleton_of(checkpoint, stored, dtype=dtype)
+    skeleton = skeleton_of(checkpoint, stored, dtype=dtype, float8=True)
     if text_config(skeleton.model).is_heterogeneous:
         raise ValueError(f"{checkpoint}: its layers differ already; prune the model that it was made of")
     refuse_novices(moe_blocks(skeleton.model), "prune")
@@ -172,7 +173,8 @@ def _parts(
     for name, source in sorted(skeleton.sources.items(), key=lambda item: dot_natural_key(item[0])):
         if source.target in left_out:
             continue
-        tensor, dtype = stored[name], skeleton.dtype_of(source.target)
+        tensor = stored[name]
+        dtype = tensor.dtype if skeleton.quantised else skeleton.dtype_of(source.target)
         whole = (name, tensor.shape, ((0, tensor.size),))
         part = _sliced(name, source, tensor, *slices[source.target]) if source.target in slices else whole
         if part is None:

@@ -6,7 +6,7 @@ the Hub's files of most families hold an expert's projections one by one, the mo
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from moe_ext.architectures import LOADED_LATER
 from moe_ext.checkpoint_files import StoredTensor
 from moe_ext.heterogeneous import built
 
+SCALES = "_scale_inv"  # what the name of a float8 tensor's scales has behind the tensor's
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,6 +42,8 @@ class Source:
         converted: whether transformers computes something on the way, beyond another name.
         part: where the tensor goes among those of its expert, which lie one above the other in the parameter's
             slice of that expert; None if transformers' conversion is another one.
+
+    The scales of a float8 tensor have the source of that tensor, as converted.
     """
 
     target: str
@@ -58,11 +61,13 @@ class Skeleton:
         model: in evaluation mode; its weights, all on the meta device, are marked as loaded later.
         dtype: the model's.
         sources: for every key of the checkpoint that the model has a place for, what it is for.
+        quantised: whether the checkpoint's weights are float8 with scales beside them.
     """
 
     model: PreTrainedModel
     dtype: torch.dtype
     sources: dict[str, Source]
+    quantised: bool = False
 
     def dtype_of(self, target: str) -> torch.dtype:
         """The type in which ``from_pretrained`` would hold a parameter or buffer."""
@@ -74,7 +79,12 @@ class Skeleton:
 
 
 def skeleton_of(
-    folder: str | Path, stored: dict[str, StoredTensor], *, dtype: str = "auto", device: str = "cpu"
+    folder: str | Path,
+    stored: dict[str, StoredTensor],
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    float8: bool = False,
 ) -> Skeleton:
     """The model of a checkpoint folder, without reading a weight.
 
@@ -82,24 +92,59 @@ def skeleton_of(
         stored: its tensors.
         dtype: "auto" (as ``from_pretrained`` would choose it), "float32", "bfloat16" or "float16".
         device: where the weights will go.
+        float8: whether weights may be float8 with scales beside them, as DeepSeek-V3's are; the caller does not compute
+            with them.
 
     Raises:
-        ValueError: unknown dtype, a quantised checkpoint, a tensor that the model needs and the checkpoint has not, or
-            a model that cannot be built.
+        ValueError: unknown dtype, a checkpoint that is quantised otherwise, a tensor that the model needs and the
+            checkpoint has not, or a model that cannot be built.
         OSError: no config, or a broken one.
     """
     config = AutoConfig.from_pretrained(str(folder))
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{folder} is quantised: its weights are read only through transformers, in memory")
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is not None:
+        _check_quantisation(folder, quantisation, dtype, float8)
+        del config.quantization_config  # the model is built as if its weights were what they stand for
     wanted = _dtype(config, stored, dtype)
     with torch.device("meta"):
         model = built(config, lambda: _class_of(config)(config, dtype=wanted)).eval()
     model.config.name_or_path = str(folder)
     for tensor in (*model.parameters(), *model.buffers()):
         setattr(tensor, LOADED_LATER, torch.device(device))
-    skeleton = Skeleton(model, wanted, _sources(model, stored))
+    skeleton = Skeleton(model, wanted, _sources(model, stored), quantisation is not None)
     _check_complete(folder, skeleton, stored)
+    if quantisation is not None:
+        model.config.quantization_config = quantisation
+        skeleton.sources.update(_sources_of_scales(folder, skeleton.sources, stored))
     return skeleton
+
+
+def _check_quantisation(folder: str | Path, quantisation: Any, dtype: str, float8: bool) -> None:
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    if not float8 or method != "fp8":
+        raise ValueError(
+            f"{folder} is quantised ({method}): its weights are read only through transformers, in memory"
+            + ("" if method != "fp8" else "; prune_checkpoint takes it as it is")
+        )
+    if dtype != "auto":
+        raise ValueError(f"dtype is {dtype!r}; {folder} holds float8 weights with scales, which stay as they are")
+    named = [name for name in quantisation.get("modules_to_not_convert") or () if re.search(r"experts\.\d", name)]
+    if named:
+        raise ValueError(f"{folder}: its quantization_config names {named[0]!r}, and the experts would be renumbered")
+
+
+def _sources_of_scales(
+    folder: str | Path, sources: dict[str, Source], stored: dict[str, StoredTensor]
+) -> dict[str, Source]:
+    """The scales go where their tensors go."""
+    found = {}
+    for name, source in sources.items():
+        scales = name + SCALES
+        if scales in stored:
+            found[scales] = replace(source, converted=True)
+        elif stored[name].dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            raise ValueError(f"{folder}: {name} is float8, and there is no {scales}")
+    return found
 
 
 def _class_of(config: Any) -> Any:
@@ -117,7 +162,8 @@ def _dtype(config: Any, stored: dict[str, StoredTensor], dtype: str) -> torch.dt
     if isinstance(named, str):
         named = getattr(torch, named)
     if named is None:
-        named = next((tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point), torch.float32)
+        floats = (tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point)
+        named = next((held for held in floats if held.itemsize > 1), torch.float32)
     return named
 
 
