@@ -115,11 +115,11 @@ def calibration(model: Model, site: Site) -> dict[str, str]:
     }
 
 
-def pruning(model: Model, read: float, write: float, measured: float) -> dict[str, str]:
-    size = ELEMENT * model.pruned_parameters
+def pruning(name: str, model: Model, element: float, read: float, write: float, measured: float) -> dict[str, str]:
+    size = element * model.pruned_parameters
     return {
-        "model": model.name,
-        "checkpoint": f"{ELEMENT * model.parameters / 1e9:.0f} GB",
+        "model": name,
+        "checkpoint": f"{element * model.parameters / 1e9:.0f} GB",
         "read and written": f"{size / 1e9:.0f} GB each",
         "NVMe": hours(size / read + size / write),
         "at the measured rate": hours(size / measured),
@@ -129,7 +129,8 @@ def pruning(model: Model, read: float, write: float, measured: float) -> dict[st
 def main() -> None:
     source = newest("streaming")
     result = json.loads(source.read_text())
-    jobs, size = result["jobs"], result["checkpoint_bytes"]
+    jobs, checkpoint = result["jobs"], result["checkpoints"]["hub"]
+    fused, size = result["checkpoints"]["fused"], checkpoint["checkpoint_bytes"]
     start = jobs["import"]["seconds"]
     # The generated Mixtral: 16 layers of 8 experts, H 2048, I 4096; a quarter of its experts goes.
     generated = Model("generated", 16, 0, 2048, 8, 4096, 2, 2 * 2048**2 + 2 * 2048 * 1024, 2048, 0, 0, 8192)
@@ -162,13 +163,18 @@ def main() -> None:
         {"rate": "pruning, bytes of the result", "value": f"{pruned / 1e9:.2f} GB/s"},
         {"rate": "computing, two cores", "value": f"{cpu_flops / 1e9:.0f} GFLOP/s"},
     ]
+    # Published in float8; a scale of 4 bytes for every 128 x 128 weights is not counted.
+    stored = [*((model.name, model, ELEMENT) for model in MODELS), ("DeepSeek-V3, float8 as published", MODELS[-1], 1)]
     link = f"[{source.name}](../benchmarks/results/{source.name})"
     parts = [
-        f"### Measured\n\nA generated Mixtral of {size / 1e9:.2f} GB ({result['largest_layer_bytes'] / 1e6:.0f} MB a "
-        f"layer, {result['largest_tensor_bytes'] / 1e6:.0f} MB its largest tensor), {result['calibration_tokens']} "
-        f"tokens, on {result['date']} ({link}).\n\n{table(rss)}\n\n{table(rates)}",
+        f"### Measured\n\nA generated Mixtral of {size / 1e9:.2f} GB ({checkpoint['largest_layer_bytes'] / 1e6:.0f} MB "
+        f"a layer, {checkpoint['largest_tensor_bytes'] / 1e6:.0f} MB its largest tensor), and a GraniteMoe of the same "
+        f'shapes whose checkpoint holds a layer\'s experts in one tensor ("fused"; '
+        f"{fused['largest_tensor_bytes'] / 1e6:.0f} MB the largest); {result['calibration_tokens']} tokens, on "
+        f"{result['date']} ({link}).\n\n{table(rss)}\n\n{table(rates)}",
         "### Calibration\n\n" + table([calibration(model, site) for model in MODELS for site in sites]),
-        f"### Pruning to {KEPT:.0%} of the experts\n\n" + table([pruning(m, read, write, pruned) for m in MODELS]),
+        f"### Pruning to {KEPT:.0%} of the experts\n\n"
+        + table([pruning(name, model, element, read, write, pruned) for name, model, element in stored]),
     ]
     text = DOCUMENT.read_text()
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]

@@ -1,31 +1,40 @@
-"""How much memory does it take to prune and to calibrate a checkpoint from disk, and how fast does it go?
+"""How much memory does it take to prune, calibrate and search a checkpoint from disk, and how fast does it go?
 
-Makes a random Mixtral checkpoint of several gigabytes in a temporary folder, lets ``moe-ext``'s library do each job in
-a process of its own, and reads that process's peak resident memory from the system.
+Makes random checkpoints of several gigabytes, a Mixtral with an expert a tensor and a GraniteMoe with a layer's experts
+a tensor, lets ``moe-ext``'s library do each job in a process of its own, and reads that process's peak resident memory
+from the system.
 
     python benchmarks/streaming.py --write benchmarks/results/DATE-streaming.json
+
+In parts, of which each adds its rows to the file:
+
+    python benchmarks/streaming.py --folder /tmp/made --jobs
+    python benchmarks/streaming.py --folder /tmp/made --jobs import prune calibrate --write DATE-streaming.json
 """
 
 import argparse
 import json
+import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import MixtralConfig
+from transformers import AutoConfig
 
 from moe_ext.bench.record import write_result
 from moe_ext.checkpoint_files import INDEX, stored_tensors
 
 LAYERS, EXPERTS = 16, 8
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "vocab_size": 8192,
     "hidden_size": 2048,
     "intermediate_size": 4096,
@@ -35,16 +44,17 @@ CONFIG = {
     "num_local_experts": EXPERTS,
     "num_experts_per_tok": 2,
     "dtype": "bfloat16",
-    "architectures": ["MixtralForCausalLM"],
 }
+MODEL_TYPES = {"hub": "mixtral", "fused": "granitemoe"}  # by layout
+BLOCKS = {"hub": "mlp", "fused": "block_sparse_moe"}
 
 TOKENS = (2, 2, 256)  # batches, sequences, tokens
 
 PRUNE = """
 import moe_ext
 from moe_ext.plan import PruningPlan
-layers = tuple(f"model.layers.{layer}.mlp" for layer in range(LAYERS))
-plan = PruningPlan("mixtral", 8, 2, layers, ((0, 2, 3, 4, 6, 7),) * LAYERS)
+layers = tuple(f"model.layers.{layer}.{BLOCK}" for layer in range(LAYERS))
+plan = PruningPlan(MODEL_TYPE, 8, 2, layers, ((0, 2, 3, 4, 6, 7),) * LAYERS)
 moe_ext.prune_checkpoint(SOURCE, plan, OUT, progress=False)
 """
 # The layers' times: of loading (which waits for the disk unless it was read ahead) and of computing.
@@ -74,19 +84,23 @@ import moe_ext
 batches = [{"input_ids": torch.randint(0, 8192, TOKENS[1:])} for _ in range(TOKENS[0])]
 moe_ext.search(SOURCE, batches, keep=6, progress=False)
 """
-JOBS: dict[str, tuple[str, dict[str, Any]]] = {
-    "import": ("import moe_ext", {}),
-    "prune": (PRUNE, {}),
-    "calibrate": (CALIBRATE, {}),
-    "calibrate, no reading ahead": (CALIBRATE, {"read_ahead": False}),
-    "calibrate, scratch folder": (CALIBRATE, {"scratch": "OUT"}),
-    "search": (SEARCH, {}),
+JOBS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "import": ("hub", "import moe_ext", {}),
+    "prune": ("hub", PRUNE, {}),
+    "calibrate": ("hub", CALIBRATE, {}),
+    "calibrate, no reading ahead": ("hub", CALIBRATE, {"read_ahead": False}),
+    "calibrate, scratch folder": ("hub", CALIBRATE, {"scratch": "OUT"}),
+    "search": ("hub", SEARCH, {}),
+    "prune, fused": ("fused", PRUNE, {}),
+    "calibrate, fused": ("fused", CALIBRATE, {}),
+    "search, fused": ("fused", SEARCH, {}),
 }
 
 
-def make_checkpoint(folder: Path) -> int:
-    """A random Mixtral, one layer a shard, in the Hub's layout; bytes of its weights."""
-    config = MixtralConfig(**CONFIG)
+def make_checkpoint(folder: Path, layout: str) -> None:
+    """A random model, one layer a shard: "hub", Mixtral with an expert's projections one by one; "fused", GraniteMoe
+    with those of all experts in one tensor. Shapes are the same."""
+    config = AutoConfig.for_model(MODEL_TYPES[layout], **CONFIG)
     config.save_pretrained(folder)
     hidden, inner, head = config.hidden_size, config.intermediate_size, config.hidden_size // 16
     noise = torch.randn(inner * hidden, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0)) * 0.02
@@ -96,7 +110,7 @@ def make_checkpoint(folder: Path) -> int:
         """Other numbers every time, without the cost of drawing them anew."""
         nonlocal made
         made += 1
-        size = shape[0] * (shape[1] if len(shape) > 1 else 1)
+        size = math.prod(shape)
         repeated = noise.roll(made * 7919)[:size] if size <= noise.numel() else noise.repeat(-(-size // noise.numel()))
         return repeated[:size].reshape(shape).clone()
 
@@ -115,11 +129,17 @@ def make_checkpoint(folder: Path) -> int:
             f"{prefix}.self_attn.k_proj.weight": random(8 * head, hidden),
             f"{prefix}.self_attn.v_proj.weight": random(8 * head, hidden),
             f"{prefix}.self_attn.o_proj.weight": random(hidden, hidden),
-            f"{prefix}.block_sparse_moe.gate.weight": random(EXPERTS, hidden),
         }
-        for expert in range(EXPERTS):
-            for name, shape in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
-                tensors[f"{prefix}.block_sparse_moe.experts.{expert}.{name}.weight"] = random(*shape)
+        experts = f"{prefix}.block_sparse_moe"
+        if layout == "fused":
+            tensors[f"{experts}.router.layer.weight"] = random(EXPERTS, hidden)
+            tensors[f"{experts}.input_linear.weight"] = random(EXPERTS, 2 * inner, hidden)
+            tensors[f"{experts}.output_linear.weight"] = random(EXPERTS, hidden, inner)
+        else:
+            tensors[f"{experts}.gate.weight"] = random(EXPERTS, hidden)
+            for expert in range(EXPERTS):
+                for name, shape in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
+                    tensors[f"{experts}.experts.{expert}.{name}.weight"] = random(*shape)
         write(f"model-{layer + 1:05d}-of-{LAYERS + 1:05d}.safetensors", tensors)
     ends = {
         "model.embed_tokens.weight": random(config.vocab_size, hidden),
@@ -128,7 +148,15 @@ def make_checkpoint(folder: Path) -> int:
     }
     write(f"model-{LAYERS + 1:05d}-of-{LAYERS + 1:05d}.safetensors", ends)
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
-    return total
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    stored = stored_tensors(folder).values()
+    return {
+        "checkpoint_bytes": sum(tensor.size for tensor in stored),
+        "largest_layer_bytes": max(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "largest_tensor_bytes": max(tensor.size for tensor in stored),
+    }
 
 
 def measured(code: str) -> dict[str, Any]:
@@ -157,38 +185,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path)
     parser.add_argument("--jobs", nargs="*", default=list(JOBS))
+    parser.add_argument("--folder", type=Path, help="where the checkpoints stay; a temporary folder if absent")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="moe_ext-") as folder:
-        source = Path(folder) / "source"
-        source.mkdir()
-        size = make_checkpoint(source)
-        largest_layer = max(file.stat().st_size for file in source.glob("*.safetensors"))
-        facts = {
-            "calibration_tokens": TOKENS[0] * TOKENS[1] * TOKENS[2],
-            "hidden_state_bytes": TOKENS[0] * TOKENS[1] * TOKENS[2] * 2048 * 2,
-            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-            "checkpoint_bytes": size,
-            "largest_layer_bytes": largest_layer,
-            "largest_tensor_bytes": max(tensor.size for tensor in stored_tensors(source).values()),
-        }
-        print(json.dumps(facts), flush=True)
-        rows = {}
+    rows, checkpoints = {}, {}
+    if arguments.write is not None and arguments.write.exists():
+        earlier = json.loads(arguments.write.read_text())
+        rows, checkpoints = earlier["jobs"], earlier["checkpoints"]
+    made = tempfile.TemporaryDirectory(prefix="moe_ext-") if arguments.folder is None else nullcontext(arguments.folder)
+    with made as folder:
+        for layout in MODEL_TYPES:
+            source = Path(folder) / layout
+            if not source.exists():
+                source.mkdir(parents=True)
+                make_checkpoint(source, layout)
+            checkpoints[layout] = sizes_of(source)
+            print(layout, json.dumps(checkpoints[layout]), flush=True)
         for name in arguments.jobs:
+            layout, code, options = JOBS[name]
+            source, out = Path(folder) / layout, Path(folder) / name
             forget(source)
-            code, options = JOBS[name]
-            out = str(Path(folder) / name)
-            options = {key: out if value == "OUT" else value for key, value in options.items()}
-            values = {"LAYERS": LAYERS, "SOURCE": str(source), "OUT": out, "TOKENS": TOKENS, "OPTIONS": options}
+            values = {
+                "LAYERS": LAYERS,
+                "SOURCE": str(source),
+                "OUT": str(out),
+                "TOKENS": TOKENS,
+                "MODEL_TYPE": MODEL_TYPES[layout],
+                "BLOCK": BLOCKS[layout],
+                "OPTIONS": {key: str(out) if value == "OUT" else value for key, value in options.items()},
+            }
             rows[name] = measured("".join(f"{key} = {value!r}\n" for key, value in values.items()) + code)
+            shutil.rmtree(out, ignore_errors=True)
             print(name, json.dumps(rows[name]), flush=True)
-        if arguments.write is not None:
-            write_result(
-                arguments.write,
-                "Peak resident memory and time of jobs on a checkpoint that stays on disk, each in a process of its "
-                "own after the checkpoint was dropped from the page cache; 'import': a process that does nothing else.",
-                **facts,
-                jobs=rows,
-            )
+    if arguments.write is not None:
+        write_result(
+            arguments.write,
+            "Peak resident memory and time of jobs on a checkpoint that stays on disk, each in a process of its "
+            "own after the checkpoint was dropped from the page cache; 'import': a process that does nothing else.",
+            calibration_tokens=TOKENS[0] * TOKENS[1] * TOKENS[2],
+            hidden_state_bytes=TOKENS[0] * TOKENS[1] * TOKENS[2] * 2048 * 2,
+            machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+            checkpoints=checkpoints,
+            jobs=rows,
+        )
 
 
 if __name__ == "__main__":

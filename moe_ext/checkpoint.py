@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from moe_ext.checkpoint_pruning import prune_checkpoint as prune_checkpoint
 from moe_ext.files import replace_file, replace_folder
 from moe_ext.heterogeneous import built
 from moe_ext.routing import CONFIG_KEY, section_with

@@ -22,7 +22,6 @@ from moe_ext import checkpoint
 from moe_ext.architectures import FAMILIES, moe_blocks
 from moe_ext.binary import _C
 from moe_ext.calibration import calibrate as run_calibration
-from moe_ext.checkpoint_pruning import prune_checkpoint
 from moe_ext.comparison import weight_bytes
 from moe_ext.criteria import CRITERIA, OUTSIDE, Scores, aimer, point_of
 from moe_ext.criteria import score as scores_of
@@ -477,7 +476,7 @@ def prune(
     made = PruningPlan.load(plan or plan_option or Path())
     folder_destination(save_to)
     if novices is None and Path(model).is_dir():
-        written = prune_checkpoint(
+        written = checkpoint.prune_checkpoint(
             model, made, save_to, shard_size=int(shard_size * 1e9), dtype=dtype, progress=not as_json
         )
         before, after, size = written.parameters_before, written.parameters, written.weight_bytes

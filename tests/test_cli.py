@@ -341,6 +341,7 @@ def test_info_says_what_was_built_and_what_runs() -> None:
         ("search", MODEL, "--text", "text.txt", "--out", "plan.json"),
         ("search", MODEL, "--text", "text.txt", "--out", "plan.json", "--keep", "6", "--ratio", "0.5"),
         ("search", MODEL, "--text", "text.txt", "--out", "plan.json", "--keep", "6,five"),
+        ("search", MODEL, "--text", "text.txt", "--out", "plan.json", "--keep", "6", "--scratch", "."),
         ("search", MODEL, "--text", "text.txt", "--out", "plan.json", "--keep", "6", "--method", "best"),
         ("skip", MODEL, "stats.safetensors"),
         ("score", "stats.safetensors", "--criterion", "man", "--objective", "task-agnostic"),
@@ -368,6 +369,10 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], tmp_path: Path, mo
         (("prune", MODEL, "text.txt", "--out", "pruned"), "text.txt"),
         (("search", MODEL, "--text", "text.txt", "--keep", "9", "--out", "p"), "keep: 9 keeps 9 of 8 experts"),
         (("search", MODEL, "--text", "text.txt", "--keep", "6", "--skip", "--out", "p"), "holds no skip thresholds"),
+        (
+            ("search", MODEL, "--text", "text.txt", "--keep", "6", "--skip", "--sequential", "--out", "p"),
+            "holds no skip thresholds",
+        ),
         (("demo", "--model", "."), ". is not the demo model (it has no folder 'held_out')"),
     ],
 )
@@ -426,7 +431,8 @@ def test_a_checkpoint_folder_goes_all_the_way_with_one_layer_in_memory(
     assert all(torch.equal(tensor, got.tensors()[name]) for name, tensor in expected.tensors().items())
     assert (got.shards, got.model_digest) == (expected.shards, expected.model_digest)
     plan = str(tmp_path / "plan.json")
-    assert inside("search", MODEL, "--text", str(text), "--keep", "7", "--out", plan, *options) == 0
+    assert inside("search", MODEL, "--text", str(text), "--keep", "7", "--out", plan, *options, *scratch) == 0
+    assert list((tmp_path / "scratch").iterdir()) == []
     pruned = ("prune", MODEL, "--plan", plan, "--out", str(tmp_path / "pruned"), "--shard-size", "0.002", "--json")
     assert inside(*pruned) == 0
     assert len(list((tmp_path / "pruned").glob("model-*.safetensors"))) > 2

@@ -103,14 +103,15 @@ def test_hidden_states_may_lie_in_a_scratch_folder(mixtral: Path, tmp_path: Path
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def test_one_decoder_layer_is_in_memory_at_a_time(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_decoder_layer_is_in_memory_at_a_time(device: str, mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     need = LayersOnDisk.need
 
     def watched(self: LayersOnDisk, layer: int) -> None:
         need(self, layer)
         there = {
-            name.split(".")[2]
+            (name.split(".")[2], parameter.device.type)
             for name, parameter in self.model.named_parameters()
             if ".layers." in name and parameter.device.type != "meta"
         }
@@ -118,8 +119,8 @@ def test_one_decoder_layer_is_in_memory_at_a_time(mixtral: Path, monkeypatch: py
         seen.append((layer, there, head))
 
     monkeypatch.setattr(LayersOnDisk, "need", watched)
-    moe_ext.calibrate(mixtral, ragged_batches(), progress=False)
-    assert seen == [(layer, {str(layer)}, "meta") for layer in range(3)]
+    moe_ext.calibrate(mixtral, ragged_batches(), progress=False, device=device)
+    assert seen == [(layer, {(str(layer), device)}, "meta") for layer in range(3)]
 
 
 def test_the_next_layer_is_read_while_one_computes(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,11 +355,13 @@ def test_the_room_for_hidden_states_is_said_before_anything_runs(
     assert f"hidden states of 10 batches: 0.01 GB in {tmp_path}, twice" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("device", DEVICES)
 def test_an_interrupted_search_goes_on_with_the_layers_that_are_left(
-    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: str, mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"keep": 6, "progress": False, "resume": tmp_path / "losses.safetensors"}
-    expected = moe_ext.search(mixtral, ragged_batches(), keep=6, progress=False)
+    options: dict[str, Any] = {"keep": 6, "progress": False, "device": device}
+    expected = moe_ext.search(mixtral, ragged_batches(), **options)
+    options["resume"] = tmp_path / "losses.safetensors"
     observe, searched = LayerInputs.observe, []
 
     def interrupted(self: LayerInputs, block: int, seen: Any) -> None:
@@ -370,7 +373,7 @@ def test_an_interrupted_search_goes_on_with_the_layers_that_are_left(
     monkeypatch.setattr(LayerInputs, "observe", interrupted)
     with pytest.raises(KeyboardInterrupt):
         moe_ext.search(mixtral, ragged_batches(), **options)
-    assert moe_ext.search(mixtral, ragged_batches(), **options).plan == expected.plan
+    assert_same_search(moe_ext.search(mixtral, ragged_batches(), **options), expected)
     assert searched == [0, 1, 1, 2]
 
 
