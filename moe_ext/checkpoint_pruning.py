@@ -12,6 +12,7 @@ import json
 import math
 import mmap
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,10 +120,12 @@ def prune_checkpoint(
         raise ValueError(f"shard_size is {shard_size}; expected a number of bytes")
     target = folder_destination(out)
     stored = stored_tensors(checkpoint)
-    skeleton = skeleton_of(checkpoint, stored, dtype=dtype, float8=True)
+    skeleton = skeleton_of(checkpoint, stored, dtype=dtype)
     if text_config(skeleton.model).is_heterogeneous:
         raise ValueError(f"{checkpoint}: its layers differ already; prune the model that it was made of")
     refuse_novices(moe_blocks(skeleton.model), "prune")
+    if skeleton.block is not None:
+        _check_names_in_quantisation(skeleton.model.config.quantization_config)
     before = skeleton.model.num_parameters()
     slices = _slices(skeleton, plan)
     prune(skeleton.model, plan)  # checks the plan, writes the config, and gives the shapes to arrive at
@@ -151,6 +154,13 @@ def prune_checkpoint(
     return PrunedCheckpoint(target, before, skeleton.model.num_parameters(), total)
 
 
+def _check_names_in_quantisation(quantisation: dict[str, Any]) -> None:
+    """ValueError if the config says of one expert that it is not quantised: experts are renumbered."""
+    for name in quantisation.get("modules_to_not_convert") or ():
+        if re.search(r"experts\.\d", name):
+            raise ValueError(f"quantization_config names {name!r}, and the experts would be renumbered")
+
+
 def _slices(skeleton: Skeleton, plan: PruningPlan) -> dict[str, tuple[int, tuple[int, ...], int]]:
     """For every tensor that counts experts its dimension of experts, those that are kept, and how many there are."""
     blocks, names = moe_blocks(skeleton.model), names_of(skeleton.model)
@@ -174,7 +184,7 @@ def _parts(
         if source.target in left_out:
             continue
         tensor = stored[name]
-        dtype = tensor.dtype if skeleton.quantised else skeleton.dtype_of(source.target)
+        dtype = tensor.dtype if skeleton.block is not None else skeleton.dtype_of(source.target)
         whole = (name, tensor.shape, ((0, tensor.size),))
         part = _sliced(name, source, tensor, *slices[source.target]) if source.target in slices else whole
         if part is None:

@@ -1,6 +1,7 @@
 """A model whose decoder layers stay in their checkpoint: one is in memory at a time, and the next is read ahead.
 
-Layers are loaded by transformers' own code, so that their weights are what ``from_pretrained`` makes of the same files.
+Layers are loaded by transformers' own code, so that their weights are what ``from_pretrained`` makes of the same files;
+float8 weights become what they stand for.
 Reading ahead goes into the system's page cache and takes no memory of this process.
 """
 
@@ -8,7 +9,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from moe_ext.architectures import moe_blocks
 from moe_ext.checkpoint_files import CheckpointError, StoredTensor, stored_tensors
+from moe_ext.float8 import dequantised
 from moe_ext.layer_inputs import decoder_layers
 from moe_ext.skeleton import skeleton_of
 
@@ -56,7 +57,10 @@ class LayersOnDisk:
         self.num_layers = len(layers)
         self._keys: list[list[str]] = [[] for _ in layers]
         others = []
+        scales = {source.scales for source in skeleton.sources.values()}
         for name, source in skeleton.sources.items():
+            if name in scales:
+                continue  # read with what they scale
             if source.target.startswith(owner + "."):
                 self._keys[int(source.target.removeprefix(owner + ".").split(".")[0])].append(name)
             elif source.target.startswith(self.model.base_model_prefix + "."):
@@ -130,7 +134,12 @@ class LayersOnDisk:
                 file: stack.enter_context(safe_open(file, framework="pt", device="cpu"))
                 for file in {self._stored[name].file for name in others}
             }
-            state = {name: files[self._stored[name].file].get_slice(name) for name in others}
+            state = {
+                name: files[self._stored[name].file].get_slice(name)
+                if self._skeleton.sources[name].scales is None
+                else self._dequantised(name)
+                for name in others
+            }
             info, _ = convert_and_load_state_dict_in_model(self.model, state, self._config)
         if problems := {**info.conversion_errors, **dict.fromkeys(map(str, info.mismatched_keys), "has another shape")}:
             name, problem = next(iter(problems.items()))
@@ -151,16 +160,26 @@ class LayersOnDisk:
                 raise ValueError(f"{self.folder}: {name} {stored.shape} has no place in {target} {tuple(absent.shape)}")
             first, filled[expert] = filled[expert], filled[expert] + stored.shape[0]
             place = weight[expert, first : filled[expert]]
-            direct = place.device.type == "cpu" and place.dtype == stored.dtype and place.is_contiguous()
-            read = place if direct else torch.empty(stored.shape, dtype=stored.dtype)
-            with stored.file.open("rb", buffering=0) as file:
-                file.seek(stored.offset)
-                _read_into(file, read.reshape(-1).view(torch.uint8).numpy().data)
-            if not direct:
-                place.copy_(read)
+            if sources[name].scales is not None:
+                place.copy_(self._dequantised(name))
+            elif place.device.type == "cpu" and place.dtype == stored.dtype and place.is_contiguous():
+                _read_into(stored, place)
+            else:
+                place.copy_(_read(stored))
         if filled != [rows] * experts:
             raise ValueError(f"{self.folder}: experts of {target} have {filled} rows; expected {rows} each")
         module._parameters[key] = nn.Parameter(weight, requires_grad=False)
+
+    def _dequantised(self, name: str) -> Tensor:
+        """What a float8 tensor stands for, in the type of its place."""
+        source, block = self._skeleton.sources[name], self._skeleton.block
+        assert source.scales is not None
+        assert block is not None
+        weight, scales = _read(self._stored[name]), _read(self._stored[source.scales])
+        try:
+            return dequantised(weight, scales, block, self._skeleton.dtype_of(source.target))
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: {name}: {error}") from None
 
     def _fill_buffers(self) -> None:
         """Buffers that no checkpoint holds, by the model's own code, as transformers' from_pretrained does it."""
@@ -195,12 +214,22 @@ def _without_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read_into(file: Any, place: memoryview) -> None:
-    while len(place):
-        count = file.readinto(place)
-        if not count:
-            raise CheckpointError(f"{file.name}: was cut short since it was opened")
-        place = place[count:]
+def _read(stored: StoredTensor) -> Tensor:
+    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    _read_into(stored, tensor)
+    return tensor
+
+
+def _read_into(stored: StoredTensor, tensor: Tensor) -> None:
+    """Fills a contiguous tensor on the CPU."""
+    place = tensor.reshape(-1).view(torch.uint8).numpy().data
+    with stored.file.open("rb", buffering=0) as file:
+        file.seek(stored.offset)
+        while len(place):
+            count = file.readinto(place)
+            if not count:
+                raise CheckpointError(f"{stored.file}: was cut short since it was opened")
+            place = place[count:]
 
 
 class _Reader:

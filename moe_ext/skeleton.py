@@ -25,9 +25,10 @@ from transformers.core_model_loading import (
 
 from moe_ext.architectures import LOADED_LATER
 from moe_ext.checkpoint_files import StoredTensor
+from moe_ext.float8 import DTYPES as FLOAT8
+from moe_ext.float8 import SCALES
 from moe_ext.heterogeneous import built
 
-SCALES = "_scale_inv"  # what the name of a float8 tensor's scales has behind the tensor's
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,8 +43,7 @@ class Source:
         converted: whether transformers computes something on the way, beyond another name.
         part: where the tensor goes among those of its expert, which lie one above the other in the parameter's
             slice of that expert; None if transformers' conversion is another one.
-
-    The scales of a float8 tensor have the source of that tensor, as converted.
+        scales: key of the tensor's scales, if it is float8; they have a source of their own, as converted.
     """
 
     target: str
@@ -51,6 +51,7 @@ class Source:
     expert_at: tuple[int, int] = (0, 0)
     converted: bool = False
     part: int | None = None
+    scales: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,13 @@ class Skeleton:
         model: in evaluation mode; its weights, all on the meta device, are marked as loaded later.
         dtype: the model's.
         sources: for every key of the checkpoint that the model has a place for, what it is for.
-        quantised: whether the checkpoint's weights are float8 with scales beside them.
+        block: rows and columns of a weight that share a scale, if weights are float8 with scales beside them.
     """
 
     model: PreTrainedModel
     dtype: torch.dtype
     sources: dict[str, Source]
-    quantised: bool = False
+    block: tuple[int, int] | None = None
 
     def dtype_of(self, target: str) -> torch.dtype:
         """The type in which ``from_pretrained`` would hold a parameter or buffer."""
@@ -79,12 +80,7 @@ class Skeleton:
 
 
 def skeleton_of(
-    folder: str | Path,
-    stored: dict[str, StoredTensor],
-    *,
-    dtype: str = "auto",
-    device: str = "cpu",
-    float8: bool = False,
+    folder: str | Path, stored: dict[str, StoredTensor], *, dtype: str = "auto", device: str = "cpu"
 ) -> Skeleton:
     """The model of a checkpoint folder, without reading a weight.
 
@@ -92,18 +88,17 @@ def skeleton_of(
         stored: its tensors.
         dtype: "auto" (as ``from_pretrained`` would choose it), "float32", "bfloat16" or "float16".
         device: where the weights will go.
-        float8: whether weights may be float8 with scales beside them, as DeepSeek-V3's are; the caller does not compute
-            with them.
 
     Raises:
-        ValueError: unknown dtype, a checkpoint that is quantised otherwise, a tensor that the model needs and the
-            checkpoint has not, or a model that cannot be built.
+        ValueError: unknown dtype, a checkpoint quantised other than to float8 with a scale a block, a tensor that the
+            model needs and the checkpoint has not, or a model that cannot be built.
         OSError: no config, or a broken one.
     """
     config = AutoConfig.from_pretrained(str(folder))
     quantisation = getattr(config, "quantization_config", None)
+    block = None
     if quantisation is not None:
-        _check_quantisation(folder, quantisation, dtype, float8)
+        block = _block(folder, quantisation, dtype)
         del config.quantization_config  # the model is built as if its weights were what they stand for
     wanted = _dtype(config, stored, dtype)
     with torch.device("meta"):
@@ -111,39 +106,40 @@ def skeleton_of(
     model.config.name_or_path = str(folder)
     for tensor in (*model.parameters(), *model.buffers()):
         setattr(tensor, LOADED_LATER, torch.device(device))
-    skeleton = Skeleton(model, wanted, _sources(model, stored), quantisation is not None)
+    skeleton = Skeleton(model, wanted, _sources(model, stored), block)
     _check_complete(folder, skeleton, stored)
     if quantisation is not None:
         model.config.quantization_config = quantisation
-        skeleton.sources.update(_sources_of_scales(folder, skeleton.sources, stored))
+        skeleton.sources.update(_with_scales(folder, skeleton.sources, stored))
     return skeleton
 
 
-def _check_quantisation(folder: str | Path, quantisation: Any, dtype: str, float8: bool) -> None:
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-    if not float8 or method != "fp8":
+def _block(folder: str | Path, quantisation: Any, dtype: str) -> tuple[int, int]:
+    """Rows and columns that share a scale; ValueError for other ways of quantising."""
+    known = quantisation if isinstance(quantisation, dict) else {}
+    method, block = known.get("quant_method"), known.get("weight_block_size")
+    sizes = block if isinstance(block, list) else []
+    whole = len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes)
+    if method != "fp8" or not whole or known.get("activation_scheme", "dynamic") != "dynamic":
         raise ValueError(
-            f"{folder} is quantised ({method}): its weights are read only through transformers, in memory"
-            + ("" if method != "fp8" else "; prune_checkpoint takes it as it is")
+            f"{folder} is quantised ({quantisation}): other than float8 with a scale for every block of rows and columns "
+            "it is read only through transformers, in memory"
         )
     if dtype != "auto":
-        raise ValueError(f"dtype is {dtype!r}; {folder} holds float8 weights with scales, which stay as they are")
-    named = [name for name in quantisation.get("modules_to_not_convert") or () if re.search(r"experts\.\d", name)]
-    if named:
-        raise ValueError(f"{folder}: its quantization_config names {named[0]!r}, and the experts would be renumbered")
+        raise ValueError(f"dtype is {dtype!r}; {folder} holds float8 weights with scales: expected auto")
+    return sizes[0], sizes[1]
 
 
-def _sources_of_scales(
-    folder: str | Path, sources: dict[str, Source], stored: dict[str, StoredTensor]
-) -> dict[str, Source]:
-    """The scales go where their tensors go."""
+def _with_scales(folder: str | Path, sources: dict[str, Source], stored: dict[str, StoredTensor]) -> dict[str, Source]:
+    """Sources of float8 tensors and, for the same places, of their scales."""
     found = {}
     for name, source in sources.items():
+        if stored[name].dtype not in FLOAT8:
+            continue
         scales = name + SCALES
-        if scales in stored:
-            found[scales] = replace(source, converted=True)
-        elif stored[name].dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        if scales not in stored:
             raise ValueError(f"{folder}: {name} is float8, and there is no {scales}")
+        found[name], found[scales] = replace(source, scales=scales), replace(source, converted=True)
     return found
 
 
@@ -163,7 +159,7 @@ def _dtype(config: Any, stored: dict[str, StoredTensor], dtype: str) -> torch.dt
         named = getattr(torch, named)
     if named is None:
         floats = (tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point)
-        named = next((held for held in floats if held.itemsize > 1), torch.float32)
+        named = next((held for held in floats if held not in FLOAT8), torch.float32)
     return named
 
 

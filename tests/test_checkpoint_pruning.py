@@ -18,17 +18,11 @@ import moe_ext
 from moe_ext import checkpoint_pruning
 from moe_ext.checkpoint_files import INDEX, CheckpointError
 from moe_ext.plan import PruningPlan
+from tests.checkpoints import BLOCK, declare_float8, dequantised, plain_copy, quantise, rewritten, tensors_in
 from tests.families import FIELDS, UNRECORDED, build, keep_of, plan_for
 
 FAMILIES = [*FIELDS, *UNRECORDED]
 SHARD = 20_000  # bytes: every test model takes several
-
-
-def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
 
 
 def bits(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
@@ -285,15 +279,6 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
-def rewritten(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """The folder's weights, edited, in one file."""
-    tensors = tensors_in(folder)
-    for file in [*folder.glob("*.safetensors"), *folder.glob(INDEX)]:
-        file.unlink()
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
 @pytest.mark.parametrize("fault", BREAKS)
 def test_a_broken_checkpoint_is_refused_and_nothing_written(
     fault: str, mixtral: tuple[Path, PruningPlan], tmp_path: Path
@@ -340,40 +325,13 @@ def test_a_plan_for_another_model_or_a_pruned_model_is_refused(
         moe_ext.prune_checkpoint(source, plan, tmp_path / "again", shard_size=0, progress=False)
 
 
-BLOCK = 16  # rows and columns of a weight that share a scale; the last block is smaller where they do not divide
-
-
-def dequantised(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What float8 tensors stand for, in bfloat16."""
-    found = {}
-    for name, tensor in tensors.items():
-        if name.endswith("_scale_inv"):
-            continue
-        if tensor.dtype == torch.float8_e4m3fn:
-            scales = tensors[f"{name}_scale_inv"].repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
-            tensor = (tensor.float() * scales[..., : tensor.shape[-2], : tensor.shape[-1]]).bfloat16()
-        found[name] = tensor
-    return found
-
-
-def quantise(tensors: dict[str, torch.Tensor]) -> None:
-    """Projections become float8 with random scales, in place."""
-    for name, tensor in list(tensors.items()):
-        if "_proj" in name and tensor.dim() > 1:
-            tensors[name] = tensor.to(torch.float8_e4m3fn)
-            blocks = [-(-size // BLOCK) for size in tensor.shape[-2:]]
-            tensors[f"{name}_scale_inv"] = torch.rand(*tensor.shape[:-2], *blocks) + 0.5
-
-
 @pytest.fixture(params=["hub", "fused"])
 def float8(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, PruningPlan]:
     """A DeepSeek-V3 folder as it is published: float8 weights, and an inverse scale a block."""
     model = build("deepseek_v3", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "source", save_original_format=request.param == "hub")
     rewritten(tmp_path / "source", quantise)
-    config = json.loads((tmp_path / "source" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
-    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    declare_float8(tmp_path / "source", BLOCK)
     return tmp_path / "source", plan_for(model, keep_of(model, "deepseek_v3"))
 
 
@@ -385,11 +343,7 @@ def test_float8_weights_and_their_scales_are_pruned_as_they_are(
     moe_ext.prune_checkpoint(source, plan, tmp_path / "got", shard_size=SHARD, progress=False)
     got = tensors_in(tmp_path / "got")
     # The values: those of the same model in bfloat16, pruned in memory.
-    shutil.copytree(source, tmp_path / "plain")
-    rewritten(tmp_path / "plain", lambda tensors: restore(tensors, dequantised(held)))
-    config = json.loads((source / "config.json").read_text())
-    quantisation = config.pop("quantization_config")
-    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    plain_copy(source, tmp_path / "plain")
     fused = any(name.endswith("gate_up_proj") for name in held)
     model = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto")
     moe_ext.prune(model, plan).save_pretrained(tmp_path / "expected", save_original_format=not fused)
@@ -407,38 +361,42 @@ def test_float8_weights_and_their_scales_are_pruned_as_they_are(
             else:
                 before = name.replace(number[0], f"experts.{kept[int(number[1])]}.")
                 assert bits(got[name]) == bits(held[before])
-    config = json.loads((tmp_path / "expected" / "config.json").read_text())
-    assert json.loads((tmp_path / "got" / "config.json").read_text()) == {**config, "quantization_config": quantisation}
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "expected", source)]
+    expected_config = {**configs[0], "quantization_config": configs[1]["quantization_config"]}
+    assert json.loads((tmp_path / "got" / "config.json").read_text()) == expected_config
 
 
-def restore(tensors: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
-    tensors.clear()
-    tensors.update(values)
-
-
-def test_float8_weights_are_not_converted_computed_with_or_left_without_scales(
+def test_float8_weights_are_not_converted_or_left_without_scales(
     float8: tuple[Path, PruningPlan], tmp_path: Path
 ) -> None:
     source, plan = float8
-    with pytest.raises(ValueError, match=r"is quantised \(fp8\): .*prune_checkpoint takes it as it is"):
-        moe_ext.calibrate(source, [], progress=False)
-    with pytest.raises(ValueError, match=r"dtype is 'float32'.*float8 weights with scales, which stay as they are"):
+    with pytest.raises(ValueError, match=r"dtype is 'float32'.*float8 weights with scales: expected auto"):
         moe_ext.prune_checkpoint(source, plan, tmp_path / "got", dtype="float32", progress=False)
-    rewritten(source, lambda tensors: tensors.pop(next(name for name in tensors if name.endswith("_scale_inv"))))
-    with pytest.raises(ValueError, match=r"is float8, and there is no .*_scale_inv"):
-        moe_ext.prune_checkpoint(source, plan, tmp_path / "got", progress=False)
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"]["modules_to_not_convert"] = ["lm_head", "model.layers.2.mlp.experts.3"]
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"names 'model.layers.2.mlp.experts.3', and the experts would be renumbered"):
         moe_ext.prune_checkpoint(source, plan, tmp_path / "got", progress=False)
+    rewritten(source, lambda tensors: tensors.pop(next(name for name in tensors if name.endswith("_scale_inv"))))
+    with pytest.raises(ValueError, match=r"is float8, and there is no .*_scale_inv"):
+        moe_ext.prune_checkpoint(source, plan, tmp_path / "got", progress=False)
     assert not (tmp_path / "got").exists()
 
 
-def test_a_checkpoint_that_is_quantised_otherwise_is_refused(mixtral: tuple[Path, PruningPlan], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "quantisation",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "fp8"},  # a scale a tensor
+        {"quant_method": "fp8", "weight_block_size": [128, 0]},
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"},
+    ],
+)
+def test_a_checkpoint_that_is_quantised_otherwise_is_refused(
+    quantisation: dict[str, Any], mixtral: tuple[Path, PruningPlan], tmp_path: Path
+) -> None:
     source, plan = mixtral
     config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"is quantised \(gptq\): its weights are read only through transformers"):
+    (source / "config.json").write_text(json.dumps({**config, "quantization_config": quantisation}))
+    with pytest.raises(ValueError, match=r"is quantised .*it is read only through transformers, in memory"):
         moe_ext.prune_checkpoint(source, plan, tmp_path / "got", progress=False)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import FineGrainedFP8Config
 from typer.testing import CliRunner
 
 import moe_ext
@@ -20,6 +21,7 @@ from moe_ext.layer_inputs import LayerInputs
 from moe_ext.layers_on_disk import LayersOnDisk
 from moe_ext.search_result import SearchResult
 from moe_ext.statistics import ExpertStatistics
+from tests.checkpoints import BLOCK, declare_float8, plain_copy, quantise, rewritten
 from tests.conftest import DEMO_MODEL, random_tokens
 from tests.families import FIELDS, STOCK_ONLY, UNRECORDED, build, keep_of, plan_for
 from tests.reference import DEVICES
@@ -93,6 +95,34 @@ def test_another_dtype_is_that_of_the_loaded_model(mixtral: Path) -> None:
     loaded = moe_ext.from_pretrained(mixtral, dtype=torch.float32)
     expected = moe_ext.calibrate(loaded, ragged_batches(), progress=False)
     assert_same_bits(moe_ext.calibrate(mixtral, ragged_batches(), progress=False, dtype="float32"), expected)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_float8_weights_are_what_transformers_makes_of_them(family: str, tmp_path: Path) -> None:
+    build(family, dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    rewritten(tmp_path / "source", lambda tensors: quantise(tensors, 4))  # transformers wants sizes that blocks divide
+    declare_float8(tmp_path / "source", 4)
+    loaded = moe_ext.from_pretrained(tmp_path / "source", quantization_config=FineGrainedFP8Config(dequantize=True))
+    options: dict[str, Any] = {"progress": False, "outputs": True}
+    expected = moe_ext.calibrate(loaded, ragged_batches(), **options)
+    assert_same_bits(moe_ext.calibrate(tmp_path / "source", ragged_batches(), **options), expected)
+
+
+@pytest.mark.parametrize("layout", ["hub", "fused"])
+def test_blocks_of_float8_weights_need_not_divide_their_sizes(layout: str, tmp_path: Path) -> None:
+    build("deepseek_v3", dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "source", save_original_format=layout == "hub"
+    )
+    rewritten(tmp_path / "source", quantise)
+    declare_float8(tmp_path / "source", BLOCK)
+    plain_copy(tmp_path / "source", tmp_path / "plain")
+    expected = moe_ext.calibrate(tmp_path / "plain", ragged_batches(), progress=False)
+    got = moe_ext.calibrate(tmp_path / "source", ragged_batches(), progress=False)
+    assert torch.equal(got.coactivation, expected.coactivation)
+    torch.testing.assert_close(got.moments, expected.moments, rtol=1e-3, atol=0)  # memory may be aligned otherwise
+    declare_float8(tmp_path / "source", 8)
+    with pytest.raises(ValueError, match=r"the scales of .* weights are torch.float32 of shape"):
+        moe_ext.calibrate(tmp_path / "source", ragged_batches(), progress=False)
 
 
 def test_hidden_states_may_lie_in_a_scratch_folder(mixtral: Path, tmp_path: Path) -> None:
