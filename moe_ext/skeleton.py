@@ -122,8 +122,8 @@ def _block(folder: str | Path, quantisation: Any, dtype: str) -> tuple[int, int]
     whole = len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes)
     if method != "fp8" or not whole or known.get("activation_scheme", "dynamic") != "dynamic":
         raise ValueError(
-            f"{folder} is quantised ({quantisation}): other than float8 with a scale for every block of rows and columns "
-            "it is read only through transformers, in memory"
+            f"{folder} is quantised ({quantisation}): other than float8 with a scale for every block of rows and "
+            "columns it is read only through transformers, in memory"
         )
     if dtype != "auto":
         raise ValueError(f"dtype is {dtype!r}; {folder} holds float8 weights with scales: expected auto")
