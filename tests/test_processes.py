@@ -28,6 +28,7 @@ from moe_ext.statistics import ExpertStatistics
 from moe_ext.text import read_domains, token_batches
 from tests.conftest import DEMO_MODEL, random_tokens
 from tests.families import build
+from tests.reference import DEVICES
 
 # 5 batches: shares of 3 and 2 with two processes, of 2, 2 and 1 with three.
 OPTIONS = ("--window", "64", "--batch-size", "4", "--json")
@@ -216,6 +217,29 @@ def test_several_processes_search_as_one_does(
         for ours, first in zip(got.losses, results[0].losses, strict=True):
             assert torch.equal(ours.losses, first.losses)  # the same bits in each
     assert list(tmp_path.glob("*.states*")) == []
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU and moe_ext built with CUDA kernels")
+def test_processes_that_compute_on_cuda_find_what_one_does(tmp_path: Path) -> None:
+    """Over gloo, which takes two processes on one GPU; nccl does not."""
+    source = tmp_path / "source"
+    build("mixtral", dtype=torch.bfloat16).save_pretrained(source)
+    code = f"""
+import sys, torch, moe_ext
+from tests.test_processes import five_batches
+rank, meeting = sys.argv[1], "file://{tmp_path}/meeting"
+torch.distributed.init_process_group("gloo", init_method=meeting, rank=int(rank), world_size=2)
+options = {{"distributed": True, "progress": False, "device": "cuda"}}
+moe_ext.calibrate("{source}", five_batches(), **options).save("{tmp_path}/stats-" + rank)
+moe_ext.search("{source}", five_batches(), keep=5, **options).save("{tmp_path}/" + rank + ".safetensors")
+"""
+    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank)]) for rank in range(2)]
+    assert [process.wait() for process in ranks] == [0, 0]
+    stats = moe_ext.calibrate(source, five_batches(), progress=False, device="cuda")
+    found = moe_ext.search(source, five_batches(), keep=5, progress=False, device="cuda")
+    for rank in range(2):
+        assert_equal_up_to_the_order_of_sums(ExpertStatistics.load(tmp_path / f"stats-{rank}"), stats)
+        assert_equal_losses(SearchResult.load(tmp_path / f"{rank}.safetensors"), found)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -98,14 +98,15 @@ def test_another_dtype_is_that_of_the_loaded_model(mixtral: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
-def test_float8_weights_are_what_transformers_makes_of_them(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_float8_weights_are_what_transformers_makes_of_them(device: str, family: str, tmp_path: Path) -> None:
     build(family, dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
     rewritten(tmp_path / "source", lambda tensors: quantise(tensors, 4))  # transformers wants sizes that blocks divide
     declare_float8(tmp_path / "source", 4)
     loaded = moe_ext.from_pretrained(tmp_path / "source", quantization_config=FineGrainedFP8Config(dequantize=True))
     options: dict[str, Any] = {"progress": False, "outputs": True}
-    expected = moe_ext.calibrate(loaded, ragged_batches(), **options)
-    assert_same_bits(moe_ext.calibrate(tmp_path / "source", ragged_batches(), **options), expected)
+    expected = moe_ext.calibrate(loaded.to(device), ragged_batches(), **options)
+    assert_same_bits(moe_ext.calibrate(tmp_path / "source", ragged_batches(), device=device, **options), expected)
 
 
 @pytest.mark.parametrize("layout", ["hub", "fused"])
