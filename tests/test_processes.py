@@ -86,17 +86,7 @@ def test_several_processes_find_what_one_does(
     assert [path.name for path in tmp_path.iterdir()] == ["stats.safetensors"]
 
 
-def test_a_process_without_a_batch_takes_part(text: Path, tmp_path: Path) -> None:
-    (tmp_path / "short").mkdir()
-    (tmp_path / "short" / "python.txt").write_text("def f(x):\n    return x\n")
-    file, arguments = tmp_path / "stats.safetensors", ("--text", tmp_path / "short", "--sequential")
-    result = moe_ext_program("calibrate", *arguments, "--out", file, launcher=torchrun(2))
-    assert result.returncode == 0, result.stderr
-    assert int(ExpertStatistics.load(file).tokens.max()) == json.loads(result.stdout)["tokens"] > 0
-
-
-@pytest.mark.parametrize("command", ["calibrate", "search"])
-def test_when_a_process_dies_the_others_stop_and_nothing_is_written(command: str, text: Path, tmp_path: Path) -> None:
+def test_when_a_process_dies_the_others_stop_and_nothing_is_written(text: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -108,8 +98,8 @@ if os.environ["RANK"] == "1":
     dist.reduce = lambda *arguments: os.kill(os.getpid(), 9)
 moe_ext.cli.main()
 """
-    files = ["--out", str(tmp_path / "result.json"), *(["--keep", "6"] if command == "search" else [])]
-    arguments = [command, str(DEMO_MODEL), "--text", str(text), *files, "--timeout", str(TIMEOUT)]
+    arguments = ["calibrate", str(DEMO_MODEL), "--text", str(text), "--out", str(tmp_path / "stats.safetensors")]
+    arguments += ["--timeout", str(TIMEOUT)]
     begin = time.monotonic()
     # Without torchrun, which would end the others itself.
     processes = [
@@ -181,6 +171,26 @@ def five_batches() -> list[dict[str, torch.Tensor]]:
     batches = [{"input_ids": random_tokens(2, 9 + seed, seed=seed)} for seed in range(5)]
     batches[1]["attention_mask"] = torch.tensor([[1] * 10, [1] * 4 + [0] * 6])
     return batches
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_process_without_a_batch_takes_part(folder: bool, tmp_path: Path) -> None:
+    model: Any = build("mixtral")
+    model.save_pretrained(tmp_path / "source")
+    if folder:
+        model = tmp_path / "source"
+    batches = five_batches()[:2]
+
+    def calibrating(rank: int) -> None:
+        stats = moe_ext.calibrate(model, batches, progress=False, distributed=True)
+        stats.save(tmp_path / f"{rank}.safetensors")
+
+    assert forked(3, tmp_path, calibrating) == [0, 0, 0]
+    expected = moe_ext.calibrate(model, batches, progress=False)
+    for rank in range(3):
+        got = ExpertStatistics.load(tmp_path / f"{rank}.safetensors")
+        assert_equal_up_to_the_order_of_sums(got, expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
