@@ -22,6 +22,7 @@ from moe_ext import checkpoint
 from moe_ext.architectures import FAMILIES, moe_blocks
 from moe_ext.binary import _C
 from moe_ext.calibration import calibrate as run_calibration
+from moe_ext.canvas import need
 from moe_ext.checkpoint_pruning import prune_checkpoint
 from moe_ext.comparison import weight_bytes
 from moe_ext.criteria import CRITERIA, OUTSIDE, Scores, aimer, point_of
@@ -742,6 +743,8 @@ def bench(
     for path in (save_to, png):
         if path is not None:
             file_destination(path)
+    if png is not None:
+        need("matplotlib")
     rows: list[machine.Measured] = []
     stopped = False
     try:

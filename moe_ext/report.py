@@ -13,13 +13,14 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module, resources
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moe_ext.agreement import rank_agreement
+from moe_ext.canvas import need
 from moe_ext.criteria import CRITERIA, Scores, score
 from moe_ext.figures import (
     agreement_figure,
@@ -414,15 +415,6 @@ def render(report: Report) -> str:
         slider=_slider(report.stats) if "gate-ratios" in drawn else None,
         version=__version__,
     )
-
-
-def need(*packages: str) -> None:
-    """ImportError that says what to install unless the packages are there."""
-    for package in packages:
-        try:
-            import_module(package)
-        except ImportError as error:
-            raise ImportError(f"the report needs {package}: pip install 'moe_ext[report]'") from error
 
 
 def _inline_svg(picture: Picture) -> str:

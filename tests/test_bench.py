@@ -1,6 +1,7 @@
 """moe-ext bench: sizes from a model's config alone, rows that add up, and what is kept when it is stopped."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,15 @@ def test_a_wrong_option_is_an_error_before_measuring(
 ) -> None:
     monkeypatch.setattr(machine, "measurements", lambda *_: pytest.fail("measured"))
     assert run(*arguments) in (1, 2)
+
+
+def test_a_picture_without_matplotlib_is_an_error_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(machine, "measurements", lambda *_: pytest.fail("measured"))
+    assert run(*SMALL, "--png", str(tmp_path / "bench.png")) == 1
+    assert "need matplotlib: pip install 'moe_ext[report]'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

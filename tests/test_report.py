@@ -198,7 +198,7 @@ def test_an_interrupted_page_leaves_the_old_file(tmp_path: Path, monkeypatch: py
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ImportError, match=r"the report needs jinja2: pip install 'moe_ext\[report\]'"):
+    with pytest.raises(ImportError, match=r"need jinja2: pip install 'moe_ext\[report\]'"):
         render(thin_report())
 
 
