@@ -22,7 +22,6 @@ from moe_ext import checkpoint
 from moe_ext.architectures import FAMILIES, moe_blocks
 from moe_ext.binary import _C
 from moe_ext.calibration import calibrate as run_calibration
-from moe_ext.canvas import need
 from moe_ext.checkpoint_pruning import prune_checkpoint
 from moe_ext.comparison import weight_bytes
 from moe_ext.criteria import CRITERIA, OUTSIDE, Scores, aimer, point_of
@@ -735,6 +734,7 @@ def bench(
     from moe_ext.bench import machine
     from moe_ext.bench.layer import DTYPES
     from moe_ext.bench.record import result_of, write_result
+    from moe_ext.canvas import need
 
     sizes = machine.Shape.of_model(model) if model is not None else machine.Shape.parse(shape)
     counts = [int(count) for count in tokens.split(",") if count.strip().isdigit() and int(count) > 0]
