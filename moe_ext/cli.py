@@ -738,6 +738,7 @@ def bench(
     from moe_ext.bench import machine
     from moe_ext.bench.layer import DTYPES
     from moe_ext.bench.record import result_of, write_result
+    from moe_ext.canvas import need
 
     sizes = machine.Shape.of_model(model) if model is not None else machine.Shape.parse(shape)
     counts = [int(count) for count in tokens.split(",") if count.strip().isdigit() and int(count) > 0]
@@ -746,6 +747,8 @@ def bench(
     for path in (save_to, png):
         if path is not None:
             file_destination(path)
+    if png is not None:
+        need("matplotlib")
     rows: list[machine.Measured] = []
     stopped = False
     try:

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from moe_ext import checkpoint
 from moe_ext.binary import _C
 from moe_ext.calibration import calibrate
+from moe_ext.canvas import need
 from moe_ext.criteria import score
 from moe_ext.evaluation import perplexity
 from moe_ext.files import replace_file
@@ -35,7 +36,7 @@ from moe_ext.patching import patch, unpatch
 from moe_ext.plan import PruningPlan, plan
 from moe_ext.processor import processor
 from moe_ext.pruning import prune
-from moe_ext.report import Report, need, write_page
+from moe_ext.report import Report, write_page
 from moe_ext.routing import count_skips, skip_thresholds
 from moe_ext.search import search
 from moe_ext.search_result import SearchResult

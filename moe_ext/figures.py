@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moe_ext.canvas import empty_figure
 from moe_ext.search_result import SearchResult
 from moe_ext.statistics import ExpertStatistics
 from moe_ext.variants import Variant, pareto
@@ -179,12 +180,7 @@ def pareto_figure(variants: Sequence[Variant], costs: Sequence[float], label: st
 
 
 def _figure(height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return empty_figure(_WIDTH_INCHES, height)
 
 
 def _small_multiples(count: int, panel_height: float) -> tuple[Figure, list[Axes]]:

@@ -1,9 +1,10 @@
 """lm-eval's model ``moe_ext``: its ``hf`` model, patched, with pruning and skipping; ``pip install 'moe_ext[eval]'``.
 
-lm-eval looks for models in its own list only: importing this module registers ours. ``moe-ext eval --tasks`` does so,
-and ``python -m moe_ext.harness`` is lm-eval's own command line with the model known:
+lm-eval up to 0.4.13 looks for models in its own list only, and importing this module registers ours; later ones read
+the entry point that this package declares. ``moe-ext eval --tasks`` works with all of them. lm-eval's own command line
+with the model known:
 
-    python -m moe_ext.harness run --model moe_ext --model_args pretrained=folder,skip=auto,plan=plan.json --tasks boolq
+    python -m moe_ext.harness --model moe_ext --model_args pretrained=folder,skip=auto,plan=plan.json --tasks boolq
 """
 
 from functools import partial

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe_ext.canvas import empty_figure
 from moe_ext.criteria import Scores
 from moe_ext.files import replace_file
 from moe_ext.plan import PruningPlan
@@ -34,6 +35,7 @@ def heat_maps(
         plans: panel title to the plan whose removed experts it marks.
 
     Raises:
+        ImportError: matplotlib is missing; says what to install.
         ValueError: ``path`` does not end in ``.png``, or as :func:`heat_map_figure`.
         OSError: the file cannot be written.
     """
@@ -58,12 +60,10 @@ def heat_map_figure(scores: Mapping[str, Scores], *, plans: Mapping[str, Pruning
         A matplotlib figure outside pyplot: nothing to close.
 
     Raises:
+        ImportError: matplotlib is missing; says what to install.
         ValueError: no scores, a plan without its panel, a plan for other layers or another number of experts, or a
             score that is negative, infinite or NaN.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     plans = plans or {}
     _check(scores, plans)
     rows = max(panel.values.shape[0] for panel in scores.values())
@@ -72,8 +72,7 @@ def heat_map_figure(scores: Mapping[str, Scores], *, plans: Mapping[str, Pruning
         min(max(2.0, _CELL_INCHES * cells), largest)
         for cells, largest in zip((columns, rows), _LARGEST_PANEL_INCHES, strict=True)
     )
-    figure = Figure(figsize=(len(scores) * width + 1.5, height + 1.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(len(scores) * width + 1.5, height + 1.2)
     row_of_axes = figure.subplots(1, len(scores), squeeze=False)[0]
     for axes, (title, panel) in zip(row_of_axes, scores.items(), strict=True):
         image = _draw(axes, title, panel)

@@ -13,13 +13,14 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module, resources
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moe_ext.agreement import rank_agreement
+from moe_ext.canvas import need
 from moe_ext.criteria import CRITERIA, Scores, score
 from moe_ext.figures import (
     agreement_figure,
@@ -269,13 +270,14 @@ def _skipping(stats: ExpertStatistics) -> Section:
     return Section(
         "Skipping a token's weak experts",
         "The gate ratio of a token's expert is its weight over the weight of the token's first expert. An expert whose "
-        "ratio lies below the threshold is skipped.",
+        "ratio lies below its layer's threshold is skipped: below a quantile of the layer's own ratios, by default the "
+        "median, or below a threshold that all layers share.",
         [
             Picture(
                 "gate-ratios",
                 "Gate ratios",
-                "How often a ratio occurs, a panel a layer, and the median of rank 2, at which half of the second "
-                "experts are skipped.",
+                "How often a ratio occurs, a panel a layer, and the median of rank 2: with it as the threshold half of "
+                "the second experts are skipped.",
                 f"Median ratios run from {float(medians.min()):.2f} to {float(medians.max()):.2f}.",
                 lambda: ratio_figure(stats, thresholds),
                 ("layer", "medians by rank"),
@@ -415,15 +417,6 @@ def render(report: Report) -> str:
     )
 
 
-def need(*packages: str) -> None:
-    """ImportError that says what to install unless the packages are there."""
-    for package in packages:
-        try:
-            import_module(package)
-        except ImportError as error:
-            raise ImportError(f"the report needs {package}: pip install 'moe_ext[report]'") from error
-
-
 def _inline_svg(picture: Picture) -> str:
     """A figure as an SVG element in the page's colours, whose names do not clash with another figure's."""
     import matplotlib
@@ -443,11 +436,11 @@ def _inline_svg(picture: Picture) -> str:
 
 
 def _slider(stats: ExpertStatistics) -> dict[str, Any]:
-    """What the page's slider shows: for every layer its name, outline of the ratios in a 100 x 40 box, median, and the
-    share of slots that each of the slider's thresholds skips."""
+    """What the page's slider shows: every layer's name, outline of the ratios in a 100 x 40 box and median of rank 2;
+    and what each step does to the layers, for both meanings of the slider: the same quantile, or the same threshold, in
+    every layer."""
     layers = []
-    rates = _skip_rates(stats)
-    medians = skip_thresholds(stats).mean(1).tolist()
+    medians = skip_thresholds(stats)[:, 0].tolist()
     for layer, name in enumerate(stats.layers):
         bars = ratio_bars(stats, layer)
         highest = max(bars)
@@ -457,25 +450,49 @@ def _slider(stats: ExpertStatistics) -> dict[str, Any]:
             for index, bar in enumerate(bars)
         )
         layers.append({"name": name, "outline": f"M0 40{steps}V40Z", "median": medians[layer]})
-    weights = stats.tokens.double() / stats.tokens.sum()
-    all_layers = (rates * weights[:, None]).sum(0)
-    start = round(_STEPS * sum(medians) / len(medians))
+    shares = [step / _STEPS for step in range(_STEPS + 1)]
+    quantiles = torch.stack([skip_thresholds(stats, share) for share in shares], dim=-1).double()  # (L, K - 1, steps)
+    equal = torch.tensor(shares, dtype=torch.float64).expand(quantiles.shape)
     return {
         "layers": layers,
-        "start": start,
         "steps": _STEPS,
-        "rates": [[round(rate, 4) for rate in row] for row in rates.tolist()],
-        "all": [round(rate, 4) for rate in all_layers.tolist()],
+        "start": _STEPS // 2,
+        "settings": {
+            "quantile": {"start": _STEPS // 2, **_effects(stats, quantiles)},
+            "threshold": {"start": round(_STEPS * sum(medians) / len(medians)), **_effects(stats, equal)},
+        },
         "json": json.dumps,
     }
 
 
-def _skip_rates(stats: ExpertStatistics) -> torch.Tensor:
-    """(L, _STEPS + 1) float64: the share of a layer's slots that one threshold for all ranks skips, linear within a
-    bin of the histogram."""
-    counts = stats.ratio_histogram.sum(1).double()  # (L, bins)
-    upto = torch.cat([torch.zeros(len(counts), 1, dtype=torch.float64), counts.cumsum(1)], dim=1)
-    at = torch.linspace(0, counts.shape[1], _STEPS + 1, dtype=torch.float64)
-    below = at.long().clamp(max=counts.shape[1] - 1)
-    skipped = upto[:, below] + (at - below) * counts[:, below]
+def _effects(stats: ExpertStatistics, thresholds: torch.Tensor) -> dict[str, Any]:
+    """By step: every layer's thresholds of the last and of the second rank, the share of its slots that they skip, and
+    that of all layers' slots.
+
+    Args:
+        thresholds: (L, K - 1, steps) float64.
+    """
+    rates = _skip_rates(stats, thresholds)
+    weights = stats.tokens.double() / stats.tokens.sum()
+
+    def rounded(rows: torch.Tensor) -> list[list[float]]:
+        return [[round(value, 4) for value in row] for row in rows.tolist()]
+
+    return {
+        "low": rounded(thresholds[:, -1]),
+        "high": rounded(thresholds[:, 0]),
+        "rates": rounded(rates),
+        "all": rounded((rates * weights[:, None]).sum(0, keepdim=True))[0],
+    }
+
+
+def _skip_rates(stats: ExpertStatistics, thresholds: torch.Tensor) -> torch.Tensor:
+    """(L, steps) float64: the share of a layer's slots that thresholds (L, K - 1, steps) skip, linear within a bin of
+    the histogram."""
+    counts = stats.ratio_histogram.double()  # (L, K - 1, bins)
+    bins = counts.shape[-1]
+    upto = counts.cumsum(-1) - counts
+    at = thresholds * bins
+    below = at.long().clamp(max=bins - 1)
+    skipped = (upto.gather(-1, below) + (at - below) * counts.gather(-1, below)).sum(1)
     return skipped / (stats.tokens.double()[:, None] * stats.top_k).clamp(min=1)

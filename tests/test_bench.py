@@ -1,6 +1,9 @@
 """moe-ext bench: sizes from a model's config alone, rows that add up, and what is kept when it is stopped."""
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +99,27 @@ def test_ctrl_c_keeps_what_was_measured(
     assert "what was measured until then is kept" in output.err
 
 
+def test_ctrl_c_while_measuring_keeps_the_rows_before(tmp_path: Path) -> None:
+    tokens = ",".join(map(str, range(1, 500)))
+    arguments = ["--shape", "32,48,4,2", "--tokens", tokens, "--seconds", "0.01", "--out", str(tmp_path / "bench.json")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moe_ext", "bench", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    assert first.startswith("1 tokens: ")
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert written["complete"] is False
+    assert 1 <= len(written["rows"]) < 499
+    assert "of limit" in shown
+
+
 @pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "8,8,2,3", "0,8,2,1", "1,2,3,4,5"])
 def test_a_shape_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="shape '"):
@@ -108,6 +132,15 @@ def test_a_wrong_option_is_an_error_before_measuring(
 ) -> None:
     monkeypatch.setattr(machine, "measurements", lambda *_: pytest.fail("measured"))
     assert run(*arguments) in (1, 2)
+
+
+def test_a_picture_without_matplotlib_is_an_error_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(machine, "measurements", lambda *_: pytest.fail("measured"))
+    assert run(*SMALL, "--png", str(tmp_path / "bench.png")) == 1
+    assert "need matplotlib: pip install 'moe_ext[report]'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

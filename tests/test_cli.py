@@ -22,6 +22,7 @@ from moe_ext.search_result import read_layers
 from moe_ext.statistics import ExpertStatistics
 from moe_ext.text import read_domains, token_batches
 from tests.conftest import DEMO_MODEL
+from tests.report_input import demo_report
 
 MODEL = str(DEMO_MODEL)
 
@@ -80,11 +81,18 @@ def test_report_writes_a_page_and_the_figures(statistics: Path, tmp_path: Path) 
     plan = tmp_path / "plan.json"
     assert moe("plan", statistics, "--keep", "5", "--out", plan).returncode == 0
     demo = max((DEMO_MODEL.parents[1] / "benchmarks" / "results").glob("*-demo.json"))
-    result = moe("report", statistics, demo, "--plan", plan, "-o", tmp_path / "page.html", "--png", tmp_path / "png")
+    search = tmp_path / "search.json"
+    searched = demo_report().search
+    assert searched is not None
+    searched.save(search)
+    result = moe(
+        *("report", statistics, search, demo, "--plan", plan, "-o", tmp_path / "page.html", "--png", tmp_path / "png")
+    )
     assert result.returncode == 0, result.stderr
     page = (tmp_path / "page.html").read_text()
     assert "12 of 32 experts are marked." in page  # three of eight in each of four layers
     assert "8→4 weighted_ean" in page
+    assert '<figure id="search-losses">' in page
     assert (tmp_path / "png" / "quality-size.png").read_bytes().startswith(b"\x89PNG")
 
 

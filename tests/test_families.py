@@ -104,6 +104,19 @@ def test_unpatch_restores_the_model_to_the_bit(name: str) -> None:
     assert [set(vars(module)) for module in model.modules()] == attributes
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_patched_and_skipping_block_compiles_without_graph_breaks(name: str) -> None:
+    model = build(name)
+    blocks = moe_blocks(model)
+    patched(model, name, skip=torch.full((len(blocks), blocks[0].top_k - 1), 0.5))
+    block = moe_blocks(model)[0].module
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+        # The same operators in the same order; only torch's own decompositions may round otherwise.
+        torch.testing.assert_close(compiled(x), block(x), rtol=1e-5, atol=1e-5)
+
+
 # ---- calibrate
 
 

@@ -18,6 +18,8 @@ from tests.test_cli import moe
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'moe_ext[eval]'")
 
+from lm_eval.api import registry
+
 from moe_ext.harness import TASKS, PatchedModel, evaluate_tasks
 
 LAYERS = tuple(f"model.layers.{layer}.mlp" for layer in range(4))
@@ -100,15 +102,44 @@ def test_the_command_prints_lm_evals_metrics(tasks: Path, skipping: str) -> None
     assert got == numbers(evaluate_tasks(skipping, ["local_endings"], include=tasks, skip="none"))
 
 
-def test_lm_evals_own_command_line_knows_the_model(tasks: Path, skipping: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        [sys.executable, "-m", "moe_ext.harness"],
+        pytest.param(
+            [str(Path(sys.executable).with_name("lm_eval"))],
+            marks=pytest.mark.skipif(
+                not hasattr(registry, "import_plugins"), reason="this lm-eval does not look for models elsewhere"
+            ),
+        ),
+    ],
+    ids=["moe_ext.harness", "lm_eval"],
+)
+def test_lm_evals_own_command_line_knows_the_model(command: list[str], tasks: Path, skipping: str) -> None:
     arguments = ["--model", "moe_ext", "--model_args", f"pretrained={skipping},skip=auto", "--tasks", "local_endings"]
-    command = [sys.executable, "-m", "moe_ext.harness", "run", *arguments, "--include_path", str(tasks)]
     environment = {**os.environ, "COLUMNS": "200"}
     result = subprocess.run(
-        [*command, "--device", "cpu", "--limit", "2"], capture_output=True, text=True, check=False, env=environment
+        [*command, *arguments, "--include_path", str(tasks), "--device", "cpu", "--limit", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert "local_endings" in result.stdout
+
+
+def test_the_entry_point_leads_lm_evals_registry_to_the_model() -> None:
+    # What lm-eval after 0.4.13 does with entry points, in a process that has not imported the model.
+    code = """
+from importlib.metadata import entry_points
+from lm_eval.api.registry import get_model, model_registry
+(entry,) = entry_points(group="lm_eval.models", name="moe_ext")
+model_registry.register("moe_ext", target=entry.value)
+print(get_model("moe_ext"))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout == "<class 'moe_ext.harness.PatchedModel'>\n", result.stderr[-2000:]
 
 
 @pytest.mark.parametrize("group", ["naee_zero_shot", "expert_scoring_multiple_choice"])

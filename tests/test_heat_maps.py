@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,13 @@ def test_an_interrupted_picture_leaves_the_old_file(tmp_path: Path, monkeypatch:
         heat_maps({"MAN": MAN}, tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["map.png"]
+
+
+def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"need matplotlib: pip install 'moe_ext\[report\]'"):
+        heat_maps({"MAN": MAN}, tmp_path / "map.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_file_type_is_refused(tmp_path: Path) -> None:

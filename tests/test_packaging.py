@@ -5,7 +5,8 @@ import sys
 import tarfile
 from email import message_from_bytes
 from email.message import Message
-from importlib.metadata import metadata, requires
+from importlib import resources
+from importlib.metadata import entry_points, metadata, requires
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ import pytest
 import moe_ext
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(not (ROOT / "moe_ext").exists(), reason="needs the package's source")
 
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not (ROOT / "moe_ext").exists():
+        pytest.skip("needs the package's source")
     pytest.importorskip("build", reason="needs build: pip install '.[dev]'")
     folder = tmp_path_factory.mktemp("sdist")
     command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), str(ROOT)]
@@ -62,6 +64,13 @@ def test_the_metadata_is_what_pypi_takes(sdist: Path) -> None:
     assert fields["Version"] == moe_ext.__version__
 
 
+def test_the_installed_package_holds_what_is_no_python_code() -> None:
+    package = resources.files("moe_ext")
+    # Without py.typed type checkers take none of the annotations.
+    for name in ("py.typed", "_C.pyi", "report.html", "tasks/naee_zero_shot.yaml"):
+        assert package.joinpath(name).is_file(), name
+
+
 def test_extras_bring_what_they_are_for() -> None:
     extras = set(metadata("moe_ext").get_all("Provides-Extra") or [])
     assert {"report", "eval", "test"} <= extras
@@ -69,3 +78,8 @@ def test_extras_bring_what_they_are_for() -> None:
     for package, extra in (("matplotlib", "report"), ("jinja2", "report"), ("lm-eval", "eval"), ("pytest", "test")):
         assert any(line.startswith(package) and f'extra == "{extra}"' in line for line in needed), package
     assert not any(line.startswith(("matplotlib", "lm-eval")) and "extra" not in line for line in needed)
+
+
+def test_lm_eval_finds_the_model_by_its_entry_point() -> None:
+    (entry,) = entry_points(group="lm_eval.models", name="moe_ext")
+    assert entry.value == "moe_ext.harness:PatchedModel"

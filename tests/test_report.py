@@ -86,16 +86,50 @@ def test_the_same_input_gives_the_same_page(page: str) -> None:
     assert render(demo_report()) == page
 
 
-def test_skip_rates_are_those_of_the_histogram(page: str) -> None:
+@pytest.fixture(scope="module")
+def settings(page: str) -> dict[str, Any]:
+    """What the slider of the page does, by its two meanings."""
+    found = re.search(r'id="skip-settings">(.*?)</script>', page)
+    assert found
+    parsed: dict[str, Any] = json.loads(found[1])
+    return parsed
+
+
+def test_one_threshold_skips_what_the_histogram_has_below_it(settings: dict[str, Any]) -> None:
     stats = demo_report().stats
-    report_rates = re.search(r'id="skip-rates">(.*?)</script>', page)
-    assert report_rates
-    rates = torch.tensor(json.loads(report_rates[1])["layers"])
+    rates = torch.tensor(settings["threshold"]["rates"])
     # At 0 nothing is skipped, at 1 every second expert but those with equal weights.
     assert bool((rates[:, 0] == 0).all())
     assert bool((rates[:, -1] == 0.5).all())
     upper_edges = stats.ratio_histogram[:, 0].cumsum(1)[:, 511]  # ratios below 512 / 1024
     assert rates[:, 50].tolist() == pytest.approx((upper_edges / stats.tokens / 2).tolist(), abs=5e-5)  # 4 decimals
+    assert settings["threshold"]["high"] == [[step / 100 for step in range(101)]] * 4
+
+
+def test_a_quantile_sets_the_thresholds_of_moe_ext_skip(settings: dict[str, Any]) -> None:
+    quantile = settings["quantile"]
+    assert quantile["start"] == 50
+    for step in (0, 20, 50, 100):
+        expected = skip_thresholds(demo_report().stats, step / 100)[:, 0].tolist()
+        assert [row[step] for row in quantile["high"]] == pytest.approx(expected, abs=5e-5)  # 4 decimals
+        # That share of the second experts, half of it of all.
+        assert [row[step] for row in quantile["rates"]] == pytest.approx([step / 200] * 4, abs=5e-5)
+
+
+def test_thresholds_of_several_ranks_are_a_range() -> None:
+    import moe_ext
+
+    stats = moe_ext.ExpertStatistics.zeros("qwen3_moe", ("layers.0", "layers.1"), 8, 4, "softmax")
+    stats.tokens += 100
+    stats.moments += 1
+    for rank, place in enumerate((800, 400, 100)):  # the same ratio at every token, lower with the rank
+        stats.ratio_histogram[:, rank, place] = 100
+    found = re.search(r'id="skip-settings">(.*?)</script>', render(Report(stats)))
+    assert found
+    quantile = json.loads(found[1])["quantile"]
+    middles = [(place + 0.5) / 1024 for place in (100, 800)]
+    assert [quantile["low"][0][50], quantile["high"][0][50]] == pytest.approx(middles, abs=5e-5)
+    assert quantile["all"][50] == pytest.approx(3 / 8)  # half of three of four
 
 
 def test_crosses_are_what_the_criterion_removes_at_the_searchs_number() -> None:
@@ -164,7 +198,7 @@ def test_an_interrupted_page_leaves_the_old_file(tmp_path: Path, monkeypatch: py
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ImportError, match=r"the report needs jinja2: pip install 'moe_ext\[report\]'"):
+    with pytest.raises(ImportError, match=r"need jinja2: pip install 'moe_ext\[report\]'"):
         render(thin_report())
 
 

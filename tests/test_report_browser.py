@@ -10,6 +10,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.keys import Keys
 
+from moe_ext import skip_thresholds
 from moe_ext.report import write_page
 from tests.report_input import demo_report
 
@@ -58,27 +59,64 @@ def test_the_page_opens_without_an_error_and_without_a_request(browser: webdrive
     assert requests == []
 
 
-def test_moving_the_slider_changes_threshold_rates_and_lines(browser: webdriver.Chrome) -> None:
-    slider = browser.find_element("id", "threshold")
-    before = {name: text(browser, name) for name in ("threshold-value", "skip-rate", "rate-0", "rate-3")}
-    start = int(slider.get_attribute("value") or "")
-    for _ in range(10):
-        slider.send_keys(Keys.ARROW_RIGHT)
-    after = {name: text(browser, name) for name in before}
-    assert before["threshold-value"] == f"{start / 100:.2f}"
-    assert after["threshold-value"] == f"{(start + 10) / 100:.2f}"
-    for name in ("skip-rate", "rate-0", "rate-3"):
-        assert float(after[name].removesuffix(" %")) > float(before[name].removesuffix(" %"))
-    line: Any = browser.find_element("id", "line-0")
-    assert [float(line.get_attribute(end)) for end in ("x1", "x2")] == [start + 10] * 2
-
-
-def test_the_ends_of_the_slider_are_none_and_every_second_expert(browser: webdriver.Chrome) -> None:
-    slider = browser.find_element("id", "threshold")
+def choose(browser: webdriver.Chrome, name: str, at: int) -> None:
+    """Sets the meaning of the slider, and its place by its keys."""
+    browser.find_element("id", f"same-{name}").click()
+    slider = browser.find_element("id", "slider")
     slider.send_keys(Keys.HOME)
-    assert (text(browser, "threshold-value"), text(browser, "skip-rate")) == ("0.00", "0.0 %")
-    slider.send_keys(Keys.END)
-    assert (text(browser, "threshold-value"), text(browser, "skip-rate")) == ("1.00", "50.0 %")
+    for _ in range(at):
+        slider.send_keys(Keys.ARROW_RIGHT)
+
+
+def line(browser: webdriver.Chrome, name: str) -> list[float]:
+    element: Any = browser.find_element("id", name)
+    return [float(element.get_attribute(end)) for end in ("x1", "x2")]
+
+
+def rates(browser: webdriver.Chrome) -> list[float]:
+    return [float(text(browser, f"rate-{layer}").removesuffix(" %")) for layer in range(4)]
+
+
+def test_the_slider_opens_at_the_medians(browser: webdriver.Chrome) -> None:
+    medians = skip_thresholds(demo_report().stats)[:, 0].tolist()
+    assert text(browser, "slider-value") == "0.50"
+    assert text(browser, "skip-rate") == "25.0 %"
+    assert [text(browser, f"threshold-{layer}") for layer in range(4)] == [f"{median:.2f}" for median in medians]
+    assert line(browser, "high-1") == pytest.approx([100 * medians[1]] * 2, abs=5e-3)
+
+
+def test_moving_the_slider_sets_a_quantile_in_every_layer(browser: webdriver.Chrome) -> None:
+    choose(browser, "quantile", 20)
+    thresholds = skip_thresholds(demo_report().stats, 0.2)[:, 0].tolist()
+    assert text(browser, "slider-value") == "0.20"
+    assert text(browser, "skip-rate") == "10.0 %"
+    assert rates(browser) == [10.0] * 4
+    assert [text(browser, f"threshold-{layer}") for layer in range(4)] == [f"{each:.2f}" for each in thresholds]
+    assert line(browser, "low-3") == line(browser, "high-3") == pytest.approx([100 * thresholds[3]] * 2, abs=5e-3)
+    assert "--quantile 0.20" in text(browser, "command")
+
+
+def test_the_slider_can_set_one_threshold_instead(browser: webdriver.Chrome) -> None:
+    choose(browser, "threshold", 40)
+    stats = demo_report().stats
+    assert text(browser, "slider-value") == "0.40"
+    assert {text(browser, f"threshold-{layer}") for layer in range(4)} == {"0.40"}
+    assert line(browser, "high-0") == [40, 40]
+    below = stats.ratio_histogram[:, 0].double()
+    upto = below[:, :409].sum(1) + 0.6 * below[:, 409]  # 0.4 of 1024 bins is 409.6
+    assert rates(browser) == pytest.approx((50 * upto / stats.tokens).tolist(), abs=0.06)  # one decimal
+    assert "torch.full((4, 1), 0.40)" in text(browser, "command")
+    browser.find_element("id", "same-quantile").click()
+    assert text(browser, "slider-name") == "quantile"
+    assert len(set(rates(browser))) == 1
+
+
+@pytest.mark.parametrize("name", ["quantile", "threshold"])
+def test_the_ends_of_the_slider_are_none_and_every_second_expert(browser: webdriver.Chrome, name: str) -> None:
+    choose(browser, name, 0)
+    assert (text(browser, "slider-value"), text(browser, "skip-rate")) == ("0.00", "0.0 %")
+    browser.find_element("id", "slider").send_keys(Keys.END)
+    assert (text(browser, "slider-value"), text(browser, "skip-rate")) == ("1.00", "50.0 %")
 
 
 @pytest.mark.parametrize("width", [360, 768, 1280])

@@ -15,6 +15,7 @@ from moe_ext.architectures import moe_blocks
 from moe_ext.bench import cpu, gpu
 from moe_ext.bench.layer import Layer
 from moe_ext.binary import _C
+from moe_ext.canvas import empty_figure
 from moe_ext.files import replace_file
 from moe_ext.processor import processor
 
@@ -133,11 +134,7 @@ def machine(device: str) -> dict[str, Any]:
 
 def speed_figure(rows: Sequence[Measured], title: str) -> Figure:
     """Milliseconds by number of tokens: ours, the peers, and the machine's limit."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.0, 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(6.0, 4.0)
     axes = figure.subplots()
     for name in dict.fromkeys(name for row in rows for name in row.peers):
         ran = [row for row in rows if name in row.peers]
@@ -159,6 +156,7 @@ def write_speed_figure(rows: Sequence[Measured], title: str, path: str | os.Path
     """:func:`speed_figure` as a PNG file, whole or not at all.
 
     Raises:
+        ImportError: matplotlib is missing; says what to install.
         OSError: the file cannot be written.
     """
     figure = speed_figure(rows, title)
