@@ -1,7 +1,7 @@
 """Shared by all tests: hypothesis settings and small random Mixtral models."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # also for the subprocesses of the command l
 DEMO_MODEL = Path(__file__).parent.parent / "examples" / "demo_model"
 
 MixtralFactory = Callable[..., MixtralForCausalLM]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As a forked process, or one of torchrun's, has: torch's own products round by how many threads share them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

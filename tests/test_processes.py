@@ -30,6 +30,8 @@ from tests.conftest import DEMO_MODEL, random_tokens
 from tests.families import build
 from tests.reference import DEVICES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # 5 batches: shares of 3 and 2 with two processes, of 2, 2 and 1 with three.
 OPTIONS = ("--window", "64", "--batch-size", "4", "--json")
 TIMEOUT = 30  # seconds that the survivors of a dead process may take; a healthy run takes a few

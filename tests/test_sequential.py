@@ -340,6 +340,7 @@ def test_a_search_takes_skip_thresholds_from_the_config(mixtral: Path) -> None:
         moe_ext.search(mixtral, ragged_batches(), skip="median", **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])  # every layer has experts; all but the second
