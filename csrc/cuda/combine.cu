@@ -7,7 +7,9 @@
 //
 // Cost: reads K * H, writes H elements a token; 2 K H FLOPs, and 2 K H more when observing. Bound by bandwidth.
 #include "cuda/launch.h"
+#include "cuda/next_kernel.cuh"
 #include "cuda/numeric.cuh"
+#include "cuda/ptx.cuh"
 
 namespace moe_ext::cuda {
 namespace {
@@ -68,6 +70,8 @@ __device__ __forceinline__ float warp_sums(const float (&values)[8]) {
 
 template <typename TY, typename T, bool kObserve>
 __global__ void __launch_bounds__(kThreads) combine_kernel(CombineParams p) {
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
   constexpr int kColumns = kVector<TY>;
   const unsigned blocks_per_token = static_cast<unsigned>((p.hidden + kThreads * kColumns - 1) / (kThreads * kColumns));
   const int64_t token = blockIdx.x / blocks_per_token;
@@ -117,11 +121,10 @@ void launch_typed(const CombineParams& p, cudaStream_t stream) {
   const int64_t columns = kThreads * kVector<TY>;
   const unsigned blocks = grid_size(p.tokens * ((p.hidden + columns - 1) / columns));
   if (p.squares == nullptr) {
-    combine_kernel<TY, T, false><<<blocks, kThreads, 0, stream>>>(p);
+    launch_next<combine_kernel<TY, T, false>>("combine_kernel", blocks, kThreads, 0, stream, p);
   } else {
-    combine_kernel<TY, T, true><<<blocks, kThreads, 0, stream>>>(p);
+    launch_next<combine_kernel<TY, T, true>>("combine_kernel", blocks, kThreads, 0, stream, p);
   }
-  check_launch("combine_kernel");
 }
 
 }  // namespace
