@@ -12,7 +12,7 @@ namespace moe_ext {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-static inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 enum class Activation : int32_t { kSilu, kGeluErf, kGeluTanh };
 

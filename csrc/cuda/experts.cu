@@ -128,17 +128,17 @@ void run_sorted(const ExpertsParams& p, const Choice& choice, const Device& devi
   c.position_of = s.position_of;
   c.weights = p.weights;
   c.out = p.out;
-  const int64_t parts = combine_parts(p.hidden, row_dtype);
-  c.squares = p.moments == nullptr ? nullptr : allocate<float>(scratch, slots * parts);
   c.tokens = p.tokens;
   c.top_k = p.top_k;
   c.hidden = p.hidden;
   c.y_dtype = row_dtype;
   c.dtype = p.dtype;
   c.weights_dtype = p.weights_dtype;
+  split_combine(&c);
+  c.squares = p.moments == nullptr ? nullptr : allocate<float>(scratch, slots * c.parts);
   launch_combine(c, stream);
   if (p.moments != nullptr) {
-    MomentsParams m = moments_params(p, c.squares, parts);
+    MomentsParams m = moments_params(p, c.squares, c.parts);
     m.slot_of = s.slot_of;
     m.first = s.first;
     launch_moments(m, stream);

@@ -138,23 +138,25 @@ inline int64_t small_batch_staged_bytes(const ExpertsParams& p, const Device& de
   return std::min<int64_t>(staged, device.shared_per_block - lists);
 }
 
-// What MOE_EXT_CUDA_KERNELS forces, for tests and benchmarks: one of these, or "" for the choice by shape; throws if it
-// names something else.
+// What MOE_EXT_CUDA_KERNELS forces, for tests and benchmarks: one of these, or "" for the choice by shape; "portable"
+// is that choice without wgmma. Throws if it names something else.
 inline std::string forced_kernels() {
   const char* forced = std::getenv("MOE_EXT_CUDA_KERNELS");
   const std::string name = forced == nullptr ? "" : forced;
-  for (const char* known : {"", "small_batch", "hopper", "tall", "flat", "narrow", "plain"}) {
+  for (const char* known : {"", "portable", "small_batch", "hopper", "tall", "flat", "narrow", "plain"}) {
     if (name == known) return name;
   }
   throw std::runtime_error("MOE_EXT_CUDA_KERNELS=" + name +
-                           " is unknown; the kernels are small_batch, hopper, tall, flat, narrow, plain");
+                           " is unknown; the kernels are portable, small_batch, hopper, tall, flat, narrow, plain");
 }
+
+inline bool by_shape(const std::string& forced) { return forced == "" || forced == "portable"; }
 
 // Whether tensor cores multiply; throws if the forced kernels need them and cannot have them.
 inline bool takes_tensor_cores(const ExpertsParams& p, const std::string& forced) {
   if (forced == "plain") return false;
   if (fits_tensor_cores(p)) return true;
-  if (forced == "") return false;
+  if (by_shape(forced)) return false;
   throw std::runtime_error("MOE_EXT_CUDA_KERNELS=" + forced +
                            " needs bfloat16 or float16, H and I multiples of 8, and 16-byte aligned tensors");
 }
@@ -170,7 +172,9 @@ inline Choice choose_grouped(const ExpertsParams& p, const std::string& forced, 
   if (forced == "tall") return grouped(kTall, kTall);
   if (forced == "flat") return grouped(kFlat, kFlat);
   if (forced == "narrow") return grouped(kNarrow, kNarrow);
-  return grouped(gemm_shape(p, Product::kGateUp, device), gemm_shape(p, Product::kDown, device));
+  Device allowed = device;
+  allowed.wgmma = device.wgmma && forced != "portable";
+  return grouped(gemm_shape(p, Product::kGateUp, allowed), gemm_shape(p, Product::kDown, allowed));
 }
 
 inline Choice choose(const ExpertsParams& p, const Device& device) {
@@ -181,7 +185,7 @@ inline Choice choose(const ExpertsParams& p, const Device& device) {
     throw std::runtime_error(
         "MOE_EXT_CUDA_KERNELS=small_batch: the lists of T * K slots do not fit into shared memory");
   }
-  if (forced == "small_batch" || (forced == "" && p.tokens <= kSmallBatchTokens && fits)) {
+  if (forced == "small_batch" || (by_shape(forced) && p.tokens <= kSmallBatchTokens && fits)) {
     return {Choice::Way::kSmallBatch, 0, 0, 0, 0};
   }
   return choose_grouped(p, forced, device);
@@ -207,6 +211,20 @@ inline void launch_gemms(const Choice& choice, const GemmParams& gate_up, const 
   };
   launch(Product::kGateUp, choice.gate_up_shape, choice.gate_up_rows, gate_up);
   launch(Product::kDown, choice.down_shape, choice.down_rows, down);
+}
+
+// ---- combine (combine.cu)
+
+inline constexpr int64_t kCombineWarps = 4096;  // at least, where there are columns for them: two rounds of an H100
+
+// Sets how the warps share a token's columns.
+inline void split_combine(CombineParams* p) {
+  const int64_t chunk = p->y_dtype == DType::kFloat32 ? kCombineChunk<4> : kCombineChunk<2>;
+  const int64_t chunks = (p->hidden + chunk - 1) / chunk;
+  const int64_t wanted = p->top_k > kCombineAtOnce ? chunks : (kCombineWarps + p->tokens - 1) / p->tokens;
+  const int64_t chunks_each = (chunks + std::min(wanted, chunks) - 1) / std::min(wanted, chunks);
+  p->part_columns = chunks_each * chunk;
+  p->parts = (chunks + chunks_each - 1) / chunks_each;
 }
 
 // ---- Gram matrices (gram.cu)

@@ -110,20 +110,21 @@ struct CombineParams {
   const int* position_of;  // (P), -1 for a sentinel
   const void* weights;     // (T, K) of `weights_dtype`
   void* out;               // (T, H) of `dtype`
-  float* squares;          // (P, combine_parts(H)) out: parts of ||y||^2 by slot, 0 for a sentinel; or null
+  float* squares;          // (P, parts) out: parts of ||y||^2 by slot, 0 for a sentinel; or null
   int64_t tokens;
   int64_t top_k;
   int64_t hidden;
+  int64_t parts;         // warps that share a token's columns, and the columns of each but the last: whole chunks, and
+  int64_t part_columns;  // one where K > kCombineAtOnce
   DType y_dtype;
   DType dtype;
   DType weights_dtype;
 };
 
-// Parts that a row's square is left in: one a warp.
-constexpr int64_t combine_parts(int64_t hidden, DType y_dtype) {
-  const int64_t columns = y_dtype == DType::kFloat32 ? 32 : 256;
-  return (hidden + columns - 1) / columns;
-}
+// Columns that a warp takes at a time, by the size of y's elements, and slots that it reads at once.
+template <int64_t kElementSize>
+inline constexpr int64_t kCombineChunk = kElementSize == 4 ? 64 : 512;
+inline constexpr int64_t kCombineAtOnce = 8;
 void launch_combine(const CombineParams& p, cudaStream_t stream);
 
 // ---- small batches (small_batch.cu): both products without a sort

@@ -389,11 +389,18 @@ TEST("combine reads rows of y beyond 2^31 elements where they lie") {
     std::iota(positions.begin(), positions.end(), static_cast<int>(first_position));
     const DeviceArray<int> position_of(positions);
     const DeviceArray<Bits> out(kTokens * kHidden);
-    const DeviceArray<float> squares(kSlots * moe_ext::cuda::combine_parts(kHidden, moe_ext::DType::kBFloat16));
-    moe_ext::cuda::launch_combine(
-        {y.as_part_from(first_position * kHidden), position_of.data(), weights.data(), out.data(), squares.data(),
-         kTokens, 2, kHidden, moe_ext::DType::kBFloat16, moe_ext::DType::kBFloat16, moe_ext::DType::kFloat32},
-        nullptr);
+    moe_ext::cuda::CombineParams p{};
+    p.y = y.as_part_from(first_position * kHidden);
+    p.position_of = position_of.data();
+    p.weights = weights.data();
+    p.out = out.data();
+    p.tokens = kTokens, p.top_k = 2, p.hidden = kHidden;
+    p.y_dtype = p.dtype = moe_ext::DType::kBFloat16;
+    p.weights_dtype = moe_ext::DType::kFloat32;
+    moe_ext::cuda::split_combine(&p);
+    const DeviceArray<float> squares(kSlots * p.parts);
+    p.squares = squares.data();
+    moe_ext::cuda::launch_combine(p, nullptr);
     *norms = squares.host();
     return out.host();
   };
