@@ -5,6 +5,7 @@ happen than can: a guarded instruction may or may not be executed, both ways of 
 is as wide as the widest that the instruction's modifiers allow. What cannot be read raises :class:`UnreadableError`.
 """
 
+import heapq
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def successors(code: Sequence[Instruction], tables: Mapping[int, Sequence[int]])
         if one.opcode == "BRA":
             more = following if one.modifiers or len(one.operands) > 1 else conditional
             nexts = [position(at, one, branch_target(one)), *more]
-        elif one.opcode == "BRX":
+        elif one.opcode in ("BRX", "BRXU"):
             if one.address not in tables:
                 raise UnreadableError(f"{one}: its targets are not known")
             nexts = [*(position(at, one, target) for target in tables[one.address]), *conditional]
@@ -114,7 +115,7 @@ def successors(code: Sequence[Instruction], tables: Mapping[int, Sequence[int]])
             nexts = conditional
         elif one.opcode == "WARPSYNC" and "COLLECTIVE" in one.modifiers:
             nexts = [position(at, one, branch_target(one)), *following]
-        elif one.opcode in ("BRXU", "JMP", "JMX", "JMXU", "RPCMOV", "BMOV") or (
+        elif one.opcode in ("JMP", "JMX", "JMXU", "RPCMOV", "BMOV") or (
             one.opcode == "CALL" and one.modifiers[0] not in ("REL", "ABS")
         ):
             raise UnreadableError(f"{one}: where it leads is not known")
@@ -189,9 +190,11 @@ def solve(
     """
     before: list[State | None] = [None] * len(edges)
     before[entry] = state
-    waiting = [entry]
+    waiting = [entry]  # a heap: in the order of the code, most is settled before what follows it is looked at
     while waiting:
-        i = waiting.pop()
+        i = heapq.heappop(waiting)
+        while waiting and waiting[0] == i:
+            heapq.heappop(waiting)
         holds = before[i]
         assert holds is not None
         for j in edges[i]:
@@ -200,5 +203,5 @@ def solve(
             joined = reached if known is None else join(known, reached)
             if joined != known:
                 before[j] = joined
-                waiting.append(j)
+                heapq.heappush(waiting, j)
     return before

@@ -11,7 +11,7 @@ SASS, prints a table of registers and shared memory, and exits with 1 where a ru
 - from sm_90 on, a kernel that launch_next() launches touches no global memory before its wait for the kernel before it,
   and does not end without it; small_batch_kernel alone may read first (`experts`, an input of the call);
 - in hopper_gemm_kernel, which is empty but for sm_90a, wgmma's accumulators and the copies into its operands are fenced
-  and waited for on every path (sass_rules.py).
+  and waited for on every path (sass_rules.py), and ptxas had to add nothing for that.
 
 Needs nvcc, and cuobjdump from the CUDA toolkit or from the triton that comes with torch's CUDA build. No GPU.
 """
@@ -59,6 +59,7 @@ class Kernel:
     static_shared_bytes: int
     sass: list[tuple[int, str]]  # (address, instruction)
     branch_tables: dict[int, list[int]]  # targets of each indirect branch, by its address
+    remarks: list[str]  # of ptxas: fences that it had to add to wgmmas, or that it made them wait for each other
 
     def loops(self) -> list[list[str]]:
         """Instructions of every loop (a branch back to a lower address), the shortest first."""
@@ -78,7 +79,7 @@ class Kernel:
         return []
 
     def faults(self) -> list[str]:
-        faults = []
+        faults = [f"ptxas: {remark}" for remark in self.remarks]
         if self.name.startswith(HOT) and (self.spill_bytes or self.stack_bytes):
             faults.append(f"{self.spill_bytes} bytes of spills, {self.stack_bytes} bytes of stack")
         loop = self.main_loop()
@@ -191,7 +192,8 @@ def compile_one(source: Path, arch: str, folder: Path) -> list[Kernel]:
         if name.startswith("hopper_gemm_kernel") and arch != "90a":
             continue  # compiled to nothing
         numbers = int(registers[1]), stack, stores + loads, static
-        kernels.append(Kernel(arch, name, *numbers, code[mangled], tables.get(mangled, {})))
+        remarks = re.findall(rf"\(C75\d\d\) (.+) in function '{mangled}'", report)
+        kernels.append(Kernel(arch, name, *numbers, code[mangled], tables.get(mangled, {}), remarks))
     return kernels
 
 

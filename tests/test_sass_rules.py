@@ -1,9 +1,12 @@
 """The rules that sass_report.py reads off compiled kernels catch what they are for, on hand-written SASS."""
 
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import pytest
+import sass_report
 from sass_flow import Edges, Instruction, UnreadableError, instructions, successors
 from sass_rules import accumulator_faults, copy_faults, fence_faults, overlap_faults, release_faults
 from sass_values import compared
@@ -319,3 +322,46 @@ def test_comparisons_of_ranges_are_those_of_all_their_numbers(name: str) -> None
             outcomes = {true_of[name](x, y) for x in range(a[0], a[1] + 1) for y in range(b[0], b[1] + 1)}
             expected = (int(outcomes.pop()),) * 2 if len(outcomes) == 1 else None
             assert compared(name, a, b) == expected, (a, b)
+
+
+@pytest.fixture(scope="module")
+def hopper_kernel(tmp_path_factory: pytest.TempPathFactory) -> sass_report.Kernel:
+    if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
+        pytest.skip("needs nvcc")
+    try:
+        sass_report.cuobjdump()
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+    source = sass_report.ROOT / "csrc" / "cuda" / "hopper_gemm.cu"
+    kernels = sass_report.compile_one(source, "90a", tmp_path_factory.mktemp("hopper"))
+    return next(kernel for kernel in kernels if kernel.name == "hopper_gemm_kernel<__half, down>")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "rules"),
+    [
+        (r"WARPGROUP\.ARRIVE", [fence_faults]),
+        (r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", [accumulator_faults, release_faults]),
+        (r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", [release_faults]),
+        (r"DEPBAR\.LE SB0", [copy_faults]),
+        ("LDGDEPBAR", [copy_faults]),
+        (r"FENCE\.VIEW\.ASYNC", [copy_faults]),
+        ("ACQBULK", [overlap_faults]),
+    ],
+)
+def test_no_wait_or_fence_of_the_hopper_kernel_can_be_left_out(
+    hopper_kernel: sass_report.Kernel, name: str, rules: list[Rule]
+) -> None:
+    assert hopper_kernel.faults() == []
+    sass = hopper_kernel.sass
+    copying = next(i for i, (_, text) in enumerate(sass) if text.startswith("LDGSTS"))
+    found = [i for i, (_, text) in enumerate(sass) if re.match(name, text)]
+    if name.startswith("FENCE"):
+        found = [i for i in found if i > copying]  # the one before is that of the barriers' initialisation
+    assert found
+    for i in found:
+        code = instructions([*sass[:i], (sass[i][0], "NOP"), *sass[i + 1 :]])
+        edges = successors(code, hopper_kernel.branch_tables)
+        for rule in rules:
+            assert rule(code, edges), (sass[i], rule)
