@@ -68,6 +68,8 @@ def width(instruction: Instruction) -> int:
 
 def registers(instruction: Instruction) -> int:
     """The general registers that the instruction may read or write: bit n for Rn."""
+    if instruction.name.startswith("CALL.ABS"):
+        return (1 << 256) - 1  # code that is not here
     mask = 0
     for operand in instruction.operands:
         for number, suffix in re.findall(r"(?<!\w)R(\d+)((?:\.\w+)*)", operand):

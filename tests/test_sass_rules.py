@@ -11,6 +11,8 @@ from sass_flow import Edges, Instruction, UnreadableError, instructions, success
 from sass_rules import accumulator_faults, copy_faults, fence_faults, overlap_faults, release_faults
 from sass_values import compared
 
+ROOT = Path(__file__).parent.parent
+KERNEL = re.compile(r"\b(\w+_kernel)\(")
 Rule = Callable[[Sequence[Instruction], Edges], list[str]]
 
 
@@ -53,6 +55,7 @@ def test_accumulators_may_be_read_behind_the_wait_for_their_group() -> None:
         ("NOP", "STG.E.64 desc[UR4][R2.64], R30"),
         ("NOP", "LDG.E R0, desc[UR4][R30.64]"),
         ("NOP", "@P0 MOV R24, RZ"),
+        ("NOP", "CALL.ABS.NOINC R2"),
         ("WARPGROUP.DEPBAR.LE gsb0, 0x1", "MOV R0, R24"),
         ("@P0 WARPGROUP.DEPBAR.LE gsb0, 0x0", "MOV R0, R24"),
     ],
@@ -324,6 +327,13 @@ def test_comparisons_of_ranges_are_those_of_all_their_numbers(name: str) -> None
             assert compared(name, a, b) == expected, (a, b)
 
 
+def test_the_kernels_that_have_to_wait_are_those_of_the_sources() -> None:
+    kernels = {name for path in (ROOT / "csrc" / "cuda").glob("*.cu") for name in KERNEL.findall(path.read_text())}
+    assert "hopper_gemm_kernel" in sass_report.kernels_launched_next()
+    assert sass_report.kernels_launched_next() <= kernels
+    assert "90a" in sass_report.default_archs()
+
+
 @pytest.fixture(scope="module")
 def hopper_kernel(tmp_path_factory: pytest.TempPathFactory) -> sass_report.Kernel:
     if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
@@ -332,7 +342,7 @@ def hopper_kernel(tmp_path_factory: pytest.TempPathFactory) -> sass_report.Kerne
         sass_report.cuobjdump()
     except SystemExit as missing:
         pytest.skip(str(missing))
-    source = sass_report.ROOT / "csrc" / "cuda" / "hopper_gemm.cu"
+    source = ROOT / "csrc" / "cuda" / "hopper_gemm.cu"
     kernels = sass_report.compile_one(source, "90a", tmp_path_factory.mktemp("hopper"))
     return next(kernel for kernel in kernels if kernel.name == "hopper_gemm_kernel<__half, down>")
 
