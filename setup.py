@@ -46,7 +46,8 @@ def cuda_archs() -> str:
     """CUDA_ARCHS as far as this nvcc knows them, machine code for each and PTX of the last for what comes later."""
     listed = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--list-gpu-arch"], check=True, capture_output=True, text=True)
     known = set(re.findall(r"compute_(\d+)", listed.stdout))
-    archs = [arch for arch in CUDA_ARCHS.removesuffix("+PTX").split() if arch.strip("a").replace(".", "") in known]
+    wanted = CUDA_ARCHS.removesuffix("+PTX").split()
+    archs = [arch for arch in wanted if arch.removesuffix("a").replace(".", "") in known]
     if not archs:
         raise SystemExit(f"{CUDA_HOME}/bin/nvcc knows none of {CUDA_ARCHS}; install a newer CUDA toolkit")
     return " ".join(archs) + "+PTX"

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 struct CUstream_st;  // *cudaStream_t
 
@@ -127,6 +128,9 @@ struct Scratch {
 void route(const RouteParams& p, CUstream_st* stream);
 void experts(const ExpertsParams& p, const Scratch& scratch, CUstream_st* stream);
 void gram(const GramParams& p, const Scratch& scratch, CUstream_st* stream);
+
+// Which kernels `experts` would launch on the current device for these sizes and dtype, and why.
+std::string describe(const ExpertsParams& p);
 
 }  // namespace cuda
 }  // namespace moe_ext

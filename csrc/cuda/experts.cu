@@ -147,6 +147,8 @@ void run_sorted(const ExpertsParams& p, const Choice& choice, const Device& devi
 
 }  // namespace
 
+std::string describe(const ExpertsParams& p) { return describe(p, current_device()); }
+
 void experts(const ExpertsParams& p, const Scratch& scratch, cudaStream_t stream) {
   if (p.tokens == 0) return;
   if (p.top_k == 0) {

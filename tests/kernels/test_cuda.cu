@@ -15,6 +15,8 @@
 #include "check.h"
 #include "cuda/heuristics.h"
 #include "cuda/launch.h"
+#include "cuda/next_kernel.cuh"
+#include "cuda/ptx.cuh"
 #include "moe.h"
 #include "setting.h"
 
@@ -204,6 +206,89 @@ TEST("down's k is cut so that no part is empty and blocks have work") {
       }
     }
   }
+}
+
+TEST("the description of a choice names the kernels and the reason") {
+  const auto describe = [](const moe_ext::ExpertsParams& p, const Device& device) {
+    return moe_ext::cuda::describe(p, device);
+  };
+  const auto says = [](const std::string& text, const char* part) { return text.find(part) != text.npos; };
+  const moe_ext::ExpertsParams large = shaped(4096, 4096, 14336, 8, 2);
+  CHECK(says(describe(large, kH100Wgmma), "gate_up hopper (wgmma), tiles of 192 x 256"), describe(large, kH100Wgmma));
+  CHECK(says(describe(large, kH100Wgmma), "at 1024 rows an expert"), describe(large, kH100Wgmma));
+  CHECK(says(describe(large, kA100), "mma.sync, tiles of 128 x 256"), describe(large, kA100));
+  CHECK(says(describe(large, kA100), "no wgmma: it needs"), describe(large, kA100));
+  CHECK(says(describe(shaped(8, 4096, 14336, 8, 2), kA100), "small_batch: at most 16 tokens"), "small");
+  CHECK(says(describe(shaped(99, 4100, 14336, 8, 2), kA100), "plain, without tensor cores: H and I"), "plain");
+  const ForcedKernels forced("portable");
+  CHECK(says(describe(large, kH100Wgmma), "(MOE_EXT_CUDA_KERNELS=portable)"), describe(large, kH100Wgmma));
+  CHECK(!says(describe(large, kH100Wgmma), "hopper"), describe(large, kH100Wgmma));
+}
+
+// ---- dependent launches
+
+namespace {
+
+// Every block adds what all blocks of the kernel before have written: a block that does not wait gets too little.
+__global__ void sum_and_spread_kernel(const int* before, int* after) {
+  moe_ext::cuda::ptx::wait_for_previous_kernel();
+  moe_ext::cuda::ptx::let_next_kernel_start();
+  int sum = 0;
+  for (unsigned i = 0; i < gridDim.x; ++i) sum += before[i];
+  after[blockIdx.x] = sum % 1000003;
+}
+
+constexpr int kChain = 12, kChainBlocks = 300;
+
+void launch_chain(int* const (&arrays)[2], cudaStream_t stream) {
+  for (int i = 0; i < kChain; ++i) {
+    moe_ext::cuda::launch_next<sum_and_spread_kernel>("sum_and_spread_kernel", kChainBlocks, 32, 0, stream,
+                                                      static_cast<const int*>(arrays[i % 2]), arrays[(i + 1) % 2]);
+  }
+}
+
+}  // namespace
+
+TEST("a chain of dependent launches gives what each kernel after the other gives, in and out of a graph") {
+  require_gpu();
+  int sum = 1;
+  for (int i = 0; i < kChain; ++i) sum = static_cast<int>(int64_t{sum} * kChainBlocks % 1000003);
+  const std::vector<int> ones(kChainBlocks, 1), expected(kChainBlocks, sum);
+  const DeviceArray<int> first(ones), second(ones);
+  int* const arrays[2] = {first.data(), second.data()};
+  cudaStream_t stream;
+  ok(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+
+  launch_chain(arrays, stream);
+  ok(cudaStreamSynchronize(stream));
+  CHECK(first.host() == expected, "out of a graph");
+
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  ok(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  launch_chain(arrays, stream);
+  ok(cudaStreamEndCapture(stream, &graph));
+  ok(cudaGraphInstantiate(&executable, graph, 0));
+  for (int replay = 0; replay < 3; ++replay) {
+    ok(cudaMemcpy(first.data(), ones.data(), ones.size() * sizeof(int), cudaMemcpyHostToDevice));
+    ok(cudaGraphLaunch(executable, stream));
+    ok(cudaStreamSynchronize(stream));
+    CHECK(first.host() == expected, "replay ", replay);
+  }
+  ok(cudaGraphExecDestroy(executable));
+  ok(cudaGraphDestroy(graph));
+  ok(cudaStreamDestroy(stream));
+}
+
+TEST("launches overlap where the code that runs was compiled for sm_90 or newer, and only there") {
+  require_gpu();
+  int device = 0, major = 0;
+  ok(cudaGetDevice(&device));
+  ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  cudaFuncAttributes attributes;
+  ok(cudaFuncGetAttributes(&attributes, sum_and_spread_kernel));
+  CHECK(moe_ext::cuda::can_overlap<sum_and_spread_kernel>() == (major >= 9 && attributes.ptxVersion >= 90), "sm_",
+        major, "0, PTX ", attributes.ptxVersion);
 }
 
 // ---- sort
