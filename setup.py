@@ -15,7 +15,8 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent
-CUDA_ARCHS = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+# 9.0a, not 9.0: machine code for exactly the H100 and H200, whose wgmma hopper_gemm.cu uses.
+CUDA_ARCHS = "8.0 8.6 8.9 9.0a 10.0 12.0+PTX"
 TORCH_TARGET_VERSION = "0x020a000000000000"  # torch 2.10: the oldest whose stable API has all that ops.cpp calls
 
 
@@ -45,17 +46,21 @@ def cuda_archs() -> str:
     """CUDA_ARCHS as far as this nvcc knows them, machine code for each and PTX of the last for what comes later."""
     listed = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--list-gpu-arch"], check=True, capture_output=True, text=True)
     known = set(re.findall(r"compute_(\d+)", listed.stdout))
-    archs = [arch for arch in CUDA_ARCHS.removesuffix("+PTX").split() if arch.replace(".", "") in known]
+    wanted = CUDA_ARCHS.removesuffix("+PTX").split()
+    archs = [arch for arch in wanted if arch.removesuffix("a").replace(".", "") in known]
     if not archs:
         raise SystemExit(f"{CUDA_HOME}/bin/nvcc knows none of {CUDA_ARCHS}; install a newer CUDA toolkit")
     return " ".join(archs) + "+PTX"
 
 
 def check_archs(archs: str) -> None:
-    """Exits if TORCH_CUDA_ARCH_LIST asks for a device that lacks bfloat16 tensor cores and cp.async."""
+    """Exits if TORCH_CUDA_ARCH_LIST asks for a device that lacks bfloat16 tensor cores and cp.async, or for both kinds of
+    code for an H100: which of them would run there is CUDA's choice, and one kernel exists for 9.0a alone."""
     old = [arch for arch in re.findall(r"\d+\.\d+", archs) if float(arch) < 8.0]
     if old:
         raise SystemExit(f"TORCH_CUDA_ARCH_LIST={archs!r}: moe_ext's CUDA kernels need 8.0 or newer, not {old[0]}")
+    if re.search(r"9\.0(?!a)", archs) and "9.0a" in archs:
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST={archs!r}: list 9.0a without 9.0, for it is for the same devices")
 
 
 def extension() -> Extension:

@@ -4,11 +4,13 @@ Runs the layer on the software GPU of ../shared/gpusim, whose counters are the s
 
     python -m gpusim run --torch-mode -- python benchmarks/cuda_counters.py [--output FILE.json]
 
-Prints one table for small batches (bytes), one for large ones (tensor FLOPs, shared memory, bytes), one for what
-observing adds, and a roofline computed from the counts. It fails where a bound of BOUNDS does not hold.
+Prints one table for small batches (bytes), one for large ones (tensor FLOPs, shared memory, bytes), one that compares
+the kernels of large batches that an H100 can take, mma.sync and wgmma, one for what observing adds, and a roofline
+computed from the counts. It fails where a bound of BOUNDS does not hold. --tokens adds batches to the comparison.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +29,8 @@ ROOT = Path(__file__).parents[1]
 SHAPES = [(1024, 3584, 8, 2), (2048, 768, 64, 8)]  # H, I, E, K
 SMALL_BATCHES = [1, 2, 4, 8, 16]
 LARGE_BATCHES = [256, 1024]
+PATHS = {"portable": "mma.sync", "hopper": "wgmma"}  # by what MOE_EXT_CUDA_KERNELS calls them
+HOPPER_TILE = (192, 256)
 SECTOR = 32
 
 # Column of a table: the bound, whether it is an upper one, and the rows that it is for.
@@ -36,12 +40,19 @@ BOUNDS: dict[tuple[str, str], tuple[float, bool, Callable[[dict[str, Any]], bool
     ("large", "useful / issued FLOPs"): (0.85, False, lambda row: row["T"] == 1024),
     ("large", "wavefronts / minimum"): (1.02, True, lambda row: True),
     ("large", "moved / schedule"): (1.1, True, lambda row: True),
+    ("paths", "useful / issued FLOPs"): (0.85, False, lambda row: row["T"] >= 1024),
+    ("paths", "moved / schedule"): (1.1, True, lambda row: True),
     ("observed", "added bytes"): (0.01, True, lambda row: True),
     ("observed", "added instructions"): (0.03, True, lambda row: True),
 }
 
 # Peak rates from NVIDIA's data sheets: dense bf16 tensor FLOP/s with float32 accumulation, bytes/s of device memory.
-GPUS = {"A100 SXM 80GB": (312e12, 2.039e12), "H100 SXM": (989e12, 3.35e12), "RTX 4090": (165.2e12, 1.008e12)}
+GPUS = {
+    "A100 SXM 80GB": (312e12, 2.039e12),
+    "H100 SXM": (989e12, 3.35e12),
+    "H200": (989e12, 4.8e12),
+    "RTX 4090": (165.2e12, 1.008e12),
+}
 
 
 @dataclass
@@ -95,7 +106,10 @@ class Case:
         self.gate_up = weights(num_experts, 2 * intermediate, hidden)
         self.down = weights(num_experts, hidden, intermediate)
 
-    def run(self, tokens: int, *, observed: bool = False, threshold: float | None = None) -> Layer:
+    def run(
+        self, tokens: int, kernels: str = "portable", *, observed: bool = False, threshold: float | None = None
+    ) -> Layer:
+        os.environ["MOE_EXT_CUDA_KERNELS"] = kernels
         generator = torch.Generator().manual_seed(tokens)
         logits = torch.randn(tokens, self.num_experts, generator=generator).to("cuda")
         x = torch.randn(tokens, self.hidden, generator=generator).to(torch.bfloat16).to("cuda")
@@ -149,9 +163,10 @@ def tile_rows(counts: list[int], height: int) -> Iterator[int]:
 def schedule_bytes(layer: Layer) -> int:
     """Global bytes that the two products' tiles need: each tile reads its rows of a and of b once and writes its c."""
     needed = 0
-    for launch in layer.of("grouped_gemm_kernel"):
-        shape, product = map(int, re.search(r", (\d), \(moe_ext::cuda::Product\)(\d)", launch["kernel"]).groups())  # type: ignore[union-attr]
-        height, width = gemm_shapes()[shape]
+    for launch in layer.of("gemm_kernel"):
+        product = int(re.search(r"\(moe_ext::cuda::Product\)(\d)", launch["kernel"])[1])  # type: ignore[index]
+        shape = re.search(r", (\d), \(moe_ext::cuda::Product\)", launch["kernel"])
+        height, width = HOPPER_TILE if shape is None else gemm_shapes()[int(shape[1])]
         inner, columns = (layer.hidden, layer.intermediate) if product == 0 else (layer.intermediate, layer.hidden)
         b_rows = 2 * columns if product == 0 else columns
         blocks = ceil(b_rows / width)
@@ -177,6 +192,26 @@ def large_batch_row(layer: Layer) -> dict[str, Any]:
         )
         * SECTOR
         / 1e6,
+    }
+
+
+def path_row(layer: Layer, path: str) -> dict[str, Any]:
+    """What the two products take by one of PATHS. Instructions are PTX, of a warp: machine code has fewer."""
+    products = layer.of("gemm_kernel")
+    moved = sum(launch["global_load_sectors"] + launch["global_store_sectors"] for launch in products) * SECTOR
+    instructions = sum(launch["warp_instructions_total"] for launch in products)
+    name = "wgmma.mma_async" if path == "hopper" else "mma"
+    multiplying = sum(launch["warp_instructions"].get(name, 0) for launch in products)
+    flops = sum(launch["tensor_flops"] for launch in products)
+    return {
+        "path": PATHS[path],
+        "useful / issued FLOPs": layer.useful_flops() / flops,
+        "instructions / product": instructions / multiplying,
+        "FLOPs / instruction": flops / instructions,
+        "wavefronts / MFLOP": sum(launch["shared_wavefronts"] for launch in products) / flops * 1e6,
+        "moved MB": moved / 1e6,
+        "moved / schedule": moved / schedule_bytes(layer),
+        "H100 SXM us": roofline_row(layer)["H100 SXM us"],
     }
 
 
@@ -214,9 +249,10 @@ def roofline_row(layer: Layer) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--tokens", type=int, action="append", default=[1024], help="of the comparison of paths")
     options = parser.parse_args()
 
-    names = ("small", "large", "observed", "skipped", "roofline (predicted lower bound, not measured)")
+    names = ("small", "large", "paths", "observed", "skipped", "roofline (predicted lower bound, not measured)")
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for shape in SHAPES:
         case = Case(*shape)
@@ -227,9 +263,19 @@ def main() -> None:
             tables["small" if small else "large"].append(
                 case_name | (small_batch_row if small else large_batch_row)(layer)
             )
-            tables["observed"].append(case_name | observed_row(layer, case.run(tokens, observed=True)))
+            observed = observed_row(layer, case.run(tokens, observed=True))
+            tables["observed"].append(case_name | {"path": PATHS["portable"]} | observed)
             tables[names[-1]].append(case_name | roofline_row(layer))
             print(f"{shape} T={tokens}: {len(layer.launches)} launches", file=sys.stderr, flush=True)
+        for tokens in options.tokens:
+            for path in PATHS:
+                case_name = {"H, I, E, K": str(shape), "T": tokens}
+                layer = case.run(tokens, path)
+                tables["paths"].append(case_name | path_row(layer, path))
+                if path == "hopper":
+                    observed = observed_row(layer, case.run(tokens, path, observed=True))
+                    tables["observed"].append(case_name | {"path": PATHS[path]} | observed)
+                print(f"{shape} T={tokens}: {PATHS[path]}", file=sys.stderr, flush=True)
         unskipped = case.run(1)
         for threshold in (0.5, 1.0):
             tables["skipped"].append(

@@ -56,7 +56,8 @@ def counters_tables(result: Mapping[str, Any], source: str) -> str:
 def ptxas_table(result: Mapping[str, Any], source: str) -> str:
     spilling = ", ".join(result["spilling_kernels"]) or "no kernel spills"
     return (
-        f"{table(result['rows'])}\n\n{result['date']}, {result['compiler']}: {spilling} ([{source}](results/{source}))."
+        f"{table(result['rows'])}\n\n**hopper_gemm_kernel, instructions**\n\n{table(result['hopper'])}\n\n"
+        f"{result['date']}, {result['compiler']}: {spilling} ([{source}](results/{source}))."
     )
 
 

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -19,6 +20,25 @@ std::vector<std::pair<std::string, bool>> cpu_variants() {
   return variants;
 }
 
+// What the CUDA kernels of a layer would be; throws where there are none.
+std::string cuda_kernels([[maybe_unused]] int64_t tokens, [[maybe_unused]] int64_t hidden,
+                         [[maybe_unused]] int64_t intermediate, [[maybe_unused]] int64_t num_experts,
+                         [[maybe_unused]] int64_t top_k, [[maybe_unused]] const std::string& dtype) {
+#ifdef MOE_EXT_WITH_CUDA
+  moe_ext::ExpertsParams p{};
+  p.tokens = tokens;
+  p.hidden = hidden;
+  p.intermediate = intermediate;
+  p.num_experts = num_experts;
+  p.top_k = top_k;
+  if (dtype == "bfloat16") p.dtype = moe_ext::DType::kBFloat16;
+  if (dtype == "float16") p.dtype = moe_ext::DType::kFloat16;
+  return moe_ext::cuda::describe(p);
+#else
+  throw std::runtime_error("moe_ext was built without CUDA kernels");
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -27,6 +47,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_at_least") = "2.10";
   m.attr("cuda_archs") = MOE_EXT_CUDA_ARCHS;
   m.attr("compiler") = __VERSION__;
+  m.def("cuda_kernels", &cuda_kernels, pybind11::arg("tokens"), pybind11::arg("hidden"), pybind11::arg("intermediate"),
+        pybind11::arg("num_experts"), pybind11::arg("top_k"), pybind11::arg("dtype"),
+        "Which CUDA kernels `experts` takes on the current device, and why. Raises RuntimeError where there are none.");
   m.def("cpu_variants", &cpu_variants, "(name, runs on this processor) of the compiled CPU variants, best first.");
   m.def(
       "active_cpu_variant", [] { return std::string(moe_ext::cpu::isa_name(moe_ext::cpu::active_isa())); },

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 struct CUstream_st;  // *cudaStream_t
 
@@ -12,7 +13,7 @@ namespace moe_ext {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-static inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 enum class Activation : int32_t { kSilu, kGeluErf, kGeluTanh };
 
@@ -127,6 +128,9 @@ struct Scratch {
 void route(const RouteParams& p, CUstream_st* stream);
 void experts(const ExpertsParams& p, const Scratch& scratch, CUstream_st* stream);
 void gram(const GramParams& p, const Scratch& scratch, CUstream_st* stream);
+
+// Which kernels `experts` would launch on the current device for these sizes and dtype, and why.
+std::string describe(const ExpertsParams& p);
 
 }  // namespace cuda
 }  // namespace moe_ext

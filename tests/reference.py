@@ -9,6 +9,9 @@ from torch import Tensor
 from moe_ext.binary import _C
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and _C.cuda_archs else [])
+WGMMA = "cuda" in DEVICES and "9.0a" in _C.cuda_archs and torch.cuda.get_device_capability() == (9, 0)
+MMA_SYNC = ["tall", "flat", "narrow"]  # what MOE_EXT_CUDA_KERNELS can force for large batches everywhere
+GROUPED = MMA_SYNC + ["hopper"] * WGMMA
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["silu", "gelu", "gelu_tanh"]
 

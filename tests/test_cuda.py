@@ -24,7 +24,10 @@ from tests.reference import (
     ACTIVATIONS,
     DEVICES,
     DTYPES,
+    GROUPED,
+    MMA_SYNC,
     ROUNDING,
+    WGMMA,
     ExpertsCase,
     arithmetic_of,
     assert_moments_within,
@@ -41,7 +44,6 @@ if "cuda" not in DEVICES:
     pytest.skip("needs a GPU and moe_ext built with CUDA kernels", allow_module_level=True)
 
 HALVES = [torch.bfloat16, torch.float16]
-GROUPED = ["tall", "flat", "narrow"]
 KERNELS = ["small_batch", *GROUPED, "plain"]  # that MOE_EXT_CUDA_KERNELS can force
 NAMES = {"cpu": "cpu", "cuda": "cuda:0"}
 BOTH_WAYS = pytest.mark.parametrize(("device", "other"), [("cuda", "cpu"), ("cpu", "cuda")])
@@ -120,7 +122,7 @@ def test_plain_kernels_take_any_size(dtype: torch.dtype, data: st.DataObject, ac
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("rows", [1, 8, 9, 15, 16, 17, 32, 33, 63, 64, 65, 127, 128, 129, 257])
+@pytest.mark.parametrize("rows", [1, 8, 9, 15, 16, 17, 32, 33, 63, 64, 65, 127, 128, 129, 192, 193, 257])
 def test_rows_of_an_expert_around_the_edges_of_tiles(kernels: str, dtype: torch.dtype, rows: int) -> None:
     case = experts_case(rows + 3, 3, 1, 40, 72, dtype=dtype, seed=rows)
     case.experts[:] = 1
@@ -140,6 +142,14 @@ def test_an_expert_with_more_tiles_of_rows_than_a_band(kernels: str) -> None:
 @pytest.mark.parametrize(("hidden", "intermediate"), [(264, 136), (136, 264), (520, 8), (8, 520)])
 def test_columns_and_dot_products_beyond_one_tile(kernels: str, hidden: int, intermediate: int) -> None:
     assert_equals_brute_force(experts_case(70, 2, 1, hidden, intermediate, dtype=torch.float16), kernels)
+
+
+@pytest.mark.parametrize("kernels", GROUPED)
+@pytest.mark.parametrize(("hidden", "intermediate"), [(2824, 40), (72, 1416)])
+def test_more_tiles_than_multiprocessors(kernels: str, hidden: int, intermediate: int) -> None:
+    case = experts_case(200, 16, 4, hidden, intermediate, dtype=torch.bfloat16)
+    case.experts[:120, 0] = 1
+    assert_equals_brute_force(case, kernels)
 
 
 # A block stages at most 100 KiB of activations (on an H100): these products take two or three such chunks of k.
@@ -301,8 +311,10 @@ def test_gram_around_the_edges_of_tiles(kernels: str, tokens: int, num_experts: 
 def test_gram_has_the_same_bits_in_every_run_and_for_all_tile_shapes(dtype: torch.dtype, tokens: int) -> None:
     case = experts_case(tokens, 9, 1, 136, 72, dtype=dtype).to("cuda")
     gram = gram_by("tall", case)
-    for kernels in ("tall", "flat", "narrow", ""):
+    for kernels in MMA_SYNC:
         assert torch.equal(gram_by(kernels, case), gram)
+    for kernels in GROUPED:
+        assert torch.equal(gram_by(kernels, case), gram_by(kernels, case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -582,6 +594,13 @@ def test_more_experts_than_the_kernels_take_are_refused() -> None:
 def test_unknown_kernels_are_refused() -> None:
     case = experts_case(2, 2, 1, 8, 8).to("cuda")
     with forced("wide"), pytest.raises(RuntimeError, match="MOE_EXT_CUDA_KERNELS=wide is unknown; the kernels are "):
+        ops.experts(*case.arguments())
+
+
+@pytest.mark.skipif(WGMMA, reason="wgmma runs here")
+def test_wgmma_is_refused_where_it_does_not_run() -> None:
+    case = experts_case(40, 2, 1, 8, 8, dtype=torch.bfloat16).to("cuda")
+    with forced("hopper"), pytest.raises(RuntimeError, match="needs a device of compute capability 9"):
         ops.experts(*case.arguments())
 
 

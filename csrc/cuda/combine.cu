@@ -1,21 +1,25 @@
 // Combine: out[t, :] = sum over slots s of weights[t, s] * y[position of (t, s), :]      (T, H)
 //
-// A thread owns kVector neighbouring columns of a token (16 bytes a load where rows allow) and reads kAtOnce slots
-// before it adds the first. Slots are summed in slot order in float32, so that the result does not depend on
-// scheduling. When observing, the same registers give ||y||^2: each warp adds up the columns that it holds, which is
-// one part of a slot's square; moments.cu adds the parts.
+// A warp takes part of a token's columns, kPieces pieces of neighbouring ones a lane at a time (16 bytes each where
+// rows allow), and reads kAtOnce slots of them before it adds the first. Slots are summed in slot order in float32, so
+// that the result does not depend on scheduling. When observing, the same registers give ||y||^2: of 16-bit elements by
+// the tensor cores, a slot's pieces times themselves, with an eighth of the instructions; each warp's sum is one part
+// of a slot's square, and moments.cu adds the parts.
 //
 // Cost: reads K * H, writes H elements a token; 2 K H FLOPs, and 2 K H more when observing. Bound by bandwidth.
 #include "cuda/launch.h"
+#include "cuda/next_kernel.cuh"
 #include "cuda/numeric.cuh"
+#include "cuda/ptx.cuh"
 
 namespace moe_ext::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kAtOnce = 8;
+constexpr int kThreads = 64;
+constexpr int kPieces = 2;
+constexpr int kShares = 8;  // that a warp leaves of a sum of squares
 
-// Columns that a thread owns.
+// Columns of a piece.
 template <typename TY>
 constexpr int kVector = std::is_same_v<TY, float> ? 1 : 8;
 
@@ -46,82 +50,122 @@ __device__ __forceinline__ void store(T* destination, const float (&values)[8]) 
                                                       pack<T>(values[4], values[5]), pack<T>(values[6], values[7]));
 }
 
-// Sums of eight values over the warp with nine shuffles: lane l gets that of value l / 4. At each of the first three
-// steps a lane gives away half of its values and adds what it gets to the other half.
-__device__ __forceinline__ float warp_sums(const float (&values)[8]) {
-  const int lane = threadIdx.x % kWarpSize;
-  float left[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) left[i] = values[i];
-#pragma unroll
-  for (int half = 4; half > 0; half /= 2) {
-    const bool upper = lane & (4 * half);
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float given = upper ? left[i] : left[i + half];
-      left[i] = (upper ? left[i + half] : left[i]) + __shfl_xor_sync(kAllLanes, given, 4 * half);
-    }
+// Sums of squares that build up in a warp: add() takes a piece a lane, leave() leaves eight shares of the sum of all.
+template <typename T>
+struct Squares {
+  float products[4] = {};  // of an 8x8 matrix over groups of four lanes, whose diagonal counts; the rest is not used
+  __device__ __forceinline__ void add(const uint4& piece) {
+    const uint32_t first[4] = {piece.x, 0, piece.y, 0}, second[4] = {piece.z, 0, piece.w, 0};
+    ptx::multiply_add(products, first, piece.x, piece.y, T{});
+    ptx::multiply_add(products, second, piece.z, piece.w, T{});
   }
-  left[0] += __shfl_xor_sync(kAllLanes, left[0], 2);
-  return left[0] + __shfl_xor_sync(kAllLanes, left[0], 1);
-}
+  __device__ __forceinline__ void leave(float* shares) const {
+    const int lane = threadIdx.x % kWarpSize, group = lane / 4;
+    if (lane % 4 == group / 2) shares[group] = group % 2 == 0 ? products[0] : products[1];
+  }
+};
 
-template <typename TY, typename T, bool kObserve>
+template <>
+struct Squares<float> {
+  float sum = 0.0f;
+  __device__ __forceinline__ void add(float piece) { sum += piece * piece; }
+  __device__ __forceinline__ void leave(float* shares) const {
+    const float half = sum + __shfl_xor_sync(kAllLanes, sum, 16);
+    const float quarter = half + __shfl_xor_sync(kAllLanes, half, 8);
+    if (threadIdx.x % kWarpSize < kShares) shares[threadIdx.x % kWarpSize] = quarter;
+  }
+};
+
+template <typename TY, typename T, int kAtOnce, bool kObserve>
 __global__ void __launch_bounds__(kThreads) combine_kernel(CombineParams p) {
-  constexpr int kColumns = kVector<TY>;
-  const unsigned blocks_per_token = static_cast<unsigned>((p.hidden + kThreads * kColumns - 1) / (kThreads * kColumns));
-  const int64_t token = blockIdx.x / blocks_per_token;
-  const int64_t column = (int64_t{blockIdx.x % blocks_per_token} * kThreads + threadIdx.x) * kColumns;
-  const bool inside = column < p.hidden;
-  const TY* y = static_cast<const TY*>(p.y) + column;
-  const int64_t end = (token + 1) * p.top_k;
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
+  constexpr int kColumns = kVector<TY>, kStep = kWarpSize * kColumns, kChunk = kPieces * kStep;
+  static_assert(kChunk == kCombineChunk<sizeof(TY)>);
+  const int hidden = static_cast<int>(p.hidden), top_k = static_cast<int>(p.top_k), parts = static_cast<int>(p.parts);
+  const unsigned warp = blockIdx.x * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
+  const int token = static_cast<int>(warp / parts), part = static_cast<int>(warp % parts);
+  if (token >= p.tokens) return;
+  const int lane = threadIdx.x % kWarpSize;
+  const int begin = part * static_cast<int>(p.part_columns) + lane * kColumns;
+  const int end = min(hidden, (part + 1) * static_cast<int>(p.part_columns));
+  const int slots_end = (token + 1) * top_k;  // T * K fits (experts.cu)
+  T* out = static_cast<T*>(p.out) + int64_t{token} * hidden;
 
-  float sum[kColumns] = {};
-  for (int64_t first = token * p.top_k; first < end; first += kAtOnce) {
-    Piece<TY> pieces[kAtOnce];
+  float sum[kPieces][kColumns] = {};
+  for (int first = token * top_k; first < slots_end; first += kAtOnce) {
+    const TY* rows[kAtOnce];  // null: an empty slot
     float weights[kAtOnce];
-    bool present[kAtOnce];
+    Squares<TY> squares[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int position = first + i < end ? p.position_of[first + i] : -1;
-      present[i] = position >= 0;
-      weights[i] = present[i] ? weight_of(p.weights, p.weights_dtype, first + i) : 0.0f;
-      pieces[i] = Piece<TY>{};
-      if (present[i] && inside) pieces[i] = *reinterpret_cast<const Piece<TY>*>(y + position * p.hidden);
+      const int position = first + i < slots_end ? p.position_of[first + i] : -1;
+      rows[i] = position < 0 ? nullptr : static_cast<const TY*>(p.y) + int64_t{position} * hidden;
+      weights[i] = position < 0 ? 0.0f : weight_of(p.weights, p.weights_dtype, first + i);
     }
-    float squares[kAtOnce] = {};
+    for (int column = begin; column - lane * kColumns < end; column += kChunk) {
+      Piece<TY> pieces[kAtOnce][kPieces];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (!present[i]) continue;  // not even 0 * y: an empty slot adds nothing
-      float values[kColumns];
-      widen(pieces[i], values, TY{});
+      for (int i = 0; i < kAtOnce; ++i) {
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        sum[j] += weights[i] * values[j];
-        if constexpr (kObserve) squares[i] += values[j] * values[j];
+        for (int j = 0; j < kPieces; ++j) {
+          pieces[i][j] = Piece<TY>{};
+          if (rows[i] != nullptr && column + j * kStep < end) {
+            pieces[i][j] = *reinterpret_cast<const Piece<TY>*>(rows[i] + column + j * kStep);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        // An empty slot adds 0 * 0: no sum starts as -0, so that not a bit changes.
+#pragma unroll
+        for (int j = 0; j < kPieces; ++j) {
+          float values[kColumns];
+          widen(pieces[i][j], values, TY{});
+#pragma unroll
+          for (int k = 0; k < kColumns; ++k) sum[j][k] += weights[i] * values[k];
+          if constexpr (kObserve) squares[i].add(pieces[i][j]);
+        }
+      }
+      if (first + kAtOnce < slots_end) continue;  // a part is one chunk where a token's slots do not fit (heuristics.h)
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j) {
+        if (column + j * kStep < end) store(out + column + j * kStep, sum[j]);
+#pragma unroll
+        for (int k = 0; k < kColumns; ++k) sum[j][k] = 0.0f;
       }
     }
     if constexpr (kObserve) {
-      const float square = warp_sums(squares);
-      const int64_t slot = first + threadIdx.x % kWarpSize / 4;
-      const int64_t part = (column - threadIdx.x % kWarpSize * kColumns) / (kColumns * kWarpSize);
-      const int64_t parts = combine_parts(p.hidden, p.y_dtype);
-      if (threadIdx.x % 4 == 0 && slot < end && part < parts) p.squares[slot * parts + part] = square;
+      __shared__ float shares[kThreads / kWarpSize][kAtOnce][kShares];
+      float (&of_warp)[kAtOnce][kShares] = shares[threadIdx.x / kWarpSize];
+      __syncwarp();  // those of the slots before have been read
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) squares[i].leave(of_warp[i]);
+      __syncwarp();
+      if (lane < kAtOnce && first + lane < slots_end) {
+        float square = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kShares; ++i) square += of_warp[lane][i];
+        p.squares[int64_t{first + lane} * parts + part] = square;
+      }
     }
   }
-  if (inside) store(static_cast<T*>(p.out) + token * p.hidden + column, sum);
+}
+
+template <typename TY, typename T, int kAtOnce>
+void launch_at_once(const CombineParams& p, cudaStream_t stream) {
+  const int64_t warps = kThreads / kWarpSize;
+  const unsigned blocks = grid_size((p.tokens * p.parts + warps - 1) / warps);
+  if (p.squares == nullptr) {
+    launch_next<combine_kernel<TY, T, kAtOnce, false>>("combine_kernel", blocks, kThreads, 0, stream, p);
+  } else {
+    launch_next<combine_kernel<TY, T, kAtOnce, true>>("combine_kernel", blocks, kThreads, 0, stream, p);
+  }
 }
 
 template <typename TY, typename T>
 void launch_typed(const CombineParams& p, cudaStream_t stream) {
-  const int64_t columns = kThreads * kVector<TY>;
-  const unsigned blocks = grid_size(p.tokens * ((p.hidden + columns - 1) / columns));
-  if (p.squares == nullptr) {
-    combine_kernel<TY, T, false><<<blocks, kThreads, 0, stream>>>(p);
-  } else {
-    combine_kernel<TY, T, true><<<blocks, kThreads, 0, stream>>>(p);
-  }
-  check_launch("combine_kernel");
+  p.top_k <= 2 ? launch_at_once<TY, T, 2>(p, stream) : launch_at_once<TY, T, kCombineAtOnce>(p, stream);
 }
 
 }  // namespace

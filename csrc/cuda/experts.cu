@@ -1,13 +1,15 @@
-// The experts operators on CUDA: which kernels run, in which order, on which scratch memory. Three ways, chosen in
+// The experts operators on CUDA: which kernels run, in which order, on which scratch memory. Ways, chosen in
 // heuristics.h:
 //   small batch   gate_up, down with combine                    2 launches
 //   large batch   sort, gate_up, down, combine                  4 launches (6 where the sort takes three)
+//   hopper        the same as large, with hopper_gemm.cu for one product or both
 //   plain         the same as large, with plain_gemm.cu         float32 and odd sizes
 // and the moments after any of them when observing. Nothing waits for the device, and grids depend on shapes only: all
 // of it can be captured in a CUDA graph.
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "cuda/heuristics.h"
 #include "cuda/launch.h"
@@ -43,8 +45,13 @@ Device current_device() {
     check(cudaDeviceGetAttribute(&value, name, index), "cudaDeviceGetAttribute");
     return value;
   };
+  // Named as in TORCH_CUDA_ARCH_LIST by setup.py and as in CMAKE_CUDA_ARCHITECTURES by CMake.
+  const std::string_view archs = MOE_EXT_CUDA_ARCHS;
+  const bool built = archs.find("9.0a") != archs.npos || archs.find("90a") != archs.npos;
+  const bool hopper =
+      attribute(cudaDevAttrComputeCapabilityMajor) == 9 && attribute(cudaDevAttrComputeCapabilityMinor) == 0;
   return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), built && hopper};
 }
 
 namespace {
@@ -83,7 +90,8 @@ void run_small_batch(const ExpertsParams& p, const Device& device, const Scratch
   if (p.moments != nullptr) launch_moments(moments_params(p, s.squares, parts), stream);
 }
 
-void run_sorted(const ExpertsParams& p, const Choice& choice, const Scratch& scratch, cudaStream_t stream) {
+void run_sorted(const ExpertsParams& p, const Choice& choice, const Device& device, const Scratch& scratch,
+                cudaStream_t stream) {
   const int64_t slots = p.tokens * p.top_k;
   const bool tensor_cores = choice.way == Choice::Way::kGrouped;
   const auto tile_list = [&](int rows) {
@@ -107,28 +115,30 @@ void run_sorted(const ExpertsParams& p, const Choice& choice, const Scratch& scr
   const DType row_dtype = tensor_cores ? p.dtype : DType::kFloat32;  // of h and y
   void* h = scratch.allocate(scratch.context, slots * p.intermediate * element_size(row_dtype));
   void* y = scratch.allocate(scratch.context, slots * p.hidden * element_size(row_dtype));
-  const GemmParams gate_up{p.x,     p.gate_up,      h,        s.slot_of,   s.gate_up.tiles, s.gate_up.max_tiles,
-                           p.top_k, p.intermediate, p.hidden, p.activation};
-  const GemmParams down{h,        p.down,         y,           nullptr, s.down.tiles, s.down.max_tiles, p.top_k,
-                        p.hidden, p.intermediate, p.activation};
-  launch_gemms(choice, gate_up, down, p.dtype, stream);
+  const GemmParams gate_up{
+      p.x,     p.gate_up,      h,        s.slot_of,   s.gate_up.tiles, s.gate_up.max_tiles, p.num_experts,
+      p.top_k, p.intermediate, p.hidden, p.activation};
+  const GemmParams down{
+      h,        p.down,         y,           nullptr, s.down.tiles, s.down.max_tiles, p.num_experts, p.top_k,
+      p.hidden, p.intermediate, p.activation};
+  launch_gemms(choice, gate_up, down, p.dtype, device, stream);
 
   CombineParams c{};
   c.y = y;
   c.position_of = s.position_of;
   c.weights = p.weights;
   c.out = p.out;
-  const int64_t parts = combine_parts(p.hidden, row_dtype);
-  c.squares = p.moments == nullptr ? nullptr : allocate<float>(scratch, slots * parts);
   c.tokens = p.tokens;
   c.top_k = p.top_k;
   c.hidden = p.hidden;
   c.y_dtype = row_dtype;
   c.dtype = p.dtype;
   c.weights_dtype = p.weights_dtype;
+  split_combine(&c);
+  c.squares = p.moments == nullptr ? nullptr : allocate<float>(scratch, slots * c.parts);
   launch_combine(c, stream);
   if (p.moments != nullptr) {
-    MomentsParams m = moments_params(p, c.squares, parts);
+    MomentsParams m = moments_params(p, c.squares, c.parts);
     m.slot_of = s.slot_of;
     m.first = s.first;
     launch_moments(m, stream);
@@ -136,6 +146,8 @@ void run_sorted(const ExpertsParams& p, const Choice& choice, const Scratch& scr
 }
 
 }  // namespace
+
+std::string describe(const ExpertsParams& p) { return describe(p, current_device()); }
 
 void experts(const ExpertsParams& p, const Scratch& scratch, cudaStream_t stream) {
   if (p.tokens == 0) return;
@@ -148,7 +160,7 @@ void experts(const ExpertsParams& p, const Scratch& scratch, cudaStream_t stream
   const Device device = current_device();
   const Choice choice = choose(p, device);
   if (choice.way == Choice::Way::kSmallBatch) return run_small_batch(p, device, scratch, stream);
-  run_sorted(p, choice, scratch, stream);
+  run_sorted(p, choice, device, scratch, stream);
 }
 
 }  // namespace moe_ext::cuda

@@ -181,7 +181,8 @@ void gram(const GramParams& p, const Scratch& scratch, cudaStream_t stream) {
   if (part * p.num_experts > std::numeric_limits<int32_t>::max()) {
     throw std::runtime_error("moe_ext: expert_gram: T * E is beyond 2^31 - 1; pass fewer tokens at a time");
   }
-  const Choice choice = choose_sorted(as_experts(p, part), current_device());
+  const Device device = current_device();
+  const Choice choice = choose_sorted(as_experts(p, part), device);
   const bool tensor_cores = choice.way == Choice::Way::kGrouped;
   const DType row_dtype = tensor_cores ? p.dtype : DType::kFloat32;  // of h and y
   const auto tiles_for = [&](int rows, int64_t tokens) { return p.num_experts * ((tokens + rows - 1) / rows); };
@@ -204,11 +205,13 @@ void gram(const GramParams& p, const Scratch& scratch, cudaStream_t stream) {
     check_launch("list_all_kernel");
 
     const char* x = static_cast<const char*>(p.x) + first * p.hidden * element_size(p.dtype);
-    const GemmParams gate_up{x, p.gate_up,      h,        list.slot_of, list.gate_up.tiles, list.gate_up.max_tiles,
-                             1, p.intermediate, p.hidden, p.activation};
-    const GemmParams down{h,        p.down,         y,           nullptr, list.down.tiles, list.down.max_tiles, 1,
-                          p.hidden, p.intermediate, p.activation};
-    launch_gemms(choice, gate_up, down, p.dtype, stream);
+    const GemmParams gate_up{
+        x, p.gate_up,      h,        list.slot_of, list.gate_up.tiles, list.gate_up.max_tiles, p.num_experts,
+        1, p.intermediate, p.hidden, p.activation};
+    const GemmParams down{
+        h,        p.down,         y,           nullptr, list.down.tiles, list.down.max_tiles, p.num_experts, 1,
+        p.hidden, p.intermediate, p.activation};
+    launch_gemms(choice, gate_up, down, p.dtype, device, stream);
     double* of_part = p.gram + first * p.num_experts * p.num_experts;
     launch_products({y, of_part, tokens, p.num_experts, p.hidden}, row_dtype, p.dtype, stream);
   }

@@ -2,10 +2,8 @@
 //   gate_up   h[p, :] = act(gate[e] x) * (up[e] x),  x = x[token of p, :]          (positions, I)
 //   down      y[p, :] = down[e] h[p, :]                                            (positions, H)
 //
-// A block computes one tile: up to `rows` positions of one expert by a range of c's columns. Blocks are numbered by
-// expert, then by bands of row tiles, then column, then row tile, so that blocks that run at the same time share what
-// they read. An expert's positions are cut evenly, in multiples of 16; 16-row fragments without a position are not
-// multiplied.
+// A block computes one tile: up to `rows` positions of one expert by a range of c's columns, numbered as in tiles.cuh.
+// An expert's positions are cut evenly, in multiples of 16; 16-row fragments without a position are not multiplied.
 //
 // Shared memory holds `stages` steps of a (rows, inner) and b (columns, inner), filled by 16-byte cp.async with a
 // gathered, zero-filled beyond the edges, and read by ldmatrix. The 16-byte chunks of a row are XORed with the row so
@@ -17,25 +15,16 @@
 // reads (rows + columns) * inner elements, of which only the first read of each comes from beyond L2.
 #include "cuda/heuristics.h"
 #include "cuda/launch.h"
+#include "cuda/next_kernel.cuh"
 #include "cuda/numeric.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/tiles.cuh"
 
 namespace moe_ext::cuda {
 namespace {
 
-constexpr int kFragment = 16;    // rows of a of one mma
 constexpr int kChunkBytes = 16;  // 8 elements
 constexpr int kChunk = 8;
-constexpr int kBand = 16;  // row tiles of an expert that share their pass over the weights
-
-// Byte offset of a 16-byte chunk in rows of kChunks chunks: eight neighbouring rows, and eight neighbouring chunks in
-// memory order, lie in different banks.
-template <int kChunks>
-__device__ __forceinline__ int swizzled(int row, int chunk) {
-  constexpr int kRowsPerLine = kChunks >= 8 ? 1 : 8 / kChunks;  // a line: the 128 bytes of all banks
-  constexpr int kMask = kChunks >= 8 ? 7 : kChunks - 1;
-  return (row * kChunks + (chunk ^ ((row / kRowsPerLine) & kMask))) * kChunkBytes;
-}
 
 template <typename T, int kShape, Product kProduct>
 __global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kShape].blocks_per_multiprocessor)
@@ -55,20 +44,12 @@ __global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kSh
   extern __shared__ __align__(128) char shared[];
 
   // ---- which tile
-  const unsigned column_blocks = static_cast<unsigned>((p.columns + kColumns - 1) / kColumns);
-  const Tile tile = p.tiles[blockIdx.x / column_blocks];
-  if (tile.expert < 0) return;
-  const int row_tiles = (tile.count + S.rows - 1) / S.rows;
-  const int block = static_cast<int>(blockIdx.x - tile.first_tile * column_blocks);
-  // Bands of kBand row tiles, in a band column after column: what runs at the same time shares rows and weights in L2.
-  const int band = block / (kBand * static_cast<int>(column_blocks));
-  const int block_of_band = block - band * kBand * static_cast<int>(column_blocks);
-  const int tiles_of_band = min(kBand, row_tiles - band * kBand);
-  const int first_column = block_of_band / tiles_of_band * kColumns;
-  const int height = ((tile.count + row_tiles - 1) / row_tiles + kFragment - 1) / kFragment * kFragment;
-  const int first_row = (band * kBand + block_of_band % tiles_of_band) * height;
-  const int rows = min(height, tile.count - first_row);
-  const int64_t first_position = int64_t{tile.first} + first_row;
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
+  const Place place = place_of(p, blockIdx.x, S.rows, kColumns);
+  if (place.expert < 0) return;
+  const int first_column = place.first_column, rows = place.rows;
+  const int64_t first_position = place.first_position;
 
   // ---- what this thread copies: one chunk of every kRowStep-th row
   const int chunk = threadIdx.x % kChunks;
@@ -91,7 +72,7 @@ __global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kSh
   const int64_t up_rows = kGateUp && copy_row / 8 % 2 == 1 ? p.columns : 0;
   const int64_t expert_rows = kGateUp ? 2 * p.columns : p.columns;
   const T* b_row =
-      static_cast<const T*>(p.b) + (tile.expert * expert_rows + up_rows + b_column) * inner + chunk * kChunk;
+      static_cast<const T*>(p.b) + (place.expert * expert_rows + up_rows + b_column) * inner + chunk * kChunk;
 
   const uint32_t stage_base = ptx::shared_address(shared);
   const auto copy_stage = [&](int step, int stage) {
@@ -205,8 +186,8 @@ void launch_shape(const GemmParams& p, cudaStream_t stream) {
   constexpr int kColumns = kProduct == Product::kGateUp ? S.columns / 2 : S.columns;
   const unsigned blocks = grid_size(p.max_tiles * ((p.columns + kColumns - 1) / kColumns));
   allow_shared(grouped_gemm_kernel<T, kShape, kProduct>, S.shared_bytes());
-  grouped_gemm_kernel<T, kShape, kProduct><<<blocks, S.threads(), S.shared_bytes(), stream>>>(p);
-  check_launch("grouped_gemm_kernel");
+  launch_next<grouped_gemm_kernel<T, kShape, kProduct>>("grouped_gemm_kernel", blocks, S.threads(), S.shared_bytes(),
+                                                        stream, p);
 }
 
 template <typename T, Product kProduct>

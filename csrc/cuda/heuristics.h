@@ -42,6 +42,13 @@ inline constexpr GemmShape kGemmShapes[] = {
 };
 inline constexpr int kTall = 0, kFlat = 1, kNarrow = 2, kGemmShapeCount = 3;
 
+// ---- tiles of the wgmma grouped products (hopper_gemm.cu): positions, and rows of weights
+
+inline constexpr int kHopperRows = 192, kHopperColumns = 256;
+inline constexpr int kHopperMinRows = 17;         // of the average expert for which it is considered
+inline constexpr double kHopperEfficiency = 1.5;  // against the efficiencies above
+inline constexpr int kHopper = kGemmShapeCount;   // as a shape of Choice
+
 // Rows of a tile in plain_gemm.cu: for few and for many rows an expert.
 inline constexpr int kPlainRows[] = {16, 64};
 
@@ -56,7 +63,7 @@ inline constexpr int64_t kSmallBatchStagedMinimum = 9216;     // for activations
 // The kernels that a call takes. Small batches have no tiles; `rows` are those of the sort's tile lists.
 struct Choice {
   enum class Way { kSmallBatch, kGrouped, kPlain } way;
-  int gate_up_shape, down_shape;  // of kGemmShapes
+  int gate_up_shape, down_shape;  // of kGemmShapes, or kHopper
   int gate_up_rows, down_rows;
 };
 
@@ -72,31 +79,48 @@ inline int64_t rows_per_expert(const ExpertsParams& p) {
   return (p.tokens * p.top_k + p.num_experts - 1) / p.num_experts;
 }
 
-// The shape that gives the busiest multiprocessor the least work: elements of the tiles that it multiplies, over the
-// share of the tensor cores' rate that a shape can reach, which its FLOPs per byte from L2 limit (a guess until a GPU
-// has measured it).
-inline int gemm_shape(const ExpertsParams& p, Product product, const Device& device) {
-  const int64_t rows = rows_per_expert(p);
-  const int64_t columns = product == Product::kGateUp ? 2 * p.intermediate : p.hidden;
+// Whether the wgmma kernels can take it: they count rows of weights, and 16-byte pieces of activations, in 32 bits.
+inline bool fits_hopper(const ExpertsParams& p, const Device& device) {
+  const int64_t most = std::numeric_limits<int32_t>::max();
+  const int64_t positions = p.tokens * p.top_k, longest = std::max(p.hidden, p.intermediate);
+  return device.wgmma && p.num_experts * std::max(2 * p.intermediate, p.hidden) <= most &&
+         positions * longest / 8 <= most;
+}
+
+// Work of the busiest multiprocessor when tiles of `rows` by `columns` share out a product: elements that it
+// multiplies.
+inline double busiest_work(const ExpertsParams& p, Product product, const Device& device, int rows, int columns) {
+  const int64_t rows_of_expert = rows_per_expert(p);
+  const int64_t weight_rows = product == Product::kGateUp ? 2 * p.intermediate : p.hidden;
   const int64_t active = std::min(p.num_experts, p.tokens * p.top_k);
+  const int64_t tiles = (rows_of_expert + rows - 1) / rows;
+  const int64_t blocks = active * tiles * ((weight_rows + columns - 1) / columns);
+  const int64_t blocks_each = (blocks + device.multiprocessors - 1) / device.multiprocessors;
+  const int64_t rows_each = ((rows_of_expert + tiles - 1) / tiles + 15) / 16 * 16;
+  return static_cast<double>(blocks_each * rows_each * columns);
+}
+
+// The shape with the least of that work, over the share of the tensor cores' rate that it can reach, which its
+// instructions and its FLOPs per byte from L2 limit (a guess until a GPU has measured it).
+inline int gemm_shape(const ExpertsParams& p, Product product, const Device& device) {
   int best = kFlat;
   double least = std::numeric_limits<double>::infinity();
+  const auto consider = [&](int shape, int rows, int columns, int min_rows, double efficiency) {
+    if (rows_per_expert(p) < min_rows) return;
+    const double work = busiest_work(p, product, device, rows, columns) / efficiency;
+    if (work < least) least = work, best = shape;
+  };
   for (int shape = 0; shape < kGemmShapeCount; ++shape) {
     const GemmShape& s = kGemmShapes[shape];
-    if (rows < s.min_rows) continue;
-    const int64_t tiles = (rows + s.rows - 1) / s.rows;
-    const int64_t blocks = active * tiles * ((columns + s.columns - 1) / s.columns);
-    const int64_t blocks_each = (blocks + device.multiprocessors - 1) / device.multiprocessors;
-    const int64_t rows_each = ((rows + tiles - 1) / tiles + 15) / 16 * 16;
-    const double work = static_cast<double>(blocks_each * rows_each * s.columns) / s.efficiency;
-    if (work < least) least = work, best = shape;
+    consider(shape, s.rows, s.columns, s.min_rows, s.efficiency);
   }
+  if (fits_hopper(p, device)) consider(kHopper, kHopperRows, kHopperColumns, kHopperMinRows, kHopperEfficiency);
   return best;
 }
 
 inline Choice grouped(int gate_up_shape, int down_shape) {
-  return {Choice::Way::kGrouped, gate_up_shape, down_shape, kGemmShapes[gate_up_shape].rows,
-          kGemmShapes[down_shape].rows};
+  const auto rows = [](int shape) { return shape == kHopper ? kHopperRows : kGemmShapes[shape].rows; };
+  return {Choice::Way::kGrouped, gate_up_shape, down_shape, rows(gate_up_shape), rows(down_shape)};
 }
 
 inline Choice plain(const ExpertsParams& p) {
@@ -114,32 +138,43 @@ inline int64_t small_batch_staged_bytes(const ExpertsParams& p, const Device& de
   return std::min<int64_t>(staged, device.shared_per_block - lists);
 }
 
-// What MOE_EXT_CUDA_KERNELS forces, for tests and benchmarks: small_batch, tall, flat, narrow, plain, or "" for the
-// choice by shape; throws if it names something else.
+// What MOE_EXT_CUDA_KERNELS forces, for tests and benchmarks: one of these, or "" for the choice by shape; "portable"
+// is that choice without wgmma. Throws if it names something else.
 inline std::string forced_kernels() {
   const char* forced = std::getenv("MOE_EXT_CUDA_KERNELS");
   const std::string name = forced == nullptr ? "" : forced;
-  if (name != "" && name != "small_batch" && name != "tall" && name != "flat" && name != "narrow" && name != "plain") {
-    throw std::runtime_error("MOE_EXT_CUDA_KERNELS=" + name +
-                             " is unknown; the kernels are small_batch, tall, flat, narrow, plain");
+  for (const char* known : {"", "portable", "small_batch", "hopper", "tall", "flat", "narrow", "plain"}) {
+    if (name == known) return name;
   }
-  return name;
+  throw std::runtime_error("MOE_EXT_CUDA_KERNELS=" + name +
+                           " is unknown; the kernels are portable, small_batch, hopper, tall, flat, narrow, plain");
 }
+
+inline bool by_shape(const std::string& forced) { return forced == "" || forced == "portable"; }
 
 // Whether tensor cores multiply; throws if the forced kernels need them and cannot have them.
 inline bool takes_tensor_cores(const ExpertsParams& p, const std::string& forced) {
   if (forced == "plain") return false;
   if (fits_tensor_cores(p)) return true;
-  if (forced == "") return false;
+  if (by_shape(forced)) return false;
   throw std::runtime_error("MOE_EXT_CUDA_KERNELS=" + forced +
                            " needs bfloat16 or float16, H and I multiples of 8, and 16-byte aligned tensors");
 }
 
 inline Choice choose_grouped(const ExpertsParams& p, const std::string& forced, const Device& device) {
+  if (forced == "hopper") {
+    if (fits_hopper(p, device)) return grouped(kHopper, kHopper);
+    throw std::runtime_error(
+        device.wgmma ? "MOE_EXT_CUDA_KERNELS=hopper: T * K * max(H, I) / 8 or E * max(2 I, H) is beyond 2^31 - 1"
+                     : "MOE_EXT_CUDA_KERNELS=hopper needs a device of compute capability 9.0 (H100, H200) and moe_ext "
+                       "built for 9.0a (TORCH_CUDA_ARCH_LIST), not for " MOE_EXT_CUDA_ARCHS);
+  }
   if (forced == "tall") return grouped(kTall, kTall);
   if (forced == "flat") return grouped(kFlat, kFlat);
   if (forced == "narrow") return grouped(kNarrow, kNarrow);
-  return grouped(gemm_shape(p, Product::kGateUp, device), gemm_shape(p, Product::kDown, device));
+  Device allowed = device;
+  allowed.wgmma = device.wgmma && forced != "portable";
+  return grouped(gemm_shape(p, Product::kGateUp, allowed), gemm_shape(p, Product::kDown, allowed));
 }
 
 inline Choice choose(const ExpertsParams& p, const Device& device) {
@@ -150,10 +185,36 @@ inline Choice choose(const ExpertsParams& p, const Device& device) {
     throw std::runtime_error(
         "MOE_EXT_CUDA_KERNELS=small_batch: the lists of T * K slots do not fit into shared memory");
   }
-  if (forced == "small_batch" || (forced == "" && p.tokens <= kSmallBatchTokens && fits)) {
+  if (forced == "small_batch" || (by_shape(forced) && p.tokens <= kSmallBatchTokens && fits)) {
     return {Choice::Way::kSmallBatch, 0, 0, 0, 0};
   }
   return choose_grouped(p, forced, device);
+}
+
+// What `choose` chose and why, for people.
+inline std::string describe(const ExpertsParams& p, const Device& device) {
+  const Choice choice = choose(p, device);
+  const char* forced = std::getenv("MOE_EXT_CUDA_KERNELS");
+  const std::string asked =
+      forced == nullptr || *forced == 0 ? "" : " (MOE_EXT_CUDA_KERNELS=" + std::string(forced) + ")";
+  if (choice.way == Choice::Way::kSmallBatch) {
+    return "small_batch: at most " + std::to_string(kSmallBatchTokens) + " tokens, bound by reading weights" + asked;
+  }
+  if (choice.way == Choice::Way::kPlain) {
+    const char* why = p.dtype == DType::kFloat32 ? "float32" : "H and I are not multiples of 8";
+    return "plain, without tensor cores: " + (asked == "" ? std::string(why) : asked.substr(1));
+  }
+  const auto tiles = [](int shape) {
+    const bool hopper = shape == kHopper;
+    return std::string(hopper ? "hopper (wgmma), tiles of " : "mma.sync, tiles of ") +
+           std::to_string(hopper ? kHopperRows : kGemmShapes[shape].rows) + " x " +
+           std::to_string(hopper ? kHopperColumns : kGemmShapes[shape].columns);
+  };
+  std::string text = "gate_up " + tiles(choice.gate_up_shape) + "; down " + tiles(choice.down_shape) +
+                     ": least work of the busiest of " + std::to_string(device.multiprocessors) +
+                     " multiprocessors at " + std::to_string(rows_per_expert(p)) + " rows an expert";
+  if (!device.wgmma) text += "; no wgmma: it needs compute capability 9.0 and moe_ext built for 9.0a";
+  return text + asked;
 }
 
 // As `choose`, for products over a list of positions only, however few they are: forced small_batch changes nothing.
@@ -164,14 +225,32 @@ inline Choice choose_sorted(const ExpertsParams& p, const Device& device) {
 
 // The two products over a list of positions, by the kernels of a choice that is not kSmallBatch.
 inline void launch_gemms(const Choice& choice, const GemmParams& gate_up, const GemmParams& down, DType dtype,
-                         CUstream_st* stream) {
-  if (choice.way == Choice::Way::kGrouped) {
-    launch_grouped_gemm(Product::kGateUp, choice.gate_up_shape, gate_up, dtype, stream);
-    launch_grouped_gemm(Product::kDown, choice.down_shape, down, dtype, stream);
-  } else {
-    launch_plain_gemm(Product::kGateUp, choice.gate_up_rows, gate_up, dtype, stream);
-    launch_plain_gemm(Product::kDown, choice.down_rows, down, dtype, stream);
-  }
+                         const Device& device, CUstream_st* stream) {
+  const auto launch = [&](Product product, int shape, int rows, const GemmParams& p) {
+    if (choice.way == Choice::Way::kPlain) {
+      launch_plain_gemm(product, rows, p, dtype, stream);
+    } else if (shape == kHopper) {
+      launch_hopper_gemm(product, p, dtype, device.multiprocessors, stream);
+    } else {
+      launch_grouped_gemm(product, shape, p, dtype, stream);
+    }
+  };
+  launch(Product::kGateUp, choice.gate_up_shape, choice.gate_up_rows, gate_up);
+  launch(Product::kDown, choice.down_shape, choice.down_rows, down);
+}
+
+// ---- combine (combine.cu)
+
+inline constexpr int64_t kCombineWarps = 4096;  // at least, where there are columns for them: two rounds of an H100
+
+// Sets how the warps share a token's columns.
+inline void split_combine(CombineParams* p) {
+  const int64_t chunk = p->y_dtype == DType::kFloat32 ? kCombineChunk<4> : kCombineChunk<2>;
+  const int64_t chunks = (p->hidden + chunk - 1) / chunk;
+  const int64_t wanted = p->top_k > kCombineAtOnce ? chunks : (kCombineWarps + p->tokens - 1) / p->tokens;
+  const int64_t chunks_each = (chunks + std::min(wanted, chunks) - 1) / std::min(wanted, chunks);
+  p->part_columns = chunks_each * chunk;
+  p->parts = (chunks + chunks_each - 1) / chunks_each;
 }
 
 // ---- Gram matrices (gram.cu)

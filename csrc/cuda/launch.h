@@ -37,6 +37,7 @@ struct Device {
   int multiprocessors;
   int shared_per_multiprocessor;  // bytes
   int shared_per_block;           // bytes, at most
+  bool wgmma;                     // of compute capability 9.0, and moe_ext was built for 9.0a
 };
 Device current_device();
 
@@ -75,7 +76,8 @@ int64_t sort_blocks(int64_t slots);
 int64_t max_tiles(int64_t slots, int64_t num_experts, int64_t rows);
 void launch_sort(const SortParams& p, cudaStream_t stream);
 
-// ---- grouped products over the sorted slots (grouped_gemm.cu: mma.sync; plain_gemm.cu: any dtype and size)
+// ---- grouped products over the sorted slots (grouped_gemm.cu: mma.sync; hopper_gemm.cu: wgmma; plain_gemm.cu: any
+// dtype and size)
 
 struct GemmParams {
   const void* a;       // gate_up: x (T, H), gathered by slot_of; down: h (positions, I)
@@ -84,6 +86,7 @@ struct GemmParams {
   const int* slot_of;  // (P), gate_up only: down has null
   const Tile* tiles;   // (max_tiles)
   int64_t max_tiles;
+  int64_t num_experts;
   int64_t top_k;
   int64_t columns;  // of c: I or H
   int64_t inner;    // length of the dot products: H or I
@@ -95,6 +98,8 @@ enum class Product { kGateUp, kDown };
 // bf16 and fp16, columns and inner multiples of 8, pointers 16-byte aligned. c has the dtype of a. `shape` is a row of
 // the table in heuristics.h.
 void launch_grouped_gemm(Product product, int shape, const GemmParams& p, DType dtype, cudaStream_t stream);
+// The same on devices with `wgmma`, tiles of at most kHopperRows rows; a block a multiprocessor goes through them all.
+void launch_hopper_gemm(Product product, const GemmParams& p, DType dtype, int multiprocessors, cudaStream_t stream);
 // Any size; h and y are float32. `rows`, of a tile at most, is one of kPlainRows in heuristics.h.
 void launch_plain_gemm(Product product, int rows, const GemmParams& p, DType dtype, cudaStream_t stream);
 
@@ -105,20 +110,21 @@ struct CombineParams {
   const int* position_of;  // (P), -1 for a sentinel
   const void* weights;     // (T, K) of `weights_dtype`
   void* out;               // (T, H) of `dtype`
-  float* squares;          // (P, combine_parts(H)) out: parts of ||y||^2 by slot, 0 for a sentinel; or null
+  float* squares;          // (P, parts) out: parts of ||y||^2 by slot, 0 for a sentinel; or null
   int64_t tokens;
   int64_t top_k;
   int64_t hidden;
+  int64_t parts;         // warps that share a token's columns, and the columns of each but the last: whole chunks, and
+  int64_t part_columns;  // one where K > kCombineAtOnce
   DType y_dtype;
   DType dtype;
   DType weights_dtype;
 };
 
-// Parts that a row's square is left in: one a warp.
-constexpr int64_t combine_parts(int64_t hidden, DType y_dtype) {
-  const int64_t columns = y_dtype == DType::kFloat32 ? 32 : 256;
-  return (hidden + columns - 1) / columns;
-}
+// Columns that a warp takes at a time, by the size of y's elements, and slots that it reads at once.
+template <int64_t kElementSize>
+inline constexpr int64_t kCombineChunk = kElementSize == 4 ? 64 : 512;
+inline constexpr int64_t kCombineAtOnce = 8;
 void launch_combine(const CombineParams& p, cudaStream_t stream);
 
 // ---- small batches (small_batch.cu): both products without a sort

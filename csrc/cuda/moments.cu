@@ -6,7 +6,9 @@
 //
 // Cost: reads a few numbers a slot and adds nine; nothing beside the products that gave them.
 #include "cuda/launch.h"
+#include "cuda/next_kernel.cuh"
 #include "cuda/numeric.cuh"
+#include "cuda/ptx.cuh"
 
 namespace moe_ext::cuda {
 namespace {
@@ -14,6 +16,8 @@ namespace {
 constexpr int kThreads = 128;
 
 __global__ void __launch_bounds__(kThreads) moments_kernel(MomentsParams p) {
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
   const int64_t expert = blockIdx.x;
   const int64_t begin = p.first == nullptr ? 0 : p.first[expert];
   const int64_t end = p.first == nullptr ? p.slots : p.first[expert + 1];
@@ -53,8 +57,7 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(MomentsParams p) {
 }  // namespace
 
 void launch_moments(const MomentsParams& p, cudaStream_t stream) {
-  moments_kernel<<<grid_size(p.num_experts), kThreads, 0, stream>>>(p);
-  check_launch("moments_kernel");
+  launch_next<moments_kernel>("moments_kernel", grid_size(p.num_experts), kThreads, 0, stream, p);
 }
 
 }  // namespace moe_ext::cuda

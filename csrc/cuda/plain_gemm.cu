@@ -8,7 +8,9 @@
 // gate and up. Sums run in order of k: deterministic. Cost of a tile: 2 * rows * 64 * inner FLOPs on the FMA units.
 #include "cuda/heuristics.h"
 #include "cuda/launch.h"
+#include "cuda/next_kernel.cuh"
 #include "cuda/numeric.cuh"
+#include "cuda/ptx.cuh"
 
 namespace moe_ext::cuda {
 namespace {
@@ -26,6 +28,9 @@ __global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
   constexpr int kRowsPerThread = kRows / kThreadRows;
   __shared__ float a[kRows][kInner + 1];
   __shared__ float b[kBColumns][kInner + 1];
+
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
 
   const unsigned column_blocks = static_cast<unsigned>((p.columns + kColumns - 1) / kColumns);
   const Tile tile = p.tiles[blockIdx.x / column_blocks];
@@ -114,11 +119,11 @@ void launch_rows(Product product, const GemmParams& p, cudaStream_t stream) {
   const int64_t columns = product == Product::kGateUp ? kBColumns / 2 : kBColumns;
   const unsigned blocks = grid_size(p.max_tiles * ((p.columns + columns - 1) / columns));
   if (product == Product::kGateUp) {
-    plain_gemm_kernel<T, T, kRows, Product::kGateUp><<<blocks, kThreads, 0, stream>>>(p);
+    launch_next<plain_gemm_kernel<T, T, kRows, Product::kGateUp>>("plain_gemm_kernel", blocks, kThreads, 0, stream, p);
   } else {
-    plain_gemm_kernel<float, T, kRows, Product::kDown><<<blocks, kThreads, 0, stream>>>(p);
+    launch_next<plain_gemm_kernel<float, T, kRows, Product::kDown>>("plain_gemm_kernel", blocks, kThreads, 0, stream,
+                                                                    p);
   }
-  check_launch("plain_gemm_kernel");
 }
 
 template <typename T>

@@ -1,4 +1,4 @@
-// All inline PTX of the CUDA back end, one instruction a wrapper. sm_80 is enough for every one of them.
+// All inline PTX of the CUDA back end that sm_80 has, one instruction a wrapper, and what does nothing before sm_90.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,6 +10,20 @@ namespace moe_ext::cuda::ptx {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// next_kernel.cuh: waits for the end of the kernel before on the stream, and sees what it wrote.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel on the stream be brought up once every block has come here or ended.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 
 // 16 bytes that this kernel reads once and nobody writes meanwhile: not kept in L1.

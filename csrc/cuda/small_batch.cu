@@ -13,9 +13,9 @@
 // memory in a fixed order.
 //
 // down: where there are too few units for the device, k is split, too (`splits`, from shapes only). A unit writes its
-// part of y, then arrives at its group's counter (zeroed by gate_up, so that the two launches must not overlap). The
-// last to arrive finds all parts there and sums every token's slots in slot order, in float32. Which block that is does
-// not matter to the result: it is deterministic.
+// part of y, then arrives at its group's counter (zeroed by gate_up, for whose end down waits). The last to
+// arrive finds all parts there and sums every token's slots in slot order, in float32. Which block that is does not
+// matter to the result: it is deterministic.
 //
 // Cost: reads 3 H I weights of each active expert; activations once per block and expert that it works on (once per
 // group where an expert's tokens do not fit into shared memory), P expert indices per block. Bound by bandwidth.
@@ -23,6 +23,7 @@
 
 #include "cuda/heuristics.h"
 #include "cuda/launch.h"
+#include "cuda/next_kernel.cuh"
 #include "cuda/numeric.cuh"
 #include "cuda/ptx.cuh"
 
@@ -208,7 +209,9 @@ __global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) 
   const int row_of_lane = lane / 4;    // of an m16 tile, and + 8; also the token of a token tile
   const int k_of_lane = lane % 4 * 8;  // of a piece
 
-  const int active = find_active(e, slots, lists);
+  const int active = find_active(e, slots, lists);  // from the call's input, which no kernel of it writes
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
   if constexpr (kGateUp) {
     for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < small_batch_groups(e.hidden);
          i += int64_t{gridDim.x} * kThreads) {
@@ -361,8 +364,13 @@ void launch_product(const SmallBatchParams& p, cudaStream_t stream) {
   const int64_t units = std::max<int64_t>(1, std::min(slots, e.num_experts) * groups * splits);
   const int bytes = static_cast<int>(sums_bytes(kTokenTiles) + lists_bytes(slots, e.num_experts) + p.staged_bytes);
   allow_shared(small_batch_kernel<T, kTokenTiles, kProduct>, static_cast<int>(p.shared_limit));
-  small_batch_kernel<T, kTokenTiles, kProduct><<<grid_size(std::min(units, p.blocks)), kThreads, bytes, stream>>>(p);
-  check_launch("small_batch_kernel");
+  const unsigned blocks = grid_size(std::min(units, p.blocks));
+  if constexpr (kProduct == Product::kGateUp) {
+    small_batch_kernel<T, kTokenTiles, kProduct><<<blocks, kThreads, bytes, stream>>>(p);
+    check_launch("small_batch_kernel");
+  } else {
+    launch_next<small_batch_kernel<T, kTokenTiles, kProduct>>("small_batch_kernel", blocks, kThreads, bytes, stream, p);
+  }
 }
 
 template <typename T>

@@ -13,7 +13,9 @@
 #include <algorithm>
 
 #include "cuda/launch.h"
+#include "cuda/next_kernel.cuh"
 #include "cuda/numeric.cuh"
+#include "cuda/ptx.cuh"
 
 namespace moe_ext::cuda {
 namespace {
@@ -145,6 +147,7 @@ __device__ Range slots_of_block(const SortParams& p) {
 }
 
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize) sort_in_one_block_kernel(SortParams p) {
+  ptx::let_next_kernel_start();
   extern __shared__ int table[];  // (warps, E)
   const Range all{0, p.slots};
   count_slots(p, all, table);
@@ -163,6 +166,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) sort_in_one_block_kernel
 }
 
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize) count_kernel(SortParams p) {
+  ptx::let_next_kernel_start();
   extern __shared__ int table[];  // (warps, E)
   count_slots(p, slots_of_block(p), table);
   __syncthreads();
@@ -171,6 +175,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) count_kernel(SortParams 
 }
 
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize) scan_kernel(SortParams p, int64_t blocks) {
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
   extern __shared__ int counts[];  // (E)
   for (int64_t e = threadIdx.x; e < p.num_experts; e += blockDim.x) {
     int before = 0;  // slots of this expert in earlier blocks
@@ -192,6 +198,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) scan_kernel(SortParams p
 }
 
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize) place_kernel(SortParams p) {
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
   extern __shared__ int table[];  // (warps, E)
   count_slots(p, slots_of_block(p), table);
   __syncthreads();
@@ -220,10 +228,8 @@ void launch_sort(const SortParams& p, cudaStream_t stream) {
   const int64_t blocks = sort_blocks(p.slots);
   count_kernel<<<grid_size(blocks), threads, bytes, stream>>>(p);
   check_launch("count_kernel");
-  scan_kernel<<<1, kMaxWarps * kWarpSize, row_bytes, stream>>>(p, blocks);
-  check_launch("scan_kernel");
-  place_kernel<<<grid_size(blocks), threads, bytes, stream>>>(p);
-  check_launch("place_kernel");
+  launch_next<scan_kernel>("scan_kernel", 1, kMaxWarps * kWarpSize, row_bytes, stream, p, blocks);
+  launch_next<place_kernel>("place_kernel", grid_size(blocks), threads, bytes, stream, p);
 }
 
 }  // namespace moe_ext::cuda

@@ -15,6 +15,8 @@
 #include "check.h"
 #include "cuda/heuristics.h"
 #include "cuda/launch.h"
+#include "cuda/next_kernel.cuh"
+#include "cuda/ptx.cuh"
 #include "moe.h"
 #include "setting.h"
 
@@ -97,16 +99,22 @@ class Scratchpad {
 
 class ForcedKernels {
  public:
-  explicit ForcedKernels(const char* name) { setenv("MOE_EXT_CUDA_KERNELS", name, 1); }
+  explicit ForcedKernels(const std::string& name) { setenv("MOE_EXT_CUDA_KERNELS", name.c_str(), 1); }
   ~ForcedKernels() { unsetenv("MOE_EXT_CUDA_KERNELS"); }
 };
 
-constexpr const char* kAllKernels[] = {"small_batch", "tall", "flat", "narrow", "plain"};
+// Those that run here: MOE_EXT_CUDA_KERNELS can force each.
+std::vector<std::string> all_kernels() {
+  std::vector<std::string> kernels = {"small_batch", "tall", "flat", "narrow", "plain"};
+  if (moe_ext::cuda::current_device().wgmma) kernels.push_back("hopper");
+  return kernels;
+}
 
-// Multiprocessors and shared memory of an A100, an H100, and an RTX 4090.
-constexpr Device kA100{108, 164 * 1024, 163 * 1024};
-constexpr Device kH100{132, 228 * 1024, 227 * 1024};
-constexpr Device kRtx4090{128, 100 * 1024, 99 * 1024};
+// Multiprocessors and shared memory of an A100, an H100 (without and with wgmma), and an RTX 4090.
+constexpr Device kA100{108, 164 * 1024, 163 * 1024, false};
+constexpr Device kH100{132, 228 * 1024, 227 * 1024, false};
+constexpr Device kH100Wgmma{132, 228 * 1024, 227 * 1024, true};
+constexpr Device kRtx4090{128, 100 * 1024, 99 * 1024, false};
 
 moe_ext::ExpertsParams shaped(int64_t tokens, int64_t hidden, int64_t intermediate, int64_t num_experts,
                               int64_t top_k) {
@@ -167,6 +175,24 @@ TEST("the tile shape follows the rows of an expert and the blocks that a device 
   CHECK(down_shape(shaped(64, 1024, 3584, 8, 2), kH100) == moe_ext::cuda::kNarrow, "few columns");
 }
 
+TEST("wgmma takes large batches of many rows an expert where the device and the sizes allow it") {
+  const auto choice = [](const moe_ext::ExpertsParams& p, const Device& device) {
+    return moe_ext::cuda::choose(p, device);
+  };
+  const moe_ext::ExpertsParams large = shaped(4096, 4096, 14336, 8, 2);
+  CHECK(choice(large, kH100Wgmma).gate_up_shape == moe_ext::cuda::kHopper, "gate_up");
+  CHECK(choice(large, kH100Wgmma).down_shape == moe_ext::cuda::kHopper, "down");
+  CHECK(choice(large, kH100Wgmma).down_rows == moe_ext::cuda::kHopperRows, "rows of the sort's tiles");
+  CHECK(choice(large, kH100).down_shape == moe_ext::cuda::kTall, "not built for 9.0a");
+  CHECK(choice(shaped(8, 4096, 14336, 8, 2), kH100Wgmma).way == Choice::Way::kSmallBatch, "a small batch");
+  CHECK(choice(shaped(64, 4096, 14336, 64, 2), kH100Wgmma).down_shape != moe_ext::cuda::kHopper, "few rows an expert");
+  CHECK(choice(shaped(4096, 4100, 14336, 8, 2), kH100Wgmma).way == Choice::Way::kPlain, "H is no multiple of 8");
+  // 2^21 tokens, 4 slots each: 2^23 rows of h, 2^31 pieces of 8 elements or more in them.
+  CHECK(choice(shaped(1 << 21, 1024, 2048, 8, 4), kH100Wgmma).down_shape == moe_ext::cuda::kTall, "too many rows");
+  CHECK(choice(shaped(4096, 1 << 20, 64, 4096, 2), kH100Wgmma).down_shape != moe_ext::cuda::kHopper,
+        "2^32 weight rows");
+}
+
 TEST("down's k is cut so that no part is empty and blocks have work") {
   for (const int64_t intermediate : {8, 256, 768, 1032, 2816, 3584, 4616, 14336}) {
     for (const int64_t hidden : {64, 1024, 4096}) {
@@ -180,6 +206,89 @@ TEST("down's k is cut so that no part is empty and blocks have work") {
       }
     }
   }
+}
+
+TEST("the description of a choice names the kernels and the reason") {
+  const auto describe = [](const moe_ext::ExpertsParams& p, const Device& device) {
+    return moe_ext::cuda::describe(p, device);
+  };
+  const auto says = [](const std::string& text, const char* part) { return text.find(part) != text.npos; };
+  const moe_ext::ExpertsParams large = shaped(4096, 4096, 14336, 8, 2);
+  CHECK(says(describe(large, kH100Wgmma), "gate_up hopper (wgmma), tiles of 192 x 256"), describe(large, kH100Wgmma));
+  CHECK(says(describe(large, kH100Wgmma), "at 1024 rows an expert"), describe(large, kH100Wgmma));
+  CHECK(says(describe(large, kA100), "mma.sync, tiles of 128 x 256"), describe(large, kA100));
+  CHECK(says(describe(large, kA100), "no wgmma: it needs"), describe(large, kA100));
+  CHECK(says(describe(shaped(8, 4096, 14336, 8, 2), kA100), "small_batch: at most 16 tokens"), "small");
+  CHECK(says(describe(shaped(99, 4100, 14336, 8, 2), kA100), "plain, without tensor cores: H and I"), "plain");
+  const ForcedKernels forced("portable");
+  CHECK(says(describe(large, kH100Wgmma), "(MOE_EXT_CUDA_KERNELS=portable)"), describe(large, kH100Wgmma));
+  CHECK(!says(describe(large, kH100Wgmma), "hopper"), describe(large, kH100Wgmma));
+}
+
+// ---- dependent launches
+
+namespace {
+
+// Every block adds what all blocks of the kernel before have written: a block that does not wait gets too little.
+__global__ void sum_and_spread_kernel(const int* before, int* after) {
+  moe_ext::cuda::ptx::wait_for_previous_kernel();
+  moe_ext::cuda::ptx::let_next_kernel_start();
+  int sum = 0;
+  for (unsigned i = 0; i < gridDim.x; ++i) sum += before[i];
+  after[blockIdx.x] = sum % 1000003;
+}
+
+constexpr int kChain = 12, kChainBlocks = 300;
+
+void launch_chain(int* const (&arrays)[2], cudaStream_t stream) {
+  for (int i = 0; i < kChain; ++i) {
+    moe_ext::cuda::launch_next<sum_and_spread_kernel>("sum_and_spread_kernel", kChainBlocks, 32, 0, stream,
+                                                      static_cast<const int*>(arrays[i % 2]), arrays[(i + 1) % 2]);
+  }
+}
+
+}  // namespace
+
+TEST("a chain of dependent launches gives what each kernel after the other gives, in and out of a graph") {
+  require_gpu();
+  int sum = 1;
+  for (int i = 0; i < kChain; ++i) sum = static_cast<int>(int64_t{sum} * kChainBlocks % 1000003);
+  const std::vector<int> ones(kChainBlocks, 1), expected(kChainBlocks, sum);
+  const DeviceArray<int> first(ones), second(ones);
+  int* const arrays[2] = {first.data(), second.data()};
+  cudaStream_t stream;
+  ok(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+
+  launch_chain(arrays, stream);
+  ok(cudaStreamSynchronize(stream));
+  CHECK(first.host() == expected, "out of a graph");
+
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  ok(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  launch_chain(arrays, stream);
+  ok(cudaStreamEndCapture(stream, &graph));
+  ok(cudaGraphInstantiate(&executable, graph, 0));
+  for (int replay = 0; replay < 3; ++replay) {
+    ok(cudaMemcpy(first.data(), ones.data(), ones.size() * sizeof(int), cudaMemcpyHostToDevice));
+    ok(cudaGraphLaunch(executable, stream));
+    ok(cudaStreamSynchronize(stream));
+    CHECK(first.host() == expected, "replay ", replay);
+  }
+  ok(cudaGraphExecDestroy(executable));
+  ok(cudaGraphDestroy(graph));
+  ok(cudaStreamDestroy(stream));
+}
+
+TEST("launches overlap where the code that runs was compiled for sm_90 or newer, and only there") {
+  require_gpu();
+  int device = 0, major = 0;
+  ok(cudaGetDevice(&device));
+  ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  cudaFuncAttributes attributes;
+  ok(cudaFuncGetAttributes(&attributes, sum_and_spread_kernel));
+  CHECK(moe_ext::cuda::can_overlap<sum_and_spread_kernel>() == (major >= 9 && attributes.ptxVersion >= 90), "sm_",
+        major, "0, PTX ", attributes.ptxVersion);
 }
 
 // ---- sort
@@ -257,7 +366,7 @@ TEST("weights of an expert beyond 2^32 elements are read where they lie") {
   const DeviceArray<Bits> down(random_bfloat16(random, kDown, 0.05f));
   const DeviceArray<float> weights({0.5f, 0.25f, 1.0f});
 
-  const auto run = [&](const char* kernels, int64_t num_experts) {
+  const auto run = [&](const std::string& kernels, int64_t num_experts) {
     const ForcedKernels forced(kernels);
     const DeviceArray<int64_t> experts(std::vector<int64_t>(kTokens, num_experts - 1));
     const DeviceArray<Bits> out(kTokens * kHidden);
@@ -279,7 +388,7 @@ TEST("weights of an expert beyond 2^32 elements are read where they lie") {
     moe_ext::cuda::experts(p, memory.scratch(), nullptr);
     return out.host();
   };
-  for (const char* kernels : kAllKernels) {
+  for (const std::string& kernels : all_kernels()) {
     const std::vector<Bits> near = run(kernels, 1);
     CHECK(std::count(near.begin(), near.end(), Bits{0}) < kHidden / 8, kernels, ": the result is zero");
     CHECK(run(kernels, kExperts) == near, kernels);
@@ -297,10 +406,11 @@ TEST("rows of x, h and y beyond 2^31 elements are read and written where they li
   const DeviceArray<Bits> down(random_bfloat16(random, kHidden * kIntermediate, 0.05f));
 
   // h as 32-bit words holds both the bfloat16 of grouped_gemm and the float32 of plain_gemm.
-  const auto run = [&](const char* kernels, int64_t first_token, int64_t first_position) {
-    const bool plain = std::string(kernels) == "plain";
-    const int shape = static_cast<int>(std::find(kAllKernels, kAllKernels + 5, std::string(kernels)) - kAllKernels) - 1;
-    const int rows = plain ? kPlainRows[1] : kGemmShapes[shape].rows;
+  const auto run = [&](const std::string& kernels, int64_t first_token, int64_t first_position) {
+    const bool plain = kernels == "plain", hopper = kernels == "hopper";
+    const std::vector<std::string> all = all_kernels();
+    const int shape = static_cast<int>(std::find(all.begin(), all.end(), kernels) - all.begin()) - 1;
+    const int rows = plain ? kPlainRows[1] : hopper ? moe_ext::cuda::kHopperRows : kGemmShapes[shape].rows;
     std::vector<int> slots(kRows);
     std::iota(slots.begin(), slots.end(), static_cast<int>(first_token));
     const DeviceArray<int> slot_of(slots);
@@ -315,6 +425,7 @@ TEST("rows of x, h and y beyond 2^31 elements are read and written where they li
                            tiles.data(),
                            static_cast<int64_t>(list.size()),
                            1,
+                           1,
                            kIntermediate,
                            kHidden,
                            moe_ext::Activation::kSilu};
@@ -325,6 +436,7 @@ TEST("rows of x, h and y beyond 2^31 elements are read and written where they li
                             tiles.data(),
                             static_cast<int64_t>(list.size()),
                             1,
+                            1,
                             kHidden,
                             kIntermediate,
                             moe_ext::Activation::kSilu};
@@ -332,16 +444,21 @@ TEST("rows of x, h and y beyond 2^31 elements are read and written where they li
       const GemmParams& p = product == Product::kGateUp ? first : second;
       if (plain) {
         moe_ext::cuda::launch_plain_gemm(product, rows, p, moe_ext::DType::kBFloat16, nullptr);
+      } else if (hopper) {
+        moe_ext::cuda::launch_hopper_gemm(product, p, moe_ext::DType::kBFloat16, 132, nullptr);
       } else {
         moe_ext::cuda::launch_grouped_gemm(product, shape, p, moe_ext::DType::kBFloat16, nullptr);
       }
     }
     return y.host();
   };
-  for (const char* kernels : {"tall", "flat", "narrow", "plain"}) {
+  for (const std::string& kernels : all_kernels()) {
+    if (kernels == "small_batch") continue;  // has no positions
     const std::vector<Bits> near = run(kernels, 0, 0);
     CHECK(std::count(near.begin(), near.end(), Bits{0}) < kHidden, kernels, ": the result is zero");
-    CHECK(run(kernels, kFarToken, kFarPosition) == near, kernels);
+    const int64_t nearer = kernels == "hopper" ? 20 : 1;  // heuristics.h: it counts pieces of 8 elements in 31 bits
+    static_assert(kFarToken / 20 * kHidden > int64_t{1} << 32 && kFarPosition / 20 * kIntermediate > int64_t{1} << 32);
+    CHECK(run(kernels, kFarToken / nearer, kFarPosition / nearer) == near, kernels);
   }
 }
 
@@ -357,11 +474,18 @@ TEST("combine reads rows of y beyond 2^31 elements where they lie") {
     std::iota(positions.begin(), positions.end(), static_cast<int>(first_position));
     const DeviceArray<int> position_of(positions);
     const DeviceArray<Bits> out(kTokens * kHidden);
-    const DeviceArray<float> squares(kSlots * moe_ext::cuda::combine_parts(kHidden, moe_ext::DType::kBFloat16));
-    moe_ext::cuda::launch_combine(
-        {y.as_part_from(first_position * kHidden), position_of.data(), weights.data(), out.data(), squares.data(),
-         kTokens, 2, kHidden, moe_ext::DType::kBFloat16, moe_ext::DType::kBFloat16, moe_ext::DType::kFloat32},
-        nullptr);
+    moe_ext::cuda::CombineParams p{};
+    p.y = y.as_part_from(first_position * kHidden);
+    p.position_of = position_of.data();
+    p.weights = weights.data();
+    p.out = out.data();
+    p.tokens = kTokens, p.top_k = 2, p.hidden = kHidden;
+    p.y_dtype = p.dtype = moe_ext::DType::kBFloat16;
+    p.weights_dtype = moe_ext::DType::kFloat32;
+    moe_ext::cuda::split_combine(&p);
+    const DeviceArray<float> squares(kSlots * p.parts);
+    p.squares = squares.data();
+    moe_ext::cuda::launch_combine(p, nullptr);
     *norms = squares.host();
     return out.host();
   };
