@@ -787,9 +787,27 @@ def bench(
         raise typer.Exit(130)
 
 
+def cuda_kernels(layer: str, dtype: str) -> dict[str, str]:
+    """By number of tokens, what the experts of a layer "H,I,E,K" run on the current CUDA device, and why."""
+    from moe_ext.bench.machine import Shape
+
+    shape = Shape.parse(layer)
+    if not torch.cuda.is_available() or not _C.cuda_archs:
+        raise typer.BadParameter("--layer is about CUDA kernels: it needs a CUDA device and a build with them")
+    sizes = (shape.hidden, shape.intermediate, shape.num_experts, shape.top_k)
+    return {f"T = {tokens}": _C.cuda_kernels(tokens, *sizes, dtype) for tokens in (1, 16, 64, 256, 1024, 4096)}
+
+
 @app.command()
-def info(as_json: Json = False) -> None:
+def info(
+    layer: Annotated[
+        str, typer.Option(help="H,I,E,K of a layer: also which CUDA kernels it takes by number of tokens, and why.")
+    ] = "",
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of that layer.")] = "bfloat16",
+    as_json: Json = False,
+) -> None:
     """Build facts: versions, CPU variants, CUDA architectures, and what would run here."""
+    kernels = cuda_kernels(layer, dtype) if layer else {}
     variants = _C.cpu_variants()
     facts = {
         "moe_ext": moe_ext.__version__,
@@ -806,6 +824,8 @@ def info(as_json: Json = False) -> None:
         "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "model_families": list(FAMILIES),
     }
+    if kernels:
+        facts["cuda_kernels"] = kernels
     if as_json:
         print_json(facts)
         return

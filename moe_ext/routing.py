@@ -175,7 +175,9 @@ def count_skips(model: PreTrainedModel) -> Iterator[SkipCount]:
         nonlocal mask, past
         arguments = signature.bind_partial(*args, **kwargs).arguments
         mask = arguments.get("attention_mask")
-        cache = arguments.get("cache", arguments.get("past_key_values"))  # its name from transformers 5.24 on, and before
+        cache = arguments.get(
+            "cache", arguments.get("past_key_values")
+        )  # its name from transformers 5.24 on, and before
         if isinstance(mask, dict):  # a model with several kinds of attention
             mask = mask.get("full_attention", next(iter(mask.values()), None))
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() in (2, 4)):

@@ -22,6 +22,7 @@ from moe_ext.search_result import read_layers
 from moe_ext.statistics import ExpertStatistics
 from moe_ext.text import read_domains, token_batches
 from tests.conftest import DEMO_MODEL
+from tests.reference import DEVICES, WGMMA
 from tests.report_input import demo_report
 
 MODEL = str(DEMO_MODEL)
@@ -332,6 +333,24 @@ def test_info_says_what_was_built_and_what_runs() -> None:
     table = moe("info")
     assert table.returncode == 0
     assert "cuda_archs" in table.stdout
+
+
+@pytest.mark.skipif("cuda" in DEVICES, reason="there is a GPU")
+def test_info_about_a_layer_needs_cuda() -> None:
+    result = moe("info", "--layer", "64,96,8,2")
+    assert result.returncode == 2
+    assert "it needs a CUDA device" in " ".join(result.stderr.replace("│", " ").split())
+    assert "shape '64,96'" in moe("info", "--layer", "64,96").stderr
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU and moe_ext built with CUDA kernels")
+def test_info_says_which_cuda_kernels_a_layer_takes() -> None:
+    kernels = moe_json("info", "--layer", "4096,14336,8,2")["cuda_kernels"]
+    assert kernels["T = 1"].startswith("small_batch: at most 16 tokens")
+    assert ("gate_up hopper (wgmma)" if WGMMA else "gate_up mma.sync") in kernels["T = 4096"]
+    assert "at 1024 rows an expert" in kernels["T = 4096"]
+    odd = moe_json("info", "--layer", "4100,14336,8,2")["cuda_kernels"]
+    assert odd["T = 1"] == "plain, without tensor cores: H and I are not multiples of 8"
 
 
 # ---- errors
