@@ -54,8 +54,8 @@ def cuda_archs() -> str:
 
 
 def check_archs(archs: str) -> None:
-    """Exits if TORCH_CUDA_ARCH_LIST asks for a device that lacks bfloat16 tensor cores and cp.async, or for both kinds of
-    code for an H100: which of them would run there is CUDA's choice, and one kernel exists for 9.0a alone."""
+    """Exits if TORCH_CUDA_ARCH_LIST asks for a device that lacks bfloat16 tensor cores and cp.async, or for both kinds
+    of code for an H100: which of them would run there is CUDA's choice, and one kernel exists for 9.0a alone."""
     old = [arch for arch in re.findall(r"\d+\.\d+", archs) if float(arch) < 8.0]
     if old:
         raise SystemExit(f"TORCH_CUDA_ARCH_LIST={archs!r}: moe_ext's CUDA kernels need 8.0 or newer, not {old[0]}")
