@@ -211,7 +211,7 @@ def path_row(layer: Layer, path: str) -> dict[str, Any]:
         "wavefronts / MFLOP": sum(launch["shared_wavefronts"] for launch in products) / flops * 1e6,
         "moved MB": moved / 1e6,
         "moved / schedule": moved / schedule_bytes(layer),
-        "H100 SXM us": roofline_row(layer)["H100 SXM us"],
+        **{name: time for name, time in roofline_row(layer).items() if name.startswith("H")},
     }
 
 

@@ -17,7 +17,8 @@ namespace {
 
 constexpr int kThreads = 64;
 constexpr int kPieces = 2;
-constexpr int kShares = 8;  // that a warp leaves of a sum of squares
+constexpr int kLeastBlocks = 6;  // a multiprocessor: 168 registers a thread, so that what is read at once has room
+constexpr int kShares = 8;       // that a warp leaves of a sum of squares
 
 // Columns of a piece.
 template <typename TY>
@@ -77,7 +78,7 @@ struct Squares<float> {
 };
 
 template <typename TY, typename T, int kAtOnce, bool kObserve>
-__global__ void __launch_bounds__(kThreads) combine_kernel(CombineParams p) {
+__global__ void __launch_bounds__(kThreads, kLeastBlocks) combine_kernel(CombineParams p) {
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
   constexpr int kColumns = kVector<TY>, kStep = kWarpSize * kColumns, kChunk = kPieces * kStep;

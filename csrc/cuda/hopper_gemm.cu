@@ -74,7 +74,8 @@ __device__ __forceinline__ uint32_t full(uint32_t shared, int stage) { return sh
 __device__ __forceinline__ uint32_t empty(uint32_t shared, int stage) { return full(shared, kStages + stage); }
 
 template <typename T, bool kGateUp>
-__device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* weights, uint32_t shared, int tiles) {
+__device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* weights, uint32_t shared,
+                                        unsigned tiles) {
   constexpr int kColumns = kGateUp ? kBoxRows : kWeightRows;  // of c, a tile
   constexpr int kRowStep = kGroupThreads / kChunks;           // rows that all threads copy at once
   constexpr int kCopies = kMaxRows / kRowStep;
@@ -94,10 +95,10 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* 
     if (thread % kWarpSize == 0) ptx::barrier_arrive(full(shared, unannounced));
   };
 
-  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+  for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
     const Place place = place_of(p, index, kMaxRows, kColumns);
     if (place.expert < 0) break;
-    // Where this thread's chunks of a begin, in 16 bytes: 32 bits, for there are few registers (hopper_fits()).
+    // Where this thread's chunks of a begin, in 16 bytes: 32 bits, for there are few registers (fits_hopper()).
     uint32_t sources[kCopies];
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
@@ -197,13 +198,13 @@ __device__ __forceinline__ void store(const GemmParams& p, const Place& place, i
 }
 
 template <typename T, bool kGateUp>
-__device__ __forceinline__ void consume(const GemmParams& p, char* memory, int group, int tiles) {
+__device__ __forceinline__ void consume(const GemmParams& p, char* memory, int group, unsigned tiles) {
   constexpr int kColumns = kGateUp ? kBoxRows : kWeightRows;
   const uint32_t shared = ptx::shared_address(memory);
   char* staged = memory + kStages * kStageBytes + group * kOutBytes;
   const int steps = (static_cast<int>(p.inner) + kInner - 1) / kInner;
   Ring ring;
-  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+  for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
     const Place place = place_of(p, index, kMaxRows, kColumns);
     if (place.expert < 0) break;
     float sums[2][kMaxRows / 2];  // those of rows beyond the tile's are neither set nor used
@@ -246,11 +247,11 @@ __device__ __forceinline__ void consume(const GemmParams& p, char* memory, int g
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
-// Compiled for sm_90a only; elsewhere it is empty and hopper_usable() keeps it from being launched.
+// Compiled for sm_90a only; elsewhere it is empty, and fits_hopper() keeps it from being launched.
 template <typename T, Product kProduct>
 __global__ void __launch_bounds__(kThreads, 1)
     hopper_gemm_kernel([[maybe_unused]] const __grid_constant__ CUtensorMap weights, [[maybe_unused]] GemmParams p,
-                       [[maybe_unused]] int tiles) {
+                       [[maybe_unused]] unsigned tiles) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   constexpr bool kGateUp = kProduct == Product::kGateUp;
   extern __shared__ __align__(1024) char memory[];
@@ -310,7 +311,7 @@ void launch_product(const GemmParams& p, const CUtensorMap& weights, int multipr
   allow_shared(hopper_gemm_kernel<T, kProduct>, kSharedBytes);
   const unsigned blocks = std::min(tiles, static_cast<unsigned>(multiprocessors));
   launch_next<hopper_gemm_kernel<T, kProduct>>("hopper_gemm_kernel", blocks, kThreads, kSharedBytes, stream, weights, p,
-                                               static_cast<int>(tiles));
+                                               tiles);
 }
 
 }  // namespace
