@@ -30,14 +30,15 @@ from moe_ext.processor import processor
 from moe_ext.routing import count_skips
 
 FORWARD = """
-import resource, sys, torch, moe_ext
+import sys, torch, moe_ext
+from moe_ext.peak_memory import peak_resident_bytes
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto", experts_implementation="grouped_mm")
 if sys.argv[2] == "patched":
     moe_ext.patch(model)
 with torch.no_grad():
     model(input_ids=torch.arange(256)[None])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak_resident_bytes())
 """
 
 
@@ -87,7 +88,7 @@ def peak_memory(folder: Path, how: str) -> int:
     """Bytes."""
     command = [sys.executable, "-c", FORWARD, str(folder), how]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(result.stdout.split()[-1]) * 1024
+    return int(result.stdout.split()[-1])
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ Three questions, each of one layer with random weights:
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from moe_ext import ops
 from moe_ext.bench.layer import DTYPES
 from moe_ext.bench.record import table, write_result
 from moe_ext.binary import _C
+from moe_ext.peak_memory import peak_resident_bytes
 from moe_ext.processor import processor
 from moe_ext.reconstruction import LayerErrors, ranked
 from moe_ext.subset_routing import route_among
@@ -201,11 +201,13 @@ def memory_of(method: str, tokens: int) -> dict[str, Any]:
     batches = token_batches(tokens, batch=4096)
     # What torch sets up on the first call is not the search's: a few batches first, dropping to one size only.
     moe_ext.search(model, batches[:2], keep=keep, method=method, progress=False)  # type: ignore[arg-type]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_bytes()
     start = time.perf_counter()
     moe_ext.search(model, batches, keep=keep, method=method, progress=False)  # type: ignore[arg-type]
     took = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    after = peak_resident_bytes()
+    assert before is not None
+    assert after is not None
     return {
         "method": method,
         "H, I, E, K": f"128, 32, {num_experts}, {top_k}",
@@ -213,7 +215,7 @@ def memory_of(method: str, tokens: int) -> dict[str, Any]:
         "layers": 2,
         "T": tokens,
         "search s": took,
-        "peak rises by MiB": (after - before) / 1024,
+        "peak rises by MiB": (after - before) / 2**20,
     }
 
 

@@ -161,16 +161,13 @@ def sizes_of(folder: Path) -> dict[str, int]:
 
 def measured(code: str) -> dict[str, Any]:
     """Seconds, peak resident memory and what a Python program printed as JSON in its last line."""
-    # Not getrusage: its peak is inherited from the process that started this one.
-    watch = (
-        "\nprint()\nprint(next(line for line in open('/proc/self/status') if line.startswith('VmHWM:')).split()[1])\n"
-    )
+    watch = "\nfrom moe_ext.peak_memory import peak_resident_bytes\nprint()\nprint(peak_resident_bytes())\n"
     begin = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code + watch], check=True, capture_output=True, text=True)
     seconds = time.perf_counter() - begin
     lines = [line for line in result.stdout.splitlines() if line.strip()]
     printed = json.loads(lines[-2]) if len(lines) > 1 else {}
-    return {"seconds": round(seconds, 1), "peak_rss_bytes": int(lines[-1]) * 1024, **printed}
+    return {"seconds": round(seconds, 1), "peak_rss_bytes": int(lines[-1]), **printed}
 
 
 def forget(folder: Path) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-import re
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -17,6 +15,7 @@ from transformers import PreTrainedModel
 from moe_ext import checkpoint
 from moe_ext.evaluation import perplexity
 from moe_ext.patching import patch
+from moe_ext.peak_memory import peak_resident_bytes
 from moe_ext.routing import count_skips
 
 PROMPT_CHARACTERS = 400
@@ -108,7 +107,7 @@ def measure(name: str, texts: Mapping[str, str], setting: Setting) -> Compared:
         quality.mean,
         count.rate(),
         setting.decode_tokens / seconds,
-        torch.cuda.max_memory_allocated() if setting.device.startswith("cuda") else _peak_resident_bytes(),
+        torch.cuda.max_memory_allocated() if setting.device.startswith("cuda") else peak_resident_bytes(),
     )
 
 
@@ -124,13 +123,3 @@ def _decode_seconds(model: PreTrainedModel, prompt: Mapping[str, torch.Tensor], 
         model.generate(**prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])  # the first warms up
-
-
-def _peak_resident_bytes() -> int | None:
-    """VmHWM: unlike getrusage's, it does not begin with what the parent process had."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return None
-    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
