@@ -30,7 +30,6 @@ SHAPES = [(1024, 3584, 8, 2), (2048, 768, 64, 8)]  # H, I, E, K
 SMALL_BATCHES = [1, 2, 4, 8, 16]
 LARGE_BATCHES = [256, 1024]
 PATHS = {"portable": "mma.sync", "hopper": "wgmma"}  # by what MOE_EXT_CUDA_KERNELS calls them
-HOPPER_TILE = (192, 256)
 SECTOR = 32
 
 # Column of a table: the bound, whether it is an upper one, and the rows that it is for.
@@ -152,6 +151,13 @@ def gemm_shapes() -> list[tuple[int, int]]:
     return [(int(rows), int(columns)) for rows, columns in re.findall(r"\{(\d+), (\d+),", table)]
 
 
+def hopper_tile() -> tuple[int, int]:
+    """The same of hopper_gemm.cu."""
+    text = (ROOT / "csrc" / "cuda" / "heuristics.h").read_text()
+    rows, columns = re.findall(r"kHopperRows = (\d+), kHopperColumns = (\d+);", text)[0]
+    return int(rows), int(columns)
+
+
 def tile_rows(counts: list[int], height: int) -> Iterator[int]:
     """Rows of every tile: an expert's rows are cut evenly, in multiples of 16, into as few tiles as can hold them."""
     for count in counts:
@@ -166,7 +172,7 @@ def schedule_bytes(layer: Layer) -> int:
     for launch in layer.of("gemm_kernel"):
         product = int(re.search(r"\(moe_ext::cuda::Product\)(\d)", launch["kernel"])[1])  # type: ignore[index]
         shape = re.search(r", (\d), \(moe_ext::cuda::Product\)", launch["kernel"])
-        height, width = HOPPER_TILE if shape is None else gemm_shapes()[int(shape[1])]
+        height, width = hopper_tile() if shape is None else gemm_shapes()[int(shape[1])]
         inner, columns = (layer.hidden, layer.intermediate) if product == 0 else (layer.intermediate, layer.hidden)
         b_rows = 2 * columns if product == 0 else columns
         blocks = ceil(b_rows / width)
@@ -180,13 +186,12 @@ def large_batch_row(layer: Layer) -> dict[str, Any]:
     # A warp's 16-byte accesses (ldmatrix.x4, cp.async, the epilogue's loads) take 4 wavefronts, its 4-byte stores 1.
     passes = {"ldmatrix": 4, "cp.async": 4, "ld.shared": 4, "st.shared": 1}
     minimum = sum(n * launch["warp_instructions"].get(name, 0) for launch in products for name, n in passes.items())
-    loaded = sum(launch["global_load_sectors"] + launch["global_store_sectors"] for launch in products) * SECTOR
     return {
         "launches": len(layer.launches),
         "useful / issued FLOPs": layer.useful_flops() / sum(launch["tensor_flops"] for launch in products),
         "wavefronts / minimum": sum(launch["shared_wavefronts"] for launch in products) / minimum,
         "schedule MB": schedule_bytes(layer) / 1e6,
-        "moved / schedule": loaded / schedule_bytes(layer),
+        "moved / schedule": moved(products) / schedule_bytes(layer),
         "DRAM MB (distinct)": sum(
             launch["unique_load_sectors"] + launch["unique_store_sectors"] for launch in layer.launches
         )
@@ -198,7 +203,6 @@ def large_batch_row(layer: Layer) -> dict[str, Any]:
 def path_row(layer: Layer, path: str) -> dict[str, Any]:
     """What the two products take by one of PATHS. Instructions are PTX, of a warp: machine code has fewer."""
     products = layer.of("gemm_kernel")
-    moved = sum(launch["global_load_sectors"] + launch["global_store_sectors"] for launch in products) * SECTOR
     instructions = sum(launch["warp_instructions_total"] for launch in products)
     name = "wgmma.mma_async" if path == "hopper" else "mma"
     multiplying = sum(launch["warp_instructions"].get(name, 0) for launch in products)
@@ -209,19 +213,20 @@ def path_row(layer: Layer, path: str) -> dict[str, Any]:
         "instructions / product": instructions / multiplying,
         "FLOPs / instruction": flops / instructions,
         "wavefronts / MFLOP": sum(launch["shared_wavefronts"] for launch in products) / flops * 1e6,
-        "moved MB": moved / 1e6,
-        "moved / schedule": moved / schedule_bytes(layer),
+        "moved MB": moved(products) / 1e6,
+        "moved / schedule": moved(products) / schedule_bytes(layer),
         **{name: time for name, time in roofline_row(layer).items() if name.startswith("H")},
     }
 
 
-def moved(layer: Layer) -> int:
-    return layer.total("global_load_sectors", "global_store_sectors") * SECTOR
+def moved(launches: list[dict[str, Any]]) -> int:
+    """Bytes of global memory."""
+    return sum(launch["global_load_sectors"] + launch["global_store_sectors"] for launch in launches) * SECTOR
 
 
 def observed_row(plain: Layer, observed: Layer) -> dict[str, Any]:
     return {
-        "added bytes": moved(observed) / moved(plain) - 1,
+        "added bytes": moved(observed.launches) / moved(plain.launches) - 1,
         "added instructions": observed.total("warp_instructions_total") / plain.total("warp_instructions_total") - 1,
     }
 
@@ -256,9 +261,10 @@ def main() -> None:
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for shape in SHAPES:
         case = Case(*shape)
+        portable: dict[int, Layer] = {}
         for tokens in SMALL_BATCHES + LARGE_BATCHES:
             case_name: dict[str, Any] = {"H, I, E, K": str(shape), "T": tokens}
-            layer = case.run(tokens)
+            layer = portable[tokens] = case.run(tokens)
             small = tokens in SMALL_BATCHES
             tables["small" if small else "large"].append(
                 case_name | (small_batch_row if small else large_batch_row)(layer)
@@ -270,7 +276,8 @@ def main() -> None:
         for tokens in options.tokens:
             for path in PATHS:
                 case_name = {"H, I, E, K": str(shape), "T": tokens}
-                layer = case.run(tokens, path)
+                known = path == "portable" and tokens in portable
+                layer = portable[tokens] if known else case.run(tokens, path)
                 tables["paths"].append(case_name | path_row(layer, path))
                 if path == "hopper":
                     observed = observed_row(layer, case.run(tokens, path, observed=True))

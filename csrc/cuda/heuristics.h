@@ -194,27 +194,28 @@ inline Choice choose(const ExpertsParams& p, const Device& device) {
 // What `choose` chose and why, for people.
 inline std::string describe(const ExpertsParams& p, const Device& device) {
   const Choice choice = choose(p, device);
-  const char* forced = std::getenv("MOE_EXT_CUDA_KERNELS");
-  const std::string asked =
-      forced == nullptr || *forced == 0 ? "" : " (MOE_EXT_CUDA_KERNELS=" + std::string(forced) + ")";
-  if (choice.way == Choice::Way::kSmallBatch) {
-    return "small_batch: at most " + std::to_string(kSmallBatchTokens) + " tokens, bound by reading weights" + asked;
-  }
-  if (choice.way == Choice::Way::kPlain) {
-    const char* why = p.dtype == DType::kFloat32 ? "float32" : "H and I are not multiples of 8";
-    return "plain, without tensor cores: " + (asked == "" ? std::string(why) : asked.substr(1));
-  }
-  const auto tiles = [](int shape) {
+  const std::string forced = forced_kernels();
+  const auto tiles = [](int shape, int rows) {
     const bool hopper = shape == kHopper;
-    return std::string(hopper ? "hopper (wgmma), tiles of " : "mma.sync, tiles of ") +
-           std::to_string(hopper ? kHopperRows : kGemmShapes[shape].rows) + " x " +
+    return std::string(hopper ? "hopper (wgmma)" : "mma.sync") + ", tiles of " + std::to_string(rows) + " x " +
            std::to_string(hopper ? kHopperColumns : kGemmShapes[shape].columns);
   };
-  std::string text = "gate_up " + tiles(choice.gate_up_shape) + "; down " + tiles(choice.down_shape) +
-                     ": least work of the busiest of " + std::to_string(device.multiprocessors) +
-                     " multiprocessors at " + std::to_string(rows_per_expert(p)) + " rows an expert";
-  if (!device.wgmma) text += "; no wgmma: it needs compute capability 9.0 and moe_ext built for 9.0a";
-  return text + asked;
+  std::string kernels, reason;
+  if (choice.way == Choice::Way::kSmallBatch) {
+    kernels = "small_batch";
+    reason = "at most " + std::to_string(kSmallBatchTokens) + " tokens, bound by reading weights";
+  } else if (choice.way == Choice::Way::kPlain) {
+    kernels = "plain, without tensor cores";
+    reason = p.dtype == DType::kFloat32 ? "float32" : "H and I are not multiples of 8";
+  } else {
+    kernels = "gate_up " + tiles(choice.gate_up_shape, choice.gate_up_rows) + "; down " +
+              tiles(choice.down_shape, choice.down_rows);
+    reason = "least work of the busiest of " + std::to_string(device.multiprocessors) + " multiprocessors at " +
+             std::to_string(rows_per_expert(p)) + " rows an expert";
+    if (!device.wgmma) reason += "; no wgmma: it needs compute capability 9.0 and moe_ext built for 9.0a";
+  }
+  if (!by_shape(forced)) reason = "asked for";
+  return kernels + ": " + reason + (forced == "" ? "" : " (MOE_EXT_CUDA_KERNELS=" + forced + ")");
 }
 
 // As `choose`, for products over a list of positions only, however few they are: forced small_batch changes nothing.

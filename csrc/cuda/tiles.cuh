@@ -1,4 +1,4 @@
-// Where a tile of a grouped product lies: the numbering that all kernels over the sort's tile lists share.
+// Where a tile of a grouped product lies: the numbering that the tensor cores' kernels over the sort's lists share.
 #pragma once
 
 #include "cuda/launch.h"

@@ -223,6 +223,8 @@ TEST("the description of a choice names the kernels and the reason") {
   const ForcedKernels forced("portable");
   CHECK(says(describe(large, kH100Wgmma), "(MOE_EXT_CUDA_KERNELS=portable)"), describe(large, kH100Wgmma));
   CHECK(!says(describe(large, kH100Wgmma), "hopper"), describe(large, kH100Wgmma));
+  const ForcedKernels small("small_batch");
+  CHECK(describe(shaped(99, 64, 64, 8, 2), kA100) == "small_batch: asked for (MOE_EXT_CUDA_KERNELS=small_batch)", "99");
 }
 
 // ---- dependent launches
