@@ -21,10 +21,11 @@ import torch
 
 from moe_ext import ops
 from moe_ext.bench.cpu import Rounds, measure
-from moe_ext.bench.layer import DTYPES, Layer
-from moe_ext.bench.record import table, write_result
+from moe_ext.bench.layer import Layer
 from moe_ext.binary import _C
-from moe_ext.processor import processor
+from moe_ext.models.dtypes import DTYPES
+from moe_ext.storage.dated_results import table, write_result
+from moe_ext.storage.machine import processor
 
 SHAPES = ["1024,3584,8,2", "2048,768,64,8", "4096,14336,4,2"]  # H, I, E, K
 TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024]

@@ -23,7 +23,7 @@ import gpusim  # type: ignore[import-not-found]  # the simulator's own module: t
 import torch
 
 from moe_ext import ops
-from moe_ext.bench.record import table, write_result
+from moe_ext.storage.dated_results import table, write_result
 
 ROOT = Path(__file__).parents[1]
 SHAPES = [(1024, 3584, 8, 2), (2048, 768, 64, 8)]  # H, I, E, K

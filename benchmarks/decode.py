@@ -24,14 +24,14 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import moe_ext
-from moe_ext.bench.record import table, write_result
 from moe_ext.binary import _C
-from moe_ext.processor import processor
-from moe_ext.routing import count_skips
+from moe_ext.runtime.skipping import count_skips
+from moe_ext.storage.dated_results import table, write_result
+from moe_ext.storage.machine import processor
 
 FORWARD = """
 import sys, torch, moe_ext
-from moe_ext.peak_memory import peak_resident_bytes
+from moe_ext.storage.machine import peak_resident_bytes
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto", experts_implementation="grouped_mm")
 if sys.argv[2] == "patched":

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from moe_ext.bench.gpu import Timer, measure, measured_limits
-from moe_ext.bench.layer import DTYPES, Layer
-from moe_ext.bench.record import table, write_result
+from moe_ext.bench.layer import Layer
 from moe_ext.binary import _C
+from moe_ext.models.dtypes import DTYPES
+from moe_ext.storage.dated_results import table, write_result
 
 SHAPES = ["1024,3584,8,2", "2048,768,64,8", "4096,14336,8,2"]  # H, I, E, K; the last is Mixtral-8x7B's layer
 TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]

@@ -6,7 +6,7 @@ import matplotlib
 from matplotlib import pyplot
 from update_readme import RESULTS, newest
 
-from moe_ext.files import replace_file
+from moe_ext.storage.files import replace_file
 
 matplotlib.use("Agg")
 

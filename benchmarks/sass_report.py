@@ -33,7 +33,7 @@ from typing import Any
 from sass_flow import UnreadableError, instructions, successors
 from sass_rules import WAIT, accumulator_faults, copy_faults, fence_faults, overlap_faults, release_faults
 
-from moe_ext.bench.record import table, write_result
+from moe_ext.storage.dated_results import table, write_result
 
 ROOT = Path(__file__).parents[1]
 HOT = (

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from update_readme import newest
 
-from moe_ext.bench.record import table
-from moe_ext.files import replace_file
+from moe_ext.storage.dated_results import table
+from moe_ext.storage.files import replace_file
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "scaling.md"
 BEGIN, END = "<!-- scaling tables -->", "<!-- end of scaling tables -->"

@@ -31,14 +31,13 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import moe_ext
 from moe_ext import ops
-from moe_ext.bench.layer import DTYPES
-from moe_ext.bench.record import table, write_result
 from moe_ext.binary import _C
-from moe_ext.peak_memory import peak_resident_bytes
-from moe_ext.processor import processor
-from moe_ext.reconstruction import LayerErrors, ranked
-from moe_ext.subset_routing import route_among
-from moe_ext.subsets import all_subsets
+from moe_ext.models.dtypes import DTYPES
+from moe_ext.reconstruction.losses import LayerErrors, ranked
+from moe_ext.reconstruction.router_formula import route_among
+from moe_ext.reconstruction.subsets import all_subsets
+from moe_ext.storage.dated_results import table, write_result
+from moe_ext.storage.machine import peak_resident_bytes, processor
 
 MEMORY_TOKENS = 1 << 20
 

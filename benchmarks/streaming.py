@@ -30,8 +30,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from moe_ext.bench.record import write_result
-from moe_ext.checkpoint_files import INDEX, stored_tensors
+from moe_ext.checkpoints.stored_tensors import INDEX, stored_tensors
+from moe_ext.storage.dated_results import write_result
 
 LAYERS, EXPERTS = 16, 8
 CONFIG: dict[str, Any] = {
@@ -52,7 +52,7 @@ TOKENS = (2, 2, 256)  # batches, sequences, tokens
 
 PRUNE = """
 import moe_ext
-from moe_ext.plan import PruningPlan
+from moe_ext.decision.pruning_plan import PruningPlan
 layers = tuple(f"model.layers.{layer}.{BLOCK}" for layer in range(LAYERS))
 plan = PruningPlan(MODEL_TYPE, 8, 2, layers, ((0, 2, 3, 4, 6, 7),) * LAYERS)
 moe_ext.prune_checkpoint(SOURCE, plan, OUT, progress=False)
@@ -62,7 +62,7 @@ CALIBRATE = """
 import json, os, time
 import torch
 import moe_ext
-from moe_ext.layers_on_disk import LayersOnDisk
+from moe_ext.checkpoints.streamed_model import LayersOnDisk
 batches = [{"input_ids": torch.randint(0, 8192, TOKENS[1:])} for _ in range(TOKENS[0])]
 need, loading = LayersOnDisk.need, []
 def timed(self, layer):
@@ -161,7 +161,7 @@ def sizes_of(folder: Path) -> dict[str, int]:
 
 def measured(code: str) -> dict[str, Any]:
     """Seconds, peak resident memory and what a Python program printed as JSON in its last line."""
-    watch = "\nfrom moe_ext.peak_memory import peak_resident_bytes\nprint()\nprint(peak_resident_bytes())\n"
+    watch = "\nfrom moe_ext.storage.machine import peak_resident_bytes\nprint()\nprint(peak_resident_bytes())\n"
     begin = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code + watch], check=True, capture_output=True, text=True)
     seconds = time.perf_counter() - begin

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_ext.bench.record import table
-from moe_ext.demo import cells_of, columns_of
-from moe_ext.files import replace_file
+from moe_ext.commands.demo import cells_of, columns_of
+from moe_ext.storage.dated_results import table
+from moe_ext.storage.files import replace_file
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -7,19 +7,22 @@ moe_ext.patch(model, skip=moe_ext.skip_thresholds(stats))
 """
 
 import moe_ext.binary  # noqa: F401  first: one clear ImportError if torch or the binary does not fit
-from moe_ext.calibration import calibrate
-from moe_ext.checkpoint import from_pretrained
-from moe_ext.checkpoint_pruning import PrunedCheckpoint, prune_checkpoint
-from moe_ext.criteria import CRITERIA, OBJECTIVES, Scores, aimer, score
-from moe_ext.evaluation import Perplexity, perplexity
-from moe_ext.patching import patch, unpatch
-from moe_ext.plan import PruningPlan, plan
-from moe_ext.pruning import prune
-from moe_ext.redundancy import ExpertPair, redundant_pairs
-from moe_ext.routing import count_skips, skip_thresholds
-from moe_ext.search import search
-from moe_ext.search_result import LayerLosses, SearchResult
-from moe_ext.statistics import ExpertStatistics
+from moe_ext.calibration.calibrate import calibrate
+from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.checkpoints.load_save import from_pretrained
+from moe_ext.decision.criteria import CRITERIA, OBJECTIVES, Scores, score
+from moe_ext.decision.plan import plan
+from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.decision.redundancy import ExpertPair, redundant_pairs
+from moe_ext.decision.thresholds import skip_thresholds
+from moe_ext.decision.weights_only import aimer
+from moe_ext.evaluation.perplexity import Perplexity, perplexity
+from moe_ext.pruning.prune import prune
+from moe_ext.pruning.prune_folder import PrunedCheckpoint, prune_checkpoint
+from moe_ext.reconstruction.result import LayerLosses, SearchResult
+from moe_ext.reconstruction.search import search
+from moe_ext.runtime.patching import patch, unpatch
+from moe_ext.runtime.skipping import count_skips
 from moe_ext.version import __version__
 
 __all__ = [

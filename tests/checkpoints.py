@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_ext.checkpoint_files import INDEX
+from moe_ext.checkpoints.stored_tensors import INDEX
 
 BLOCK = 16  # rows and columns of a weight that share a scale; the last block is smaller where they do not divide
 

@@ -1,4 +1,4 @@
-"""Tiny random models of every family in ``moe_ext.architectures.FAMILIES``, from their real config classes."""
+"""Tiny random models of every family in ``moe_ext.models.families.FAMILIES``, from their real config classes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from moe_ext.architectures import input_device, model_type_of, moe_blocks
-from moe_ext.plan import PruningPlan
+from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.models.blocks import input_device, model_type_of, moe_blocks
 
 # Fields that the families share; a config without one of them takes its own instead.
 SHARED = {

@@ -5,10 +5,11 @@ from functools import cache
 import torch
 
 import moe_ext
-from moe_ext import ExpertStatistics, SearchResult, checkpoint
-from moe_ext.report import Report
-from moe_ext.text import read_domains, token_batches
-from moe_ext.variants import Variant
+from moe_ext import ExpertStatistics, SearchResult
+from moe_ext.checkpoints.load_save import load_checkpoint
+from moe_ext.evaluation.results import Variant
+from moe_ext.report.sections import Report
+from moe_ext.runtime.batches import read_domains, token_batches
 from tests.conftest import DEMO_MODEL
 
 VARIANTS = (
@@ -21,7 +22,7 @@ VARIANTS = (
 @cache
 def demo_report() -> Report:
     """A report with all that it can show."""
-    model, tokenizer = checkpoint.load(DEMO_MODEL)
+    model, tokenizer = load_checkpoint(DEMO_MODEL)
     texts = {domain: text[:1500] for domain, text in read_domains([DEMO_MODEL / "calibration"]).items()}
     batches = list(token_batches(texts, tokenizer, window=128))
     stats: ExpertStatistics = moe_ext.calibrate(model, batches, progress=False, dataset="a </script> b", outputs=True)

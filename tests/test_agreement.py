@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from moe_ext.agreement import rank_agreement
-from moe_ext.criteria import Scores
+from moe_ext.decision.agreement import rank_agreement
+from moe_ext.decision.criteria import Scores
 
 
 def scored(values: Sequence[Sequence[float]], experts: tuple[int, ...] = ()) -> Scores:

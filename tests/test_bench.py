@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from moe_ext.bench import machine
-from moe_ext.bench.machine import Measured, Shape, measurements, speed_figure
-from moe_ext.cli import main
+from moe_ext.bench import measure
+from moe_ext.bench.figure import speed_figure
+from moe_ext.bench.measure import Measured, Shape, measurements
+from moe_ext.commands.main import main
 from tests.conftest import DEMO_MODEL
 
 SMALL = ["--shape", "32,48,4,2", "--tokens", "1,3", "--seconds", "0.01", "--dtype", "float32"]
@@ -22,7 +23,7 @@ SMALL = ["--shape", "32,48,4,2", "--tokens", "1,3", "--seconds", "0.01", "--dtyp
 
 @pytest.fixture
 def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "CACHE_BYTES", 1 << 20)
+    monkeypatch.setattr(measure, "CACHE_BYTES", 1 << 20)
 
 
 def run(*arguments: str) -> int:
@@ -90,7 +91,7 @@ def test_ctrl_c_keeps_what_was_measured(
         yield Measured(1, 1.0, {"eager": 2.0}, 0.5, {"T": 1})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(machine, "measurements", stopped)
+    monkeypatch.setattr(measure, "measurements", stopped)
     assert run(*SMALL, "--out", str(tmp_path / "bench.json")) == 130
     written = json.loads((tmp_path / "bench.json").read_text())
     assert (written["rows"], written["complete"]) == ([{"T": 1}], False)
@@ -130,7 +131,7 @@ def test_a_shape_that_is_none_is_refused(text: str) -> None:
 def test_a_wrong_option_is_an_error_before_measuring(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(machine, "measurements", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(measure, "measurements", lambda *_: pytest.fail("measured"))
     assert run(*arguments) in (1, 2)
 
 
@@ -138,7 +139,7 @@ def test_a_picture_without_matplotlib_is_an_error_before_measuring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(machine, "measurements", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(measure, "measurements", lambda *_: pytest.fail("measured"))
     assert run(*SMALL, "--png", str(tmp_path / "bench.png")) == 1
     assert "need matplotlib: pip install 'moe_ext[report]'" in capsys.readouterr().err
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_ext.budgets import counts_per_layer, hull_slopes, share_out
+from moe_ext.reconstruction.budgets import counts_per_layer, hull_slopes, share_out
 
 LOSSES = st.floats(0, 100, allow_nan=False).map(lambda loss: round(loss, 3))
 

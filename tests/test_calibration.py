@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import moe_ext
-from moe_ext.patching import is_patched
-from moe_ext.statistics import RATIO_BINS
+from moe_ext.calibration.statistics import RATIO_BINS
+from moe_ext.runtime.patching import is_patched
 from tests.conftest import MixtralFactory, random_tokens
 from tests.reference import DEVICES, ExpertsCase, expert_output
 

@@ -15,9 +15,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import moe_ext
-from moe_ext import checkpoint_pruning
-from moe_ext.checkpoint_files import INDEX, CheckpointError
-from moe_ext.plan import PruningPlan
+from moe_ext.checkpoints.stored_tensors import INDEX, CheckpointError
+from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.pruning import prune_folder, shard_writer, unfinished
 from tests.checkpoints import BLOCK, declare_float8, dequantised, plain_copy, quantise, rewritten, tensors_in
 from tests.families import FIELDS, UNRECORDED, build, keep_of, plan_for
 
@@ -139,7 +139,7 @@ def in_a_child(work: Callable[[], object]) -> int:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize(
     ("function", "calls"),
-    [("_write_shard", 0), ("_write_part", 5), ("_write_part", 30), ("_write_rest", 0), ("flush_to_disk", 3)],
+    [("write_shard", 0), ("_write_part", 5), ("_write_part", 30), ("_write_rest", 0), ("flush_to_disk", 3)],
 )
 def test_a_killed_run_leaves_no_result_and_the_next_one_finishes_it(
     function: str, calls: int, mixtral: tuple[Path, PruningPlan], tmp_path: Path
@@ -151,7 +151,8 @@ def test_a_killed_run_leaves_no_result_and_the_next_one_finishes_it(
         moe_ext.prune_checkpoint(source, plan, tmp_path / "got", shard_size=SHARD, progress=False)
 
     def killed() -> None:
-        original, left = getattr(checkpoint_pruning, function), [calls]
+        owner = shard_writer if function == "_write_part" else prune_folder
+        original, left = getattr(owner, function), [calls]
 
         def dies(*args: Any) -> Any:
             if left[0] == 0:
@@ -159,14 +160,14 @@ def test_a_killed_run_leaves_no_result_and_the_next_one_finishes_it(
             left[0] -= 1
             return original(*args)
 
-        setattr(checkpoint_pruning, function, dies)
+        setattr(owner, function, dies)
         run()
 
     assert in_a_child(killed) == -9
     assert not (tmp_path / "got").exists()
     work = tmp_path / ".got.partial"
     written = {file.name: file.stat().st_ino for file in work.glob("model-*.safetensors")}
-    assert (len(written) > 0) == (function != "_write_shard" and calls != 5)
+    assert (len(written) > 0) == (function != "write_shard" and calls != 5)
     run()
     assert not work.exists()
     assert_same_checkpoint(tmp_path / "got", tmp_path / "expected")
@@ -179,7 +180,7 @@ def test_what_another_run_left_is_not_taken(mixtral: tuple[Path, PruningPlan], t
     prune_in_memory(source, plan, tmp_path / "expected")
     work = tmp_path / ".got.partial"
     work.mkdir()
-    (work / checkpoint_pruning._PROGRESS).write_text('{"job": "another"}')
+    (work / unfinished.PROGRESS).write_text('{"job": "another"}')
     for file in source.glob("*.safetensors"):
         shutil.copy(file, work)
     (work / "left").mkdir()
@@ -203,7 +204,7 @@ def test_a_disk_that_is_too_small_is_found_before_writing(
 def test_two_processes_do_not_write_one_folder(mixtral: tuple[Path, PruningPlan], tmp_path: Path) -> None:
     source, plan = mixtral
     with (
-        checkpoint_pruning._locked(tmp_path / ".got.partial"),
+        unfinished.locked(tmp_path / ".got.partial"),
         pytest.raises(BlockingIOError, match="another process is writing"),
     ):
         moe_ext.prune_checkpoint(source, plan, tmp_path / "got", progress=False)

@@ -17,12 +17,13 @@ import pytest
 import torch
 
 import moe_ext
-from moe_ext import PruningPlan, SearchResult, checkpoint, ops
-from moe_ext.architectures import FAMILIES
-from moe_ext.cli import main
-from moe_ext.search_result import read_layers
-from moe_ext.statistics import ExpertStatistics
-from moe_ext.text import read_domains, token_batches
+from moe_ext import PruningPlan, SearchResult, ops
+from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.checkpoints.load_save import load_checkpoint, save_checkpoint
+from moe_ext.commands.main import main
+from moe_ext.models.families import FAMILIES
+from moe_ext.reconstruction.result import read_layers
+from moe_ext.runtime.batches import read_domains, token_batches
 from tests.conftest import DEMO_MODEL
 from tests.reference import DEVICES, WGMMA
 from tests.report_input import demo_report
@@ -73,7 +74,7 @@ def statistics(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
 
 
 def test_calibrate_writes_what_the_library_computes(statistics: Path, text: Path) -> None:
-    model, tokenizer = checkpoint.load(DEMO_MODEL)
+    model, tokenizer = load_checkpoint(DEMO_MODEL)
     batches = token_batches(read_domains([text]), tokenizer, window=128)
     expected = moe_ext.calibrate(model, batches, progress=False)
     written = ExpertStatistics.load(statistics)
@@ -161,7 +162,7 @@ def test_search_writes_the_plan_that_the_library_finds(text: Path, tmp_path: Pat
     assert result.returncode == 0, result.stderr
     assert "all 28" in result.stdout
     assert re.search(r"search model\.layers\.3\.mlp.*best=", result.stderr)
-    model, tokenizer = checkpoint.load(DEMO_MODEL)
+    model, tokenizer = load_checkpoint(DEMO_MODEL)
     batches = token_batches(read_domains([text]), tokenizer, window=128)
     expected = moe_ext.search(model, batches, keep=6, progress=False)
     assert PruningPlan.load(plan).keep == expected.plan.keep
@@ -201,8 +202,8 @@ def test_search_goes_on_from_its_losses_file(
 
 
 def test_skip_in_place_changes_the_config_alone(statistics: Path, tmp_path: Path) -> None:
-    model, tokenizer = checkpoint.load(DEMO_MODEL)
-    checkpoint.save(model, tokenizer, tmp_path / "copy")
+    model, tokenizer = load_checkpoint(DEMO_MODEL)
+    save_checkpoint(model, tokenizer, tmp_path / "copy")
     before = {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
     result = moe("skip", tmp_path / "copy", statistics, "--in-place")
     assert result.returncode == 0, result.stderr
@@ -247,7 +248,7 @@ def test_one_ranking_of_all_layers_makes_a_checkpoint_that_loads_again(
 def test_aimer_scores_a_checkpoint_without_statistics(capsys: pytest.CaptureFixture[str]) -> None:
     assert inside("score", MODEL, "--criterion", "aimer", "--json") == 0
     scores = json.loads(capsys.readouterr().out)
-    assert list(scores["scores"].values()) == moe_ext.aimer(checkpoint.load(DEMO_MODEL)[0]).values.tolist()
+    assert list(scores["scores"].values()) == moe_ext.aimer(load_checkpoint(DEMO_MODEL)[0]).values.tolist()
 
 
 def test_mone_and_its_means_take_statistics_with_outputs(
@@ -282,9 +283,9 @@ def test_redundancy_shows_pairs_that_the_library_finds(statistics: Path, capsys:
 def test_statistics_of_another_model_are_refused(
     statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, tokenizer = checkpoint.load(DEMO_MODEL)
+    model, tokenizer = load_checkpoint(DEMO_MODEL)
     plan = moe_ext.plan(moe_ext.score(ExpertStatistics.load(statistics)), keep=5)
-    checkpoint.save(moe_ext.prune(model, plan), tokenizer, tmp_path / "pruned")
+    save_checkpoint(moe_ext.prune(model, plan), tokenizer, tmp_path / "pruned")
     assert inside("skip", str(tmp_path / "pruned"), str(statistics), "--in-place") == 1
     assert "is of another model" in capsys.readouterr().err
 
@@ -313,7 +314,7 @@ def test_a_destination_that_cannot_be_written_is_found_before_the_work(
     def too_late(*args: object, **kwargs: object) -> None:
         raise AssertionError("the model was loaded first")
 
-    monkeypatch.setattr(checkpoint, "load", too_late)
+    monkeypatch.setattr("moe_ext.checkpoints.load_save.from_pretrained", too_late)
     before = sorted(path.name for path in tmp_path.rglob("*"))
     assert inside(*arguments) == 1
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
@@ -467,7 +468,7 @@ def test_a_checkpoint_folder_goes_all_the_way_with_one_layer_in_memory(
     pruned = ("prune", MODEL, "--plan", plan, "--out", str(tmp_path / "pruned"), "--shard-size", "0.002", "--json")
     assert inside(*pruned) == 0
     assert len(list((tmp_path / "pruned").glob("model-*.safetensors"))) > 2
-    assert checkpoint.load(tmp_path / "pruned")[1]("def f(x):")["input_ids"]
+    assert load_checkpoint(tmp_path / "pruned")[1]("def f(x):")["input_ids"]
     capsys.readouterr()
     assert inside("search", "no/such", "--text", str(text), "--keep", "7", "--out", plan, *options) == 1
     assert "--sequential needs a checkpoint folder" in capsys.readouterr().err

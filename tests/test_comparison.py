@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import moe_ext
-from moe_ext import checkpoint
-from moe_ext.comparison import Compared, Setting, compare, measure, weight_bytes
-from moe_ext.text import read_domains
-from moe_ext.variants import Variant, read_variants
+from moe_ext.checkpoints.load_save import load_checkpoint, save_checkpoint, size_on_disk
+from moe_ext.evaluation.compare import Compared, Setting, compare, measure, weight_bytes
+from moe_ext.evaluation.results import Variant, read_variants
+from moe_ext.runtime.batches import read_domains
 from tests.conftest import DEMO_MODEL
 from tests.test_cli import moe
 
@@ -20,12 +20,12 @@ TEXTS = {domain: text[:1500] for domain, text in read_domains([DEMO_MODEL / "hel
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """The demo model, and a pruned one that skips."""
-    model, tokenizer = checkpoint.load(DEMO_MODEL)
+    model, tokenizer = load_checkpoint(DEMO_MODEL)
     layers = tuple(f"model.layers.{layer}.mlp" for layer in range(4))
     moe_ext.prune(model, moe_ext.PruningPlan("mixtral", 8, 2, layers, (tuple(range(6)),) * 4))
     moe_ext.patch(model, skip=torch.full((4, 1), 0.3))
     folder = tmp_path_factory.mktemp("checkpoints") / "pruned"
-    checkpoint.save(model, tokenizer, folder)
+    save_checkpoint(model, tokenizer, folder)
     return str(DEMO_MODEL), str(folder)
 
 
@@ -40,11 +40,11 @@ def test_the_command_compares_checkpoints(checkpoints: tuple[str, str], tmp_path
     rows = [Compared(**row) for row in json.loads(out.read_text())["checkpoints"]]
     assert [row.checkpoint for row in rows] == list(checkpoints)
     for row in rows:
-        model, tokenizer = checkpoint.load(row.checkpoint)
+        model, tokenizer = load_checkpoint(row.checkpoint)
         expected = moe_ext.perplexity(moe_ext.patch(model), TEXTS, tokenizer, window=128)
         assert row.perplexity == expected.per_domain  # the same bits from run to run, whatever the number of threads
         assert row.parameters == model.num_parameters()
-        assert row.weight_bytes == checkpoint.size_on_disk(row.checkpoint) - _headers(row.checkpoint)
+        assert row.weight_bytes == size_on_disk(row.checkpoint) - _headers(row.checkpoint)
         assert row.tokens_per_second > 0
         assert row.peak_bytes is None or row.peak_bytes > row.weight_bytes
         assert f"{row.mean:.3f}" in result.stdout
@@ -61,7 +61,7 @@ def _headers(folder: str) -> int:
 
 
 def test_shared_weights_count_once() -> None:
-    model, _ = checkpoint.load(DEMO_MODEL)
+    model, _ = load_checkpoint(DEMO_MODEL)
     model.lm_head.weight = model.model.embed_tokens.weight
     assert weight_bytes(model) == sum(tensor.numel() * 2 for tensor in set(model.parameters()))
 

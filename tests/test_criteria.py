@@ -7,10 +7,11 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from moe_ext.criteria import CRITERIA, OBJECTIVES, Scores, aimer, point_of, score
-from moe_ext.plan import plan
-from moe_ext.pruning import prune
-from moe_ext.statistics import ExpertStatistics
+from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.decision.criteria import CRITERIA, OBJECTIVES, Scores, point_of, score
+from moe_ext.decision.plan import plan
+from moe_ext.decision.weights_only import aimer
+from moe_ext.pruning.prune import prune
 from tests.conftest import MixtralFactory
 from tests.families import build, keep_of, plan_for
 

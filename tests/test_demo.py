@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moe_ext import SearchResult, checkpoint, demo, patch
-from moe_ext.plan import PruningPlan
-from moe_ext.statistics import ExpertStatistics
+from moe_ext import SearchResult, patch
+from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.checkpoints.load_save import load_checkpoint
+from moe_ext.commands import demo
+from moe_ext.decision.pruning_plan import PruningPlan
 from tests.conftest import DEMO_MODEL
 
 
@@ -67,7 +69,7 @@ def test_the_files_are_where_the_demo_says(finished: tuple[dict[str, Any], Path]
     assert all(f'<figure id="{name}">' in page for name in ("scores-man", "search-losses", "quality-speed"))
     stats, plan = ExpertStatistics.load(files["statistics"]), PruningPlan.load(files["plan"])
     assert plan.layers == stats.layers
-    model, _ = checkpoint.load(files["pruned checkpoint"])
+    model, _ = load_checkpoint(files["pruned checkpoint"])
     assert model.config.num_local_experts == 6
     assert len(model.config.moe_ext["skip_thresholds"]) == len(stats.layers)
 
@@ -82,7 +84,7 @@ def test_the_table_prints_every_row_whole(finished: tuple[dict[str, Any], Path])
 
 
 def test_a_second_run_keeps_the_first_runs_checkpoint(finished: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
-    model, tokenizer = checkpoint.load(DEMO_MODEL)
+    model, tokenizer = load_checkpoint(DEMO_MODEL)
     (tmp_path / "pruned-6").mkdir()
     (tmp_path / "pruned-6" / "mine").write_text("precious")
     shared = demo.Demo.__new__(demo.Demo)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from moe_ext import checkpoint
-from moe_ext.bench import machine
-from moe_ext.cli import main
-from moe_ext.text import read_domains, token_batches
+from moe_ext.bench import measure
+from moe_ext.checkpoints.load_save import load_checkpoint
+from moe_ext.commands.main import main
+from moe_ext.runtime.batches import read_domains, token_batches
 from tests.conftest import DEMO_MODEL
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for domain, text in list(read_domains([DEMO_MODEL / source]).items())[:2]:
             (tmp_path / name / f"{domain}.txt").write_text(text[:1200])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(machine, "CACHE_BYTES", 1 << 20)
+    monkeypatch.setattr(measure, "CACHE_BYTES", 1 << 20)
     return tmp_path
 
 
@@ -59,7 +59,7 @@ def run_shell(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def names() -> Iterator[dict[str, Any]]:
     """What a page's Python blocks share: `batches` is the reader's own."""
-    _, tokenizer = checkpoint.load(DEMO_MODEL)
+    _, tokenizer = load_checkpoint(DEMO_MODEL)
     texts = {domain: text[:1200] for domain, text in read_domains([DEMO_MODEL / "calibration"]).items()}
     yield {"batches": list(token_batches(texts, tokenizer, window=128))}
     torch.set_grad_enabled(True)

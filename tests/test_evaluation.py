@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from moe_ext.evaluation import perplexity
+from moe_ext.evaluation.perplexity import perplexity
 
 LETTERS = "abcdefgh"
 BOS = "<s>"

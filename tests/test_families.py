@@ -1,4 +1,4 @@
-"""Every family of ``moe_ext.architectures.FAMILIES``: patch, calibrate, prune, save and reload, skip.
+"""Every family of ``moe_ext.models.families.FAMILIES``: patch, calibrate, prune, save and reload, skip.
 
 The references are transformers' own eager model, float64 brute force over what its experts were given, and rules
 written out in hooks. README's table of what is supported rests on these tests, one a column.
@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
 import moe_ext
-from moe_ext.architectures import FAMILIES, moe_blocks
-from moe_ext.patching import is_patched
-from moe_ext.statistics import RATIO_BINS
+from moe_ext.calibration.statistics import RATIO_BINS
+from moe_ext.models.blocks import moe_blocks
+from moe_ext.models.families import FAMILIES
+from moe_ext.runtime.patching import is_patched
 from tests.conftest import random_tokens
 from tests.families import (
     FIELDS,

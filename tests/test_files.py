@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import moe_ext.files
-from moe_ext.files import replace_file, replace_folder
+import moe_ext.storage.files
+from moe_ext.storage.files import replace_file, replace_folder
 
 INTERRUPTIONS = pytest.mark.parametrize("interruption", [ValueError, KeyboardInterrupt, SystemExit])
 
@@ -40,7 +40,7 @@ with runpy.run_path(sys.argv[1])["{function}"](sys.argv[2]) as temporary:
     print("written", flush=True)
     sys.stdin.read()
 """
-    command = [sys.executable, "-c", code, moe_ext.files.__file__, str(path)]
+    command = [sys.executable, "-c", code, moe_ext.storage.files.__file__, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"written\n"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import moe_ext
-from moe_ext import checkpoint
+from moe_ext.checkpoints.load_save import load_checkpoint, save_checkpoint
 from tests.conftest import DEMO_MODEL
 from tests.test_cli import moe
 
@@ -20,7 +20,7 @@ pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'moe_ext[eval]
 
 from lm_eval.api import registry
 
-from moe_ext.harness import TASKS, PatchedModel, evaluate_tasks
+from moe_ext.evaluation.harness import TASKS, PatchedModel, evaluate_tasks
 
 LAYERS = tuple(f"model.layers.{layer}.mlp" for layer in range(4))
 
@@ -53,10 +53,10 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def skipping(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The demo model with thresholds in its config, in float32."""
-    model, tokenizer = checkpoint.load(DEMO_MODEL, dtype="float32")
+    model, tokenizer = load_checkpoint(DEMO_MODEL, dtype="float32")
     moe_ext.patch(model, skip=torch.full((4, 1), 0.8))
     folder = tmp_path_factory.mktemp("checkpoint") / "skipping"
-    checkpoint.save(model, tokenizer, folder)
+    save_checkpoint(model, tokenizer, folder)
     return str(folder)
 
 
@@ -87,8 +87,8 @@ def test_skipping_and_plans_reach_the_model(tasks: Path, skipping: str, tmp_path
     plan = moe_ext.PruningPlan("mixtral", 8, 2, LAYERS, (tuple(range(6)),) * 4)
     plan.save(tmp_path / "plan.json")
     planned = numbers(evaluate_tasks(skipping, names, include=tasks, skip="none", plan=str(tmp_path / "plan.json")))
-    model, tokenizer = checkpoint.load(skipping)
-    checkpoint.save(moe_ext.prune(model, plan), tokenizer, tmp_path / "pruned")
+    model, tokenizer = load_checkpoint(skipping)
+    save_checkpoint(moe_ext.prune(model, plan), tokenizer, tmp_path / "pruned")
     pruned = numbers(evaluate_tasks(str(tmp_path / "pruned"), names, include=tasks, model="hf"))
     assert planned == pytest.approx(pruned, rel=1e-4)
     assert planned != pytest.approx(whole, rel=1e-2)
@@ -105,7 +105,7 @@ def test_the_command_prints_lm_evals_metrics(tasks: Path, skipping: str) -> None
 @pytest.mark.parametrize(
     "command",
     [
-        [sys.executable, "-m", "moe_ext.harness"],
+        [sys.executable, "-m", "moe_ext.evaluation.harness"],
         pytest.param(
             [str(Path(sys.executable).with_name("lm_eval"))],
             marks=pytest.mark.skipif(
@@ -113,7 +113,7 @@ def test_the_command_prints_lm_evals_metrics(tasks: Path, skipping: str) -> None
             ),
         ),
     ],
-    ids=["moe_ext.harness", "lm_eval"],
+    ids=["moe_ext.evaluation.harness", "lm_eval"],
 )
 def test_lm_evals_own_command_line_knows_the_model(command: list[str], tasks: Path, skipping: str) -> None:
     arguments = ["--model", "moe_ext", "--model_args", f"pretrained={skipping},skip=auto", "--tasks", "local_endings"]
@@ -139,7 +139,7 @@ model_registry.register("moe_ext", target=entry.value)
 print(get_model("moe_ext"))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.stdout == "<class 'moe_ext.harness.PatchedModel'>\n", result.stderr[-2000:]
+    assert result.stdout == "<class 'moe_ext.evaluation.harness.PatchedModel'>\n", result.stderr[-2000:]
 
 
 @pytest.mark.parametrize("group", ["naee_zero_shot", "expert_scoring_multiple_choice"])

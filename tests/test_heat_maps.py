@@ -12,9 +12,10 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from moe_ext.criteria import Scores
-from moe_ext.heat_maps import heat_map_figure, heat_maps
-from moe_ext.plan import PruningPlan, plan
+from moe_ext.decision.criteria import Scores
+from moe_ext.decision.plan import plan
+from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.report.heat_maps import heat_map_figure, heat_maps
 
 
 def scored(values: list[list[float]], criterion: str = "man") -> Scores:

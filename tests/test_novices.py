@@ -9,7 +9,7 @@ from torch import Tensor
 
 import moe_ext
 from moe_ext import ops
-from moe_ext.architectures import moe_blocks
+from moe_ext.models.blocks import moe_blocks
 from tests.conftest import random_tokens
 from tests.families import STOCK_ONLY, build, keep_of, logits_of, plan_for, reloaded
 from tests.reference import DEVICES

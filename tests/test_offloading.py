@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 import moe_ext
-from moe_ext.architectures import moe_blocks
+from moe_ext.models.blocks import moe_blocks
 from tests.conftest import random_tokens
 from tests.families import build, keep_of, logits_of, plan_for
 from tests.reference import DEVICES

@@ -49,7 +49,12 @@ def test_the_source_distribution_holds_every_source(sdist: Path) -> None:
     if tracked.returncode:
         pytest.skip("needs a git checkout")
     wanted = tracked.stdout.split()
-    assert {"csrc/moe.h", "moe_ext/py.typed", "moe_ext/report.html", "moe_ext/tasks/naee_zero_shot.yaml"} <= set(wanted)
+    assert {
+        "csrc/moe.h",
+        "moe_ext/py.typed",
+        "moe_ext/report/page.html",
+        "moe_ext/evaluation/tasks/naee_zero_shot.yaml",
+    } <= set(wanted)
     assert [name for name in wanted if name not in names] == []
 
 
@@ -67,7 +72,7 @@ def test_the_metadata_is_what_pypi_takes(sdist: Path) -> None:
 def test_the_installed_package_holds_what_is_no_python_code() -> None:
     package = resources.files("moe_ext")
     # Without py.typed type checkers take none of the annotations.
-    for name in ("py.typed", "_C.pyi", "report.html", "tasks/naee_zero_shot.yaml"):
+    for name in ("py.typed", "_C.pyi", "report/page.html", "evaluation/tasks/naee_zero_shot.yaml"):
         assert package.joinpath(name).is_file(), name
 
 
@@ -82,4 +87,4 @@ def test_extras_bring_what_they_are_for() -> None:
 
 def test_lm_eval_finds_the_model_by_its_entry_point() -> None:
     (entry,) = entry_points(group="lm_eval.models", name="moe_ext")
-    assert entry.value == "moe_ext.harness:PatchedModel"
+    assert entry.value == "moe_ext.evaluation.harness:PatchedModel"

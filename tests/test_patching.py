@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 import moe_ext
-from moe_ext.patching import active_thresholds, is_patched
+from moe_ext.runtime.patching import active_thresholds, is_patched
 from tests.conftest import MixtralFactory, random_tokens
 from tests.reference import DEVICES, DTYPES
 

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_ext.criteria import Scores
-from moe_ext.plan import PlanFileError, PruningPlan, plan
+from moe_ext.decision.criteria import Scores
+from moe_ext.decision.plan import plan
+from moe_ext.decision.pruning_plan import PlanFileError, PruningPlan
 from moe_ext.version import __version__
 
 PLAN = PruningPlan("mixtral", 4, 2, ("layers.0", "layers.1"), ((0, 1, 3), (1, 2)), {"criterion": "man"})

@@ -17,15 +17,15 @@ import torch.distributed as dist
 from typer.testing import CliRunner
 
 import moe_ext
-from moe_ext import processes
-from moe_ext.checkpoint import load
-from moe_ext.cli import app
-from moe_ext.layer_inputs import LayerInputs
-from moe_ext.plan import PruningPlan
-from moe_ext.processes import process_group
-from moe_ext.search_result import SearchResult
-from moe_ext.statistics import ExpertStatistics
-from moe_ext.text import read_domains, token_batches
+from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.checkpoints.load_save import load_checkpoint
+from moe_ext.commands.main import app
+from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.reconstruction.result import SearchResult
+from moe_ext.runtime import processes
+from moe_ext.runtime.batches import read_domains, token_batches
+from moe_ext.runtime.layer_walk import LayerInputs
+from moe_ext.runtime.processes import process_group
 from tests.conftest import DEMO_MODEL, random_tokens
 from tests.families import build
 from tests.reference import DEVICES
@@ -95,10 +95,10 @@ def test_when_a_process_dies_the_others_stop_and_nothing_is_written(text: Path, 
     dying = """
 import os
 import torch.distributed as dist
-import moe_ext.cli
+import moe_ext.commands.main
 if os.environ["RANK"] == "1":
     dist.reduce = lambda *arguments: os.kill(os.getpid(), 9)
-moe_ext.cli.main()
+moe_ext.commands.main.main()
 """
     arguments = ["calibrate", str(DEMO_MODEL), "--text", str(text), "--out", str(tmp_path / "stats.safetensors")]
     arguments += ["--timeout", str(TIMEOUT)]
@@ -129,7 +129,7 @@ def test_a_search_started_by_torchrun_writes_what_one_process_does(text: Path, t
     arguments = ("--text", text, "--keep", "6", "--out", plan, "--sequential", "--scratch", tmp_path / "scratch")
     result = moe_ext_program("search", *arguments, launcher=torchrun(2))
     assert result.returncode == 0, result.stderr
-    model, tokenizer = load(DEMO_MODEL)
+    model, tokenizer = load_checkpoint(DEMO_MODEL)
     batches = list(token_batches(read_domains([text]), tokenizer, window=64, batch_size=4))
     expected = moe_ext.search(model, batches, keep=6, progress=False)
     assert PruningPlan.load(plan).keep == expected.plan.keep
@@ -337,7 +337,7 @@ def test_sums_are_taken_where_the_backend_takes_tensors(
 def test_files_of_several_machines_merge_to_one_run_over_all_the_text(
     alone: ExpertStatistics, text: Path, tmp_path: Path
 ) -> None:
-    model, tokenizer = load(DEMO_MODEL)
+    model, tokenizer = load_checkpoint(DEMO_MODEL)
     batches = list(token_batches(read_domains([text]), tokenizer, window=64, batch_size=4))
     for name, part in (("a", batches[:3]), ("b", batches[3:])):
         stats = moe_ext.calibrate(model, part, progress=False, dataset="python", shard=name)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import moe_ext
-from moe_ext.plan import PruningPlan
+from moe_ext.decision.pruning_plan import PruningPlan
 from tests.conftest import MixtralFactory, random_tokens
 from tests.reference import DEVICES
 
@@ -201,7 +201,7 @@ def test_uneven_layers_without_a_number_are_refused(
     tiny_mixtral: MixtralFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_mixtral()
-    monkeypatch.setattr("moe_ext.architectures._DECODER_LAYER", re.compile("never"))
+    monkeypatch.setattr("moe_ext.models.blocks._DECODER_LAYER", re.compile("never"))
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp is in no numbered decoder layer"):
         moe_ext.prune(model, plan_of(((0, 1), (0, 1, 2), (0, 1))))
     assert [layer.mlp.gate.weight.shape[0] for layer in model.model.layers] == [8, 8, 8]

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moe_ext.architectures import FAMILIES
+from moe_ext.models.families import FAMILIES
 from tests.families import STOCK_ONLY
 
 ROOT = Path(__file__).parent.parent

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_ext.redundancy import ExpertPair, overlap, redundant_pairs
-from moe_ext.statistics import ExpertStatistics
+from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.decision.redundancy import ExpertPair, overlap, redundant_pairs
 
 
 def observed(tokens: list[tuple[int, ...]], experts: int, top_k: int = 2) -> ExpertStatistics:

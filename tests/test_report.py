@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from moe_ext import PruningPlan, skip_thresholds
-from moe_ext.report import Report, render, write_figures, write_page
-from moe_ext.search_result import SearchFileError, SearchResult
-from moe_ext.variants import Variant
+from moe_ext.evaluation.results import Variant
+from moe_ext.reconstruction.result import SearchFileError, SearchResult
+from moe_ext.report.page import render, write_figures, write_page
+from moe_ext.report.sections import Report
 from tests.report_input import demo_report, thin_report
 
 VOID = {"meta", "input", "br", "link", "img"}

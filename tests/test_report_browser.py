@@ -11,7 +11,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.keys import Keys
 
 from moe_ext import skip_thresholds
-from moe_ext.report import write_page
+from moe_ext.report.page import write_page
 from tests.report_input import demo_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 import moe_ext
 from moe_ext import ops
-from moe_ext.routing import section_with, skip_weak, thresholds_in_config
-from moe_ext.statistics import RATIO_BINS, ExpertStatistics
+from moe_ext.calibration.statistics import RATIO_BINS, ExpertStatistics
+from moe_ext.models.config_section import section_with, thresholds_in_config
+from moe_ext.runtime.skipping import skip_weak
 from tests.conftest import MixtralFactory, random_tokens
 from tests.reference import DEVICES, route_reference
 

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from transformers import MixtralForCausalLM
 
 import moe_ext
-from moe_ext import LayerLosses, SearchResult, checkpoint, layer_inputs, ops, reconstruction
-from moe_ext.architectures import moe_blocks
-from moe_ext.patching import is_patched
-from moe_ext.search_result import SearchFileError
-from moe_ext.text import read_domains, token_batches
+from moe_ext import LayerLosses, SearchResult, ops
+from moe_ext.checkpoints.load_save import load_checkpoint
+from moe_ext.models.blocks import moe_blocks
+from moe_ext.reconstruction import losses as layer_losses
+from moe_ext.reconstruction.result import SearchFileError
+from moe_ext.runtime import layer_walk
+from moe_ext.runtime.batches import read_domains, token_batches
+from moe_ext.runtime.patching import is_patched
 from tests import families
 from tests.conftest import DEMO_MODEL, MixtralFactory, random_tokens
 from tests.reference import DEVICES
@@ -168,12 +171,12 @@ def test_losses_with_skip_thresholds_equal_brute_force(tiny_mixtral: MixtralFact
 
 @pytest.mark.parametrize("keep", [4, 6])
 def test_the_demo_models_subsets_equal_brute_force(keep: int) -> None:
-    model, tokenizer = checkpoint.load(DEMO_MODEL, dtype="float32")
+    model, tokenizer = load_checkpoint(DEMO_MODEL, dtype="float32")
     texts = [text[:400] for text in read_domains([DEMO_MODEL / "calibration"]).values()]
     batches = list(token_batches(texts, tokenizer, window=64, batch_size=4))
     assert any(not bool(batch["attention_mask"].all()) for batch in batches)
     result = search(model, batches, keep=keep)
-    reference, _ = checkpoint.load(DEMO_MODEL, dtype="float32")
+    reference, _ = load_checkpoint(DEMO_MODEL, dtype="float32")
     reference.set_experts_implementation("eager")
     for layer, block in enumerate(reference.model.layers):
         expected = brute_force_losses(block.mlp, inputs_of(reference, layer, batches), keep)
@@ -345,9 +348,9 @@ def test_what_does_not_fit_into_memory_changes_nothing(
     tiny_mixtral: MixtralFactory, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     expected = search(tiny_mixtral(), padded_batches(), keep=4, method=method)
-    monkeypatch.setattr(layer_inputs, "MEMORY", 4000)  # one batch's hidden states
-    monkeypatch.setattr(reconstruction, "MEMORY", 5000)
-    monkeypatch.setattr(reconstruction, "GRAM_BYTES", 0)  # 16 tokens at a time
+    monkeypatch.setattr(layer_walk, "MEMORY", 4000)  # one batch's hidden states
+    monkeypatch.setattr(layer_losses, "MEMORY", 5000)
+    monkeypatch.setattr(layer_losses, "GRAM_BYTES", 0)  # 16 tokens at a time
     got = search(tiny_mixtral(), padded_batches(), keep=4, method=method)
     assert got.plan.keep == expected.plan.keep
     for a, b in zip(got.losses, expected.losses, strict=True):
@@ -394,14 +397,14 @@ class Interruption(Exception):  # noqa: N818  no error
 
 
 def interrupt_before_layer(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    observe = layer_inputs.LayerInputs.observe
+    observe = layer_walk.LayerInputs.observe
 
     def interrupted(self: Any, block: int, seen: Any) -> None:
         if block == layer:
             raise Interruption
         observe(self, block, seen)
 
-    monkeypatch.setattr(layer_inputs.LayerInputs, "observe", interrupted)
+    monkeypatch.setattr(layer_walk.LayerInputs, "observe", interrupted)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,16 @@ from transformers import FineGrainedFP8Config
 from typer.testing import CliRunner
 
 import moe_ext
-from moe_ext import calibration, checkpoint, layers_on_disk, sequential
-from moe_ext.cli import app
-from moe_ext.layer_inputs import LayerInputs
-from moe_ext.layers_on_disk import LayersOnDisk
-from moe_ext.search_result import SearchResult
-from moe_ext.statistics import ExpertStatistics
+from moe_ext.calibration import calibrate as calibrate_module
+from moe_ext.calibration.observer import take as take_sums
+from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.checkpoints import streamed_model
+from moe_ext.checkpoints.load_save import write_thresholds
+from moe_ext.checkpoints.streamed_model import LayersOnDisk
+from moe_ext.commands.main import app
+from moe_ext.reconstruction.result import SearchResult
+from moe_ext.runtime import hidden_states
+from moe_ext.runtime.layer_walk import LayerInputs
 from tests.checkpoints import BLOCK, declare_float8, plain_copy, quantise, rewritten
 from tests.conftest import DEMO_MODEL, random_tokens
 from tests.families import FIELDS, STOCK_ONLY, UNRECORDED, build, keep_of, plan_for
@@ -156,7 +160,7 @@ def test_one_decoder_layer_is_in_memory_at_a_time(device: str, mixtral: Path, mo
 
 def test_the_next_layer_is_read_while_one_computes(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[set[str]] = []
-    start = layers_on_disk._Reader.start
+    start = streamed_model._Reader.start
 
     def watched(self: Any, tensors: list[Any]) -> None:
         asked.append({tensor.name.split(".")[2] for tensor in tensors})
@@ -164,7 +168,7 @@ def test_the_next_layer_is_read_while_one_computes(mixtral: Path, monkeypatch: p
         self._thread.join()
         assert not self._stopped.is_set()
 
-    monkeypatch.setattr(layers_on_disk._Reader, "start", watched)
+    monkeypatch.setattr(streamed_model._Reader, "start", watched)
     moe_ext.calibrate(mixtral, ragged_batches(), progress=False)
     assert asked == [{"1"}, {"2"}]
     moe_ext.calibrate(mixtral, ragged_batches(), progress=False, read_ahead=False)
@@ -206,7 +210,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_statistics(
     assert killed_after(passes, lambda: moe_ext.calibrate(mixtral, ragged_batches(), **options)) == -9
 
     ran, observed = [], []
-    advance, take = LayerInputs.advance, calibration._take
+    advance, take = LayerInputs.advance, take_sums
 
     def counting(self: Any, before: Any = None) -> None:
         ran.append(self._position)
@@ -217,7 +221,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_statistics(
         take(stats, layer, observer)
 
     monkeypatch.setattr(LayerInputs, "advance", counting)
-    monkeypatch.setattr(calibration, "_take", noting)
+    monkeypatch.setattr(calibrate_module, "take", noting)
     assert_same_bits(moe_ext.calibrate(mixtral, ragged_batches(), **options), expected)
     assert ran == list(range(passes if scratch else 0, 3))
     assert observed == list(range(passes, 3))
@@ -230,8 +234,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_statistics(
 
 DYING = """
 import os, signal, sys
-from moe_ext import cli, sequential
-owner, function, left = getattr(sequential, sys.argv[1]), sys.argv[2], int(sys.argv[3])
+from moe_ext.calibration import progress
+from moe_ext.commands.main import main
+from moe_ext.runtime import hidden_states
+owner = getattr(progress if sys.argv[1] == "CalibrationProgress" else hidden_states, sys.argv[1])
+function, left = sys.argv[2], int(sys.argv[3])
 original = getattr(owner, function)
 def dies(*arguments):
     global left
@@ -241,7 +248,7 @@ def dies(*arguments):
     return original(*arguments)
 setattr(owner, function, dies)
 sys.argv[1:4] = []
-cli.main()
+main()
 """
 
 
@@ -253,7 +260,7 @@ def test_the_killed_program_ends_with_the_same_file_once_it_is_let(tmp_path: Pat
     assert CliRunner().invoke(app, [*arguments, "--batch-size", "2", "--out", str(expected)]).exit_code == 0
     arguments += ["--batch-size", "2", "--out", str(out), "--scratch", str(tmp_path / "scratch")]
     for point in (
-        ("Record", "write", "1"),  # two layers have run, one is noted
+        ("CalibrationProgress", "write", "1"),  # two layers have run, one is noted
         ("MappedStates", "write", "5"),  # in the midst of a layer's batches
     ):
         killed = subprocess.run([sys.executable, "-c", DYING, *point, *arguments], capture_output=True, check=False)
@@ -280,7 +287,7 @@ def test_a_file_of_another_run_is_refused(mixtral: Path, tmp_path: Path) -> None
 def test_hidden_states_without_room_are_refused_before_anything_runs(
     mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sequential, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(hidden_states, "_available_memory", lambda: 1000)
     with pytest.raises(MemoryError, match="give a scratch folder, or less text"):
         moe_ext.calibrate(mixtral, ragged_batches(), progress=False)
     with pytest.raises(FileNotFoundError, match="scratch: the folder"):
@@ -332,7 +339,7 @@ def test_a_search_finds_what_it_finds_in_the_loaded_model(
 
 def test_a_search_takes_skip_thresholds_from_the_config(mixtral: Path) -> None:
     thresholds = torch.tensor([[0.6], [0.3], [0.8]])
-    checkpoint.write_thresholds(mixtral, thresholds)
+    write_thresholds(mixtral, thresholds)
     options: dict[str, Any] = {"method": "progressive", "keep": 6, "progress": False}
     expected = moe_ext.search(moe_ext.from_pretrained(mixtral), ragged_batches(), skip=thresholds, **options)
     assert_same_search(moe_ext.search(mixtral, ragged_batches(), skip="config", **options), expected)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_ext.spilling import SpillingList
+from moe_ext.storage.spilled_tensors import SpillingList
 
 TENSORS = [
     torch.arange(6, dtype=torch.float64).reshape(2, 3),

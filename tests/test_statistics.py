@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from moe_ext.statistics import RATIO_BINS, ExpertStatistics, StatisticsFileError
+from moe_ext.calibration.statistics import RATIO_BINS, ExpertStatistics, StatisticsFileError
 
 TENSORS = ("moments", "tokens", "ratio_histogram", "coactivation")
 LABELS = ("model_type", "layers", "top_k", "gate", "dataset")
@@ -535,7 +535,7 @@ def test_a_process_killed_while_saving_leaves_a_whole_file(tmp_path: Path) -> No
     path = tmp_path / "stats.safetensors"
     code = """
 import sys
-from moe_ext.statistics import ExpertStatistics
+from moe_ext.calibration.statistics import ExpertStatistics
 stats = ExpertStatistics.zeros("mixtral", tuple(map(str, range(64))), 64, 8, "g")
 while True:
     stats.save(sys.argv[1])

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from moe_ext.tensor_file import write_tensors
+from moe_ext.storage.tensor_file import write_tensors
 
 TENSORS = {
     "odd": torch.arange(3, dtype=torch.uint8),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_ext.text import read_domains, token_batches
+from moe_ext.runtime.batches import read_domains, token_batches
 
 
 class LetterTokenizer:

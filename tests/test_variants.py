@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_ext.variants import Variant, VariantsFileError, pareto, read_variants
+from moe_ext.evaluation.results import Variant, VariantsFileError, read_variants
+from moe_ext.report.figures import pareto
 
 ROOT = Path(__file__).parent.parent
 

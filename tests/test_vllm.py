@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moe_ext
-from moe_ext import checkpoint
+from moe_ext.checkpoints.load_save import load_checkpoint, write_thresholds
 from tests.conftest import DEMO_MODEL, random_tokens
 from tests.families import build, keep_of, plan_for
 
@@ -37,11 +37,11 @@ UNEVEN = ["mixtral", "qwen3_moe"]
 
 def write_checkpoints(folder: Path) -> dict[str, Path]:
     """The demo model, whole and pruned file by file, with thresholds for skipping; small random models, pruned."""
-    model, _ = checkpoint.load(DEMO_MODEL)
+    model, _ = load_checkpoint(DEMO_MODEL)
     moe_ext.prune_checkpoint(
         DEMO_MODEL, moe_ext.plan(moe_ext.aimer(model), keep=6), folder / "demo, pruned", dtype="float32", progress=False
     )
-    checkpoint.write_thresholds(folder / "demo, pruned", torch.full((4, 1), 0.5))
+    write_thresholds(folder / "demo, pruned", torch.full((4, 1), 0.5))
     for family in FAMILIES:
         build(family, **SIZES).save_pretrained(folder / f"{family}, whole")
         model = build(family, **SIZES)

@@ -10,7 +10,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moe_ext import ops
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Eager rounds to the dtype after each of its five steps: 8 roundings of values of the output's size cover it.
 TOLERANCE = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8, torch.float32: 2.0**-19}
 

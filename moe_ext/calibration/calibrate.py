@@ -1,0 +1,201 @@
+"""Calibration: runs a model over text and fills :class:`ExpertStatistics`, norms fused into the experts' own pass; of a
+model in memory, or of a checkpoint folder one decoder layer at a time.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from moe_ext.calibration.observer import Observer, observing, take
+from moe_ext.calibration.progress import CalibrationProgress
+from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.checkpoints.streamed_model import LayersOnDisk
+from moe_ext.models.blocks import (
+    decoder_layers,
+    family_of,
+    input_device,
+    model_type_of,
+    moe_blocks,
+    refuse_novices,
+    router_digest,
+    text_config,
+)
+from moe_ext.runtime.batches import check_batch
+from moe_ext.runtime.hidden_states import Options
+from moe_ext.runtime.layer_walk import LayerInputs
+from moe_ext.runtime.patching import active_thresholds
+from moe_ext.runtime.processes import check_same, share_of, total_of
+from moe_ext.storage.digests import joined_digest
+
+
+def add_up(stats: ExpertStatistics) -> None:
+    """Replaces every process's sums by those of all, in place.
+
+    Raises:
+        RuntimeError: a process is gone, or does not answer in time.
+        ValueError: the processes calibrated different models.
+    """
+    check_same(stats.model_digest, "the processes calibrated different models: the weights of their routers differ")
+    for tensor in stats.tensors().values():
+        tensor.copy_(total_of(tensor))
+
+
+def calibrate(
+    model: PreTrainedModel | str | os.PathLike[str],
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    progress: bool = True,
+    dataset: str = "",
+    outputs: bool = False,
+    strict: bool = True,
+    shard: str = "",
+    distributed: bool = False,
+    **from_folder: Any,
+) -> ExpertStatistics:
+    """Statistics of a model's experts over text, in one forward pass per batch.
+
+    Args:
+        model: a model that :func:`moe_ext.patch` supports. Patched or not, it is left as it was. Or a checkpoint
+            folder: its decoder layers are then in memory one at a time, each with all batches before the next, and the
+            statistics are those of the loaded model, bit by bit.
+        batches: mappings with ``input_ids`` (B, S) and optionally ``attention_mask`` (B, S); tokens whose mask is 0 are
+            padding and count in nothing.
+        progress: whether to show a progress bar.
+        dataset: a label for the text, kept in the statistics.
+        outputs: also sum every expert's outputs, for the criterion ``mone``. Slower: the experts run twice, the second
+            time one by one in transformers' code.
+        strict: as for :func:`moe_ext.patch`, if the model is not patched. With False, layers that the operators cannot
+            run are observed through transformers' code, with one warning.
+        shard: label of this run, kept in the statistics; files with the same one do not merge.
+        distributed: whether the batches are shared among the processes of torch.distributed's default group, every
+            N-th whole batch to each, and the sums added up; all of them return the same statistics.
+        **from_folder: for a checkpoint folder only; see :class:`moe_ext.runtime.hidden_states.Options`.
+
+    Returns:
+        :class:`ExpertStatistics` on the CPU.
+
+    Raises:
+        TypeError: an option for folders with a model in memory.
+        ValueError: a malformed batch, no counted token, a model that :func:`moe_ext.patch` refuses or that is skipping
+            (its routing would bias the statistics), or activations that are not finite (the layer is named).
+        MemoryError, OSError: hidden states for which there is no room, or a checkpoint that cannot be read.
+    """
+    if not isinstance(model, str | os.PathLike):
+        if from_folder:
+            raise TypeError(f"{next(iter(from_folder))}: is for a checkpoint folder; this model is in memory")
+        stats = _start(model, dataset, outputs, shard)
+        _run(model, share_of(batches) if distributed else batches, stats, progress, outputs, strict)
+    else:
+        options = Options(**from_folder)
+        listed = list(share_of(batches) if distributed else batches)
+        with LayersOnDisk(
+            Path(model), dtype=options.dtype, device=options.device, read_ahead=options.read_ahead
+        ) as layers:
+            stats = _start(layers.model, dataset, outputs, shard)
+            _run_layers(layers, listed, stats, options, progress, outputs, strict)
+    if distributed:
+        add_up(stats)
+    if not bool((stats.tokens > 0).all()):
+        raise ValueError(
+            "no token was counted: 'batches' is empty, every token is padding, "
+            "or set_experts_implementation was called on the patched model"
+        )
+    return stats
+
+
+def _start(model: PreTrainedModel, dataset: str, outputs: bool, shard: str) -> ExpertStatistics:
+    """Statistics of no text, for a model that can be calibrated; ValueError for another."""
+    if active_thresholds(model) is not None:
+        raise ValueError(
+            "the model skips experts, which would bias its statistics; patch(model, skip=None) before calibrating"
+        )
+    blocks = moe_blocks(model)
+    refuse_novices(blocks, "calibrate")
+    stats = ExpertStatistics.zeros(
+        model_type=model_type_of(model),
+        layers=tuple(block.name for block in blocks),
+        num_experts=tuple(block.num_experts for block in blocks),
+        top_k=blocks[0].top_k,
+        gate=family_of(model).gate,
+        dataset=dataset,
+        groups=blocks[0].groups,
+        fewest=blocks[0].fewest_experts,
+        hidden_size=text_config(model).hidden_size if outputs else None,
+    )
+    stats.shards = (shard,) if shard else ()
+    return stats
+
+
+def _run(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    stats: ExpertStatistics,
+    progress: bool,
+    outputs: bool,
+    strict: bool,
+) -> None:
+    """Fills the statistics of a model in memory."""
+    with torch.no_grad(), observing(model, outputs, strict) as observers:
+        for index, batch in enumerate(tqdm(batches, desc="calibrate", unit="batch", disable=not progress)):
+            counted = check_batch(index, batch)
+            for observer in observers:
+                observer.counted = None if counted is None else counted.to(observer.moments.device)
+            inputs = {name: tensor.to(input_device(model)) for name, tensor in batch.items()}
+            # The decoder without the language model head: statistics need no logits.
+            model.base_model(**inputs, use_cache=False)
+    digests = [router_digest(block) for block in moe_blocks(model)]
+    for layer, observer in enumerate(observers):
+        take(stats, layer, observer)
+    stats.model_digest = joined_digest(digests)
+
+
+def _run_layers(
+    layers: LayersOnDisk,
+    batches: list[Mapping[str, Tensor]],
+    stats: ExpertStatistics,
+    options: Options,
+    progress: bool,
+    outputs: bool,
+    strict: bool,
+) -> None:
+    """Fills the statistics of a model one decoder layer at a time."""
+    model = layers.model
+    blocks = moe_blocks(model)
+    _, _, of_block = decoder_layers(model, blocks)
+    counted = [check_batch(index, batch) for index, batch in enumerate(batches)]
+    record = CalibrationProgress(layers, batches, stats, options, outputs, show=progress)
+    done = len(record.digests) == len(blocks)
+    left = range(record.position, record.position if done else of_block[-1] + 1)
+    bar = tqdm(total=len(left) * len(batches), desc="calibrate", unit="batch", disable=not progress)
+    with (
+        bar,
+        torch.no_grad(),
+        observing(model, outputs, strict) as observers,
+        LayerInputs(model, blocks, batches, states=record.states, need=layers.need, position=record.position) as inputs,
+    ):
+        for layer in left:
+            bar.set_description(f"calibrate layer {layer}")
+            index = of_block.index(layer) if layer in of_block else None
+            observer = None if index is None or index in record.digests else observers[index]
+            if index is not None and observer is None:
+                del blocks[index].experts._moe_ext_observer  # its sums are there from before the interruption
+
+            def before(batch: int, observer: Observer | None = observer) -> None:
+                mask = counted[batch]
+                if observer is not None:
+                    observer.counted = None if mask is None else mask.to(observer.moments.device)
+                bar.update()
+
+            inputs.advance(before)
+            if observer is not None and index is not None:
+                take(stats, index, observer)
+                record.digests[index] = router_digest(blocks[index])
+            record.write(layer + 1)
+    stats.model_digest = joined_digest([record.digests[index] for index in range(len(blocks))])
+    record.finish()

@@ -1,0 +1,126 @@
+"""What watches a layer's experts during calibration.
+
+An observer is attached to every experts module for the duration of the run. The moments come out of the
+``experts_observed`` operator; ratios and coactivation are a few small tensor operations on the routing. Where the
+operator cannot run, or sums of outputs are asked for, the observer evaluates the family's own code expert by expert.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moe_ext import ops
+from moe_ext.calibration.statistics import RATIO_BINS, ExpertStatistics
+from moe_ext.models.blocks import MoeBlock, device_of, eager_forward, evaluation_mode, moe_blocks
+from moe_ext.runtime.patching import is_patched, patch, unpatch
+
+
+class Observer:
+    """Accumulates one layer's statistics on the layer's device; called in place of the ``experts`` operator, or beside
+    experts that run on transformers' implementation."""
+
+    def __init__(self, block: MoeBlock, outputs: bool) -> None:
+        device = device_of(block.experts, next(block.experts.parameters()))
+        self.experts = block.experts
+        self.num_experts, self.top_k = block.num_experts, block.top_k
+        self.moments = torch.zeros(self.num_experts, 3, 3, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.ratio_histogram = torch.zeros(self.top_k - 1, RATIO_BINS, dtype=torch.int64, device=device)
+        self.coactivation = torch.zeros(self.num_experts, self.num_experts, dtype=torch.int64, device=device)
+        self.outputs = outputs
+        self.output_sum: Tensor | None = None  # (E, H), from the first batch on if asked for
+        self.counted: Tensor | None = None  # (T,) bool for the batch under way
+
+    def __call__(
+        self, x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
+    ) -> Tensor:
+        out = ops.experts_observed(x, gate_up, down, experts, weights, activation, self.moments, self.counted)
+        if self.outputs:
+            self._evaluate(x, experts, weights, moments=False)
+        self._count(experts.long(), weights.float())
+        return out
+
+    def observe(self, x: Tensor, experts: Tensor, weights: Tensor) -> None:
+        """The same statistics without the operator: x (T, H), experts (T, K), weights (T, K)."""
+        self._evaluate(x, experts, weights, moments=True)
+        self._count(experts.long(), weights.float())
+
+    def _evaluate(self, x: Tensor, experts: Tensor, weights: Tensor, *, moments: bool) -> None:
+        """Adds the counted slots' outputs to their sums, and their norms to the moments, with the model's own code.
+
+        One expert after the other, each on its own rows with weight 1: exact for whatever that code computes. Slower
+        than the operator, and it waits for a GPU.
+        """
+        if self.outputs and self.output_sum is None:
+            self.output_sum = torch.zeros(self.num_experts, x.shape[1], dtype=torch.float64, device=x.device)
+        counted = torch.ones_like(experts, dtype=torch.bool) if self.counted is None else self.counted[:, None]
+        for expert in range(self.num_experts):
+            tokens, slots = ((experts == expert) & counted).nonzero(as_tuple=True)  # (R,) each
+            if len(tokens) == 0:
+                continue
+            alone = torch.full((len(tokens), 1), expert, dtype=experts.dtype, device=x.device)
+            ones = torch.ones(len(tokens), 1, dtype=x.dtype, device=x.device)
+            out = eager_forward(self.experts)(self.experts, x[tokens], alone, ones).double()  # (R, H)
+            if self.output_sum is not None:
+                self.output_sum[expert] += out.sum(0)
+            if moments:
+                gate, norm = weights[tokens, slots].double(), out.norm(dim=-1)
+                for a in range(3):
+                    for b in range(3):
+                        self.moments[expert, a, b] += (gate**a * norm**b).sum()
+
+    def _count(self, experts: Tensor, weights: Tensor) -> None:
+        """experts, weights: (T, K). Sizes depend on shapes only, so that a GPU is not waited for."""
+        ones = torch.ones(experts.shape[0], dtype=torch.int64, device=experts.device)
+        counted = ones if self.counted is None else self.counted.long()  # (T,) 1 for tokens that count
+        self.tokens += counted.sum()
+        ranked = weights.sort(dim=-1, descending=True).values
+        ratios = (ranked[:, 1:] / ranked[:, :1]).nan_to_num(0.0)  # a NaN is reported once the moments are read
+        bins = (ratios * RATIO_BINS).long().clamp(0, RATIO_BINS - 1)  # (T, K - 1)
+        ranks = torch.arange(self.top_k - 1, device=bins.device) * RATIO_BINS
+        _add_counts(self.ratio_histogram, bins + ranks, counted[:, None])
+        pairs = experts.unsqueeze(2) * self.num_experts + experts.unsqueeze(1)  # (T, K, K)
+        _add_counts(self.coactivation, pairs, counted[:, None, None])
+
+
+def _add_counts(histogram: Tensor, bins: Tensor, counts: Tensor) -> None:
+    """histogram[bin] += count for every element of bins, in place; counts broadcast to the shape of bins."""
+    histogram.view(-1).scatter_add_(0, bins.flatten(), counts.expand_as(bins).flatten())
+
+
+@contextmanager
+def observing(model: PreTrainedModel, outputs: bool, strict: bool) -> Iterator[list[Observer]]:
+    """A patched model in evaluation mode with an observer in every MoE layer; restored on the way out."""
+    blocks = moe_blocks(model)
+    if any(hasattr(block.experts, "_moe_ext_observer") for block in blocks):
+        raise ValueError("the model is being calibrated already")
+    was_patched = is_patched(model)
+    if not was_patched:
+        patch(model, skip=None, strict=strict)
+    try:
+        observers = [Observer(block, outputs) for block in blocks]
+        for block, observer in zip(blocks, observers, strict=True):
+            block.experts._moe_ext_observer = observer  # type: ignore[assignment]
+        with evaluation_mode(model):
+            yield observers
+    finally:
+        for block in blocks:
+            vars(block.experts).pop("_moe_ext_observer", None)
+        if not was_patched:
+            unpatch(model)
+
+
+def take(stats: ExpertStatistics, layer: int, observer: Observer) -> None:
+    """One layer's sums into the statistics; ValueError if they are not finite."""
+    count = observer.num_experts
+    stats.moments[layer, :count] = observer.moments
+    stats.tokens[layer] = observer.tokens
+    stats.ratio_histogram[layer] = observer.ratio_histogram
+    stats.coactivation[layer, :count, :count] = observer.coactivation
+    if stats.output_sum is not None and observer.output_sum is not None:
+        stats.output_sum[layer, :count] = observer.output_sum
+    if not bool(stats.moments[layer].isfinite().all()):
+        raise ValueError(f"layer {stats.layers[layer]} gave activations or routing weights that are not finite")

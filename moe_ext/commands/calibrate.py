@@ -1,0 +1,105 @@
+"""``moe-ext calibrate`` and ``moe-ext merge``: statistics."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_ext.calibration.calibrate import calibrate as run_calibration
+from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.commands.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Scratch,
+    Sequential,
+    Strict,
+    Text,
+    Timeout,
+    Window,
+    destination,
+)
+from moe_ext.commands.shared import show_statistics, source_of
+from moe_ext.runtime.batches import read_domains, token_batches
+from moe_ext.runtime.processes import process_group, rank, started_by_torchrun
+from moe_ext.storage.digests import text_digest
+from moe_ext.storage.files import file_destination
+
+
+def calibrate(
+    model: Model,
+    text: Text,
+    save_to: Annotated[Path, destination("Statistics file to write.")],
+    dataset: Annotated[str, typer.Option(help="Label of the text; the domain names if empty.")] = "",
+    outputs: Annotated[bool, typer.Option("--outputs", help="Also sum experts' outputs (slower), for mone.")] = False,
+    sequential: Sequential = False,
+    scratch: Scratch = None,
+    shard: Annotated[
+        str, typer.Option(help="Label of this run, for `moe-ext merge`; a fingerprint of the text if empty.")
+    ] = "",
+    timeout: Timeout = 600,
+    window: Window = 512,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    strict: Strict = True,
+    as_json: Json = False,
+) -> None:
+    """Run a model over text and write its expert statistics.
+
+    Started by torchrun, every process takes its share of the batches, and the first one writes. With --sequential an
+    interrupted run goes on from <out>.partial when it is started again.
+    """
+    if scratch is not None and not sequential:
+        raise typer.BadParameter("--scratch goes with --sequential")
+    file_destination(save_to)
+    texts = read_domains(text)
+    several = started_by_torchrun()
+    with process_group(device, timeout) if several else nullcontext(device) as place:
+        source, tokenizer, options = source_of(model, sequential, scratch, dtype, place)
+        partial = save_to.with_name(f".{save_to.name}.{rank()}.partial")
+        if sequential:
+            options["resume"] = partial
+        batches = list(token_batches(texts, tokenizer, window=window, batch_size=batch_size))
+        stats = run_calibration(
+            source,
+            batches,
+            progress=not as_json and rank() == 0,
+            dataset=dataset or " + ".join(texts),
+            outputs=outputs,
+            strict=strict,
+            shard=shard or text_digest(batches)[:12],
+            distributed=several,
+            **options,
+        )
+        if rank() == 0:
+            stats.save(save_to)
+        partial.unlink(missing_ok=True)
+        first = rank() == 0
+    if first:
+        show_statistics(stats, save_to, as_json)
+
+
+def merge(
+    statistics: Annotated[
+        list[Path], typer.Argument(help="Files written by `moe-ext calibrate`, for one model.", show_default=False)
+    ],
+    save_to: Annotated[Path, destination("Statistics file to write.")],
+    allow_duplicates: Annotated[
+        bool, typer.Option("--allow-duplicates", help="Let a shard that is in several files count several times.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Add up the statistics of runs over different text, such as on different machines."""
+    file_destination(save_to)
+    merged = ExpertStatistics.load(statistics[0])
+    for file in statistics[1:]:
+        try:
+            merged = merged.merge(ExpertStatistics.load(file), allow_duplicates=allow_duplicates)
+        except ValueError as error:
+            raise ValueError(f"{file}: {str(error).removeprefix('other: ')}") from error
+    merged.save(save_to)
+    show_statistics(merged, save_to, as_json)

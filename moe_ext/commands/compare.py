@@ -1,0 +1,70 @@
+"""``moe-ext compare``: several checkpoints side by side."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from moe_ext.commands.options import BatchSize, Device, Dtype, Json, Strict, Text, Window, destination
+from moe_ext.commands.output import errors, out, print_json
+from moe_ext.evaluation.compare import Setting
+from moe_ext.evaluation.compare import compare as run_comparison
+from moe_ext.runtime.batches import read_domains
+from moe_ext.storage.dated_results import result_of, write_result
+from moe_ext.storage.files import file_destination
+from moe_ext.storage.machine import processor
+
+
+def compare(
+    models: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Folders, or names on the Hub.")],
+    text: Text,
+    save_to: Annotated[Path | None, destination("JSON file to write, for `moe-ext report`.")] = None,
+    skip: Annotated[bool, typer.Option(help="Apply the skip thresholds that the checkpoints hold.")] = True,
+    stock: Annotated[bool, typer.Option("--stock", help="Run transformers' own code instead of moe_ext's.")] = False,
+    window: Window = 512,
+    stride: Annotated[int | None, typer.Option(min=1, help="Step of the sliding window; half of it if absent.")] = None,
+    batch_size: BatchSize = 8,
+    decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode for the speed.")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    strict: Strict = True,
+    as_json: Json = False,
+) -> None:
+    """Perplexity per domain, size, decode speed and memory of several checkpoints, each in a process of its own."""
+    texts = read_domains(text)
+    if save_to is not None:
+        file_destination(save_to)
+    setting = Setting(
+        skip, stock, window, stride, batch_size, decode_tokens, dtype, device, strict, torch.get_num_threads()
+    )
+    rows = []
+    for row in run_comparison(models, texts, setting):
+        errors.print(f"{row.checkpoint}: perplexity {row.mean:.3f}", highlight=False)
+        rows.append(row)
+    what = "perplexity on the given text, decode speed of one sequence, largest memory of a process"
+    content = {
+        "processor": processor(),
+        "setting": asdict(setting),
+        "checkpoints": [asdict(row) for row in rows],
+    }
+    if save_to is not None:
+        write_result(save_to, what, **content)
+    if as_json:
+        print_json(result_of(what, **content))
+        return
+    table = Table("checkpoint", "params", "weights", *texts, "mean", "skipped", "tokens/s", "memory")
+    for row in rows:
+        table.add_row(
+            row.checkpoint,
+            f"{row.parameters / 1e6:.2f}M",
+            f"{row.weight_bytes / 1e6:.1f}MB",
+            *(f"{row.perplexity[domain]:.2f}" for domain in texts),
+            f"{row.mean:.3f}",
+            f"{row.skip_rate:.1%}",
+            f"{row.tokens_per_second:.1f}",
+            "not known" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}MB",
+        )
+    out.print(table)

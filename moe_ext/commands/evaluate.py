@@ -1,0 +1,108 @@
+"""``moe-ext eval``: perplexity and skip rates of a checkpoint, or lm-eval's tasks."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from moe_ext.commands.options import BatchSize, Device, Dtype, Json, Model, Strict, Window
+from moe_ext.commands.output import out, print_json
+from moe_ext.commands.shared import load
+from moe_ext.evaluation.compare import weight_bytes
+from moe_ext.evaluation.perplexity import perplexity
+from moe_ext.runtime.batches import read_domains
+from moe_ext.runtime.patching import patch
+from moe_ext.runtime.skipping import count_skips
+
+
+def evaluate(
+    model: Model,
+    text: Annotated[list[Path] | None, typer.Option("--text", help="Text file, or folder of *.txt.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Instead of text: tasks or groups of lm-eval, with commas; see moe_ext/evaluation/tasks."),
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="Folder with further task files.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.")] = None,
+    skip: Annotated[bool, typer.Option(help="Apply the skip thresholds that the checkpoint holds.")] = True,
+    stock: Annotated[bool, typer.Option("--stock", help="Run transformers' own code instead of moe_ext's.")] = False,
+    window: Window = 512,
+    stride: Annotated[int | None, typer.Option(min=1, help="Step of the sliding window; half of it if absent.")] = None,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    strict: Strict = True,
+    as_json: Json = False,
+) -> None:
+    """Perplexity per domain and the share of expert slots skipped; or lm-eval's tasks."""
+    if (text is None) == (tasks is None):
+        raise typer.BadParameter("give --text or --tasks, one of them")
+    if tasks is not None:
+        evaluate_on_tasks(model, tasks, include, limit, skip, stock, batch_size, dtype, device, strict, as_json)
+        return
+    texts = read_domains(text or [])
+    loaded, tokenizer = load(model, dtype, device)
+    if not stock:
+        patch(loaded, skip="config" if skip else None, strict=strict)
+    with count_skips(loaded) as count:
+        result = perplexity(
+            loaded, texts, tokenizer, window=window, stride=stride, batch_size=batch_size, progress=not as_json
+        )
+    rates = dict(zip(count.layers, count.rates(), strict=True))
+    if as_json:
+        print_json(
+            {
+                "checkpoint": model,
+                "parameters": loaded.num_parameters(),
+                "weight_bytes": weight_bytes(loaded),
+                "perplexity": result.per_domain,
+                "mean": result.mean,
+                "tokens": result.tokens,
+                "skip_rate": count.rate(),
+                "skip_rates": rates,
+            }
+        )
+        return
+    table = Table("domain", "tokens", "perplexity")
+    for domain, value in result.per_domain.items():
+        table.add_row(domain, str(result.tokens[domain]), f"{value:.3f}")
+    table.add_row("geometric mean", str(sum(result.tokens.values())), f"{result.mean:.3f}")
+    out.print(table, f"expert slots skipped: {count.rate():.1%}")
+
+
+def evaluate_on_tasks(
+    model: str,
+    tasks: str,
+    include: Path | None,
+    limit: int | None,
+    skip: bool,
+    stock: bool,
+    batch_size: int,
+    dtype: str,
+    device: str,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    from moe_ext.evaluation.harness import evaluate_tasks
+
+    found = evaluate_tasks(
+        model,
+        [name.strip() for name in tasks.split(",")],
+        model="hf" if stock else "moe_ext",
+        include=include,
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        **({} if stock else {"skip": "auto" if skip else "none", "strict": strict}),
+    )
+    if as_json:
+        print_json({"checkpoint": model, "tasks": found})
+        return
+    table = Table("task", "metric", "value")
+    for task, metrics in found.items():
+        for metric, value in metrics.items():
+            if isinstance(value, float):
+                table.add_row(task, metric.removesuffix(",none"), f"{value:.4f}")
+    out.print(table)

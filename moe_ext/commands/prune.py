@@ -1,0 +1,59 @@
+"""``moe-ext prune``: a plan applied to a checkpoint."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.checkpoints.load_save import save_checkpoint, size_on_disk
+from moe_ext.commands.options import Dtype, Json, Model, destination
+from moe_ext.commands.output import errors, out, print_json
+from moe_ext.commands.shared import load
+from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.pruning.prune import prune as apply_plan
+from moe_ext.pruning.prune_folder import prune_checkpoint
+from moe_ext.storage.files import folder_destination
+
+
+def prune(
+    model: Model,
+    save_to: Annotated[Path, destination("Folder for the pruned checkpoint.")],
+    plan: Annotated[
+        Path | None, typer.Argument(help="File written by `moe-ext plan` or `moe-ext search`.", show_default=False)
+    ] = None,
+    plan_option: Annotated[Path | None, typer.Option("--plan", help="The same.", show_default=False)] = None,
+    novices: Annotated[
+        Path | None, typer.Option(help="Statistics made with --outputs: means take the place of removed experts.")
+    ] = None,
+    shard_size: Annotated[float, typer.Option(min=1e-6, help="Gigabytes of weights a file.")] = 5.0,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Remove the experts that a plan does not keep and write a checkpoint.
+
+    A checkpoint folder is pruned from file to file, whatever its size; a run that was interrupted goes on when it is
+    started again. A name on the Hub, or --novices, takes the model into memory. Stock transformers loads the result,
+    unless layers keep different numbers of experts or --novices is given: that takes moe_ext.from_pretrained.
+    """
+    if (plan is None) == (plan_option is None):
+        raise typer.BadParameter("give the plan once, as an argument or with --plan")
+    made = PruningPlan.load(plan or plan_option or Path())
+    folder_destination(save_to)
+    if novices is None and Path(model).is_dir():
+        written = prune_checkpoint(
+            model, made, save_to, shard_size=int(shard_size * 1e9), dtype=dtype, progress=not as_json
+        )
+        before, after, size = written.parameters_before, written.parameters, written.weight_bytes
+    else:
+        means = None if novices is None else ExpertStatistics.load(novices)
+        loaded, tokenizer = load(model, dtype, "cpu")
+        before = loaded.num_parameters()
+        apply_plan(loaded, made, novices=means)
+        with errors.status(f"writing {save_to}"):
+            save_checkpoint(loaded, tokenizer, save_to)
+        after, size = loaded.num_parameters(), size_on_disk(save_to)
+    if as_json:
+        print_json({"checkpoint": str(save_to), "parameters_before": before, "parameters": after, "weight_bytes": size})
+    else:
+        out.print(f"{before:,} -> {after:,} parameters, {size / 1e6:.1f} MB of weights: {save_to}")

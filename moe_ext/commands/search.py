@@ -1,0 +1,112 @@
+"""``moe-ext search``: a plan by reconstruction loss."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from moe_ext.commands.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    Keep,
+    Model,
+    Scratch,
+    Sequential,
+    Text,
+    Timeout,
+    Window,
+    counts_in,
+    destination,
+)
+from moe_ext.commands.output import out, print_json
+from moe_ext.commands.shared import removed_experts, source_of
+from moe_ext.reconstruction.search import search as run_search
+from moe_ext.runtime.batches import read_domains, token_batches
+from moe_ext.runtime.processes import process_group, rank, started_by_torchrun
+from moe_ext.storage.files import file_destination
+
+
+def search(
+    model: Model,
+    text: Text,
+    save_to: Annotated[Path, destination("Plan file to write.")],
+    keep: Keep = None,
+    ratio: Annotated[float | None, typer.Option(min=0, max=1, help="Share of experts that every layer loses.")] = None,
+    method: Annotated[
+        Literal["layerwise", "progressive", "greedy"],
+        typer.Option(
+            help="Judge layers on the unpruned model's inputs, on the pruned layers' before, or heuristically."
+        ),
+    ] = "layerwise",
+    budget: Annotated[
+        Literal["layer", "model"], typer.Option(help="Same number a layer, or the total shared out by loss.")
+    ] = "layer",
+    skip: Annotated[
+        bool, typer.Option("--skip", help="Judge layers that skip by the checkpoint's thresholds.")
+    ] = False,
+    max_subsets: Annotated[int, typer.Option(min=0, help="Subsets up to which a layer is searched exactly.")] = 50_000,
+    losses: Annotated[
+        Path | None,
+        typer.Option(help="File of all losses; an interrupted search goes on from it. <plan>.safetensors if absent."),
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="Label of the text; the domain names if empty.")] = "",
+    sequential: Sequential = False,
+    scratch: Scratch = None,
+    timeout: Timeout = 600,
+    window: Window = 512,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Find the experts whose removal changes the layers' outputs least (NAEE).
+
+    Started by torchrun, every process takes its share of the batches, and the first one writes.
+    """
+    if (keep is None) == (ratio is None):
+        raise typer.BadParameter("give --keep or --ratio, one of them")
+    if scratch is not None and not sequential:
+        raise typer.BadParameter("--scratch goes with --sequential")
+    counts = counts_in(keep)
+    file_destination(save_to)
+    losses = losses or save_to.with_suffix(".safetensors")
+    file_destination(losses)
+    texts = read_domains(text)
+    several = started_by_torchrun()
+    with process_group(device, timeout) if several else nullcontext(device) as place:
+        source, tokenizer, options = source_of(model, sequential, scratch, dtype, place)
+        result = run_search(
+            source,
+            token_batches(texts, tokenizer, window=window, batch_size=batch_size),
+            keep=counts,
+            ratio=ratio,
+            method=method,
+            budget=budget,
+            skip="config" if skip else None,
+            max_subsets=max_subsets,
+            resume=losses,
+            progress=not as_json and rank() == 0,
+            dataset=dataset or " + ".join(texts),
+            distributed=several,
+            **options,
+        )
+        first = rank() == 0
+        if first:
+            result.plan.save(save_to)
+    if not first:
+        return
+    exact = result.plan.made_by["exact"]
+    if as_json:
+        rows = zip(result.plan.layers, result.plan.keep, result.layer_losses(), exact, strict=True)
+        layers = {name: {"keep": kept, "loss": loss, "exact": best} for name, kept, loss, best in rows}
+        print_json({"plan": str(save_to), "losses": str(losses), "layers": layers})
+        return
+    shown = [f"{loss:.4g}" for loss in result.layer_losses()]
+    subsets = [
+        f"{'all ' if best else 'greedily, '}{int((layer.keep.sum(1) == len(kept)).sum())}"
+        for best, layer, kept in zip(exact, result.losses, result.plan.keep, strict=True)
+    ]
+    out.print(removed_experts(result.plan, loss=shown, evaluated=subsets), f"written to {save_to}, losses to {losses}")

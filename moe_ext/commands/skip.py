@@ -1,0 +1,70 @@
+"""``moe-ext skip``: thresholds into a checkpoint."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.checkpoints.load_save import save_checkpoint, write_thresholds
+from moe_ext.commands.options import BatchSize, Device, Dtype, Json, Model, Statistics, Strict, Window, destination
+from moe_ext.commands.output import out, print_json
+from moe_ext.commands.shared import load
+from moe_ext.decision.thresholds import skip_thresholds
+from moe_ext.models.blocks import moe_blocks
+from moe_ext.runtime.batches import read_domains, token_batches
+from moe_ext.runtime.patching import patch
+from moe_ext.runtime.skipping import count_skips
+from moe_ext.storage.files import folder_destination
+
+
+def skip(
+    model: Model,
+    statistics: Statistics,
+    quantile: Annotated[float, typer.Option(min=0, max=1, help="Share of the weaker slots to skip.")] = 0.5,
+    text: Annotated[list[Path] | None, typer.Option("--text", help="Text to measure skip rates on.")] = None,
+    save_to: Annotated[Path | None, destination("Folder for a copy with the thresholds.")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Write them into the model's own config.json.")] = False,
+    window: Window = 512,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    strict: Strict = True,
+    as_json: Json = False,
+) -> None:
+    """Set the thresholds below which a token's weaker experts are skipped, and measure how often they are."""
+    if (save_to is None) == (not in_place):
+        raise typer.BadParameter("give --out or --in-place, one of them")
+    stats = ExpertStatistics.load(statistics)
+    texts = read_domains(text) if text else {}
+    if save_to is not None:
+        folder_destination(save_to)
+    elif not (Path(model) / "config.json").is_file():
+        raise FileNotFoundError(f"--in-place needs a checkpoint folder; {model} has no config.json")
+    loaded, tokenizer = load(model, dtype, device)
+    blocks = moe_blocks(loaded)
+    counts = tuple(block.num_routed for block in blocks)
+    if stats.layers != tuple(block.name for block in blocks) or stats.experts != counts:
+        raise ValueError(f"{statistics} is of another model: calibrate {model} itself")
+    thresholds = skip_thresholds(stats, quantile)
+    patch(loaded, skip=thresholds, strict=strict)
+    rates = None
+    if texts:
+        with count_skips(loaded) as count, torch.inference_mode():
+            for batch in token_batches(texts, tokenizer, window=window, batch_size=batch_size):
+                loaded.base_model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
+        rates = count.rates()
+    if save_to is not None:
+        save_checkpoint(loaded, tokenizer, save_to)
+    else:
+        write_thresholds(model, thresholds)
+    if as_json:
+        print_json({"layers": list(stats.layers), "thresholds": thresholds.tolist(), "skip_rates": rates})
+        return
+    table = Table("layer", "thresholds (rank 2, 3, ...)", "slots skipped")
+    for layer, name in enumerate(stats.layers):
+        shown = " ".join(f"{value:.3f}" for value in thresholds[layer].tolist())
+        table.add_row(name, shown, "not measured" if rates is None else f"{rates[layer]:.1%}")
+    out.print(table, f"written to {save_to or Path(model) / 'config.json'}")

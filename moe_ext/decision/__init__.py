@@ -1,0 +1,1 @@
+"""Statistics to a plan: criteria, rankings, thresholds."""

@@ -1,0 +1,173 @@
+"""The pruning plan: which experts each layer keeps, how that was decided, and the JSON file that says so."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moe_ext.storage.files import replace_file
+
+FORMAT = "moe_ext.pruning_plan"
+FORMAT_VERSION = 1
+
+
+class PlanFileError(ValueError):
+    """A text or file is not a pruning plan that this version can read."""
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """The experts that every layer keeps.
+
+    Attributes:
+        model_type: transformers' name of the model family.
+        num_experts: E, experts of every layer before pruning.
+        top_k: K, experts per token, which pruning does not change.
+        layers: L module names of the Mixture-of-Experts blocks, in model order.
+        keep: for every layer the ascending indices, in 0..E - 1, of the experts it keeps; at least K.
+        made_by: how the plan came about, as JSON values: criterion, dataset, keep or ratio, version.
+
+    Raises:
+        ValueError: an attribute breaks the rules above; names the layer where one is at fault.
+    """
+
+    model_type: str
+    num_experts: int
+    top_k: int
+    layers: tuple[str, ...]
+    keep: tuple[tuple[int, ...], ...]
+    made_by: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"layers: expected one or more distinct names, got {self.layers!r}")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k: expected 1 to {self.num_experts} experts, got {self.top_k}")
+        if len(self.keep) != len(self.layers):
+            raise ValueError(f"keep: expected one entry for each of {len(self.layers)} layers, got {len(self.keep)}")
+        if not _survives_json(self.made_by):
+            raise ValueError(f"made_by: expected a dict of JSON values, got {self.made_by!r}")
+        for layer, kept in zip(self.layers, self.keep, strict=True):
+            where = f"keep: layer {layer!r}"
+            if not isinstance(kept, tuple) or any(type(expert) is not int for expert in kept):
+                raise ValueError(f"{where}: expected a tuple of integers, got {kept!r}")
+            if outside := [expert for expert in kept if not 0 <= expert < self.num_experts]:
+                raise ValueError(f"{where}: expected 0 to {self.num_experts - 1}, got expert {outside[0]}")
+            if list(kept) != sorted(set(kept)):
+                raise ValueError(f"{where}: expected ascending indices, each once, got {kept}")
+            if len(kept) < self.top_k:
+                raise ValueError(f"{where}: expected at least top_k = {self.top_k} experts, got {len(kept)}")
+
+    def removed(self, layer: int) -> tuple[int, ...]:
+        """The ascending indices of the experts that a layer loses.
+
+        Args:
+            layer: index into ``layers``.
+
+        Raises:
+            IndexError: there is no such layer.
+        """
+        kept = set(self.keep[layer])
+        return tuple(expert for expert in range(self.num_experts) if expert not in kept)
+
+    def to_json(self) -> str:
+        """The plan as a JSON object, one field a line."""
+        fields = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "model_type": self.model_type,
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "layers": self.layers,
+            "keep": self.keep,
+            "made_by": self.made_by,
+        }
+        lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Read what :meth:`to_json` wrote.
+
+        Args:
+            text: a JSON object.
+
+        Raises:
+            PlanFileError: not JSON, not a plan, from a newer version, or a plan that breaks the rules.
+        """
+        try:
+            fields = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise PlanFileError(f"truncated, or not JSON ({error})") from error
+        if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+            raise PlanFileError(f"not a pruning plan: expected a JSON object with format {FORMAT!r}")
+        version = fields.pop("format_version", None)
+        if type(version) is int and version > FORMAT_VERSION:
+            raise PlanFileError(
+                f"written by a newer moe_ext (format version {version}, known is {FORMAT_VERSION}): upgrade moe_ext"
+            )
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise PlanFileError(f"format_version: expected {FORMAT_VERSION}, got {version!r}")
+        _check_field_types(fields)
+        fields["layers"] = tuple(fields["layers"])
+        fields["keep"] = tuple(tuple(kept) if isinstance(kept, list) else kept for kept in fields["keep"])
+        try:
+            return cls(**fields)
+        except ValueError as error:
+            raise PlanFileError(str(error)) from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as a JSON file; ``path`` is replaced whole or left as it was.
+
+        Args:
+            path: the destination, conventionally ``*.json``.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        with replace_file(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: a plan file.
+
+        Raises:
+            PlanFileError: as :meth:`from_json`; the message begins with the path.
+            OSError: the file cannot be read.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise PlanFileError(f"{path}: {error}") from error
+
+
+def _survives_json(value: object) -> bool:
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError):
+        return False
+
+
+def _check_field_types(fields: dict[str, Any]) -> None:
+    """PlanFileError unless ``fields`` are those of :class:`PruningPlan` with JSON's counterparts of their types."""
+    expected = {"model_type": str, "num_experts": int, "top_k": int, "layers": list, "keep": list, "made_by": dict}
+    if missing := [name for name in expected if name not in fields]:
+        raise PlanFileError(f"field {missing[0]!r} is missing")
+    if unexpected := [name for name in fields if name not in expected]:
+        raise PlanFileError(f"field {unexpected[0]!r} is not part of format version {FORMAT_VERSION}")
+    for name, kind in expected.items():
+        if type(fields[name]) is not kind:
+            raise PlanFileError(f"{name}: expected a JSON {kind.__name__}, got {fields[name]!r}")
+    if not all(isinstance(layer, str) for layer in fields["layers"]):
+        raise PlanFileError(f"layers: expected names, got {fields['layers']!r}")
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")

@@ -1,0 +1,56 @@
+"""Scores from weights alone: ``aimer`` (arXiv 2603.18492), which needs no calibration."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers import PreTrainedModel
+
+from moe_ext.decision.criteria import Scores
+from moe_ext.models.blocks import expert_tensors, model_type_of, moe_blocks, refuse_offloaded
+
+
+def aimer(model: PreTrainedModel) -> Scores:
+    """Scores from an expert's weights alone, without calibration (arXiv 2603.18492).
+
+    The paper's score is the mean absolute value of an expert's weights over their root mean square, and the highest are
+    removed first. Here as everywhere the lowest is removed first: the value is the reciprocal, root mean square over
+    mean absolute value, which orders experts the other way round. An expert whose weights are all 0 scores 0.
+
+    Args:
+        model: a model with MoE layers; its experts' weights and biases all count.
+
+    Returns:
+        Scores with (L, E) float64 values, 0 beyond a layer's number of experts.
+
+    Raises:
+        TypeError, ValueError: as :func:`moe_ext.models.blocks.moe_blocks`; weights that are not plain or not in memory.
+    """
+    blocks = moe_blocks(model)
+    refuse_offloaded(blocks, "score")
+    experts = tuple(block.num_experts for block in blocks)
+    values = torch.zeros(len(blocks), max(experts), dtype=torch.float64)
+    with torch.no_grad():
+        for layer, block in enumerate(blocks):
+            tensors = expert_tensors(block).values()
+            for expert in range(block.num_experts):
+                weights = [tensor[expert] for tensor in tensors]
+                count = sum(weight.numel() for weight in weights)
+                absolute, euclidean = (
+                    torch.stack([torch.linalg.vector_norm(weight, order, dtype=torch.float64) for weight in weights])
+                    for order in (1, 2)
+                )
+                if mean := float(absolute.sum()) / count:
+                    values[layer, expert] = math.sqrt(float(euclidean.square().sum()) / count) / mean
+    return Scores(
+        values,
+        "aimer",
+        model_type_of(model),
+        tuple(block.name for block in blocks),
+        blocks[0].top_k,
+        dataset="",
+        groups=blocks[0].groups,
+        fewest=blocks[0].fewest_experts,
+        experts=experts,
+    )

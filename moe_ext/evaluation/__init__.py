@@ -1,0 +1,1 @@
+"""Quality: perplexity, skip rates, checkpoints side by side, lm-eval's tasks."""

@@ -1,0 +1,126 @@
+"""lm-eval's model ``moe_ext``: its ``hf`` model, patched, with pruning and skipping; ``pip install 'moe_ext[eval]'``.
+
+lm-eval up to 0.4.13 looks for models in its own list only, and importing this module registers ours; later ones read
+the entry point that this package declares. ``moe-ext eval --tasks`` works with all of them. lm-eval's own command line
+with the model known:
+
+    python -m moe_ext.evaluation.harness --tasks boolq \\
+        --model moe_ext --model_args pretrained=folder,skip=auto,plan=plan.json
+"""
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from moe_ext.checkpoints.load_save import from_pretrained
+from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.pruning.prune import prune
+from moe_ext.runtime.patching import patch
+
+try:
+    import lm_eval
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise ImportError("evaluation on tasks needs lm-eval: pip install 'moe_ext[eval]'") from error
+
+
+TASKS = Path(__file__).parent / "tasks"
+"""Groups of tasks: ``naee_zero_shot`` and ``expert_scoring_multiple_choice``, the papers' lists."""
+
+SKIPS = ("auto", "none")
+
+
+@register_model("moe_ext")
+class PatchedModel(HFLM):
+    """lm-eval's ``hf`` model with moe_ext's experts; checkpoints whose layers differ load, too.
+
+    Args:
+        pretrained: a checkpoint folder, or a name on the Hub.
+        skip: "auto" applies the skip thresholds that the checkpoint's config holds, if any; "none" skips nothing.
+        plan: a plan file; the model is pruned by it once it is loaded.
+        strict: as for :func:`moe_ext.patch`.
+        **options: those of lm-eval's ``hf`` model.
+
+    Raises:
+        ValueError: another ``skip``, a live model as ``pretrained``, or as :func:`moe_ext.prune` and
+            :func:`moe_ext.patch`.
+    """
+
+    def __init__(
+        self, pretrained: str, *, skip: str = "auto", plan: str | None = None, strict: bool = True, **options: Any
+    ) -> None:
+        if skip not in SKIPS:
+            raise ValueError(f"skip: expected one of {', '.join(SKIPS)}, got {skip!r}")
+        if not isinstance(pretrained, str):
+            raise ValueError(f"pretrained: expected a folder or a name on the Hub, got {type(pretrained).__name__}")
+        self._skip: Literal["config"] | None = "config" if skip == "auto" else None
+        self._strict = strict
+        self._plan = None if plan is None else PruningPlan.load(plan)
+        super().__init__(pretrained, **options)
+
+    def _create_model(self, *args: Any, **options: Any) -> None:
+        stock: Any = self.AUTO_MODEL_CLASS  # type: ignore[has-type]
+        self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=partial(from_pretrained, auto_class=stock))
+        try:
+            super()._create_model(*args, **options)
+        finally:
+            self.AUTO_MODEL_CLASS = stock
+        if self._plan is not None:
+            prune(self._model, self._plan)
+        patch(self._model, skip=self._skip, strict=self._strict)
+
+
+def evaluate_tasks(
+    checkpoint: str,
+    tasks: list[str],
+    *,
+    model: Literal["moe_ext", "hf"] = "moe_ext",
+    include: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    device: str = "cpu",
+    dtype: str = "auto",
+    **options: Any,
+) -> dict[str, dict[str, Any]]:
+    """Runs lm-eval's tasks.
+
+    Args:
+        checkpoint: a folder, or a name on the Hub.
+        tasks: names of tasks or groups: lm-eval's, those in ``TASKS`` and those in ``include``.
+        model: "moe_ext", or lm-eval's own "hf".
+        include: a folder of further task files.
+        limit: documents of each task, the first ones; None: all.
+        **options: of the model, such as ``skip`` and ``plan``.
+
+    Returns:
+        Task name to lm-eval's metrics of it.
+
+    Raises:
+        ValueError: an unknown task.
+    """
+    manager = TaskManager(include_path=[str(folder) for folder in (TASKS, include) if folder is not None])
+    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
+        raise ValueError(f"tasks: lm-eval knows no {', '.join(unknown)}")
+    result = lm_eval.simple_evaluate(
+        model=model,
+        model_args={"pretrained": checkpoint, "dtype": dtype, **options},
+        tasks=tasks,
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+        task_manager=manager,
+        log_samples=False,
+        bootstrap_iters=0,
+    )
+    found: dict[str, dict[str, Any]] = result["results"]
+    return found
+
+
+if __name__ == "__main__":
+    # This file runs as __main__: the class that lm-eval knows is this one.
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

@@ -1,0 +1,80 @@
+"""Builds models whose decoder layers differ, which stock transformers does not: each from its own config."""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from torch import nn
+from transformers import MODEL_MAPPING
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from moe_ext.models.config_section import CONFIG_KEY, experts_left
+from moe_ext.models.novices import make_room
+
+_ALLOWED = "allow_global_per_layer_attribute_access"  # property of transformers' configs
+
+
+def built(config: Any, make: Callable[[], Any]) -> Any:
+    """What ``make`` builds from a config, also where layers differ or have means in the place of experts.
+
+    For such a config the family's layer and config classes are changed while ``make`` runs: build one model at a time.
+
+    Raises:
+        ValueError: such a config of a family whose decoder layers cannot be told, or a wrong ``config.moe_ext``.
+    """
+    text = config.get_text_config(decoder=True)
+    left = experts_left(getattr(config, CONFIG_KEY, None), text.num_hidden_layers)
+    if not text.is_heterogeneous and not left:
+        return make()
+    with _layers_built_one_by_one(text, left):
+        return make()
+
+
+@contextmanager
+def _layers_built_one_by_one(config: Any, left: dict[int, int]) -> Iterator[None]:
+    """Decoder layers of the config's family that are built inside the ``with`` block read ``per_layer_config``, and
+    have ``left[layer]`` experts beside means; the rest of the model may read the global fields."""
+    base = MODEL_MAPPING.get(type(config), None)
+    classes = [] if base is None else _decoder_layers(sys.modules[base.__module__])
+    if not classes:
+        raise ValueError(
+            f"the decoder layers of model type {config.model_type!r} cannot be told from its modeling code"
+        )
+    originals = [cls.__init__ for cls in classes]
+    for cls, original in zip(classes, originals, strict=True):
+        cls.__init__ = _built_from_its_own_config(original, left)
+    setattr(type(config), _ALLOWED, True)  # language model heads keep a copy of the global count
+    try:
+        yield
+    finally:
+        delattr(type(config), _ALLOWED)  # the property of the base class again
+        for cls, original in zip(classes, originals, strict=True):
+            cls.__init__ = original
+
+
+def _decoder_layers(modeling: Any) -> list[Any]:
+    return [
+        cls
+        for cls in vars(modeling).values()
+        if inspect.isclass(cls)
+        and issubclass(cls, GradientCheckpointingLayer)
+        and {"config", "layer_idx"} <= set(inspect.signature(cls.__init__).parameters)
+    ]
+
+
+def _built_from_its_own_config(original: Any, left: dict[int, int]) -> Any:
+    @wraps(original)
+    def build(self: nn.Module, config: Any, layer_idx: int, *args: Any, **kwargs: Any) -> None:
+        own = config.per_layer_config[layer_idx]
+        original(self, own, layer_idx, *args, **kwargs)
+        if layer_idx in left:
+            make_room(self, left[layer_idx], config.hidden_size)
+        # One config for all from here on: implementations of attention and experts are chosen there.
+        for module in self.modules():
+            if getattr(module, "config", None) is own:
+                module.config = config
+
+    return build

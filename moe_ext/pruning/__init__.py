@@ -1,0 +1,1 @@
+"""A plan applied: to a live model, or from folder to folder."""

@@ -1,0 +1,208 @@
+"""Applies a :class:`PruningPlan` to a live model: compacts router rows and expert weights, and updates the config.
+
+The result is a normal transformers model: ``save_pretrained`` writes a checkpoint that stock ``from_pretrained`` loads,
+where every layer keeps the same number of experts, and :func:`moe_ext.from_pretrained` where they do not.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.models.blocks import (
+    MoeBlock,
+    canonical_field,
+    check_layout,
+    expert_tensors,
+    model_type_of,
+    moe_blocks,
+    refuse_novices,
+    refuse_offloaded,
+    text_config,
+)
+from moe_ext.models.config_section import CONFIG_KEY, section_with_novices
+from moe_ext.models.families import NUM_EXPERTS_FIELDS
+from moe_ext.models.novices import add_novices
+
+
+def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Checks that a plan was made for a model like this one, before anything is touched.
+
+    Raises:
+        TypeError, ValueError: what does not fit, and what was expected.
+    """
+    blocks = moe_blocks(model)
+    if plan.model_type != model_type_of(model):
+        raise ValueError(f"the plan is for model type {plan.model_type!r}; this model is {model_type_of(model)!r}")
+    refuse_novices(blocks, "prune")
+    refuse_offloaded(blocks, "prune")
+    names = tuple(block.name for block in blocks)
+    if plan.layers != names:
+        raise ValueError(
+            f"the plan has {len(plan.layers)} layers from {plan.layers[0]!r}; "
+            f"this model has {len(names)} MoE layers from {names[0]!r}"
+        )
+    _num_experts_fields(model, blocks[0])
+    for block in blocks:
+        check_layout(block)
+        if plan.num_experts != block.num_experts:
+            raise ValueError(
+                f"the plan is for {plan.num_experts} experts a layer; {block.name} has {block.num_experts}"
+            )
+    for block, keep in zip(blocks, plan.keep, strict=True):
+        _check_keep(block, keep)
+    if len({len(keep) for keep in plan.keep}) > 1:
+        for block in blocks:
+            _ = block.layer  # the config names layers by number: a block without one is refused here
+
+
+def _check_keep(block: MoeBlock, keep: tuple[int, ...]) -> None:
+    """ValueError, naming the layer, if the router could not choose K of the kept experts."""
+    if len(keep) < block.top_k:
+        raise ValueError(f"{block.name}: the plan keeps {len(keep)} experts; a token needs top_k = {block.top_k}")
+    size = block.num_experts // block.groups
+    kept = [sum(expert // size == group for expert in keep) for group in range(block.groups)]
+    if len(set(kept)) > 1:
+        raise ValueError(
+            f"{block.name}: the plan keeps {kept} experts of {block.groups} groups (config field "
+            f"{block.family.groups_field}); the router needs the same number in every group"
+        )
+    if len(keep) < block.fewest_experts:
+        raise ValueError(
+            f"{block.name}: the plan keeps {len(keep)} experts; the family's router needs {block.fewest_experts}"
+            + (
+                f" ({block.fewest_experts // block.groups} in each of {block.groups} groups)"
+                if block.groups > 1
+                else ""
+            )
+        )
+
+
+def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistics | None = None) -> PreTrainedModel:
+    """Removes the experts that a plan does not keep, in place; patched or not, the model stays so.
+
+    With the experts go their rows of the router, its correction biases and every count of experts in the model and its
+    config. Where layers keep different numbers, the config says so in transformers' ``per_layer_config``; it then
+    refuses reading the one global count, so that code which needs it (the auxiliary loss of training) fails clearly.
+
+    At most one layer's experts are held twice at any moment. Skip thresholds in the config stay as they are; calibrate
+    the pruned model for thresholds of its own. Should memory run out, every layer is either pruned or as it was, but
+    the model as a whole is neither: load it again.
+
+    Args:
+        model: the model that the plan was made for.
+        plan: experts to keep per layer.
+        novices: statistics of this model with an ``output_sum``. The mean output of a removed expert then takes its
+            place (MoNE, arXiv 2507.00390) and the router stays whole: a token is routed as before. Such a
+            model saves as usual and loads through :func:`moe_ext.from_pretrained` only; it is neither calibrated nor
+            pruned again, and skips by thresholds of the unpruned model. An expert that no token reached has mean 0.
+
+    Returns:
+        The same model, with ``len(plan.keep[layer])`` experts in every MoE layer.
+
+    Raises:
+        TypeError, ValueError: the plan or the statistics do not fit the model (see :func:`check_plan`). The model is
+            left as it was.
+    """
+    check_plan(model, plan)
+    blocks = moe_blocks(model)
+    fields = _num_experts_fields(model, blocks[0])
+    if novices is not None:
+        _put_novices(model, blocks, plan, novices)
+        return model
+    with torch.no_grad():
+        for block, keep in zip(blocks, plan.keep, strict=True):
+            _keep_slices(keep, block.routing_tensors() + _expert_parts(block))
+            for module in (block.module, block.router, block.experts):
+                if hasattr(module, "num_experts"):
+                    module.num_experts = len(keep)  # type: ignore[assignment]
+    _write_counts(text_config(model), fields, blocks)
+    if hasattr(model, "num_experts"):  # the language model head's copy, for the auxiliary loss
+        model.num_experts = max(map(len, plan.keep))
+    return model
+
+
+def _num_experts_fields(model: PreTrainedModel, block: MoeBlock) -> list[str]:
+    """The config fields that count experts, as the config stores them: the family's, and others of a known name that
+    hold the same number. ValueError, naming the layer, if there is none."""
+    config, field = text_config(model), block.family.num_experts_field
+    stored = None if field is None else canonical_field(config, field)
+    if stored is None or stored not in vars(config):
+        raise ValueError(
+            f"{block.name}: no field of the {config.model_type!r} config is known to hold its {block.num_experts} "
+            f"experts{'' if field is None else f' (looked for {field!r})'}; the pruned model could not be saved"
+        )
+    names = {canonical_field(config, name) for name in NUM_EXPERTS_FIELDS}
+    return sorted({stored, *(name for name in names if vars(config).get(name) == block.num_experts)})
+
+
+def _write_counts(config: Any, counts: list[str], blocks: list[MoeBlock]) -> None:
+    """The layers' numbers of experts into a config's fields: one number if they are equal, else the largest, and the
+    exceptions per layer."""
+    overrides = {int(layer): dict(fields) for layer, fields in config.to_dict().get("per_layer_config", {}).items()}
+    largest = max(block.num_experts for block in blocks)
+    if any(block.num_experts != largest for block in blocks):
+        for block in blocks:
+            overrides.setdefault(block.layer, {}).update(dict.fromkeys(counts, block.num_experts))
+    for name in counts:
+        setattr(config, name, largest)
+    if overrides:
+        config.per_layer_config = overrides
+
+
+def _put_novices(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan, stats: ExpertStatistics) -> None:
+    """Leaves the routers as they are, compacts the experts, and puts means in the place of the others."""
+    if stats.output_sum is None:
+        raise ValueError("novices: the statistics have no sums of outputs: calibrate(..., outputs=True)")
+    if (stats.model_type, stats.layers, stats.num_experts) != (plan.model_type, plan.layers, plan.num_experts):
+        raise ValueError("novices: the statistics are of another model than the plan")
+    if stats.output_sum.shape[-1] != text_config(model).hidden_size:
+        raise ValueError(
+            f"novices: the statistics' outputs have {stats.output_sum.shape[-1]} dimensions; "
+            f"the model's have {text_config(model).hidden_size}"
+        )
+    section = section_with_novices(
+        {str(block.layer): len(keep) for block, keep in zip(blocks, plan.keep, strict=True)},
+        getattr(model.config, CONFIG_KEY, None),
+    )
+    with torch.no_grad():
+        for layer, (block, keep) in enumerate(zip(blocks, plan.keep, strict=True)):
+            removed = list(plan.removed(layer))
+            mean = stats.output_sum[layer, removed] / stats.routing_counts()[layer, removed, None].clamp(min=1)
+            weight = next(block.experts.parameters())
+            places = torch.empty(plan.num_experts, dtype=torch.int64)
+            places[[*keep, *removed]] = torch.arange(plan.num_experts)
+            # Copied before the experts change: a layer is pruned as a whole or not at all.
+            places, mean = places.to(weight.device), mean.to(weight.device, weight.dtype)
+            _keep_slices(keep, _expert_parts(block))
+            block.experts.num_experts = len(keep)  # type: ignore[assignment]
+            add_novices(block.experts, places, mean)
+    setattr(model.config, CONFIG_KEY, section)
+
+
+_Part = tuple[nn.Module, str, Tensor, int]  # module, name of a tensor of it, the tensor, its dimension of experts
+
+
+def _expert_parts(block: MoeBlock) -> list[_Part]:
+    return [(block.experts, name, old, 0) for name, old in expert_tensors(block).items()]
+
+
+def _keep_slices(keep: tuple[int, ...], parts: list[_Part]) -> None:
+    """Replaces per-expert tensors by their slices ``keep``."""
+    # All slices are copied before any takes its place: a block is pruned as a whole or not at all.
+    slices = [old.index_select(dim, torch.tensor(keep, device=old.device)) for _, _, old, dim in parts]
+    for (module, name, old, _), kept in zip(parts, slices, strict=True):
+        _replace(module, name, old, kept)
+
+
+def _replace(module: nn.Module, name: str, old: Tensor, new: Tensor) -> None:
+    """Puts a tensor in the place of a parameter or buffer, which stays what it was."""
+    path, _, name = name.rpartition(".")
+    owner = module.get_submodule(path)
+    is_parameter = isinstance(old, nn.Parameter)
+    setattr(owner, name, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
+    if isinstance(owner, nn.Linear) and name == "weight":
+        owner.out_features, owner.in_features = new.shape

@@ -1,0 +1,223 @@
+"""Applies a :class:`PruningPlan` to a checkpoint on disk: weights go from file to file in pieces, none through a model.
+
+What is left of a tensor is a list of byte ranges of the old files, so that memory does not depend on the model's size.
+The new folder grows under a hidden name beside its place, one whole shard after the other, and takes its place in one
+rename when all is there. A run that was interrupted goes on with the shards that are there.
+"""
+
+import json
+import math
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers.core_model_loading import dot_natural_key
+
+from moe_ext.checkpoints.key_map import Source, names_of, tied
+from moe_ext.checkpoints.meta_model import Skeleton, skeleton_of
+from moe_ext.checkpoints.stored_tensors import INDEX, CheckpointError, StoredTensor, stored_tensors
+from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.models.blocks import expert_tensors, moe_blocks, refuse_novices, text_config
+from moe_ext.pruning.prune import prune
+from moe_ext.pruning.shard_writer import Part, shards_of, write_shard
+from moe_ext.pruning.unfinished import PROGRESS, begin, check_space, fingerprint, locked
+from moe_ext.storage.files import flush_to_disk, folder_destination
+
+SHARD_SIZE = 5_000_000_000
+"""Bytes of weights a file, at most, unless one tensor alone is larger."""
+
+# What goes along as it is: a model card would describe the unpruned model.
+_COPIED = (
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "*.tiktoken",
+    "tokenizer*",
+    "vocab*",
+)
+
+
+@dataclass(frozen=True)
+class PrunedCheckpoint:
+    """What :func:`prune_checkpoint` wrote."""
+
+    folder: Path
+    parameters_before: int
+    parameters: int
+    weight_bytes: int
+
+
+def prune_checkpoint(
+    checkpoint: str | Path,
+    plan: PruningPlan,
+    out: str | Path,
+    *,
+    shard_size: int = SHARD_SIZE,
+    dtype: str = "auto",
+    progress: bool = True,
+) -> PrunedCheckpoint:
+    """Writes a checkpoint folder without the experts that a plan does not keep, whatever the model's size.
+
+    The tensors are those of :func:`moe_ext.prune` and ``save_pretrained`` on the loaded model, byte by byte and under
+    the same names; the config, too. Tokenizer and generation files are copied. Weights are read through a memory map of
+    64 MB at most.
+
+    Until it is complete the result is ``.OUT.partial`` beside ``out``. Interrupted in whatever way, the same call goes
+    on with it; another call for ``out`` begins anew.
+
+    Args:
+        checkpoint: a folder with safetensors weights, in the Hub's layout of the family (an expert a tensor) or
+            transformers' (a layer's experts a tensor).
+        plan: made for this model.
+        out: must not exist yet, or be an empty folder.
+        shard_size: bytes of weights a file.
+        dtype: "auto": as ``from_pretrained(dtype="auto")`` would hold it, usually the bytes as they are; or another
+            type to convert to. Float8 weights with scales (``weight_scale_inv``, DeepSeek-V3's own format) stay as they
+            are: their scales go and stay with them.
+        progress: whether to show a progress bar.
+
+    Raises:
+        FileExistsError: ``out`` holds something.
+        BlockingIOError: another process is writing ``out``.
+        CheckpointError: the weight files are not whole, or not what their index says.
+        ValueError: the plan does not fit, the model was pruned already, shard_size is not positive, or a tensor of the
+            experts is not as the family's record says.
+        OSError: a file is missing, or the disk is too small: found before anything is written.
+    """
+    if shard_size < 1:
+        raise ValueError(f"shard_size is {shard_size}; expected a number of bytes")
+    target = folder_destination(out)
+    stored = stored_tensors(checkpoint)
+    skeleton = skeleton_of(checkpoint, stored, dtype=dtype)
+    if text_config(skeleton.model).is_heterogeneous:
+        raise ValueError(f"{checkpoint}: its layers differ already; prune the model that it was made of")
+    refuse_novices(moe_blocks(skeleton.model), "prune")
+    if skeleton.block is not None:
+        _check_names_in_quantisation(skeleton.model.config.quantization_config)
+    before = skeleton.model.num_parameters()
+    slices = _slices(skeleton, plan)
+    prune(skeleton.model, plan)  # checks the plan, writes the config, and gives the shapes to arrive at
+    parts = _parts(skeleton, stored, slices)
+    if len(names := {part.name for part in parts}) != len(parts):
+        raise CheckpointError(f"{checkpoint}: {len(parts)} tensors would have only {len(names)} names")
+    shards = shards_of(parts, shard_size)
+    work = target.with_name(f".{target.name}.partial")
+    with locked(work):
+        finished = begin(work, fingerprint(checkpoint, stored, plan, shard_size, dtype), shards)
+        check_space(work, sum(part.size for name, parts in shards.items() if name not in finished for part in parts))
+        total = sum(part.size for part in parts)
+        with tqdm(total=total, desc="prune", unit="B", unit_scale=True, disable=not progress) as bar:
+            for name, content in shards.items():
+                if name in finished:
+                    bar.update(sum(part.size for part in content))
+                else:
+                    write_shard(work / name, content, bar)
+        _write_rest(Path(checkpoint), work, skeleton, shards)
+        (work / PROGRESS).unlink()
+        for file in work.iterdir():
+            flush_to_disk(file)
+        flush_to_disk(work)
+        work.rename(target)
+    flush_to_disk(target.parent)
+    return PrunedCheckpoint(target, before, skeleton.model.num_parameters(), total)
+
+
+def _check_names_in_quantisation(quantisation: dict[str, Any]) -> None:
+    """ValueError if the config says of one expert that it is not quantised: experts are renumbered."""
+    for name in quantisation.get("modules_to_not_convert") or ():
+        if re.search(r"experts\.\d", name):
+            raise ValueError(f"quantization_config names {name!r}, and the experts would be renumbered")
+
+
+def _slices(skeleton: Skeleton, plan: PruningPlan) -> dict[str, tuple[int, tuple[int, ...], int]]:
+    """For every tensor that counts experts its dimension of experts, those that are kept, and how many there are."""
+    blocks, names = moe_blocks(skeleton.model), names_of(skeleton.model)
+    found = {}
+    for block, keep in zip(blocks, plan.keep, strict=False):  # prune says what does not fit
+        for tensor in expert_tensors(block).values():
+            found[names[id(tensor)]] = (0, keep, block.num_experts)
+        for _, _, tensor, dim in block.routing_tensors():
+            found[names[id(tensor)]] = (dim, keep, block.num_experts)
+    return found
+
+
+def _parts(
+    skeleton: Skeleton, stored: dict[str, StoredTensor], slices: dict[str, tuple[int, tuple[int, ...], int]]
+) -> list[Part]:
+    """Every tensor of the new checkpoint, in the order of the model."""
+    parts = []
+    left_out = tied(skeleton.model) | set(skeleton.model._keys_to_ignore_on_save or ())
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
+    for name, source in sorted(skeleton.sources.items(), key=lambda item: dot_natural_key(item[0])):
+        if source.target in left_out:
+            continue
+        tensor = stored[name]
+        dtype = tensor.dtype if skeleton.block is not None else skeleton.dtype_of(source.target)
+        whole = (name, tensor.shape, ((0, tensor.size),))
+        part = _sliced(name, source, tensor, *slices[source.target]) if source.target in slices else whole
+        if part is None:
+            continue
+        renamed, shape, ranges = part
+        if not source.converted and shape != shapes[source.target]:
+            raise CheckpointError(
+                f"{tensor.file}: {name!r} has shape {tensor.shape}, of which {shape} would be left; the pruned model's "
+                f"{source.target} has {shapes[source.target]}"
+            )
+        parts.append(Part(renamed, tensor, shape, dtype, ranges))
+    return parts
+
+
+def _sliced(
+    name: str, source: Source, tensor: StoredTensor, dim: int, keep: tuple[int, ...], experts: int
+) -> tuple[str, tuple[int, ...], tuple[tuple[int, int], ...]] | None:
+    """Name, shape and bytes of what is left of a tensor that counts experts; None if nothing is."""
+    if source.expert is not None:
+        if source.expert >= experts:
+            raise CheckpointError(f"{tensor.file}: {name!r} is of expert {source.expert} of {experts}")
+        if source.expert not in keep:
+            return None
+        first, last = source.expert_at
+        return f"{name[:first]}{keep.index(source.expert)}{name[last:]}", tensor.shape, ((0, tensor.size),)
+    if len(tensor.shape) <= dim or tensor.shape[dim] != experts:
+        raise CheckpointError(f"{tensor.file}: {name!r} has shape {tensor.shape}; expected {experts} in place {dim}")
+    inner = math.prod(tensor.shape[dim + 1 :]) * tensor.dtype.itemsize
+    ranges: list[tuple[int, int]] = []
+    for outer in range(math.prod(tensor.shape[:dim])):
+        for expert in keep:
+            begin = (outer * experts + expert) * inner
+            if ranges and ranges[-1][1] == begin:
+                ranges[-1] = (ranges[-1][0], begin + inner)
+            else:
+                ranges.append((begin, begin + inner))
+    return name, (*tensor.shape[:dim], len(keep), *tensor.shape[dim + 1 :]), tuple(ranges)
+
+
+def _write_rest(checkpoint: Path, work: Path, skeleton: Skeleton, shards: dict[str, list[Part]]) -> None:
+    """Index, config, tokenizer and generation files."""
+    if len(shards) > 1:
+        index = {
+            "metadata": {
+                "total_parameters": skeleton.model.num_parameters(),
+                "total_size": sum(part.size for parts in shards.values() for part in parts),
+            },
+            "weight_map": {part.name: shard for shard, parts in shards.items() for part in parts},
+        }
+        (work / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    model = skeleton.model
+    model.config.dtype = str(skeleton.dtype).removeprefix("torch.")  # these two as save_pretrained
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(work)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(work)
+    for pattern in _COPIED:
+        for file in checkpoint.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, work / file.name)

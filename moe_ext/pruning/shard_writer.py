@@ -1,0 +1,94 @@
+"""Writes safetensors files whose tensors are byte ranges of other files, through windows of bounded size."""
+
+import json
+import math
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from moe_ext.checkpoints.stored_tensors import DTYPES, SINGLE, StoredTensor
+from moe_ext.storage.files import replace_file
+
+_WINDOW = 64 << 20  # bytes mapped at a time
+
+
+_NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor to write: slices of one that is stored."""
+
+    name: str
+    source: StoredTensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    ranges: tuple[tuple[int, int], ...]  # bytes of the source tensor, from and to
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def shards_of(parts: list[Part], shard_size: int) -> dict[str, list[Part]]:
+    """The parts by file, in order."""
+    groups: list[list[Part]] = [[]]
+    size = 0
+    for part in parts:
+        if groups[-1] and size + part.size > shard_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(part)
+        size += part.size
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    count = len(groups)
+    return {f"model-{index:05d}-of-{count:05d}.safetensors": group for index, group in enumerate(groups, 1)}
+
+
+def write_shard(path: Path, parts: list[Part], bar: Any) -> None:
+    """A safetensors file: length and text of the header, then the tensors in its order."""
+    # Larger elements first, as safetensors does: then every tensor is aligned to its elements.
+    parts = sorted(parts, key=lambda part: -part.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for part in parts:
+        offsets = [end, end := end + part.size]
+        header[part.name] = {"dtype": _NAME_OF[part.dtype], "shape": part.shape, "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replace_file(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for part in parts:
+            _write_part(file, part)
+            bar.update(part.size)
+
+
+def _write_part(file: IO[bytes], part: Part) -> None:
+    with part.source.file.open("rb") as source:
+        for begin, end in part.ranges:
+            for start in range(begin, end, _WINDOW):
+                stop = min(start + _WINDOW, end)
+                with _mapped(source, part.source.offset + start, stop - start) as window:
+                    if part.dtype != part.source.dtype:
+                        values = torch.frombuffer(bytearray(window), dtype=part.source.dtype).to(part.dtype)
+                        file.write(values.view(torch.uint8).numpy().data)
+                    else:
+                        file.write(window)
+
+
+@contextmanager
+def _mapped(file: IO[bytes], offset: int, length: int) -> Iterator[memoryview]:
+    """A window of a file; unmapped on the way out, so that its pages count as this process's for no longer."""
+    begin = offset - offset % mmap.ALLOCATIONGRANULARITY
+    with (
+        mmap.mmap(file.fileno(), offset + length - begin, offset=begin, access=mmap.ACCESS_READ) as mapping,
+        memoryview(mapping) as whole,
+        whole[offset - begin :] as window,
+    ):
+        yield window

@@ -1,0 +1,75 @@
+"""The hidden folder in which a pruned checkpoint grows: one job at a time, an interrupted one goes on, another begins
+anew.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moe_ext.checkpoints.stored_tensors import StoredTensor
+from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.pruning.shard_writer import Part
+from moe_ext.storage.files import replace_file
+from moe_ext.version import __version__
+
+PROGRESS = "moe_ext_progress.json"
+
+
+def fingerprint(
+    checkpoint: str | Path, stored: dict[str, StoredTensor], plan: PruningPlan, shard_size: int, dtype: str
+) -> str:
+    """Tells jobs apart: the source's files as they are now, the plan and the form of the result."""
+    files = {tensor.file for tensor in stored.values()} | {Path(checkpoint) / "config.json"}
+    states = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    job = [__version__, str(Path(checkpoint).resolve()), states, plan.to_json(), shard_size, dtype]
+    return hashlib.sha256(json.dumps(job).encode()).hexdigest()
+
+
+@contextmanager
+def locked(work: Path) -> Iterator[None]:
+    """The unfinished folder, made if need be, and nobody else in it."""
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        raise FileExistsError(f"{work} is in the way: it is no folder of an unfinished run")
+    work.mkdir(exist_ok=True)
+    descriptor = os.open(work, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(errno.EWOULDBLOCK, f"another process is writing {work}") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def begin(work: Path, fingerprint: str, shards: dict[str, list[Part]]) -> set[str]:
+    """Shards that are there already; whatever else is there, of this job or another, goes."""
+    try:
+        same = json.loads((work / PROGRESS).read_text())["job"] == fingerprint
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    # A shard takes its name once it is whole and on the disk.
+    finished = {name for name in shards if same and (work / name).is_file() and not (work / name).is_symlink()}
+    for path in work.iterdir():
+        if path.name in finished or (same and path.name == PROGRESS):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if not same:
+        with replace_file(work / PROGRESS) as temporary:
+            temporary.write_text(json.dumps({"job": fingerprint}))
+    return finished
+
+
+def check_space(work: Path, needed: int) -> None:
+    free = shutil.disk_usage(work).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"the result needs {needed / 1e9:.2f} GB, {work.parent} has {free / 1e9:.2f} GB")

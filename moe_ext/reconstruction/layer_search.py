@@ -1,0 +1,105 @@
+"""Searches one layer at a time, and routes as if layers were pruned already."""
+
+from collections.abc import Callable, Sequence
+from math import comb
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_ext.models.blocks import MoeBlock, router_digest
+from moe_ext.reconstruction.losses import LayerErrors, ranked
+from moe_ext.reconstruction.result import LayerLosses
+from moe_ext.reconstruction.router_formula import route_among
+from moe_ext.reconstruction.subsets import GreedySearch, all_subsets
+from moe_ext.runtime.layer_walk import LayerInputs
+from moe_ext.runtime.processes import check_same, total_of
+
+
+class LayerSearch:
+    """Searches one layer at a time."""
+
+    def __init__(
+        self,
+        blocks: Sequence[MoeBlock],
+        counts: Sequence[int],
+        method: str,
+        budget: str,
+        thresholds: Tensor | None,
+        max_subsets: int,
+        distributed: bool,
+    ) -> None:
+        self.blocks, self.counts, self.thresholds = blocks, counts, thresholds
+        self.total: Callable[[Tensor], Tensor] = total_of if distributed else lambda losses: losses
+        self.distributed = distributed
+        self.num_experts, self.top_k = blocks[0].num_experts, blocks[0].top_k
+        self.every_size = budget == "model"
+        self.most = 0 if method == "greedy" else max_subsets
+
+    def search(self, layer: int, inputs: LayerInputs, counted: Sequence[Tensor | None], bar: Any) -> LayerLosses:
+        """Losses of the layer's subsets; those of every size where the budget is the model's."""
+        block = self.blocks[layer]
+        smallest = self.top_k if self.every_size else self.counts[layer]
+        sizes = range(self.num_experts, smallest - 1, -1) if self.every_size else [smallest]
+        # All experts are one subset: there is nothing to be greedy about.
+        exact = [size for size in sizes if size == self.num_experts or comb(self.num_experts, size) <= self.most]
+        greedy = [size for size in sizes if size not in exact]
+        depth = min(self.num_experts, self.top_k + self.num_experts - smallest)
+        thresholds = None if self.thresholds is None else self.thresholds[layer]
+        errors = LayerErrors(all_subsets(self.num_experts, exact), self.top_k, thresholds, store=bool(greedy))
+        bar.set_description(f"search {block.name}")
+
+        def seen(batch: int, x: Tensor, logits: Tensor) -> None:
+            mask = counted[batch]
+            if mask is not None:
+                mask = mask.to(x.device)
+                x, logits = x[mask], logits[mask]
+            errors.add_batch(ranked(block.experts, x, logits, depth))
+            if smallest in exact:  # of this process's batches
+                bar.set_postfix(best=f"{float(errors.losses[errors.keep.sum(1) == smallest].min()):.4g}")
+            bar.update()
+
+        try:
+            inputs.observe(layer, seen)
+            if self.distributed:
+                check_same(router_digest(block), f"{block.name}: the processes search different models")
+            keep, losses = errors.keep, self.total(errors.losses)
+            if greedy:
+                walk = GreedySearch(
+                    lambda subsets: self.total(errors.losses_of(subsets)),
+                    self.num_experts,
+                    lambda size, loss: bar.set_postfix(kept=size, best=f"{loss:.4g}"),
+                )
+                walk.run(greedy)
+                walked = walk.subsets()
+                fresh = ~torch.isin(walked[0].sum(1), torch.tensor(exact))  # the walk passes sizes that are enumerated
+                keep, losses = torch.cat([keep, walked[0][fresh]]), torch.cat([losses, walked[1][fresh]])
+        finally:
+            errors.close()
+        if not bool(losses.isfinite().all()):
+            raise ValueError(f"layer {block.name} gave activations or router logits that are not finite")
+        return LayerLosses(keep, losses)
+
+
+class RouterMasks:
+    """Routers that route as if their layers were pruned already, until the ``with`` block is left."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "RouterMasks":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def add(self, block: MoeBlock, keep: Tensor, thresholds: Tensor | None) -> None:
+        """keep: (E,) bool; thresholds: (K - 1,) or None."""
+
+        def masked(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+            logits = output[0]
+            skip = None if thresholds is None else thresholds.to(logits.device)
+            return logits, *route_among(logits, keep.to(logits.device), block.top_k, skip)
+
+        self._handles.append(block.router.register_forward_hook(masked))

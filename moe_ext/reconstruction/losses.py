@@ -1,0 +1,111 @@
+"""Reconstruction losses of one layer's expert subsets (arXiv 2402.14800, section 3.2) from Gram matrices.
+
+The loss of keeping subset R is the sum over calibration batches of ``||F(x) - F_R(x)||_F``, as in the paper's published
+code. One pass of all experts over all tokens gives every token's Gram matrix; of it the pairs of those N experts are
+kept that the token can come to use: its N = K + (experts dropped at most) highest ranks. All subsets are then work on
+these, in float64, on the host.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_ext import ops
+from moe_ext.reconstruction.router_formula import ranked_scores
+from moe_ext.runtime.supported import activation_of
+from moe_ext.storage.spilled_tensors import SpillingList
+
+GRAM_BYTES = 32 << 20
+"""Bytes of Gram matrices that exist at a time."""
+
+MEMORY = 128 << 20
+"""Bytes of tokens that a layer keeps in memory to evaluate subsets later; more go to a temporary file."""
+
+
+class Ranked(NamedTuple):
+    """What :func:`moe_ext.ops.subset_errors` needs of some tokens; shapes and dtypes are there."""
+
+    distances: Tensor
+    ranks: Tensor
+    scores: Tensor
+
+
+def ranked(experts: nn.Module, x: Tensor, logits: Tensor, depth: int) -> Iterator[Ranked]:
+    """Runs all experts over all tokens, some tokens at a time.
+
+    Args:
+        experts: the layer's experts, of a model that :func:`moe_ext.patch` takes.
+        x: (T, H), the layer's input.
+        logits: (T, E), its router's output.
+        depth: N, ranks that are kept of a token.
+    """
+    gate_up, down, activation = experts.gate_up_proj, experts.down_proj, activation_of(experts.config)
+    assert isinstance(gate_up, Tensor)
+    assert isinstance(down, Tensor)
+    num_experts = logits.shape[1]
+    first, second = torch.triu_indices(depth, depth, offset=1, device=x.device)  # (M,) each
+    step = max(16, GRAM_BYTES // (8 * num_experts**2))
+    for part, part_logits in zip(x.split(step), logits.split(step), strict=True):
+        gram = ops.expert_gram(part.to(gate_up.dtype), gate_up, down, activation)  # (T, E, E)
+        scores, ranks = ranked_scores(part_logits, depth)
+        squares = gram.diagonal(dim1=1, dim2=2).gather(1, ranks)  # (T, N)
+        products = gram.flatten(1).gather(1, ranks[:, first] * num_experts + ranks[:, second])  # (T, M)
+        distances = squares[:, first] + squares[:, second] - 2 * products
+        yield Ranked(distances.cpu(), ranks.cpu(), scores.cpu())
+
+
+class LayerErrors:
+    """One layer's tokens, batch by batch: losses of subsets known beforehand are summed at once and nothing is kept for
+    them; for subsets that come up later, the tokens are kept.
+
+    Args:
+        keep: (S, E) bool, the subsets known beforehand.
+        top_k: K.
+        thresholds: (K - 1,) float32 skip thresholds of the pruned layer, or None.
+        store: whether :meth:`losses_of` will be asked.
+    """
+
+    def __init__(self, keep: Tensor, top_k: int, thresholds: Tensor | None, *, store: bool) -> None:
+        self.keep, self.top_k, self.thresholds = keep, top_k, thresholds
+        self.losses = torch.zeros(len(keep), dtype=torch.float64)
+        self._stored = SpillingList(MEMORY) if store else None
+        self._parts_of_batch: list[int] = []
+
+    def add_batch(self, parts: Iterator[Ranked]) -> None:
+        """One calibration batch, in any number of parts."""
+        errors, count = torch.zeros_like(self.losses), 0
+        for part in parts:
+            count += 1
+            errors += self._errors(part, self.keep)
+            if self._stored is not None:
+                for tensor in part:
+                    self._stored.append(tensor)
+        self.losses += _norms(errors)
+        self._parts_of_batch.append(count)
+
+    def losses_of(self, keep: Tensor) -> Tensor:
+        """(S,) float64 losses of subsets ``keep`` (S, E) bool over the batches so far."""
+        assert self._stored is not None
+        losses, index = torch.zeros(len(keep), dtype=torch.float64), 0
+        for parts in self._parts_of_batch:
+            errors = torch.zeros_like(losses)
+            for _ in range(parts):
+                errors += self._errors(Ranked(*(self._stored[index + i] for i in range(3))), keep)
+                index += 3
+            losses += _norms(errors)
+        return losses
+
+    def close(self) -> None:
+        """Gives the memory of the tokens back."""
+        if self._stored is not None:
+            self._stored.close()
+
+    def _errors(self, part: Ranked, keep: Tensor) -> Tensor:
+        return ops.subset_errors(*part, keep, self.top_k, self.thresholds)
+
+
+def _norms(errors: Tensor) -> Tensor:
+    """Square roots; rounding can leave an error of 0 slightly negative. A NaN stays one."""
+    return errors.clamp(min=0).sqrt()

@@ -1,0 +1,1 @@
+"""The page about a model's experts, and its figures."""

@@ -1,0 +1,335 @@
+"""What a report says: what statistics, a search and evaluations tell about a model's experts, as sections of pictures
+with captions, text alternatives and tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.decision.agreement import rank_agreement
+from moe_ext.decision.criteria import CRITERIA, Scores, score
+from moe_ext.decision.plan import plan
+from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.decision.redundancy import overlap, redundant_pairs
+from moe_ext.decision.thresholds import skip_thresholds
+from moe_ext.evaluation.results import Variant
+from moe_ext.reconstruction.result import SearchResult
+from moe_ext.report.figures import (
+    agreement_figure,
+    coactivation_figure,
+    load_figure,
+    load_of,
+    loss_curves,
+    losses_figure,
+    pareto_figure,
+    ratio_figure,
+)
+from moe_ext.report.heat_maps import heat_map_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure and what stands for it where it cannot be seen.
+
+    Attributes:
+        name: of its file, without suffix.
+        title: a few words.
+        caption: what it shows and how to read it.
+        description: the text alternative: what there is to see.
+        draw: makes the figure.
+        header, rows: its numbers as a table; empty: none.
+    """
+
+    name: str
+    title: str
+    caption: str
+    description: str
+    draw: Callable[[], Figure]
+    header: tuple[str, ...] = ()
+    rows: Sequence[tuple[str, ...]] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a sentence, and pictures."""
+
+    title: str
+    text: str
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What is in a report.
+
+    Attributes:
+        stats: statistics of the calibration text.
+        removals: the plan that is marked in every criterion's heat map, or None to mark what the criterion itself
+            removes at ``keep`` experts a layer.
+        keep: experts that every layer keeps where ``removals`` is None; None: those of the search's plan if there is
+            one and its layers keep the same number, else three quarters.
+        search: a reconstruction search of the same model, or None.
+        variants: evaluated variants of the model.
+
+    Raises:
+        ValueError: a plan or search for other layers, a ``keep`` that the layers cannot have, variants whose speeds
+            have different units, or a perplexity that is not a finite positive number.
+    """
+
+    stats: ExpertStatistics
+    removals: PruningPlan | None = None
+    keep: int | None = None
+    search: SearchResult | None = None
+    variants: Sequence[Variant] = ()
+
+    def __post_init__(self) -> None:
+        for name, made in (("removals", self.removals), ("search", self.search and self.search.plan)):
+            if made and (made.layers != self.stats.layers or made.num_experts != self.stats.num_experts):
+                raise ValueError(f"{name}: is for other layers or another number of experts than the statistics")
+        for each in self.variants:
+            if not 0 < each.perplexity < float("inf"):
+                raise ValueError(f"variants: {each.name!r} has perplexity {each.perplexity}; a finite one is needed")
+        if len({each.speed_unit for each in self.variants if each.speed is not None}) > 1:
+            raise ValueError("variants: speeds in tokens/s and relative ones do not compare; give files of one kind")
+        self.plans()
+
+    def scores(self) -> dict[str, Scores]:
+        """Every criterion that the statistics hold the sums for."""
+        names = [*CRITERIA, *(["mone"] if self.stats.output_sum is not None else [])]
+        return {name: score(self.stats, name) for name in names}
+
+    def plans(self) -> dict[str, PruningPlan]:
+        """The removals to mark, by criterion."""
+        if self.removals is not None:
+            return dict.fromkeys(self.scores(), self.removals)
+        if len(set(self.stats.experts)) > 1:
+            return {}  # pruned already
+        keep = self.keep if self.keep is not None else self._usual_keep()
+        return {name: plan(scores, keep=keep) for name, scores in self.scores().items()}
+
+    def _usual_keep(self) -> int:
+        searched = {len(kept) for kept in self.search.plan.keep} if self.search else set()
+        if len(searched) == 1:
+            return searched.pop()
+        experts, groups = self.stats.num_experts, self.stats.groups
+        return max(self.stats.fewest, experts - experts // (4 * groups) * groups)
+
+    def sections(self) -> list[Section]:
+        """All that can be shown, in order."""
+        sections = [_routing(self.stats), self._criteria()]
+        if self.stats.top_k > 1 and bool((self.stats.ratio_histogram.sum(-1) > 0).all()):
+            sections.append(_skipping(self.stats))
+        if self.search is not None:
+            sections.append(_search(self.search))
+        if self.variants:
+            sections.append(_variants(self.variants))
+        return [section for section in sections if section.pictures]
+
+    def _criteria(self) -> Section:
+        scores, plans = self.scores(), self.plans()
+        pictures = [_heat_map(name, panel, plans.get(name)) for name, panel in scores.items()]
+        agreement = rank_agreement(list(scores.values()))
+        names = list(scores)
+        flat = [(agreement[i, j].item(), names[i], names[j]) for i in range(len(names)) for j in range(i)]
+        known = [entry for entry in flat if entry[0] == entry[0]]
+        seen = "No layer has scores that differ."
+        if known:
+            (low, one, two), (high, three, four) = min(known), max(known)
+            seen = f"Most alike: {three} and {four}, {high:.2f}. Least alike: {one} and {two}, {low:.2f}."
+        pictures.append(
+            Picture(
+                "agreement",
+                "Rank agreement",
+                "Spearman's correlation of two criteria's order of a layer's experts, mean over the "
+                "layers. 1: the same order, 0: unrelated, -1: reversed.",
+                seen,
+                lambda: agreement_figure(names, agreement),
+                ("", *names),
+                [
+                    (name, *(f"{value:.2f}" for value in row))
+                    for name, row in zip(names, agreement.tolist(), strict=True)
+                ],
+            )
+        )
+        whose = "the given plan removes" if self.removals is not None else "the criterion itself would remove"
+        return Section(
+            "What each criterion removes",
+            "Shades are scores relative to the largest of their layer; the lowest are removed first. "
+            f"Crosses: what {whose}.",
+            pictures,
+        )
+
+
+def _routing(stats: ExpertStatistics) -> Section:
+    load = load_of(stats)
+    rows = []
+    for layer, name in enumerate(stats.layers):
+        row = load[layer, : stats.experts[layer]]
+        rows.append((name, f"{int(row.argmax())} ({row.max():.2f})", f"{int(row.argmin())} ({row.min():.2f})"))
+    flat = load.nan_to_num(-1.0)
+    layer, expert = divmod(int(flat.argmax()), stats.num_experts)
+    pictures = [
+        Picture(
+            "load",
+            "Routing load",
+            "The share of a layer's slots that went to an expert, over an even share.",
+            f"The largest load is {float(flat.max()):.2f} times an even one: expert {expert} of layer {layer}. "
+            f"Unused experts: {int((load == 0).sum())}.",
+            lambda: load_figure(load),
+            ("layer", "most (load)", "least (load)"),
+            rows,
+        )
+    ]
+    if stats.top_k > 1:
+        shares, pairs = overlap(stats), redundant_pairs(stats)
+        first = max(pairs, key=lambda pair: pair.overlap, default=None)
+        seen = "No two experts share a token."
+        if first is not None:
+            seen = (
+                f"Most in common: experts {first.first} and {first.second} of {first.layer}, "
+                f"{first.overlap:.0%} of the tokens of either."
+            )
+        pictures.append(
+            Picture(
+                "coactivation",
+                "Coactivation",
+                "Experts by experts, a panel a layer; the share of the tokens of either expert that went to both.",
+                seen,
+                lambda: coactivation_figure(shares),
+                ("layer", "experts", "tokens", "in common", "times chance"),
+                [
+                    (
+                        pair.layer,
+                        f"{pair.first}, {pair.second}",
+                        f"{pair.together}",
+                        f"{pair.overlap:.1%}",
+                        f"{pair.lift:.2f}",
+                    )
+                    for pair in pairs
+                ],
+            )
+        )
+    return Section("Where tokens go", "", pictures)
+
+
+def _heat_map(name: str, scores: Scores, removals: PruningPlan | None) -> Picture:
+    rows, seen = [], "Nothing is marked."
+    if removals is not None:
+        removed = [removals.removed(layer) for layer in range(len(removals.layers))]
+        rows = [
+            (layer, ", ".join(map(str, gone)) or "none") for layer, gone in zip(removals.layers, removed, strict=True)
+        ]
+        seen = f"{sum(map(len, removed))} of {sum(scores.experts) or scores.values.numel()} experts are marked."
+    return Picture(
+        f"scores-{name}",
+        name,
+        "Scores, layers by experts.",
+        seen,
+        lambda: heat_map_figure({name: scores}, plans={} if removals is None else {name: removals}),
+        ("layer", "removes") if rows else (),
+        rows,
+    )
+
+
+def _skipping(stats: ExpertStatistics) -> Section:
+    thresholds = skip_thresholds(stats)
+    medians = thresholds.mean(1)
+    return Section(
+        "Skipping a token's weak experts",
+        "The gate ratio of a token's expert is its weight over the weight of the token's first expert. An expert whose "
+        "ratio lies below its layer's threshold is skipped: below a quantile of the layer's own ratios, by default the "
+        "median, or below a threshold that all layers share.",
+        [
+            Picture(
+                "gate-ratios",
+                "Gate ratios",
+                "How often a ratio occurs, a panel a layer, and the median of rank 2: with it as the threshold half of "
+                "the second experts are skipped.",
+                f"Median ratios run from {float(medians.min()):.2f} to {float(medians.max()):.2f}.",
+                lambda: ratio_figure(stats, thresholds),
+                ("layer", "medians by rank"),
+                [
+                    (name, ", ".join(f"{value:.3f}" for value in row))
+                    for name, row in zip(stats.layers, thresholds.tolist(), strict=True)
+                ],
+            )
+        ],
+    )
+
+
+def _search(search: SearchResult) -> Section:
+    curves = loss_curves(search)
+    rows = []
+    for layer, (name, kept, curve, loss) in enumerate(
+        zip(search.plan.layers, search.plan.keep, curves, search.layer_losses(), strict=True)
+    ):
+        removed = ", ".join(map(str, search.plan.removed(layer))) or "none"
+        how = "all" if search.losses[layer].is_exact(len(kept)) else "some"
+        rows.append((name, removed, f"{loss:.4g}", f"{how} {len(curve)}", f"{curve[len(curve) // 2]:.2f}"))
+    widest = max(range(len(curves)), key=lambda layer: curves[layer][-1])
+    return Section(
+        "Reconstruction search",
+        "A subset's loss is how far the layer's output moves when only these experts are kept.",
+        [
+            Picture(
+                "search-losses",
+                "Losses by subset",
+                "Losses of the evaluated subsets of the plan's size, over the lowest of their layer: the steeper, the "
+                "more it matters which experts go.",
+                f"The worst subset of layer {widest} loses {curves[widest][-1]:.1f} times as much as the best, "
+                "the most of all layers.",
+                lambda: losses_figure(search),
+                ("layer", "removes", "loss", "evaluated", "median subset"),
+                rows,
+            )
+        ],
+    )
+
+
+def _variants(variants: Sequence[Variant]) -> Section:
+    rows = [
+        (
+            each.name,
+            "" if each.weight_bytes is None else f"{each.weight_bytes / 1e6:.1f} MB",
+            "" if each.speed is None else f"{each.speed:.2f} {each.speed_unit}",
+            f"{each.perplexity:.2f}",
+        )
+        for each in variants
+    ]
+    best = min(variants, key=lambda each: each.perplexity)
+    header = ("variant", "weights", "speed", "perplexity")
+    pictures = []
+    if sized := [each for each in variants if each.weight_bytes is not None]:
+        sizes = [(each.weight_bytes or 0) / 1e6 for each in sized]
+        pictures.append(
+            Picture(
+                "quality-size",
+                "Quality against size",
+                "The line joins the variants that no other beats in both.",
+                f"{len(sized)} variants from {min(sizes):.1f} to {max(sizes):.1f} MB; {best.name} is the best.",
+                lambda: pareto_figure(sized, sizes, "weights in MB", higher_is_better=False),
+                header,
+                rows,
+            )
+        )
+    if timed := [each for each in variants if each.speed is not None]:
+        speeds = [each.speed or 0.0 for each in timed]
+        unit = timed[0].speed_unit if timed[0].speed_unit != "x" else "times the first variant's"
+        pictures.append(
+            Picture(
+                "quality-speed",
+                "Quality against decode speed",
+                "The line joins the variants that no other beats in both.",
+                f"{len(timed)} variants from {min(speeds):.2f} to {max(speeds):.2f} {unit}.",
+                lambda: pareto_figure(timed, speeds, f"decode speed, {unit}", higher_is_better=True),
+                header,
+                rows,
+            )
+        )
+    return Section("Quality, size and speed", "Perplexity on held-out text, lower is better.", pictures)

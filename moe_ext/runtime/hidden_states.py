@@ -1,0 +1,266 @@
+"""What waits between decoder layers of which one is in memory: every batch's hidden states before the next layer, in
+memory, in a temporary file, or in files that are mapped into memory and outlive the process.
+"""
+
+import mmap
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moe_ext.checkpoints.streamed_model import LayersOnDisk
+from moe_ext.models.blocks import text_config
+from moe_ext.storage.files import flush_to_disk
+from moe_ext.storage.spilled_tensors import SpillingList
+
+MEMORY = 128 << 20
+"""Bytes of hidden states that are kept in memory; more go to a temporary file."""
+
+
+class HiddenStates(Protocol):
+    """What every batch's hidden states are before a decoder layer; of the layer after it once ``turn`` is called.
+
+    ``close`` gives memory back; ``remove``, once they are needed no more, also files that another process could read.
+    """
+
+    def read(self, batch: int) -> Tensor: ...
+    def write(self, batch: int, states: Tensor) -> None: ...
+    def turn(self) -> None: ...
+    def close(self) -> None: ...
+    def remove(self) -> None: ...
+
+
+class SpillingStates:
+    """Hidden states of which a bounded part is in memory; written in place."""
+
+    def __init__(self, memory: int) -> None:
+        self._list = SpillingList(memory)
+
+    def read(self, batch: int) -> Tensor:
+        return self._list[batch]
+
+    def write(self, batch: int, states: Tensor) -> None:
+        if batch == len(self._list):
+            self._list.append(states)
+        else:
+            self._list[batch] = states
+
+    def turn(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._list.close()
+
+    def remove(self) -> None:
+        self.close()
+
+
+_ALIGNMENT = mmap.PAGESIZE  # a batch begins on a page of its own
+
+
+@dataclass(frozen=True)
+class Options:
+    """How :func:`moe_ext.calibrate` and :func:`moe_ext.search` go through a checkpoint folder.
+
+    Attributes:
+        dtype: "auto" (as ``from_pretrained`` would choose it), "float32", "bfloat16" or "float16".
+        device: where a layer computes.
+        scratch: an existing folder for the hidden states of all batches, twice (before and after a layer), in mapped
+            files; without one they are in memory, once.
+        resume: a file that every finished layer is added to; yours to remove once the result is saved (a search's is
+            its result). If it is there already, from a run that was interrupted, that run goes on. With ``scratch`` at
+            the layer that it had come to; without, the finished layers run again, but are not observed.
+        read_ahead: whether the next layer is read while one computes.
+    """
+
+    dtype: str = "auto"
+    device: str = "cpu"
+    scratch: str | os.PathLike[str] | None = None
+    resume: str | os.PathLike[str] | None = None
+    read_ahead: bool = True
+
+
+def _sizes(layers: LayersOnDisk, batches: Sequence[Mapping[str, Tensor]]) -> list[int]:
+    """Bytes that every batch's hidden states take."""
+    width = text_config(layers.model).hidden_size * layers.model.dtype.itemsize
+    return [-(-batch["input_ids"].numel() * width // _ALIGNMENT) * _ALIGNMENT for batch in batches]
+
+
+class MappedStates:
+    """Hidden states in two mapped files in turn: those before a layer stay until those after it are all there.
+
+    Args:
+        folder: where the files are.
+        name: what their names begin with.
+        sizes: bytes of every batch.
+        layer: decoder layer that the states are before; its file is there, or the layer is the first.
+        hold: whether the states before a layer stay, once those after it are there, until :meth:`forget_earlier`.
+    """
+
+    def __init__(self, folder: Path, name: str, sizes: Sequence[int], layer: int, *, hold: bool) -> None:
+        self._folder, self._name, self._layer, self._hold = folder, name, layer, hold
+        self._sizes = list(sizes)
+        self._offsets = [sum(self._sizes[:batch]) for batch in range(len(self._sizes))]
+        self._shapes: dict[int, tuple[torch.Size, torch.dtype]] = {}
+        self._before = self._opened(layer) if layer else None
+        self._after: mmap.mmap | None = None
+
+    @classmethod
+    def latest(cls, folder: Path, name: str, sizes: Sequence[int], layer: int) -> int:
+        """The last layer up to ``layer`` before which the states lie in the folder; 0, the first, if none do."""
+        for earlier in range(layer, 0, -1):
+            file = folder / f"{name}-{earlier}.states"
+            if file.is_file() and file.stat().st_size == sum(sizes):
+                return earlier
+        return 0
+
+    def read(self, batch: int) -> Tensor:
+        assert self._before is not None
+        start, (shape, dtype) = self._offsets[batch], self._shapes[batch]
+        states = torch.empty(shape, dtype=dtype)  # a copy: products round differently where memory is not aligned alike
+        content = memoryview(self._before)[start : start + shape.numel() * dtype.itemsize]
+        _bytes_of(states)[:] = content
+        content.release()
+        self._before.madvise(mmap.MADV_DONTNEED, start, self._sizes[batch])  # the file keeps it
+        return states
+
+    def write(self, batch: int, states: Tensor) -> None:
+        if self._after is None:
+            with self._file(self._layer + 1, ".part").open("wb") as file:
+                file.truncate(sum(self._sizes))
+            self._after = self._opened(self._layer + 1, ".part")
+        size = states.numel() * states.element_size()
+        if size > self._sizes[batch]:
+            raise ValueError(f"batch {batch}: hidden states take {size} bytes; expected {self._sizes[batch]} at most")
+        start = self._offsets[batch]
+        self._after[start : start + size] = _bytes_of(states.detach().cpu().contiguous())
+        self._after.madvise(mmap.MADV_DONTNEED, start, self._sizes[batch])  # the file keeps it
+        self._shapes[batch] = (states.shape, states.dtype)
+
+    def shape_as(self, batches: Sequence[Mapping[str, Tensor]], width: int, dtype: torch.dtype) -> None:
+        """For states that an earlier process wrote: (B, S, width) of every batch."""
+        self._shapes = {
+            batch: (torch.Size([*inputs["input_ids"].shape, width]), dtype) for batch, inputs in enumerate(batches)
+        }
+
+    def turn(self) -> None:
+        """What was written is what is read from now on; the layer's own input goes."""
+        if self._after is None:
+            return
+        self._after.flush()
+        done = self._file(self._layer + 1)
+        self._file(self._layer + 1, ".part").replace(done)
+        flush_to_disk(self._folder)
+        if self._before is not None:
+            self._before.close()
+        self._before, self._after = self._after, None
+        self._layer += 1
+        if not self._hold:
+            self.forget_earlier()
+
+    def forget_earlier(self) -> None:
+        """Removes the files of layers before the one that is next, once it is known that they are done."""
+        for file in self._folder.glob(f"{self._name}-*.states*"):
+            if file != self._file(self._layer):
+                file.unlink()
+
+    def remove(self) -> None:
+        self.close()
+        for file in self._folder.glob(f"{self._name}-*.states*"):
+            file.unlink()
+
+    def close(self) -> None:
+        for mapping in (self._before, self._after):
+            if mapping is not None:
+                mapping.close()
+        self._before = self._after = None
+
+    def _file(self, layer: int, suffix: str = "") -> Path:
+        return self._folder / f"{self._name}-{layer}.states{suffix}"
+
+    def _opened(self, layer: int, suffix: str = "") -> mmap.mmap:
+        with self._file(layer, suffix).open("r+b") as file:
+            return mmap.mmap(file.fileno(), 0)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def waiting_states(
+    layers: LayersOnDisk,
+    batches: Sequence[Mapping[str, Tensor]],
+    scratch: str | os.PathLike[str] | None,
+    job: str,
+    reached: int,
+    *,
+    hold: bool,
+    show: bool,
+) -> tuple[HiddenStates, int]:
+    """Where the hidden states of a run wait, and the decoder layer that it begins with.
+
+    Args:
+        scratch: folder for them; None: they are in memory.
+        job: digest of the run: states of another one are not taken.
+        reached: decoder layer at which the run may go on, if the states before it, or before an earlier one, are there.
+        hold: as for :class:`MappedStates`.
+        show: whether to say how much room they take.
+
+    Raises:
+        MemoryError: they do not fit into memory.
+        OSError: they do not fit onto the disk, or the folder is not there.
+    """
+    sizes = _sizes(layers, batches)
+    size = f"hidden states of {len(batches)} batches: {sum(sizes) / 1e9:.2f} GB"
+    if scratch is None or sum(sizes) == 0:
+        _check_memory(sum(sizes))
+        if show:
+            tqdm.write(f"{size} in memory", file=sys.stderr)
+        return SpillingStates(sum(sizes)), 0
+    folder, name = Path(scratch), f"moe_ext-{job[:16]}"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"scratch: the folder {folder} does not exist")
+    _check_disk(folder, name, 2 * sum(sizes))
+    if show:
+        tqdm.write(f"{size} in {folder}, twice", file=sys.stderr)
+    position = MappedStates.latest(folder, name, sizes, reached)
+    mapped = MappedStates(folder, name, sizes, position, hold=hold)
+    mapped.shape_as(batches, text_config(layers.model).hidden_size, layers.model.dtype)
+    return mapped, position
+
+
+def _check_memory(needed: int) -> None:
+    available = _available_memory()
+    if available is not None and needed > available:
+        raise MemoryError(
+            f"the hidden states of all batches take {needed / 1e9:.2f} GB, {available / 1e9:.2f} GB of memory are "
+            "free: give a scratch folder, or less text"
+        )
+
+
+def _available_memory() -> int | None:
+    """Bytes that Linux says could be had; None elsewhere."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0].split()[1]) * 1024 if found else None
+
+
+def _check_disk(folder: Path, name: str, needed: int) -> None:
+    filesystem: Any = os.statvfs(folder)
+    free = filesystem.f_bavail * filesystem.f_frsize + sum(
+        file.stat().st_blocks * 512 for file in folder.glob(f"{name}-*.states*")
+    )
+    if needed > free:
+        raise OSError(
+            f"scratch: the hidden states of all batches take {needed / 1e9:.2f} GB; {folder} has {free / 1e9:.2f} GB"
+        )

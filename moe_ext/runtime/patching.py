@@ -1,0 +1,205 @@
+"""Patch and unpatch: puts the operators behind a Hugging Face model's MoE layers, in place and reversibly.
+
+The experts go through transformers' own door: ``moe_ext`` is an experts implementation next to ``eager`` and
+``grouped_mm``, selected with ``model.set_experts_implementation``. Weights stay the model's own parameters, uncopied.
+The router's forward is replaced on the instance: where the ``route`` operator computes the family's routing, top-K,
+renormalisation and skipping are one operator; elsewhere the family's own code runs and the skip rule follows it. Where
+gradients are required, both run transformers' own differentiable code.
+"""
+
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moe_ext import ops
+from moe_ext.models.blocks import MoeBlock, eager_forward, moe_blocks
+from moe_ext.models.config_section import CONFIG_KEY, check_thresholds, section_with, thresholds_in_config
+from moe_ext.runtime.skipping import skip_weak
+from moe_ext.runtime.supported import activation_of, check_experts, check_tensors, reason_unsupported
+
+IMPLEMENTATION = "moe_ext"
+
+
+@dataclass
+class _Patch:
+    """What a patched model needs to become what it was: kept on the model as ``_moe_ext_patch``."""
+
+    implementation: dict[str, str | None]  # of transformers, as get_experts_implementation returns it
+    of_experts: str | None  # the one of the model's part that holds the experts
+    config_entry: dict[str, Any] | None  # config.moe_ext before the patch
+    thresholds: Tensor | None  # (L, K - 1) in use
+
+
+def is_patched(model: PreTrainedModel) -> bool:
+    return getattr(model, "_moe_ext_patch", None) is not None
+
+
+def active_thresholds(model: PreTrainedModel) -> Tensor | None:
+    """Skip thresholds (L, K - 1) that a patched model applies; None if it skips nothing or is not patched."""
+    state: _Patch | None = getattr(model, "_moe_ext_patch", None)
+    return None if state is None else state.thresholds
+
+
+def patch(
+    model: PreTrainedModel, *, skip: Tensor | Literal["config"] | None = "config", strict: bool = True
+) -> PreTrainedModel:
+    """Runs a model's MoE layers on moe_ext's operators, in place. Patching again replaces the skip thresholds.
+
+    Args:
+        model: a supported transformers model (float32, bfloat16 or float16), on a device that has kernels.
+        skip: thresholds (L, K - 1) for dynamic expert skipping, from :func:`moe_ext.skip_thresholds`; they are also
+            written into ``model.config``, so that ``save_pretrained`` keeps them. "config" (default): those that the
+            config holds, if it holds any. None: no skipping by this model object; thresholds that a checkpoint brought
+            stay in its config.
+        strict: False leaves experts that the operators cannot run (an activation, layout, dtype or device that they do
+            not have) on transformers' implementation, with one warning that says why. Their routers are patched all
+            the same; skipping a slot then saves no time in them.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: no MoE layers, an unsupported model type, weights that are not plain or not in memory, thresholds
+            that do not fit or, if strict, experts that the operators cannot run. The model is left as it was.
+    """
+    blocks = moe_blocks(model)
+    for block in blocks:
+        check_tensors(block)
+    unsupported = {block.name: reason for block in blocks if (reason := reason_unsupported(block)) is not None}
+    if unsupported and strict:
+        raise ValueError(
+            f"{next(iter(unsupported.values()))}. With strict=False such layers stay on transformers' implementation"
+        )
+    if isinstance(skip, str):
+        if skip != "config":
+            raise ValueError(f"skip is {skip!r}; expected thresholds, 'config' or None")
+        thresholds = thresholds_in_config(model.config, len(blocks), blocks[0].top_k)
+    else:
+        thresholds = None if skip is None else check_thresholds(skip, len(blocks), blocks[0].top_k)
+
+    state: _Patch | None = getattr(model, "_moe_ext_patch", None)
+    if state is None:
+        _check_unpatched(blocks)
+        entry = getattr(model.config, CONFIG_KEY, None)
+        of_experts: str | None = cast(Any, blocks[0].experts).config._experts_implementation
+        state = _Patch(model.get_experts_implementation(), of_experts, None if entry is None else dict(entry), None)
+    model.set_experts_implementation(IMPLEMENTATION)  # before anything else changes: transformers may refuse
+    model._moe_ext_patch = state
+    state.thresholds = thresholds
+    if not isinstance(skip, str):
+        _restore_config_entry(model, state)  # thresholds of an earlier patch are replaced, not kept
+        if thresholds is not None:
+            setattr(model.config, CONFIG_KEY, section_with(thresholds, state.config_entry))
+    named = "eager" if state.of_experts in (None, IMPLEMENTATION) else state.of_experts
+    for layer, block in enumerate(blocks):
+        stock = block.name in unsupported
+        # Of transformers' implementations only eager leaves sentinel slots out; ours, loaded by name, has no backward.
+        block.experts._moe_ext_fallback = "eager" if thresholds is not None and not stock else named  # type: ignore[assignment]
+        block.experts._moe_ext_stock = stock  # type: ignore[assignment]
+        block.router._moe_ext_thresholds = None if thresholds is None else thresholds[layer].clone()  # type: ignore[assignment]
+        block.router._moe_ext_renormalise = block.family.renormalise if block.family.fused else None  # type: ignore[assignment]
+        # Below accelerate's hooks where there are any: they bring the weights.
+        place = "_old_forward" if hasattr(block.router, "_hf_hook") else "forward"
+        setattr(block.router, place, partial(_router_forward, block.router))  # a bound method would not unpickle
+    if unsupported:
+        first, *others = unsupported.values()
+        more = f" (and {len(others)} more such layers)" if others else ""
+        warnings.warn(f"{first}{more}: left on transformers' {named!r} experts", stacklevel=2)
+    return model
+
+
+def _check_unpatched(blocks: list[MoeBlock]) -> None:
+    """ValueError if a block is patched already, through another model object, or has a forward of its own."""
+    for block in blocks:
+        if hasattr(block.router, "_moe_ext_thresholds"):
+            raise ValueError(f"{block.name} is patched already as part of another model; unpatch that one first")
+        if "forward" in vars(block.router) and not hasattr(block.router, "_hf_hook"):
+            raise ValueError(f"{block.name}: the router's forward was replaced on the instance; patch before that")
+
+
+def unpatch(model: PreTrainedModel) -> PreTrainedModel:
+    """Undoes :func:`patch`, thresholds in the config included. A model that is not patched is returned as it is."""
+    state: _Patch | None = getattr(model, "_moe_ext_patch", None)
+    if state is None:
+        return model
+    for block in moe_blocks(model):
+        if hasattr(block.router, "_hf_hook"):
+            block.router._old_forward = MethodType(type(block.router).forward, block.router)  # type: ignore[assignment]
+        else:
+            del block.router.forward
+        del block.router._moe_ext_thresholds, block.router._moe_ext_renormalise
+        del block.experts._moe_ext_fallback, block.experts._moe_ext_stock
+    model.set_experts_implementation(state.implementation)
+    _restore_config_entry(model, state)
+    del model._moe_ext_patch
+    return model
+
+
+def _restore_config_entry(model: PreTrainedModel, state: _Patch) -> None:
+    if state.config_entry is not None:
+        setattr(model.config, CONFIG_KEY, dict(state.config_entry))
+    elif hasattr(model.config, CONFIG_KEY):
+        delattr(model.config, CONFIG_KEY)
+
+
+def _gradients_required(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts implementation ``moe_ext`` of transformers' interface: (T, H), (T, K), (T, K) -> (T, H)."""
+    observer = getattr(self, "_moe_ext_observer", None)
+    if getattr(self, "_moe_ext_stock", False):
+        if observer is not None:
+            observer.observe(hidden_states, top_k_index, top_k_weights)
+        # Not every implementation knows the sentinel; a skipped slot's weight is 0, so any expert does.
+        top_k_index = top_k_index.masked_fill(top_k_index == cast(int, self.num_experts), 0)
+        return cast(Tensor, _stock_forward(self)(self, hidden_states, top_k_index, top_k_weights))
+    gate_up, down = cast(Tensor, self.gate_up_proj), cast(Tensor, self.down_proj)
+    if _gradients_required(hidden_states, top_k_weights, gate_up, down):
+        return cast(Tensor, _stock_forward(self)(self, hidden_states, top_k_index, top_k_weights))
+    if not hasattr(self, "_moe_ext_fallback"):  # selected by name, without patch: nobody has checked this module
+        check_experts("experts", self)
+    activation = activation_of(self.config)
+    x = hidden_states.to(gate_up.dtype)  # under autocast the two differ; transformers' grouped_mm casts alike
+    if observer is None:
+        out = ops.experts(x, gate_up, down, top_k_index, top_k_weights, activation)
+    else:
+        out = observer(x, gate_up, down, top_k_index, top_k_weights, activation)
+    return out.to(hidden_states.dtype)
+
+
+def _stock_forward(experts: nn.Module) -> Any:
+    """What transformers ran before the patch: a function of (self, hidden_states, top_k_index, top_k_weights)."""
+    name = getattr(experts, "_moe_ext_fallback", "eager")
+    return ALL_EXPERTS_FUNCTIONS.get(name, eager_forward(experts))
+
+
+def _router_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """A patched router: logits (T, E), weights (T, K), experts (T, K) int64, E where a slot is skipped."""
+    thresholds = cast(Tensor | None, self._moe_ext_thresholds)
+    if thresholds is not None and thresholds.device != hidden_states.device:
+        thresholds = self._moe_ext_thresholds = thresholds.to(hidden_states.device)
+    renormalise = cast(bool | None, self._moe_ext_renormalise)
+    if renormalise is None or _gradients_required(hidden_states, cast(Tensor, self.weight)):
+        output: tuple[Tensor, ...] = type(self).forward(self, hidden_states, *args, **kwargs)
+        if thresholds is None:
+            return output
+        logits, weights, experts, *more = output
+        return logits, *skip_weak(weights, experts, thresholds, cast(int, self.num_experts)), *more
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    logits = F.linear(flat, cast(Tensor, self.weight), cast(Tensor | None, getattr(self, "bias", None)))  # (T, E)
+    weights, experts = ops.route(logits, cast(int, self.top_k), thresholds, renormalise)
+    return logits, weights, experts
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)

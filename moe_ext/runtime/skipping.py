@@ -1,0 +1,147 @@
+"""Dynamic expert skipping (arXiv 2402.14800, section 3.3) at work: the rule, and how often it applies.
+
+A token's expert of rank j >= 2 is skipped when ``w_j < threshold[j - 2] * w_1``. The kept weights are scaled so that
+they sum to what all K summed to. For K = 2 with renormalised weights this is the paper's rule.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_ext.models.blocks import moe_blocks
+
+
+def skip_weak(weights: Tensor, experts: Tensor, thresholds: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Applies the skip rule to routed slots, differentiably in the weights.
+
+    Ranks are those of the weights, whatever order the slots are in: a router that selects by corrected scores or within
+    groups does not sort them. Slots keep their places.
+
+    Args:
+        weights: (T, K).
+        experts: (T, K) integer.
+        thresholds: (K - 1,).
+        num_experts: E, the index that marks a skipped slot.
+
+    Returns:
+        weights (T, K) with 0 and experts (T, K) with E in skipped slots.
+
+    Raises:
+        ValueError: the shapes differ, or the experts are not integers: a router with another kind of output.
+    """
+    if weights.shape != experts.shape or experts.is_floating_point():
+        raise ValueError(
+            f"the router gave weights {tuple(weights.shape)} and experts {tuple(experts.shape)} of {experts.dtype}; "
+            "skipping needs (T, K) and (T, K) integers"
+        )
+    # Thresholds are finer than half precision.
+    precise = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    # Thresholds and weights made under inference_mode must not enter the backward graph.
+    ranked, order = precise.detach().sort(dim=-1, descending=True, stable=True)
+    weak = torch.zeros_like(ranked, dtype=torch.bool)
+    weak[:, 1:] = ranked[:, 1:] < thresholds.to(ranked) * ranked[:, :1]
+    skipped = torch.zeros_like(weak).scatter(-1, order, weak)
+    kept = precise.masked_fill(skipped, 0.0)
+    total = kept.sum(-1, keepdim=True)
+    # A sigmoid router may give a token weights of 0 only: they stay 0.
+    scale = precise.sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
+    return (kept * scale).to(weights.dtype), experts.masked_fill(skipped, num_experts)
+
+
+@dataclass
+class SkipCount:
+    """Slots that a model routed and skipped, per MoE layer; filled by :func:`count_skips`."""
+
+    layers: list[str]
+    skipped: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+
+    def rates(self) -> list[float]:
+        """Share of a layer's slots that were skipped, in layer order; 0 for a layer that saw no token."""
+        return [skipped / slots if slots else 0.0 for skipped, slots in zip(self.skipped, self.slots, strict=True)]
+
+    def rate(self) -> float:
+        """Share of all slots that were skipped."""
+        return sum(self.skipped) / sum(self.slots) if sum(self.slots) else 0.0
+
+
+@contextmanager
+def count_skips(model: PreTrainedModel) -> Iterator[SkipCount]:
+    """Counts routed and skipped slots of every forward inside the ``with`` block; padding is not counted.
+
+    Padding is what the ``attention_mask`` of any forward of the model or its decoder marks: a 2-dimensional mask with
+    0, a 4-dimensional one, as ``generate`` makes for a static cache, where a token may not attend to itself. The counts
+    are read on the host, for which a compiled model (``torch.compile``) breaks its graph.
+
+    Raises:
+        ValueError: in the forward, if its attention mask has another form.
+    """
+    blocks = moe_blocks(model)
+    count = SkipCount([block.name for block in blocks], [0] * len(blocks), [0] * len(blocks))
+    mask: Tensor | None = None  # of the forward under way
+    past = 0
+    signature = inspect.signature(model.base_model.forward)
+
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal mask, past
+        arguments = signature.bind_partial(*args, **kwargs).arguments
+        mask = arguments.get("attention_mask")
+        cache = arguments.get(
+            "cache", arguments.get("past_key_values")
+        )  # its name from transformers 5.24 on, and before
+        if isinstance(mask, dict):  # a model with several kinds of attention
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() in (2, 4)):
+            raise ValueError(_UNKNOWN_MASK)
+        past = 0 if cache is None else int(cache.get_seq_length())
+
+    def after(layer: int, num_experts: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            experts = output[2]  # (T, K)
+            if mask is not None:
+                experts = experts[_present(mask, past, experts.shape[0]).to(experts.device)]
+            count.skipped[layer] += int((experts == num_experts).sum())
+            count.slots[layer] += experts.numel()
+
+        return hook
+
+    handles = [model.base_model.register_forward_pre_hook(before, with_kwargs=True)]
+    for layer, block in enumerate(blocks):
+        handles.append(block.router.register_forward_hook(after(layer, block.num_routed)))
+    try:
+        yield count
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+_UNKNOWN_MASK = (
+    "count_skips cannot tell padding from this attention mask; expected (sequences, tokens), or "
+    "(sequences, 1, tokens, tokens in the cache)"
+)
+
+
+def _present(mask: Tensor, past: int, tokens: int) -> Tensor:
+    """(T,) bool: the tokens of a forward that are not padding.
+
+    Args:
+        mask: (B, past and present tokens), or (B, 1, present tokens, cache) bool or additive.
+        past: tokens in the cache before the forward.
+        tokens: T = B times present tokens.
+
+    Raises:
+        ValueError: the mask has another form.
+    """
+    if mask.dim() == 2:
+        return mask[:, -(tokens // mask.shape[0]) :].reshape(-1).bool()
+    batch, _, present, cache = mask.shape
+    if batch * present != tokens or past + present > cache:
+        raise ValueError(_UNKNOWN_MASK)
+    own = mask[:, 0, :, past:].diagonal(dim1=1, dim2=2)
+    return (own if own.dtype == torch.bool else own == 0).reshape(-1)
