@@ -4,7 +4,7 @@
 #
 #   make demo    the main job on the demo model
 #   make test    the C++ kernel tests, then the Python tests
-#   make lint    ruff, mypy, clang-format
+#   make lint    ruff, mypy, the wings (import-linter), clang-format
 #   make test-vllm    pruned checkpoints in vLLM, which gets an environment of its own in build/vllm
 #   make clean   removes all that the others made
 
@@ -56,6 +56,7 @@ lint: .venv/moe_ext.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 clean:
