@@ -11,11 +11,17 @@ from scipy.stats import spearmanr
 
 from moe_ext.decision.agreement import rank_agreement
 from moe_ext.decision.criteria import Scores
+from moe_ext.models.layout import Layout
 
 
 def scored(values: Sequence[Sequence[float]], experts: tuple[int, ...] = ()) -> Scores:
     layers = tuple(f"layers.{i}" for i in range(len(values)))
-    return Scores(torch.tensor(values, dtype=torch.float64), "man", "mixtral", layers, 1, "c4", experts=experts)
+    return Scores(
+        torch.tensor(values, dtype=torch.float64),
+        "man",
+        Layout("mixtral", layers, experts or (len(values[0]),) * len(layers), 1),
+        "c4",
+    )
 
 
 @given(data=st.data())

@@ -9,7 +9,7 @@ from torch import nn
 
 import moe_ext
 from moe_ext.calibration.statistics import RATIO_BINS
-from moe_ext.runtime.patching import is_patched
+from moe_ext.runtime.patching import STATE, is_patched
 from tests.conftest import MixtralFactory, random_tokens
 from tests.reference import DEVICES, ExpertsCase, expert_output
 
@@ -112,6 +112,10 @@ def test_calibration_over_parts_merges_to_one_run(tiny_mixtral: MixtralFactory, 
     assert torch.equal(merged.coactivation, whole.coactivation)
 
 
+def is_observed(module: nn.Module) -> bool:
+    return getattr(getattr(module, STATE, None), "observer", None) is not None
+
+
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_the_model_is_left_as_it_was(tiny_mixtral: MixtralFactory, patched: bool, training: bool) -> None:
@@ -123,7 +127,7 @@ def test_the_model_is_left_as_it_was(tiny_mixtral: MixtralFactory, patched: bool
     assert model.training == training
     assert is_patched(model) == patched
     assert model.get_experts_implementation() == implementation
-    assert not any(hasattr(module, "_moe_ext_observer") for module in model.modules())
+    assert not any(is_observed(module) for module in model.modules())
 
 
 def test_every_module_keeps_its_own_training_mode(tiny_mixtral: MixtralFactory) -> None:
@@ -197,7 +201,7 @@ def test_an_interrupted_calibration_restores_the_model(tiny_mixtral: MixtralFact
     with pytest.raises(KeyboardInterrupt):
         moe_ext.calibrate(model, interrupted(), progress=False)
     assert not is_patched(model)
-    assert not any(hasattr(module, "_moe_ext_observer") for module in model.modules())
+    assert not any(is_observed(module) for module in model.modules())
 
 
 def test_a_skipping_model_is_refused(tiny_mixtral: MixtralFactory) -> None:

@@ -11,6 +11,7 @@ from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.decision.criteria import CRITERIA, OBJECTIVES, Scores, point_of, score
 from moe_ext.decision.plan import plan
 from moe_ext.decision.weights_only import aimer
+from moe_ext.models.layout import Layout
 from moe_ext.pruning.prune import prune
 from tests.conftest import MixtralFactory
 from tests.families import build, keep_of, plan_for
@@ -160,7 +161,7 @@ def test_a_seed_for_a_criterion_that_draws_nothing_is_refused() -> None:
 @pytest.mark.parametrize("values", [torch.zeros(2, 3), torch.zeros(3, 3, dtype=torch.float64)])
 def test_scores_of_another_shape_or_dtype_are_refused(values: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"values: is .*; expected torch.float64 of shape \(2, E\)"):
-        Scores(values, "man", "mixtral", ("a", "b"), 2, "c4")
+        Scores(values, "man", Layout("mixtral", ("a", "b"), (4, 4), 2), "c4")
 
 
 @pytest.mark.parametrize("spelled", ["S(0,1,1)", "S(0, 1, 1)"])

@@ -18,7 +18,7 @@ import moe_ext
 from moe_ext.calibration.statistics import RATIO_BINS
 from moe_ext.models.blocks import moe_blocks
 from moe_ext.models.families import FAMILIES
-from moe_ext.runtime.patching import is_patched
+from moe_ext.runtime.patching import is_patched, layer_state
 from tests.conftest import random_tokens
 from tests.families import (
     FIELDS,
@@ -335,7 +335,7 @@ def test_what_is_left_on_transformers_is_said_once(name: str) -> None:
 @pytest.mark.parametrize("skip", [None, torch.full((3, 3), 0.5)], ids=["all", "skipping"])
 def test_what_is_left_on_transformers_keeps_its_implementation(skip: Tensor | None) -> None:
     model = moe_ext.patch(build("gpt_oss"), skip=skip, strict=False)
-    assert {block.experts._moe_ext_fallback for block in moe_blocks(model)} == {"grouped_mm"}
+    assert {layer_state(block).fallback for block in moe_blocks(model)} == {"grouped_mm"}
 
 
 def test_a_router_that_takes_keywords_is_given_them() -> None:
@@ -357,7 +357,7 @@ def test_layers_that_the_operators_can_run_do_not_follow_one_that_they_cannot() 
     model = build("mixtral")
     model.model.layers[1].mlp.experts.is_transposed = True
     moe_ext.patch(model, strict=False)
-    assert [block.experts._moe_ext_stock for block in moe_blocks(model)] == [False, True, False]
+    assert [layer_state(block).stock for block in moe_blocks(model)] == [False, True, False]
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])

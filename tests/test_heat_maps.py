@@ -15,12 +15,18 @@ from matplotlib.image import imread
 from moe_ext.decision.criteria import Scores
 from moe_ext.decision.plan import plan
 from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.models.layout import Layout
 from moe_ext.report.heat_maps import heat_map_figure, heat_maps
 
 
 def scored(values: list[list[float]], criterion: str = "man") -> Scores:
     layers = tuple(f"layers.{i}" for i in range(len(values)))
-    return Scores(torch.tensor(values, dtype=torch.float64), criterion, "mixtral", layers, 1, "c4")
+    return Scores(
+        torch.tensor(values, dtype=torch.float64),
+        criterion,
+        Layout("mixtral", layers, (len(values[0]),) * len(layers), 1),
+        "c4",
+    )
 
 
 MAN = scored([[1.0, 4.0, 2.0], [0.0, 5.0, 10.0]])

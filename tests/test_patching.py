@@ -333,7 +333,7 @@ def test_a_subclass_of_the_block_is_patched_too(tiny_mixtral: MixtralFactory) ->
     block = model.model.layers[1].mlp
     block.__class__ = type("Wrapped", (type(block),), {})
     moe_ext.patch(model)
-    assert hasattr(block.gate, "_moe_ext_thresholds")
+    assert hasattr(block.gate, "_moe_ext")
 
 
 def test_a_layer_that_is_no_moe_block_is_refused(tiny_mixtral: MixtralFactory) -> None:

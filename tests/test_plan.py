@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from moe_ext.decision.criteria import Scores
 from moe_ext.decision.plan import plan
 from moe_ext.decision.pruning_plan import PlanFileError, PruningPlan
+from moe_ext.models.layout import Layout
 from moe_ext.version import __version__
 
 PLAN = PruningPlan("mixtral", 4, 2, ("layers.0", "layers.1"), ((0, 1, 3), (1, 2)), {"criterion": "man"})
@@ -22,7 +23,12 @@ PLAN = PruningPlan("mixtral", 4, 2, ("layers.0", "layers.1"), ((0, 1, 3), (1, 2)
 
 def scored(values: list[list[float]], top_k: int = 1) -> Scores:
     layers = tuple(f"layers.{i}" for i in range(len(values)))
-    return Scores(torch.tensor(values, dtype=torch.float64), "man", "mixtral", layers, top_k, "c4")
+    return Scores(
+        torch.tensor(values, dtype=torch.float64),
+        "man",
+        Layout("mixtral", layers, (len(values[0]),) * len(layers), top_k),
+        "c4",
+    )
 
 
 @st.composite
@@ -130,7 +136,8 @@ def test_kept_and_removed_experts_are_all_experts(made: PruningPlan) -> None:
 
 
 def grouped(values: list[list[float]], groups: int, fewest: int, top_k: int = 1) -> Scores:
-    return replace(scored(values, top_k), groups=groups, fewest=fewest)
+    scores = scored(values, top_k)
+    return replace(scores, layout=replace(scores.layout, groups=groups, fewest=fewest))
 
 
 def test_every_group_loses_the_same_number_its_lowest_first() -> None:

@@ -234,7 +234,7 @@ def test_a_searchs_json_reads_back(tmp_path: Path) -> None:
         (("moe_ext.search", "other"), "not a search's result"),
         (('"exact": true, "keep": [[', '"exact": true, "keep": [[99, '), "search.json: "),
         (('"plan"', '"plane"'), "'plan' is missing"),
-        (('"format_version": 1', '"format_version": 2'), "has format version 2"),
+        (('"format_version": 1', '"format_version": 2'), "format version 2"),
     ],
 )
 def test_a_searchs_json_that_is_not_valid_is_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import FineGrainedFP8Config
@@ -23,7 +25,6 @@ from moe_ext.checkpoints.load_save import write_thresholds
 from moe_ext.checkpoints.streamed_model import LayersOnDisk
 from moe_ext.commands.main import app
 from moe_ext.reconstruction.result import SearchResult
-from moe_ext.runtime import hidden_states
 from moe_ext.runtime.layer_walk import LayerInputs
 from tests.checkpoints import BLOCK, declare_float8, plain_copy, quantise, rewritten
 from tests.conftest import DEMO_MODEL, random_tokens
@@ -287,13 +288,13 @@ def test_a_file_of_another_run_is_refused(mixtral: Path, tmp_path: Path) -> None
 def test_hidden_states_without_room_are_refused_before_anything_runs(
     mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hidden_states, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(MemoryError, match="give a scratch folder, or less text"):
         moe_ext.calibrate(mixtral, ragged_batches(), progress=False)
     with pytest.raises(FileNotFoundError, match="scratch: the folder"):
         moe_ext.calibrate(mixtral, ragged_batches(), progress=False, scratch=tmp_path / "none")
-    values = os.statvfs(tmp_path)
-    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((*values[:4], 0, *values[5:])))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
     with pytest.raises(OSError, match=r"scratch: the hidden states of all batches take"):
         moe_ext.calibrate(mixtral, ragged_batches(), progress=False, scratch=tmp_path)
 

@@ -136,7 +136,7 @@ def test_a_tensor_of_another_dtype_is_refused() -> None:
     stats = filled((1, 4, 2), seed=0)
     with pytest.raises(ValueError, match=r"moments: is torch.float32 on cpu; expected torch.float64 on cpu"):
         ExpertStatistics(
-            "m", ("a",), 2, "g", "", stats.moments.float(), stats.tokens, stats.ratio_histogram, stats.coactivation
+            stats.layout, "g", "", stats.moments.float(), stats.tokens, stats.ratio_histogram, stats.coactivation
         )
 
 
@@ -426,9 +426,9 @@ def test_a_missing_file_stays_a_missing_file(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"format_version": "2"}, "written by a newer moe_ext .*upgrade"),
-        ({"format_version": "0"}, "format version 0 is unknown"),
-        ({"format_version": ""}, "'format_version' is ''; expected an integer"),
-        ({"format_version": "one"}, "'format_version' is 'one'; expected an integer"),
+        ({"format_version": "0"}, "format_version: expected 1, got 0"),
+        ({"format_version": ""}, "format_version: expected 1, got ''"),
+        ({"format_version": "one"}, "format_version: expected 1, got 'one'"),
         ({"top_k": "two"}, "'top_k' is 'two'; expected an integer"),
         ({"top_k": "3"}, "ratio_histogram: has shape"),
         ({"top_k": str(10**18)}, "top_k: expected 1 to 4 experts"),

@@ -5,7 +5,6 @@ model in memory, or of a checkpoint folder one decoder layer at a time.
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +16,20 @@ from moe_ext.calibration.progress import CalibrationProgress
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.streamed_model import LayersOnDisk
 from moe_ext.models.blocks import (
+    MoeBlock,
     decoder_layers,
     family_of,
     input_device,
-    model_type_of,
     moe_blocks,
     refuse_novices,
     router_digest,
     text_config,
 )
+from moe_ext.models.layout import layout_of
 from moe_ext.runtime.batches import check_batch
-from moe_ext.runtime.hidden_states import Options
+from moe_ext.runtime.hidden_states import FolderOptions
 from moe_ext.runtime.layer_walk import LayerInputs
-from moe_ext.runtime.patching import active_thresholds
+from moe_ext.runtime.patching import active_thresholds, layer_state
 from moe_ext.runtime.processes import check_same, share_of, total_of
 from moe_ext.storage.digests import joined_digest
 
@@ -56,7 +56,11 @@ def calibrate(
     strict: bool = True,
     shard: str = "",
     distributed: bool = False,
-    **from_folder: Any,
+    dtype: str | None = None,
+    device: str | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    read_ahead: bool | None = None,
 ) -> ExpertStatistics:
     """Statistics of a model's experts over text, in one forward pass per batch.
 
@@ -75,7 +79,8 @@ def calibrate(
         shard: label of this run, kept in the statistics; files with the same one do not merge.
         distributed: whether the batches are shared among the processes of torch.distributed's default group, every
             N-th whole batch to each, and the sums added up; all of them return the same statistics.
-        **from_folder: for a checkpoint folder only; see :class:`moe_ext.runtime.hidden_states.Options`.
+        dtype, device, scratch, resume, read_ahead: for a checkpoint folder only: the fields of
+            :class:`moe_ext.runtime.hidden_states.FolderOptions`, which has what holds where one is None.
 
     Returns:
         :class:`ExpertStatistics` on the CPU.
@@ -86,18 +91,19 @@ def calibrate(
             (its routing would bias the statistics), or activations that are not finite (the layer is named).
         MemoryError, OSError: hidden states for which there is no room, or a checkpoint that cannot be read.
     """
+    in_folder = {"dtype": dtype, "device": device, "scratch": scratch, "resume": resume, "read_ahead": read_ahead}
     if not isinstance(model, str | os.PathLike):
-        if from_folder:
-            raise TypeError(f"{next(iter(from_folder))}: is for a checkpoint folder; this model is in memory")
-        stats = _start(model, dataset, outputs, shard)
-        _run(model, share_of(batches) if distributed else batches, stats, progress, outputs, strict)
+        FolderOptions.refuse(**in_folder)
+        blocks = moe_blocks(model)
+        stats = _start(model, blocks, dataset, outputs, shard)
+        _run(model, blocks, share_of(batches) if distributed else batches, stats, progress, outputs, strict)
     else:
-        options = Options(**from_folder)
+        options = FolderOptions.given(**in_folder)
         listed = list(share_of(batches) if distributed else batches)
         with LayersOnDisk(
             Path(model), dtype=options.dtype, device=options.device, read_ahead=options.read_ahead
         ) as layers:
-            stats = _start(layers.model, dataset, outputs, shard)
+            stats = _start(layers.model, layers.blocks, dataset, outputs, shard)
             _run_layers(layers, listed, stats, options, progress, outputs, strict)
     if distributed:
         add_up(stats)
@@ -109,31 +115,22 @@ def calibrate(
     return stats
 
 
-def _start(model: PreTrainedModel, dataset: str, outputs: bool, shard: str) -> ExpertStatistics:
+def _start(model: PreTrainedModel, blocks: list[MoeBlock], dataset: str, outputs: bool, shard: str) -> ExpertStatistics:
     """Statistics of no text, for a model that can be calibrated; ValueError for another."""
     if active_thresholds(model) is not None:
         raise ValueError(
             "the model skips experts, which would bias its statistics; patch(model, skip=None) before calibrating"
         )
-    blocks = moe_blocks(model)
     refuse_novices(blocks, "calibrate")
-    stats = ExpertStatistics.zeros(
-        model_type=model_type_of(model),
-        layers=tuple(block.name for block in blocks),
-        num_experts=tuple(block.num_experts for block in blocks),
-        top_k=blocks[0].top_k,
-        gate=family_of(model).gate,
-        dataset=dataset,
-        groups=blocks[0].groups,
-        fewest=blocks[0].fewest_experts,
-        hidden_size=text_config(model).hidden_size if outputs else None,
-    )
+    hidden_size = text_config(model).hidden_size if outputs else None
+    stats = ExpertStatistics.empty(layout_of(model, blocks), family_of(model).gate, dataset, hidden_size)
     stats.shards = (shard,) if shard else ()
     return stats
 
 
 def _run(
     model: PreTrainedModel,
+    blocks: list[MoeBlock],
     batches: Iterable[Mapping[str, Tensor]],
     stats: ExpertStatistics,
     progress: bool,
@@ -141,7 +138,7 @@ def _run(
     strict: bool,
 ) -> None:
     """Fills the statistics of a model in memory."""
-    with torch.no_grad(), observing(model, outputs, strict) as observers:
+    with torch.no_grad(), observing(model, blocks, outputs, strict) as observers:
         for index, batch in enumerate(tqdm(batches, desc="calibrate", unit="batch", disable=not progress)):
             counted = check_batch(index, batch)
             for observer in observers:
@@ -149,7 +146,7 @@ def _run(
             inputs = {name: tensor.to(input_device(model)) for name, tensor in batch.items()}
             # The decoder without the language model head: statistics need no logits.
             model.base_model(**inputs, use_cache=False)
-    digests = [router_digest(block) for block in moe_blocks(model)]
+    digests = [router_digest(block) for block in blocks]
     for layer, observer in enumerate(observers):
         take(stats, layer, observer)
     stats.model_digest = joined_digest(digests)
@@ -159,14 +156,13 @@ def _run_layers(
     layers: LayersOnDisk,
     batches: list[Mapping[str, Tensor]],
     stats: ExpertStatistics,
-    options: Options,
+    options: FolderOptions,
     progress: bool,
     outputs: bool,
     strict: bool,
 ) -> None:
     """Fills the statistics of a model one decoder layer at a time."""
-    model = layers.model
-    blocks = moe_blocks(model)
+    model, blocks = layers.model, layers.blocks
     _, _, of_block = decoder_layers(model, blocks)
     counted = [check_batch(index, batch) for index, batch in enumerate(batches)]
     record = CalibrationProgress(layers, batches, stats, options, outputs, show=progress)
@@ -176,7 +172,7 @@ def _run_layers(
     with (
         bar,
         torch.no_grad(),
-        observing(model, outputs, strict) as observers,
+        observing(model, blocks, outputs, strict) as observers,
         LayerInputs(model, blocks, batches, states=record.states, need=layers.need, position=record.position) as inputs,
     ):
         for layer in left:
@@ -184,7 +180,7 @@ def _run_layers(
             index = of_block.index(layer) if layer in of_block else None
             observer = None if index is None or index in record.digests else observers[index]
             if index is not None and observer is None:
-                del blocks[index].experts._moe_ext_observer  # its sums are there from before the interruption
+                layer_state(blocks[index]).observer = None  # its sums are there from before the interruption
 
             def before(batch: int, observer: Observer | None = observer) -> None:
                 mask = counted[batch]

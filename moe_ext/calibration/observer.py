@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from moe_ext import ops
 from moe_ext.calibration.statistics import RATIO_BINS, ExpertStatistics
-from moe_ext.models.blocks import MoeBlock, device_of, eager_forward, evaluation_mode, moe_blocks
-from moe_ext.runtime.patching import is_patched, patch, unpatch
+from moe_ext.models.blocks import MoeBlock, device_of, eager_forward
+from moe_ext.runtime.patching import is_patched, layer_state, patched
 
 
 class Observer:
@@ -92,25 +92,20 @@ def _add_counts(histogram: Tensor, bins: Tensor, counts: Tensor) -> None:
 
 
 @contextmanager
-def observing(model: PreTrainedModel, outputs: bool, strict: bool) -> Iterator[list[Observer]]:
+def observing(model: PreTrainedModel, blocks: list[MoeBlock], outputs: bool, strict: bool) -> Iterator[list[Observer]]:
     """A patched model in evaluation mode with an observer in every MoE layer; restored on the way out."""
-    blocks = moe_blocks(model)
-    if any(hasattr(block.experts, "_moe_ext_observer") for block in blocks):
+    if is_patched(model) and any(layer_state(block).observer is not None for block in blocks):
         raise ValueError("the model is being calibrated already")
-    was_patched = is_patched(model)
-    if not was_patched:
-        patch(model, skip=None, strict=strict)
-    try:
-        observers = [Observer(block, outputs) for block in blocks]
-        for block, observer in zip(blocks, observers, strict=True):
-            block.experts._moe_ext_observer = observer  # type: ignore[assignment]
-        with evaluation_mode(model):
+    with patched(model, blocks, strict=strict):
+        states = [layer_state(block) for block in blocks]
+        try:
+            observers = [Observer(block, outputs) for block in blocks]
+            for state, observer in zip(states, observers, strict=True):
+                state.observer = observer
             yield observers
-    finally:
-        for block in blocks:
-            vars(block.experts).pop("_moe_ext_observer", None)
-        if not was_patched:
-            unpatch(model)
+        finally:
+            for state in states:
+                state.observer = None
 
 
 def take(stats: ExpertStatistics, layer: int, observer: Observer) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.streamed_model import LayersOnDisk
-from moe_ext.runtime.hidden_states import MappedStates, Options, waiting_states
+from moe_ext.runtime.hidden_states import FolderOptions, MappedStates, waiting_states
 from moe_ext.runtime.processes import place_among
 from moe_ext.storage.digests import joined_digest, text_digest
 from moe_ext.storage.files import file_destination
@@ -38,7 +38,7 @@ class CalibrationProgress:
         layers: LayersOnDisk,
         batches: Sequence[Mapping[str, Tensor]],
         stats: ExpertStatistics,
-        options: Options,
+        options: FolderOptions,
         outputs: bool,
         *,
         show: bool,

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from moe_ext.models.layout import Layout, WithLayout
+from moe_ext.storage.formats import Format
 from moe_ext.storage.tensor_file import write_tensors
 
 RATIO_BINS = 1024
 """Bins of equal width over [0, 1] that ``ratio_histogram`` counts ``w_j / w_1`` in; a ratio of 1 falls in the last."""
 
-FORMAT = "moe_ext.expert_statistics"
-FORMAT_VERSION = 1
+FORMAT = Format("moe_ext.expert_statistics", 1, "a statistics file")
 
 
 class StatisticsFileError(ValueError):
@@ -28,13 +29,11 @@ class StatisticsFileError(ValueError):
 
 
 @dataclass(eq=False)
-class ExpertStatistics:
+class ExpertStatistics(WithLayout):
     """Sums over the calibration tokens for L layers of E experts, K chosen per token; all tensors on the CPU.
 
     Attributes:
-        model_type: transformers' name of the model family, such as ``"mixtral"``.
-        layers: L module names of the Mixture-of-Experts blocks, in model order.
-        top_k: K, experts per token.
+        layout: the model's layers, experts and K; its fields are attributes here, too.
         gate: what ``g_e`` is, such as ``"softmax over the selected logits"``.
         dataset: label of the text; ``" + "`` joins the labels of merged statistics.
         moments: (L, E, 3, 3) float64; ``[l, e, a, b]`` = sum over routed tokens of ``g_e^a * ||f_e||_2^b``
@@ -44,20 +43,14 @@ class ExpertStatistics:
             weight of rank j + 2 over the largest (arXiv 2402.14800, dynamic skipping).
         coactivation: (L, E, E) int64; tokens routed to both experts, on the diagonal tokens routed to e.
         output_sum: (L, E, H) float64, sum over routed tokens of ``f_e``; None unless calibration was asked for it.
-        groups: expert groups of a layer, contiguous and of equal size, that pruning must keep equal; 1: none.
-        experts: number of experts of every layer, if given; E is the largest. Rows beyond a layer's number are 0.
-        fewest: experts that a layer must keep for its router to choose K, if given; K where there are no groups.
         model_digest: tells models of one family apart by their routers' weights; empty if not known.
         shards: labels of the runs that the sums are of, so that none is counted twice; empty if not known.
 
     Raises:
-        ValueError: a tensor's shape, dtype or device is not as above, ``layers`` is empty or repeats a name, or the
-            numbers of experts do not fit.
+        ValueError: a tensor's shape, dtype or device is not as above.
     """
 
-    model_type: str
-    layers: tuple[str, ...]
-    top_k: int
+    layout: Layout
     gate: str
     dataset: str
     moments: torch.Tensor
@@ -65,35 +58,18 @@ class ExpertStatistics:
     ratio_histogram: torch.Tensor
     coactivation: torch.Tensor
     output_sum: torch.Tensor | None = None
-    groups: int = 1
-    experts: tuple[int, ...] = ()
-    fewest: int = 0
     model_digest: str = ""
     shards: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.layers or len(set(self.layers)) != len(self.layers):
-            raise ValueError(f"layers: expected one or more distinct names, got {self.layers!r}")
         if self.moments.ndim != 4:
             raise ValueError(f"moments: has shape {tuple(self.moments.shape)}; expected (L, E, 3, 3)")
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"top_k: expected 1 to {self.num_experts} experts, got {self.top_k}")
-        for name, (shape, dtype) in self._layout().items():
+        for name, (shape, dtype) in self._expected().items():
             tensor = getattr(self, name)
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; expected {shape}")
             if tensor.dtype != dtype or tensor.device.type != "cpu":
                 raise ValueError(f"{name}: is {tensor.dtype} on {tensor.device}; expected {dtype} on cpu")
-        self.experts = self.experts or (self.num_experts,) * self.num_layers
-        if len(self.experts) != self.num_layers or max(self.experts) != self.num_experts or min(self.experts) < 1:
-            raise ValueError(
-                f"experts: expected {self.num_layers} numbers, the largest {self.num_experts}, got {self.experts}"
-            )
-        if self.groups < 1 or any(count % self.groups for count in self.experts):
-            raise ValueError(f"groups: {self.groups} groups of equal size do not hold {self.experts} experts")
-        self.fewest = self.fewest or self.top_k
-        if not self.top_k <= self.fewest <= min(self.experts):
-            raise ValueError(f"fewest: expected {self.top_k} to {min(self.experts)} experts, got {self.fewest}")
 
     @classmethod
     def zeros(
@@ -119,26 +95,16 @@ class ExpertStatistics:
             ValueError: ``layers`` is empty or repeats a name, or ``top_k`` is not in 1..E.
         """
         experts = (num_experts,) * len(layers) if isinstance(num_experts, int) else num_experts
-        largest = num_experts if isinstance(num_experts, int) else max(num_experts, default=0)
-        if not 1 <= top_k <= largest:
-            raise ValueError(f"top_k: expected 1 to {largest} experts, got {top_k}")
-        layout = _tensor_layout(len(layers), largest, top_k, hidden_size)
+        return cls.empty(Layout(model_type, tuple(layers), experts, top_k, groups, fewest), gate, dataset, hidden_size)
+
+    @classmethod
+    def empty(cls, layout: Layout, gate: str, dataset: str = "", hidden_size: int | None = None) -> ExpertStatistics:
+        """:meth:`zeros`, for a layout."""
         tensors: dict[str, Any] = {
-            name: torch.zeros(shape, dtype=dtype, device="cpu") for name, (shape, dtype) in layout.items()
+            name: torch.zeros(shape, dtype=dtype, device="cpu")
+            for name, (shape, dtype) in _tensor_layout(layout, hidden_size).items()
         }
-        return cls(
-            model_type, tuple(layers), top_k, gate, dataset, groups=groups, experts=experts, fewest=fewest, **tensors
-        )
-
-    @property
-    def num_layers(self) -> int:
-        """L."""
-        return len(self.layers)
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.moments.shape[1]
+        return cls(layout, gate, dataset, **tensors)
 
     def routing_counts(self) -> torch.Tensor:
         """(L, E) float64, a copy: ``n_e``, the tokens routed to each expert."""
@@ -199,8 +165,7 @@ class ExpertStatistics:
         """
         self._check_values()
         metadata = {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
+            **FORMAT.metadata(),
             "model_type": self.model_type,
             "layers": json.dumps(self.layers),
             "top_k": str(self.top_k),
@@ -228,10 +193,10 @@ class ExpertStatistics:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                fields = _parse_metadata(file.metadata() or {})
+                metadata = FORMAT.check_metadata(file.metadata())
                 # Clones: the originals are views of the mapped file.
                 tensors = {name: file.get_tensor(name).clone() for name in _present_tensors(file.keys())}
-            loaded = cls(**fields, **tensors)
+            loaded = cls(**_parse_metadata(metadata, tensors["moments"].shape), **tensors)
             loaded._check_values()
         except SafetensorError as error:
             raise StatisticsFileError(f"{path}: truncated, or not a safetensors file ({error})") from error
@@ -239,13 +204,13 @@ class ExpertStatistics:
             raise StatisticsFileError(f"{path}: {error}") from error
         return loaded
 
-    def _layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def _expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         hidden_size = None if self.output_sum is None else int(self.output_sum.shape[-1])
-        return _tensor_layout(self.num_layers, self.num_experts, self.top_k, hidden_size)
+        return _tensor_layout(self.layout, hidden_size)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The sums by field name; themselves, not copies."""
-        return {name: getattr(self, name) for name in self._layout()}
+        return {name: getattr(self, name) for name in self._expected()}
 
     def _check_values(self) -> None:
         for name, tensor in self.tensors().items():
@@ -260,10 +225,9 @@ class ExpertStatistics:
                 )
 
 
-def _tensor_layout(
-    layers: int, experts: int, top_k: int, hidden_size: int | None
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _tensor_layout(layout: Layout, hidden_size: int | None) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor field; ``output_sum`` with a hidden size only."""
+    layers, experts, top_k = layout.num_layers, layout.num_experts, layout.top_k
     optional = {} if hidden_size is None else {"output_sum": ((layers, experts, hidden_size), torch.float64)}
     return {
         "moments": ((layers, experts, 3, 3), torch.float64),
@@ -276,37 +240,33 @@ def _tensor_layout(
 
 def _present_tensors(names: list[str]) -> list[str]:
     """``names`` when they are the tensor fields, with or without the optional one; ValueError otherwise."""
-    if missing := sorted(_tensor_layout(1, 1, 1, None).keys() - set(names)):
+    smallest = Layout("", ("",), (1,), 1)
+    if missing := sorted(_tensor_layout(smallest, None).keys() - set(names)):
         raise ValueError(f"tensor {missing[0]!r} is missing")
-    if unexpected := sorted(set(names) - _tensor_layout(1, 1, 1, 1).keys()):
-        raise ValueError(f"tensor {unexpected[0]!r} is not part of format version {FORMAT_VERSION}")
+    if unexpected := sorted(set(names) - _tensor_layout(smallest, 1).keys()):
+        raise ValueError(f"tensor {unexpected[0]!r} is not part of format version {FORMAT.version}")
     return names
 
 
-def _parse_metadata(metadata: dict[str, str]) -> dict[str, Any]:
-    """The fields of :class:`ExpertStatistics` that are not tensors; ValueError for another format or version."""
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"not a statistics file: its metadata names format {metadata.get('format')!r}, not {FORMAT!r}")
-    # The version first: a newer one may well lack what this one requires.
-    version = _parse_integer("format_version", metadata.get("format_version", "missing"))
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"written by a newer moe_ext (format version {version}, known is {FORMAT_VERSION}): upgrade moe_ext"
-        )
-    if version != FORMAT_VERSION:
-        raise ValueError(f"format version {version} is unknown; expected {FORMAT_VERSION}")
+def _parse_metadata(metadata: dict[str, str], moments: torch.Size) -> dict[str, Any]:
+    """The fields of :class:`ExpertStatistics` that are not tensors; ValueError where one is not as it should be."""
     if missing := [name for name in ("model_type", "layers", "top_k", "gate", "dataset") if name not in metadata]:
         raise ValueError(f"metadata {missing[0]!r} is missing")
+    layers = _parse_names("layers", metadata["layers"])
+    top_k = _parse_integer("top_k", metadata["top_k"])
+    # Absent in files from before models with groups and with layers of different sizes.
+    groups = _parse_integer("groups", metadata.get("groups", "1"))
+    experts = _parse_counts("experts", metadata.get("experts", "[]"))
+    fewest = _parse_integer("fewest", metadata.get("fewest", "0"))
+    if len(moments) != 4:
+        raise ValueError(f"moments: has shape {tuple(moments)}; expected (L, E, 3, 3)")
+    experts = experts or (moments[1],) * len(layers)
+    if layers and (len(experts) != len(layers) or max(experts) != moments[1] or min(experts) < 1):
+        raise ValueError(f"experts: expected {len(layers)} numbers, the largest {moments[1]}, got {experts}")
     return {
-        "model_type": metadata["model_type"],
-        "layers": _parse_names("layers", metadata["layers"]),
-        "top_k": _parse_integer("top_k", metadata["top_k"]),
+        "layout": Layout(metadata["model_type"], layers, experts, top_k, groups, fewest),
         "gate": metadata["gate"],
         "dataset": metadata["dataset"],
-        # Absent in files from before models with groups and with layers of different sizes.
-        "groups": _parse_integer("groups", metadata.get("groups", "1")),
-        "experts": _parse_counts("experts", metadata.get("experts", "[]")),
-        "fewest": _parse_integer("fewest", metadata.get("fewest", "0")),
         # Absent in files from before several machines.
         "model_digest": metadata.get("model_digest", ""),
         "shards": _parse_names("shards", metadata.get("shards", "[]")),

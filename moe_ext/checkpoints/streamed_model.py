@@ -52,7 +52,8 @@ class LayersOnDisk:
         self._skeleton = skeleton
         self.model: PreTrainedModel = skeleton.model
         self.folder, self._device = Path(folder), torch.device(device)
-        owner, layers, _ = decoder_layers(self.model, moe_blocks(self.model))
+        self.blocks = moe_blocks(self.model)
+        owner, layers, _ = decoder_layers(self.model, self.blocks)
         self.num_layers = len(layers)
         self._keys: list[list[str]] = [[] for _ in layers]
         others = []

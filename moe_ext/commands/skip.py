@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 
@@ -13,10 +12,10 @@ from moe_ext.commands.options import BatchSize, Device, Dtype, Json, Model, Stat
 from moe_ext.commands.output import out, print_json
 from moe_ext.commands.shared import load
 from moe_ext.decision.thresholds import skip_thresholds
+from moe_ext.evaluation.skip_rates import skip_rates
 from moe_ext.models.blocks import moe_blocks
 from moe_ext.runtime.batches import read_domains, token_batches
 from moe_ext.runtime.patching import patch
-from moe_ext.runtime.skipping import count_skips
 from moe_ext.storage.files import folder_destination
 
 
@@ -52,10 +51,7 @@ def skip(
     patch(loaded, skip=thresholds, strict=strict)
     rates = None
     if texts:
-        with count_skips(loaded) as count, torch.inference_mode():
-            for batch in token_batches(texts, tokenizer, window=window, batch_size=batch_size):
-                loaded.base_model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
-        rates = count.rates()
+        rates = skip_rates(loaded, token_batches(texts, tokenizer, window=window, batch_size=batch_size))
     if save_to is not None:
         save_checkpoint(loaded, tokenizer, save_to)
     else:

@@ -27,8 +27,7 @@ def rank_agreement(scores: Sequence[Scores]) -> Tensor:
         raise ValueError("scores: expected one or more criteria, got none")
     if len({(each.layers, each.values.shape, each.experts) for each in scores}) > 1:
         raise ValueError("scores: the criteria are for different layers or numbers of experts")
-    layers, experts = scores[0].values.shape
-    counts = scores[0].experts or (experts,) * layers
+    counts = scores[0].experts
     total = torch.zeros(len(scores), len(scores), dtype=torch.float64)
     seen = torch.zeros_like(total)
     for layer, count in enumerate(counts):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.models.layout import Layout, WithLayout
 
 CRITERIA: dict[str, tuple[int, int, int]] = {
     "frequency": (0, 0, 0),
@@ -34,30 +35,21 @@ OBJECTIVES: dict[str, str] = {"task-agnostic": "man", "task-specific": "weighted
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
+class Scores(WithLayout):
     """Importance of every expert; within a layer the lowest is removed first.
 
     Attributes:
         values: (L, E) float64.
         criterion: its name, ``"S(avg,a,b)"`` for an unnamed point, or ``"random(seed=n)"``.
-        model_type: transformers' name of the model family.
-        layers: L module names of the Mixture-of-Experts blocks.
-        top_k: K, experts per token.
+        layout: the model's layers, experts and K; its fields are attributes here, too. Values beyond a layer's number
+            of experts mean nothing.
         dataset: label of the calibration text.
-        groups: expert groups, contiguous and of equal size, that pruning must keep equal; 1: none.
-        fewest: experts that a layer must keep, if given; K otherwise.
-        experts: number of experts of every layer, if given; E otherwise. Scores beyond it mean nothing.
     """
 
     values: torch.Tensor
     criterion: str
-    model_type: str
-    layers: tuple[str, ...]
-    top_k: int
+    layout: Layout
     dataset: str
-    groups: int = 1
-    fewest: int = 0
-    experts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or self.values.shape[0] != len(self.layers) or self.values.dtype != torch.float64:
@@ -156,14 +148,4 @@ def point_of(criterion: str | tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def _scores(stats: ExpertStatistics, values: torch.Tensor, criterion: str) -> Scores:
-    return Scores(
-        values,
-        criterion,
-        stats.model_type,
-        stats.layers,
-        stats.top_k,
-        stats.dataset,
-        groups=stats.groups,
-        fewest=stats.fewest,
-        experts=stats.experts,
-    )
+    return Scores(values, criterion, stats.layout, stats.dataset)

@@ -77,7 +77,7 @@ def plan(
     else:
         raise ValueError(f"keep: expected exactly one of keep and ratio, got keep={keep!r} and ratio={ratio!r}")
     made_by[name] = asked
-    fewest = scores.fewest or scores.top_k
+    fewest = scores.fewest
     floor, all_of_them = (fewest * layers, experts * layers) if scope == "model" else (fewest, experts)
     if not floor <= kept <= all_of_them:
         raise ValueError(
@@ -95,16 +95,8 @@ def plan(
         removed = _removed_from_all(_normalised(scores.values, normalise), scores.groups, all_of_them - kept, fewest)
     else:
         removed = [(experts - kept) // scores.groups] * layers
-    return PruningPlan(
-        model_type=scores.model_type,
-        num_experts=experts,
-        top_k=scores.top_k,
-        layers=scores.layers,
-        keep=tuple(
-            _kept_in_layer(row, scores.groups, count) for row, count in zip(scores.values, removed, strict=True)
-        ),
-        made_by={**made_by, "moe_ext": __version__},
-    )
+    keeps = (_kept_in_layer(row, scores.groups, count) for row, count in zip(scores.values, removed, strict=True))
+    return PruningPlan.of(scores.layout, tuple(keeps), {**made_by, "moe_ext": __version__})
 
 
 NORMALISATIONS = ("sum", "max", "none")

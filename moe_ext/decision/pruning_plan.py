@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from moe_ext.models.layout import Layout
 from moe_ext.storage.files import replace_file
+from moe_ext.storage.formats import Format
 
-FORMAT = "moe_ext.pruning_plan"
-FORMAT_VERSION = 1
+FORMAT = Format("moe_ext.pruning_plan", 1, "a pruning plan")
 
 
 class PlanFileError(ValueError):
@@ -61,6 +62,15 @@ class PruningPlan:
             if len(kept) < self.top_k:
                 raise ValueError(f"{where}: expected at least top_k = {self.top_k} experts, got {len(kept)}")
 
+    @classmethod
+    def of(cls, layout: Layout, keep: tuple[tuple[int, ...], ...], made_by: dict[str, Any]) -> PruningPlan:
+        """A plan for the model of a layout, whose layers have equal numbers of experts."""
+        return cls(layout.model_type, layout.num_experts, layout.top_k, layout.layers, keep, made_by)
+
+    def is_for(self, layout: Layout) -> bool:
+        """Whether the plan's layers and number of experts are those of a layout."""
+        return self.layers == layout.layers and self.num_experts == layout.num_experts
+
     def removed(self, layer: int) -> tuple[int, ...]:
         """The ascending indices of the experts that a layer loses.
 
@@ -76,8 +86,7 @@ class PruningPlan:
     def to_json(self) -> str:
         """The plan as a JSON object, one field a line."""
         fields = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            **FORMAT.marks(),
             "model_type": self.model_type,
             "num_experts": self.num_experts,
             "top_k": self.top_k,
@@ -102,15 +111,14 @@ class PruningPlan:
             fields = json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise PlanFileError(f"truncated, or not JSON ({error})") from error
-        if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
-            raise PlanFileError(f"not a pruning plan: expected a JSON object with format {FORMAT!r}")
-        version = fields.pop("format_version", None)
-        if type(version) is int and version > FORMAT_VERSION:
-            raise PlanFileError(
-                f"written by a newer moe_ext (format version {version}, known is {FORMAT_VERSION}): upgrade moe_ext"
-            )
-        if type(version) is not int or version != FORMAT_VERSION:
-            raise PlanFileError(f"format_version: expected {FORMAT_VERSION}, got {version!r}")
+        if not isinstance(fields, dict):
+            raise PlanFileError(f"not {FORMAT.title}: expected a JSON object with format {FORMAT.name!r}")
+        try:
+            FORMAT.check(fields)
+        except ValueError as error:
+            raise PlanFileError(str(error)) from None
+        for mark in FORMAT.marks():
+            del fields[mark]
         _check_field_types(fields)
         fields["layers"] = tuple(fields["layers"])
         fields["keep"] = tuple(tuple(kept) if isinstance(kept, list) else kept for kept in fields["keep"])
@@ -161,7 +169,7 @@ def _check_field_types(fields: dict[str, Any]) -> None:
     if missing := [name for name in expected if name not in fields]:
         raise PlanFileError(f"field {missing[0]!r} is missing")
     if unexpected := [name for name in fields if name not in expected]:
-        raise PlanFileError(f"field {unexpected[0]!r} is not part of format version {FORMAT_VERSION}")
+        raise PlanFileError(f"field {unexpected[0]!r} is not part of format version {FORMAT.version}")
     for name, kind in expected.items():
         if type(fields[name]) is not kind:
             raise PlanFileError(f"{name}: expected a JSON {kind.__name__}, got {fields[name]!r}")

@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_ext.decision.criteria import Scores
-from moe_ext.models.blocks import expert_tensors, model_type_of, moe_blocks, refuse_offloaded
+from moe_ext.models.blocks import expert_tensors, moe_blocks, refuse_offloaded
+from moe_ext.models.layout import layout_of
 
 
 def aimer(model: PreTrainedModel) -> Scores:
@@ -29,8 +30,8 @@ def aimer(model: PreTrainedModel) -> Scores:
     """
     blocks = moe_blocks(model)
     refuse_offloaded(blocks, "score")
-    experts = tuple(block.num_experts for block in blocks)
-    values = torch.zeros(len(blocks), max(experts), dtype=torch.float64)
+    layout = layout_of(model, blocks)
+    values = torch.zeros(len(blocks), layout.num_experts, dtype=torch.float64)
     with torch.no_grad():
         for layer, block in enumerate(blocks):
             tensors = expert_tensors(block).values()
@@ -43,14 +44,4 @@ def aimer(model: PreTrainedModel) -> Scores:
                 )
                 if mean := float(absolute.sum()) / count:
                     values[layer, expert] = math.sqrt(float(euclidean.square().sum()) / count) / mean
-    return Scores(
-        values,
-        "aimer",
-        model_type_of(model),
-        tuple(block.name for block in blocks),
-        blocks[0].top_k,
-        dataset="",
-        groups=blocks[0].groups,
-        fewest=blocks[0].fewest_experts,
-        experts=experts,
-    )
+    return Scores(values, "aimer", layout, dataset="")

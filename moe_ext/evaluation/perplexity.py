@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from moe_ext.models.blocks import evaluation_mode, input_device
@@ -141,12 +142,8 @@ def _tokenise(
 
 def _summed_loss(model: PreTrainedModel, batch: list[_Window]) -> float:
     """Sum of the negative log-likelihoods of a batch's targets."""
-    longest = max(len(part.inputs) for part in batch)
-    inputs = torch.zeros(len(batch), longest, dtype=torch.int64)
-    mask = torch.zeros_like(inputs)
-    for row, part in enumerate(batch):
-        inputs[row, : len(part.inputs)] = part.inputs
-        mask[row, : len(part.inputs)] = 1
+    inputs = pad_sequence([part.inputs for part in batch], batch_first=True)  # with 0
+    mask = pad_sequence([torch.ones_like(part.inputs) for part in batch], batch_first=True)
     device = input_device(model)
     logits = model(input_ids=inputs.to(device), attention_mask=mask.to(device), use_cache=False).logits
     total = torch.zeros((), dtype=torch.float64, device=logits.device)

@@ -28,13 +28,12 @@ from moe_ext.models.families import NUM_EXPERTS_FIELDS
 from moe_ext.models.novices import add_novices
 
 
-def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
+def check_plan(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan) -> None:
     """Checks that a plan was made for a model like this one, before anything is touched.
 
     Raises:
-        TypeError, ValueError: what does not fit, and what was expected.
+        ValueError: what does not fit, and what was expected.
     """
-    blocks = moe_blocks(model)
     if plan.model_type != model_type_of(model):
         raise ValueError(f"the plan is for model type {plan.model_type!r}; this model is {model_type_of(model)!r}")
     refuse_novices(blocks, "prune")
@@ -107,8 +106,8 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
         TypeError, ValueError: the plan or the statistics do not fit the model (see :func:`check_plan`). The model is
             left as it was.
     """
-    check_plan(model, plan)
     blocks = moe_blocks(model)
+    check_plan(model, blocks, plan)
     fields = _num_experts_fields(model, blocks[0])
     if novices is not None:
         _put_novices(model, blocks, plan, novices)
@@ -157,7 +156,7 @@ def _put_novices(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPl
     """Leaves the routers as they are, compacts the experts, and puts means in the place of the others."""
     if stats.output_sum is None:
         raise ValueError("novices: the statistics have no sums of outputs: calibrate(..., outputs=True)")
-    if (stats.model_type, stats.layers, stats.num_experts) != (plan.model_type, plan.layers, plan.num_experts):
+    if stats.model_type != plan.model_type or not plan.is_for(stats.layout):
         raise ValueError("novices: the statistics are of another model than the plan")
     if stats.output_sum.shape[-1] != text_config(model).hidden_size:
         raise ValueError(

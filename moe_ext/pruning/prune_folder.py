@@ -20,7 +20,7 @@ from moe_ext.checkpoints.key_map import Source, names_of, tied
 from moe_ext.checkpoints.meta_model import Skeleton, skeleton_of
 from moe_ext.checkpoints.stored_tensors import INDEX, CheckpointError, StoredTensor, stored_tensors
 from moe_ext.decision.pruning_plan import PruningPlan
-from moe_ext.models.blocks import expert_tensors, moe_blocks, refuse_novices, text_config
+from moe_ext.models.blocks import MoeBlock, expert_tensors, moe_blocks, refuse_novices, text_config
 from moe_ext.pruning.prune import prune
 from moe_ext.pruning.shard_writer import Part, shards_of, write_shard
 from moe_ext.pruning.unfinished import PROGRESS, begin, check_space, fingerprint, locked
@@ -99,11 +99,12 @@ def prune_checkpoint(
     skeleton = skeleton_of(checkpoint, stored, dtype=dtype)
     if text_config(skeleton.model).is_heterogeneous:
         raise ValueError(f"{checkpoint}: its layers differ already; prune the model that it was made of")
-    refuse_novices(moe_blocks(skeleton.model), "prune")
+    blocks = moe_blocks(skeleton.model)
+    refuse_novices(blocks, "prune")
     if skeleton.block is not None:
         _check_names_in_quantisation(skeleton.model.config.quantization_config)
     before = skeleton.model.num_parameters()
-    slices = _slices(skeleton, plan)
+    slices = _slices(skeleton, blocks, plan)
     prune(skeleton.model, plan)  # checks the plan, writes the config, and gives the shapes to arrive at
     parts = _parts(skeleton, stored, slices)
     if len(names := {part.name for part in parts}) != len(parts):
@@ -137,9 +138,11 @@ def _check_names_in_quantisation(quantisation: dict[str, Any]) -> None:
             raise ValueError(f"quantization_config names {name!r}, and the experts would be renumbered")
 
 
-def _slices(skeleton: Skeleton, plan: PruningPlan) -> dict[str, tuple[int, tuple[int, ...], int]]:
+def _slices(
+    skeleton: Skeleton, blocks: list[MoeBlock], plan: PruningPlan
+) -> dict[str, tuple[int, tuple[int, ...], int]]:
     """For every tensor that counts experts its dimension of experts, those that are kept, and how many there are."""
-    blocks, names = moe_blocks(skeleton.model), names_of(skeleton.model)
+    names = names_of(skeleton.model)
     found = {}
     for block, keep in zip(blocks, plan.keep, strict=False):  # prune says what does not fit
         for tensor in expert_tensors(block).values():

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 
-from moe_ext.checkpoints.stored_tensors import DTYPES, SINGLE, StoredTensor
+from moe_ext.checkpoints.stored_tensors import DTYPES, StoredTensor
 from moe_ext.storage.files import replace_file
 
 _WINDOW = 64 << 20  # bytes mapped at a time
-
-
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -36,19 +35,15 @@ class Part:
 
 
 def shards_of(parts: list[Part], shard_size: int) -> dict[str, list[Part]]:
-    """The parts by file, in order."""
-    groups: list[list[Part]] = [[]]
-    size = 0
-    for part in parts:
-        if groups[-1] and size + part.size > shard_size:
-            groups.append([])
-            size = 0
-        groups[-1].append(part)
-        size += part.size
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    count = len(groups)
-    return {f"model-{index:05d}-of-{count:05d}.safetensors": group for index, group in enumerate(groups, 1)}
+    """The parts by file, in order, as ``save_pretrained`` shares tensors out."""
+    by_name = {part.name: part for part in parts}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda part: part.size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_size,
+    )
+    return {file: [by_name[name] for name in names] for file, names in split.filename_to_tensors.items()}
 
 
 def write_shard(path: Path, parts: list[Part], bar: Any) -> None:

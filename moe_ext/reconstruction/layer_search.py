@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_ext.models.blocks import MoeBlock, router_digest
 from moe_ext.reconstruction.losses import LayerErrors, ranked
+from moe_ext.reconstruction.request import SearchRequest
 from moe_ext.reconstruction.result import LayerLosses
 from moe_ext.reconstruction.router_formula import route_among
 from moe_ext.reconstruction.subsets import GreedySearch, all_subsets
@@ -23,18 +24,16 @@ class LayerSearch:
         self,
         blocks: Sequence[MoeBlock],
         counts: Sequence[int],
-        method: str,
-        budget: str,
+        request: SearchRequest,
         thresholds: Tensor | None,
-        max_subsets: int,
         distributed: bool,
     ) -> None:
         self.blocks, self.counts, self.thresholds = blocks, counts, thresholds
         self.total: Callable[[Tensor], Tensor] = total_of if distributed else lambda losses: losses
         self.distributed = distributed
         self.num_experts, self.top_k = blocks[0].num_experts, blocks[0].top_k
-        self.every_size = budget == "model"
-        self.most = 0 if method == "greedy" else max_subsets
+        self.every_size = request.budget == "model"
+        self.most = 0 if request.method == "greedy" else request.max_subsets
 
     def search(self, layer: int, inputs: LayerInputs, counted: Sequence[Tensor | None], bar: Any) -> LayerLosses:
         """Losses of the layer's subsets; those of every size where the budget is the model's."""

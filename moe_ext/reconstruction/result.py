@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,10 +15,10 @@ from torch import Tensor
 from moe_ext.decision.pruning_plan import PlanFileError, PruningPlan
 from moe_ext.reconstruction.subsets import IMPROVEMENT
 from moe_ext.storage.files import replace_file
+from moe_ext.storage.formats import Format
 from moe_ext.storage.tensor_file import write_tensors
 
-FORMAT = "moe_ext.search"
-FORMAT_VERSION = 1
+FORMAT = Format("moe_ext.search", 1, "a search's result")
 
 
 class SearchFileError(ValueError):
@@ -117,7 +116,7 @@ class SearchResult:
         lines = ",\n".join(f"    {layer}" for layer in layers)
         plan = json.dumps(json.loads(self.plan.to_json()))
         return (
-            f'{{\n  "format": "{FORMAT}",\n  "format_version": {FORMAT_VERSION},\n  "plan": {plan},\n'
+            f'{{\n  "format": "{FORMAT.name}",\n  "format_version": {FORMAT.version},\n  "plan": {plan},\n'
             f'  "layers": [\n{lines}\n  ]\n}}\n'
         )
 
@@ -149,12 +148,9 @@ class SearchResult:
         """
         try:
             content = json.loads(text)
-            if not isinstance(content, dict) or content.get("format") != FORMAT:
-                raise ValueError(f"not a search's result: expected a JSON object with format {FORMAT!r}")
-            if content.get("format_version") != FORMAT_VERSION:
-                raise ValueError(
-                    f"has format version {content.get('format_version')}; this moe_ext reads {FORMAT_VERSION}"
-                )
+            if not isinstance(content, dict):
+                raise ValueError(f"not {FORMAT.title}: expected a JSON object with format {FORMAT.name!r}")
+            FORMAT.check(content)
             plan = PruningPlan.from_json(json.dumps(content["plan"]))
             losses = []
             for layer in content["layers"]:
@@ -203,7 +199,7 @@ def is_search(path: str | os.PathLike[str]) -> bool:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and content.get("format") == FORMAT
+    return isinstance(content, dict) and content.get("format") == FORMAT.name
 
 
 def write_layers(path: str | os.PathLike[str], losses: dict[int, LayerLosses], metadata: dict[str, str]) -> None:
@@ -212,8 +208,7 @@ def write_layers(path: str | os.PathLike[str], losses: dict[int, LayerLosses], m
     for layer, found in losses.items():
         tensors[f"layers.{layer}.keep"] = found.keep
         tensors[f"layers.{layer}.losses"] = found.losses
-    marks = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
-    write_tensors(path, tensors, {**marks, **metadata})
+    write_tensors(path, tensors, {**FORMAT.metadata(), **metadata})
 
 
 def read_layers(path: str | os.PathLike[str]) -> tuple[dict[int, LayerLosses], dict[str, str]]:
@@ -225,13 +220,7 @@ def read_layers(path: str | os.PathLike[str]) -> tuple[dict[int, LayerLosses], d
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata: dict[str, Any] = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"not a search's result: its metadata names format {metadata.get('format')!r}")
-            if metadata.get("format_version") != str(FORMAT_VERSION):
-                raise ValueError(
-                    f"has format version {metadata.get('format_version')}; this moe_ext reads {FORMAT_VERSION}"
-                )
+            metadata = FORMAT.check_metadata(file.metadata())
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  no dict
         layers = sorted({int(name.split(".")[1]) for name in tensors})
         losses = {
@@ -239,7 +228,7 @@ def read_layers(path: str | os.PathLike[str]) -> tuple[dict[int, LayerLosses], d
             for layer in layers
         }
         if tensors:
-            raise ValueError(f"tensor {next(iter(tensors))!r} is not part of format version {FORMAT_VERSION}")
+            raise ValueError(f"tensor {next(iter(tensors))!r} is not part of format version {FORMAT.version}")
     except SafetensorError as error:
         raise SearchFileError(f"{path}: truncated, or not a safetensors file ({error})") from error
     except (ValueError, KeyError, IndexError) as error:

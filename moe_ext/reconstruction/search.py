@@ -5,8 +5,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,22 +16,20 @@ from transformers import PreTrainedModel
 
 from moe_ext.checkpoints.streamed_model import LayersOnDisk
 from moe_ext.decision.pruning_plan import PruningPlan
-from moe_ext.models.blocks import MoeBlock, decoder_layers, evaluation_mode, model_type_of, moe_blocks, refuse_offloaded
-from moe_ext.models.config_section import check_thresholds, thresholds_in_config
-from moe_ext.reconstruction.budgets import counts_per_layer, share_out
+from moe_ext.models.blocks import MoeBlock, decoder_layers, model_type_of, moe_blocks, refuse_offloaded
+from moe_ext.models.layout import Layout, layout_of
+from moe_ext.reconstruction.budgets import share_out
 from moe_ext.reconstruction.layer_search import LayerSearch, RouterMasks
 from moe_ext.reconstruction.progress import SearchProgress
-from moe_ext.reconstruction.result import SearchResult
+from moe_ext.reconstruction.request import Budget, Method, SearchRequest
+from moe_ext.reconstruction.result import LayerLosses, SearchResult
 from moe_ext.runtime.batches import check_batch
-from moe_ext.runtime.hidden_states import Options, waiting_states
+from moe_ext.runtime.hidden_states import FolderOptions, waiting_states
 from moe_ext.runtime.layer_walk import LayerInputs
-from moe_ext.runtime.patching import active_thresholds, is_patched, patch, unpatch
+from moe_ext.runtime.patching import active_thresholds, patched
 from moe_ext.runtime.processes import check_same, place_among, share_of
 from moe_ext.storage.digests import joined_digest, tensor_bytes, text_digest
 from moe_ext.version import __version__
-
-METHODS = ("layerwise", "progressive", "greedy")
-BUDGETS = ("layer", "model")
 
 
 def search(
@@ -41,15 +38,18 @@ def search(
     *,
     keep: int | Sequence[int] | None = None,
     ratio: float | None = None,
-    method: Literal["layerwise", "progressive", "greedy"] = "layerwise",
-    budget: Literal["layer", "model"] = "layer",
+    method: Method = "layerwise",
+    budget: Budget = "layer",
     skip: Tensor | Literal["config"] | None = None,
     max_subsets: int = 50_000,
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
     dataset: str = "",
     distributed: bool = False,
-    **from_folder: Any,
+    dtype: str | None = None,
+    device: str | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+    read_ahead: bool | None = None,
 ) -> SearchResult:
     """The experts to keep by reconstruction loss (arXiv 2402.14800, section 3.2).
 
@@ -91,8 +91,8 @@ def search(
         distributed: whether the batches are shared among the processes of torch.distributed's default group, every
             N-th whole batch to each, and the losses added up; all of them are given all batches and return the same
             result. The first one reads and writes ``resume``.
-        **from_folder: for a checkpoint folder only; those of :class:`moe_ext.runtime.hidden_states.Options` but
-            ``resume``.
+        dtype, device, scratch, read_ahead: for a checkpoint folder only: the fields of
+            :class:`moe_ext.runtime.hidden_states.FolderOptions`, which has what holds where one is None.
 
     Returns:
         The plan, and the losses of every subset that was evaluated. With "model", or a list, the plan's layers keep
@@ -104,49 +104,79 @@ def search(
         MemoryError, OSError: hidden states for which there is no room, or a checkpoint that cannot be read.
         RuntimeError: a process of the group is gone, or does not answer in time.
     """
-    asked: dict[str, Any] = {"keep": keep, "ratio": ratio, "method": method, "budget": budget, "skip": skip}
-    asked |= {"max_subsets": max_subsets, "resume": resume, "progress": progress, "dataset": dataset}
-    asked["distributed"] = distributed
-    if isinstance(model, str | os.PathLike):
-        options = Options(**from_folder)
-        with LayersOnDisk(
-            Path(model), dtype=options.dtype, device=options.device, read_ahead=options.read_ahead
-        ) as layers:
-            return _search(layers.model, batches, layers, options, **asked)
-    if from_folder:
-        raise TypeError(f"{next(iter(from_folder))}: is for a checkpoint folder; this model is in memory")
-    return _search(model, batches, None, None, **asked)
+    in_folder = {"dtype": dtype, "device": device, "scratch": scratch, "read_ahead": read_ahead}
+    request = SearchRequest(keep, ratio, method, budget, skip, max_subsets, dataset)
+    if not isinstance(model, str | os.PathLike):
+        FolderOptions.refuse(**in_folder)
+        return _search(model, moe_blocks(model), batches, request, None, None, resume, progress, distributed)
+    options = FolderOptions.given(**in_folder)
+    with LayersOnDisk(Path(model), dtype=options.dtype, device=options.device, read_ahead=options.read_ahead) as layers:
+        blocks = layers.blocks
+        return _search(layers.model, blocks, batches, request, layers, options.scratch, resume, progress, distributed)
 
 
 def _search(
     model: PreTrainedModel,
+    blocks: list[MoeBlock],
     batches: Iterable[Mapping[str, Tensor]],
+    request: SearchRequest,
     on_disk: LayersOnDisk | None,
-    options: Options | None,
-    *,
-    keep: int | Sequence[int] | None,
-    ratio: float | None,
-    method: Literal["layerwise", "progressive", "greedy"],
-    budget: Literal["layer", "model"],
-    skip: Tensor | Literal["config"] | None,
-    max_subsets: int,
+    scratch: str | os.PathLike[str] | None,
     resume: str | os.PathLike[str] | None,
     progress: bool,
-    dataset: str,
     distributed: bool,
 ) -> SearchResult:
     """:func:`search`, of a model in memory or one whose layers are on the disk."""
-    blocks = _check_model(model)
-    num_experts, top_k = blocks[0].num_experts, blocks[0].top_k
-    counts = counts_per_layer(keep, ratio, len(blocks), num_experts, top_k)
-    if method not in METHODS or budget not in BUDGETS:
-        raise ValueError(f"method and budget are {method!r} and {budget!r}; expected one of {METHODS} and {BUDGETS}")
-    if method == "progressive" and budget == "model":
-        raise ValueError(
-            "budget: 'model' shares out by the losses of all layers, and progressive knows those of earlier ones only; "
-            "search layerwise with budget='model', then progressive with keep=[len(kept) for kept in plan.keep]"
+    _check_model(model, blocks)
+    layout = layout_of(model, blocks)
+    counts = request.counts(len(blocks), layout.num_experts, layout.top_k)
+    thresholds = request.thresholds(model, len(blocks), layout.top_k)
+    listed, counted, tokens = _listed(batches)
+    asked = request.as_json(counts, thresholds, tokens)
+    text, of_model = text_digest(listed), _digest_of_model(model, blocks, on_disk)
+    if distributed:
+        check_same(text, "the processes search over different text")
+        listed, counted = list(share_of(listed)), list(share_of(counted))
+    layers = LayerSearch(blocks, counts, request, thresholds, distributed)
+    record = SearchProgress(resume, {**asked, "model": of_model, "text": text}, distributed)
+    found = record.layers
+    left = [layer for layer in range(len(blocks)) if layer not in found]
+    states, position = None, 0
+    if on_disk is not None:
+        _, _, of_block = decoder_layers(model, blocks)
+        job = joined_digest([__version__, json.dumps(asked), text, of_model, place_among()])
+        reached = of_block[left[0]] if left else 0
+        waiting = listed if left else []
+        states, position = waiting_states(
+            on_disk, waiting, scratch, job, reached, hold=False, show=progress and bool(left)
         )
-    thresholds = _thresholds(model, skip, len(blocks), top_k)
+    need = None if on_disk is None else on_disk.need
+    with (
+        tqdm(total=len(left) * len(listed), desc="search", unit="batch", disable=not progress) as bar,
+        torch.no_grad(),
+        patched(model, blocks),
+        LayerInputs(model, blocks, listed, states=states, need=need, position=position) as inputs,
+        RouterMasks() as masks,
+    ):
+        for layer, block in enumerate(blocks):
+            if layer in left:
+                found[layer] = layers.search(layer, inputs, counted, bar)
+                record.write()
+            if request.method == "progressive":
+                kept = torch.zeros(layout.num_experts, dtype=torch.bool)
+                kept[list(found[layer].best(counts[layer])[0])] = True
+                masks.add(block, kept, None if thresholds is None else thresholds[layer])
+    result = _chosen(tuple(found[layer] for layer in range(len(blocks))), layout, counts, asked)
+    if states is not None:
+        states.remove()
+    record.finish(result.plan)
+    return result
+
+
+def _listed(
+    batches: Iterable[Mapping[str, Tensor]],
+) -> tuple[list[Mapping[str, Tensor]], list[Tensor | None], int]:
+    """The batches, which of their tokens count, and how many do; ValueError if none does."""
     listed = list(batches)
     counted = [check_batch(index, batch) for index, batch in enumerate(listed)]
     tokens = sum(
@@ -155,97 +185,30 @@ def _search(
     )
     if tokens == 0:
         raise ValueError("no token was counted: 'batches' is empty, or every token is padding")
+    return listed, counted, tokens
 
-    asked: dict[str, Any] = {
-        "method": method,
-        "budget": budget,
-        **({"ratio": ratio} if ratio is not None else {"keep": keep if isinstance(keep, int) else counts}),
-        "max_subsets": max_subsets,
-        "skip": None if thresholds is None else thresholds.tolist(),
-        "dataset": dataset,
-        "tokens": tokens,
-    }
-    text, of_model = text_digest(listed), _digest_of_model(model, blocks, on_disk)
-    if distributed:
-        check_same(text, "the processes search over different text")
-        listed, counted = list(share_of(listed)), list(share_of(counted))
-    layers = LayerSearch(blocks, counts, method, budget, thresholds, max_subsets, distributed)
-    record = SearchProgress(resume, {**asked, "model": of_model, "text": text}, distributed)
-    found = record.layers
-    left = [layer for layer in range(len(blocks)) if layer not in found]
-    states, position = None, 0
-    if on_disk is not None and options is not None:
-        _, _, of_block = decoder_layers(model, blocks)
-        job = joined_digest([__version__, json.dumps(asked), text, of_model, place_among()])
-        reached = of_block[left[0]] if left else 0
-        waiting = listed if left else []
-        states, position = waiting_states(
-            on_disk, waiting, options.scratch, job, reached, hold=False, show=progress and bool(left)
-        )
-    bar = tqdm(total=len(left) * len(listed), desc="search", unit="batch", disable=not progress)
-    need = None if on_disk is None else on_disk.need
-    with (
-        bar,
-        torch.no_grad(),
-        _prepared(model),
-        LayerInputs(model, blocks, listed, states=states, need=need, position=position) as inputs,
-        RouterMasks() as masks,
-    ):
-        for layer, block in enumerate(blocks):
-            if layer in left:
-                found[layer] = layers.search(layer, inputs, counted, bar)
-                record.write()
-            if method == "progressive":
-                kept = torch.zeros(num_experts, dtype=torch.bool)
-                kept[list(found[layer].best(counts[layer])[0])] = True
-                masks.add(block, kept, None if thresholds is None else thresholds[layer])
 
-    losses = tuple(found[layer] for layer in range(len(blocks)))
-    if budget == "model":
-        curves = [[layer.best(size)[1] for size in range(num_experts, top_k - 1, -1)] for layer in losses]
-        counts = share_out(curves, sum(counts), num_experts)
+def _chosen(losses: tuple[LayerLosses, ...], layout: Layout, counts: list[int], asked: dict[str, Any]) -> SearchResult:
+    """The best subset of every layer's losses; a model's budget is shared out first."""
+    if asked["budget"] == "model":
+        sizes = range(layout.num_experts, layout.top_k - 1, -1)
+        curves = [[layer.best(size)[1] for size in sizes] for layer in losses]
+        counts = share_out(curves, sum(counts), layout.num_experts)
     chosen = [layer.best(count) for layer, count in zip(losses, counts, strict=True)]
-    plan = PruningPlan(
-        model_type=model_type_of(model),
-        num_experts=num_experts,
-        top_k=top_k,
-        layers=tuple(block.name for block in blocks),
-        keep=tuple(kept for kept, _ in chosen),
-        made_by={
-            "criterion": f"reconstruction loss, {method}",
-            **asked,
-            "losses": [loss for _, loss in chosen],
-            "exact": [layer.is_exact(count) for layer, count in zip(losses, counts, strict=True)],
-            "moe_ext": __version__,
-        },
-    )
-    result = SearchResult(plan, losses)
-    if states is not None:
-        states.remove()
-    record.finish(plan)
-    return result
+    made_by = {
+        "criterion": f"reconstruction loss, {asked['method']}",
+        **asked,
+        "losses": [loss for _, loss in chosen],
+        "exact": [layer.is_exact(count) for layer, count in zip(losses, counts, strict=True)],
+        "moe_ext": __version__,
+    }
+    return SearchResult(PruningPlan.of(layout, tuple(kept for kept, _ in chosen), made_by), losses)
 
 
-def _thresholds(
-    model: PreTrainedModel, skip: Tensor | Literal["config"] | None, layers: int, top_k: int
-) -> Tensor | None:
-    """(L, K - 1) float32 or None; ValueError if they do not fit, or the config has none."""
-    if skip is None:
-        return None
-    if not isinstance(skip, str):
-        return check_thresholds(skip, layers, top_k)
-    if skip != "config":
-        raise ValueError(f"skip is {skip!r}; expected thresholds, 'config' or None")
-    found = thresholds_in_config(model.config, layers, top_k)
-    if found is None:
-        raise ValueError(f"skip: {model.config.name_or_path} holds no skip thresholds; moe-ext skip sets them")
-    return found
-
-
-def _check_model(model: PreTrainedModel) -> list[MoeBlock]:
+def _check_model(model: PreTrainedModel, blocks: list[MoeBlock]) -> None:
+    """ValueError, naming the layer, for a model that cannot be searched."""
     if active_thresholds(model) is not None:
         raise ValueError("the model skips experts; patch(model, skip=None) before searching, and pass skip=thresholds")
-    blocks = moe_blocks(model)
     refuse_offloaded(blocks, "search")
     for block in blocks:
         if not block.family.fused or block.family.renormalise is not True or block.has_novices:
@@ -255,21 +218,6 @@ def _check_model(model: PreTrainedModel) -> list[MoeBlock]:
             )
     if len({(block.num_experts, block.top_k) for block in blocks}) > 1:
         raise ValueError("the model's layers have different numbers of experts; search takes the same in every layer")
-    return blocks
-
-
-@contextmanager
-def _prepared(model: PreTrainedModel) -> Iterator[None]:
-    """The model patched, without skipping, and in evaluation mode; as it was on the way out."""
-    was_patched = is_patched(model)
-    if not was_patched:
-        patch(model, skip=None)
-    try:
-        with evaluation_mode(model):
-            yield
-    finally:
-        if not was_patched:
-            unpatch(model)
 
 
 def _digest_of_model(model: PreTrainedModel, blocks: Sequence[MoeBlock], on_disk: LayersOnDisk | None) -> str:

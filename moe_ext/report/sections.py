@@ -90,7 +90,7 @@ class Report:
 
     def __post_init__(self) -> None:
         for name, made in (("removals", self.removals), ("search", self.search and self.search.plan)):
-            if made and (made.layers != self.stats.layers or made.num_experts != self.stats.num_experts):
+            if made and not made.is_for(self.stats.layout):
                 raise ValueError(f"{name}: is for other layers or another number of experts than the statistics")
         for each in self.variants:
             if not 0 < each.perplexity < float("inf"):

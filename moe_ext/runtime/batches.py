@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 def read_domains(paths: Iterable[Path]) -> dict[str, str]:
@@ -63,12 +64,8 @@ def token_batches(
         windows += [tokens[start : start + window] for start in range(0, len(tokens), window)]
     for start in range(0, len(windows), batch_size):
         rows = windows[start : start + batch_size]
-        longest = max(len(row) for row in rows)
-        input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        for index, row in enumerate(rows):
-            input_ids[index, : len(row)] = torch.tensor(row)
-            attention_mask[index, : len(row)] = 1
+        input_ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # with 0
+        attention_mask = pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in rows], batch_first=True)
         yield {"input_ids": input_ids, "attention_mask": attention_mask}
 
 

@@ -2,14 +2,18 @@
 memory, in a temporary file, or in files that are mapped into memory and outlive the process.
 """
 
+from __future__ import annotations
+
 import mmap
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -65,7 +69,7 @@ _ALIGNMENT = mmap.PAGESIZE  # a batch begins on a page of its own
 
 
 @dataclass(frozen=True)
-class Options:
+class FolderOptions:
     """How :func:`moe_ext.calibrate` and :func:`moe_ext.search` go through a checkpoint folder.
 
     Attributes:
@@ -84,6 +88,18 @@ class Options:
     scratch: str | os.PathLike[str] | None = None
     resume: str | os.PathLike[str] | None = None
     read_ahead: bool = True
+
+    @classmethod
+    def given(cls, **options: Any) -> FolderOptions:
+        """The options that are not None; those that are keep their default."""
+        return cls(**{name: value for name, value in options.items() if value is not None})
+
+    @staticmethod
+    def refuse(**options: Any) -> None:
+        """TypeError if one is given, for a model that is in memory."""
+        for name, value in options.items():
+            if value is not None:
+                raise TypeError(f"{name}: is for a checkpoint folder; this model is in memory")
 
 
 def _sizes(layers: LayersOnDisk, batches: Sequence[Mapping[str, Tensor]]) -> list[int]:
@@ -237,29 +253,17 @@ def waiting_states(
 
 
 def _check_memory(needed: int) -> None:
-    available = _available_memory()
-    if available is not None and needed > available:
+    available = psutil.virtual_memory().available
+    if needed > available:
         raise MemoryError(
             f"the hidden states of all batches take {needed / 1e9:.2f} GB, {available / 1e9:.2f} GB of memory are "
             "free: give a scratch folder, or less text"
         )
 
 
-def _available_memory() -> int | None:
-    """Bytes that Linux says could be had; None elsewhere."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0].split()[1]) * 1024 if found else None
-
-
 def _check_disk(folder: Path, name: str, needed: int) -> None:
-    filesystem: Any = os.statvfs(folder)
-    free = filesystem.f_bavail * filesystem.f_frsize + sum(
-        file.stat().st_blocks * 512 for file in folder.glob(f"{name}-*.states*")
-    )
+    own = sum(file.stat().st_blocks * 512 for file in folder.glob(f"{name}-*.states*"))
+    free = shutil.disk_usage(folder).free + own
     if needed > free:
         raise OSError(
             f"scratch: the hidden states of all batches take {needed / 1e9:.2f} GB; {folder} has {free / 1e9:.2f} GB"

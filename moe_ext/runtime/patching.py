@@ -8,6 +8,8 @@ gradients are required, both run transformers' own differentiable code.
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -20,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_ext import ops
-from moe_ext.models.blocks import MoeBlock, eager_forward, moe_blocks
+from moe_ext.models.blocks import MoeBlock, eager_forward, evaluation_mode, moe_blocks
 from moe_ext.models.config_section import CONFIG_KEY, check_thresholds, section_with, thresholds_in_config
 from moe_ext.runtime.skipping import skip_weak
 from moe_ext.runtime.supported import activation_of, check_experts, check_tensors, reason_unsupported
@@ -28,9 +30,13 @@ from moe_ext.runtime.supported import activation_of, check_experts, check_tensor
 IMPLEMENTATION = "moe_ext"
 
 
+STATE = "_moe_ext"
+"""Attribute of a patched model (:class:`_ModelState`), and of its routers and experts (:class:`LayerState`)."""
+
+
 @dataclass
-class _Patch:
-    """What a patched model needs to become what it was: kept on the model as ``_moe_ext_patch``."""
+class _ModelState:
+    """What a patched model needs to become what it was."""
 
     implementation: dict[str, str | None]  # of transformers, as get_experts_implementation returns it
     of_experts: str | None  # the one of the model's part that holds the experts
@@ -38,14 +44,42 @@ class _Patch:
     thresholds: Tensor | None  # (L, K - 1) in use
 
 
+@dataclass
+class LayerState:
+    """How a patched MoE layer runs; its router and its experts hold the same one.
+
+    Attributes:
+        fallback: transformers' experts implementation where gradients are required, and where ``stock`` is set.
+        stock: whether the operators cannot run the experts.
+        thresholds: (K - 1,) skip thresholds, or None.
+        renormalise: as for the ``route`` operator; None: the router runs its own code.
+        observer: called in the place of the ``experts`` operator during calibration.
+    """
+
+    fallback: str
+    stock: bool
+    thresholds: Tensor | None
+    renormalise: bool | None
+    observer: Any = None
+
+
 def is_patched(model: PreTrainedModel) -> bool:
-    return getattr(model, "_moe_ext_patch", None) is not None
+    return hasattr(model, STATE)
 
 
 def active_thresholds(model: PreTrainedModel) -> Tensor | None:
     """Skip thresholds (L, K - 1) that a patched model applies; None if it skips nothing or is not patched."""
-    state: _Patch | None = getattr(model, "_moe_ext_patch", None)
+    state = _state_of(model)
     return None if state is None else state.thresholds
+
+
+def _state_of(model: PreTrainedModel) -> _ModelState | None:
+    return getattr(model, STATE, None)
+
+
+def layer_state(block: MoeBlock) -> LayerState:
+    """How a block of a patched model runs."""
+    return cast(LayerState, getattr(block.experts, STATE))
 
 
 def patch(
@@ -71,7 +105,12 @@ def patch(
         ValueError: no MoE layers, an unsupported model type, weights that are not plain or not in memory, thresholds
             that do not fit or, if strict, experts that the operators cannot run. The model is left as it was.
     """
-    blocks = moe_blocks(model)
+    return _patch_blocks(model, moe_blocks(model), skip, strict)
+
+
+def _patch_blocks(
+    model: PreTrainedModel, blocks: list[MoeBlock], skip: Tensor | Literal["config"] | None, strict: bool
+) -> PreTrainedModel:
     for block in blocks:
         check_tensors(block)
     unsupported = {block.name: reason for block in blocks if (reason := reason_unsupported(block)) is not None}
@@ -86,14 +125,16 @@ def patch(
     else:
         thresholds = None if skip is None else check_thresholds(skip, len(blocks), blocks[0].top_k)
 
-    state: _Patch | None = getattr(model, "_moe_ext_patch", None)
+    state = _state_of(model)
     if state is None:
         _check_unpatched(blocks)
         entry = getattr(model.config, CONFIG_KEY, None)
         of_experts: str | None = cast(Any, blocks[0].experts).config._experts_implementation
-        state = _Patch(model.get_experts_implementation(), of_experts, None if entry is None else dict(entry), None)
+        state = _ModelState(
+            model.get_experts_implementation(), of_experts, None if entry is None else dict(entry), None
+        )
     model.set_experts_implementation(IMPLEMENTATION)  # before anything else changes: transformers may refuse
-    model._moe_ext_patch = state
+    setattr(model, STATE, state)
     state.thresholds = thresholds
     if not isinstance(skip, str):
         _restore_config_entry(model, state)  # thresholds of an earlier patch are replaced, not kept
@@ -103,24 +144,28 @@ def patch(
     for layer, block in enumerate(blocks):
         stock = block.name in unsupported
         # Of transformers' implementations only eager leaves sentinel slots out; ours, loaded by name, has no backward.
-        block.experts._moe_ext_fallback = "eager" if thresholds is not None and not stock else named  # type: ignore[assignment]
-        block.experts._moe_ext_stock = stock  # type: ignore[assignment]
-        block.router._moe_ext_thresholds = None if thresholds is None else thresholds[layer].clone()  # type: ignore[assignment]
-        block.router._moe_ext_renormalise = block.family.renormalise if block.family.fused else None  # type: ignore[assignment]
+        own = LayerState(
+            fallback="eager" if thresholds is not None and not stock else named,
+            stock=stock,
+            thresholds=None if thresholds is None else thresholds[layer].clone(),
+            renormalise=block.family.renormalise is True if block.family.fused else None,
+        )
+        setattr(block.experts, STATE, own)
+        setattr(block.router, STATE, own)
         # Below accelerate's hooks where there are any: they bring the weights.
         place = "_old_forward" if hasattr(block.router, "_hf_hook") else "forward"
         setattr(block.router, place, partial(_router_forward, block.router))  # a bound method would not unpickle
     if unsupported:
         first, *others = unsupported.values()
         more = f" (and {len(others)} more such layers)" if others else ""
-        warnings.warn(f"{first}{more}: left on transformers' {named!r} experts", stacklevel=2)
+        warnings.warn(f"{first}{more}: left on transformers' {named!r} experts", stacklevel=3)
     return model
 
 
 def _check_unpatched(blocks: list[MoeBlock]) -> None:
     """ValueError if a block is patched already, through another model object, or has a forward of its own."""
     for block in blocks:
-        if hasattr(block.router, "_moe_ext_thresholds"):
+        if hasattr(block.router, STATE):
             raise ValueError(f"{block.name} is patched already as part of another model; unpatch that one first")
         if "forward" in vars(block.router) and not hasattr(block.router, "_hf_hook"):
             raise ValueError(f"{block.name}: the router's forward was replaced on the instance; patch before that")
@@ -128,23 +173,39 @@ def _check_unpatched(blocks: list[MoeBlock]) -> None:
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     """Undoes :func:`patch`, thresholds in the config included. A model that is not patched is returned as it is."""
-    state: _Patch | None = getattr(model, "_moe_ext_patch", None)
-    if state is None:
-        return model
-    for block in moe_blocks(model):
+    return model if _state_of(model) is None else _unpatch_blocks(model, moe_blocks(model))
+
+
+def _unpatch_blocks(model: PreTrainedModel, blocks: list[MoeBlock]) -> PreTrainedModel:
+    state = cast(_ModelState, _state_of(model))
+    for block in blocks:
         if hasattr(block.router, "_hf_hook"):
             block.router._old_forward = MethodType(type(block.router).forward, block.router)  # type: ignore[assignment]
         else:
             del block.router.forward
-        del block.router._moe_ext_thresholds, block.router._moe_ext_renormalise
-        del block.experts._moe_ext_fallback, block.experts._moe_ext_stock
+        delattr(block.router, STATE)
+        delattr(block.experts, STATE)
     model.set_experts_implementation(state.implementation)
     _restore_config_entry(model, state)
-    del model._moe_ext_patch
+    delattr(model, STATE)
     return model
 
 
-def _restore_config_entry(model: PreTrainedModel, state: _Patch) -> None:
+@contextmanager
+def patched(model: PreTrainedModel, blocks: list[MoeBlock], *, strict: bool = True) -> Iterator[None]:
+    """A model that skips nothing, patched if it was not, and in evaluation mode; as it was on the way out."""
+    was_patched = is_patched(model)
+    if not was_patched:
+        _patch_blocks(model, blocks, None, strict)
+    try:
+        with evaluation_mode(model):
+            yield
+    finally:
+        if not was_patched:
+            _unpatch_blocks(model, blocks)
+
+
+def _restore_config_entry(model: PreTrainedModel, state: _ModelState) -> None:
     if state.config_entry is not None:
         setattr(model.config, CONFIG_KEY, dict(state.config_entry))
     elif hasattr(model.config, CONFIG_KEY):
@@ -157,17 +218,18 @@ def _gradients_required(*tensors: Tensor) -> bool:
 
 def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts implementation ``moe_ext`` of transformers' interface: (T, H), (T, K), (T, K) -> (T, H)."""
-    observer = getattr(self, "_moe_ext_observer", None)
-    if getattr(self, "_moe_ext_stock", False):
+    state: LayerState | None = getattr(self, STATE, None)  # None: selected by name, without patch
+    observer = None if state is None else state.observer
+    if state is not None and state.stock:
         if observer is not None:
             observer.observe(hidden_states, top_k_index, top_k_weights)
         # Not every implementation knows the sentinel; a skipped slot's weight is 0, so any expert does.
         top_k_index = top_k_index.masked_fill(top_k_index == cast(int, self.num_experts), 0)
-        return cast(Tensor, _stock_forward(self)(self, hidden_states, top_k_index, top_k_weights))
+        return cast(Tensor, _stock_forward(self, state)(self, hidden_states, top_k_index, top_k_weights))
     gate_up, down = cast(Tensor, self.gate_up_proj), cast(Tensor, self.down_proj)
     if _gradients_required(hidden_states, top_k_weights, gate_up, down):
-        return cast(Tensor, _stock_forward(self)(self, hidden_states, top_k_index, top_k_weights))
-    if not hasattr(self, "_moe_ext_fallback"):  # selected by name, without patch: nobody has checked this module
+        return cast(Tensor, _stock_forward(self, state)(self, hidden_states, top_k_index, top_k_weights))
+    if state is None:  # nobody has checked this module
         check_experts("experts", self)
     activation = activation_of(self.config)
     x = hidden_states.to(gate_up.dtype)  # under autocast the two differ; transformers' grouped_mm casts alike
@@ -178,18 +240,18 @@ def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor
     return out.to(hidden_states.dtype)
 
 
-def _stock_forward(experts: nn.Module) -> Any:
+def _stock_forward(experts: nn.Module, state: LayerState | None) -> Any:
     """What transformers ran before the patch: a function of (self, hidden_states, top_k_index, top_k_weights)."""
-    name = getattr(experts, "_moe_ext_fallback", "eager")
+    name = "eager" if state is None else state.fallback
     return ALL_EXPERTS_FUNCTIONS.get(name, eager_forward(experts))
 
 
 def _router_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """A patched router: logits (T, E), weights (T, K), experts (T, K) int64, E where a slot is skipped."""
-    thresholds = cast(Tensor | None, self._moe_ext_thresholds)
+    state = cast(LayerState, getattr(self, STATE))
+    thresholds, renormalise = state.thresholds, state.renormalise
     if thresholds is not None and thresholds.device != hidden_states.device:
-        thresholds = self._moe_ext_thresholds = thresholds.to(hidden_states.device)
-    renormalise = cast(bool | None, self._moe_ext_renormalise)
+        thresholds = state.thresholds = thresholds.to(hidden_states.device)
     if renormalise is None or _gradients_required(hidden_states, cast(Tensor, self.weight)):
         output: tuple[Tensor, ...] = type(self).forward(self, hidden_states, *args, **kwargs)
         if thresholds is None:

@@ -1,0 +1,79 @@
+"""What a search is asked for, and what that means for the model at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moe_ext.models.config_section import check_thresholds, thresholds_in_config
+from moe_ext.reconstruction.budgets import counts_per_layer
+
+Method = Literal["layerwise", "progressive", "greedy"]
+Budget = Literal["layer", "model"]
+METHODS = ("layerwise", "progressive", "greedy")
+BUDGETS = ("layer", "model")
+
+
+@dataclass(frozen=True, eq=False)
+class SearchRequest:
+    """The arguments of :func:`moe_ext.search` that decide its result, beside model and text; fields as there."""
+
+    keep: int | Sequence[int] | None
+    ratio: float | None
+    method: Method
+    budget: Budget
+    skip: Tensor | Literal["config"] | None
+    max_subsets: int
+    dataset: str
+
+    def counts(self, layers: int, num_experts: int, top_k: int) -> list[int]:
+        """Experts that every layer keeps, before a model-wide budget shares them out.
+
+        Raises:
+            ValueError: no such numbers, method or budget, or a budget that the method cannot have.
+        """
+        counts = counts_per_layer(self.keep, self.ratio, layers, num_experts, top_k)
+        if self.method not in METHODS or self.budget not in BUDGETS:
+            raise ValueError(
+                f"method and budget are {self.method!r} and {self.budget!r}; expected one of {METHODS} and {BUDGETS}"
+            )
+        if self.method == "progressive" and self.budget == "model":
+            raise ValueError(
+                "budget: 'model' shares out by the losses of all layers, and progressive knows those of earlier ones "
+                "only; search layerwise with budget='model', then progressive with "
+                "keep=[len(kept) for kept in plan.keep]"
+            )
+        return counts
+
+    def thresholds(self, model: PreTrainedModel, layers: int, top_k: int) -> Tensor | None:
+        """(L, K - 1) float32 skip thresholds or None; ValueError if they do not fit, or the config has none."""
+        if self.skip is None:
+            return None
+        if not isinstance(self.skip, str):
+            return check_thresholds(self.skip, layers, top_k)
+        if self.skip != "config":
+            raise ValueError(f"skip is {self.skip!r}; expected thresholds, 'config' or None")
+        found = thresholds_in_config(model.config, layers, top_k)
+        if found is None:
+            raise ValueError(f"skip: {model.config.name_or_path} holds no skip thresholds; moe-ext skip sets them")
+        return found
+
+    def as_json(self, counts: list[int], thresholds: Tensor | None, tokens: int) -> dict[str, Any]:
+        """The request as plans and files of unfinished searches remember it."""
+        return {
+            "method": self.method,
+            "budget": self.budget,
+            **(
+                {"ratio": self.ratio}
+                if self.ratio is not None
+                else {"keep": self.keep if isinstance(self.keep, int) else counts}
+            ),
+            "max_subsets": self.max_subsets,
+            "skip": None if thresholds is None else thresholds.tolist(),
+            "dataset": self.dataset,
+            "tokens": tokens,
+        }
