@@ -4,7 +4,7 @@ import json
 
 import matplotlib
 from matplotlib import pyplot
-from update_readme import RESULTS, newest
+from update_tables import RESULTS, newest
 
 from moe_ext.storage.files import replace_file
 

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from update_readme import newest
+from update_tables import newest
 
 from moe_ext.storage.dated_results import table
 from moe_ext.storage.files import replace_file

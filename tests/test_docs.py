@@ -80,15 +80,44 @@ def test_the_code_blocks_of_a_page_run(
             assert language == "", f"{page.name}: no test runs {language}"
 
 
-@pytest.mark.skipif(not (ROOT / "moe_ext").exists(), reason="some links lead to the package's source")
-def test_every_file_that_the_docs_link_to_exists() -> None:
-    links = [
-        (page.name, link)
-        for page in PAGES
-        for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
-        if "://" not in link and not link.startswith("#") and not (page.parent / link.split("#")[0]).exists()
-    ]
-    assert links == []
+# Beside the pages whose code runs, those that name files as well.
+WITH_PATHS = [*PAGES, *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "SECURITY", "CHANGELOG", "benchmarks/README"))]
+FOLDERS = (".ci", ".github", "benchmarks", "csrc", "docs", "examples", "moe_ext", "tests", "tools")
+needs_source = pytest.mark.skipif(not (ROOT / "moe_ext").exists(), reason="some paths lead to the package's source")
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    found = re.findall(r"^#+ (.+)$", BLOCK.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@needs_source
+@pytest.mark.parametrize("page", WITH_PATHS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_that_a_page_names_exists(page: Path) -> None:
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    missing = []
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in headings(target)):
+            missing.append(link)
+    words = [word for span in re.findall(r"`([^`\n]+)`", text) for word in span.split()]
+    paths = [word for word in words if re.fullmatch(rf"({'|'.join(map(re.escape, FOLDERS))})/[\w./-]*", word)]
+    assert missing + [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@needs_source
+def test_the_map_lists_every_wing_in_the_order_of_the_import_rule() -> None:
+    mapped = re.findall(r"^\| \[(\w+)\]\(\.\./moe_ext/\1\)", (ROOT / "docs" / "README.md").read_text(), re.MULTILINE)
+    assert sorted(mapped) == sorted(path.parent.name for path in (ROOT / "moe_ext").glob("*/__init__.py"))
+    layers = re.search(r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    assert layers is not None
+    # `a | b` are two wings that do not know each other: their order is free.
+    ranks = {wing: -rank for rank, line in enumerate(layers[1].splitlines()) for wing in re.findall(r"\w+", line)}
+    assert [ranks[wing] for wing in mapped] == sorted(ranks[wing] for wing in mapped)
 
 
 def test_every_page_is_listed() -> None:

@@ -1,7 +1,7 @@
 """Every family of ``moe_ext.models.families.FAMILIES``: patch, calibrate, prune, save and reload, skip.
 
 The references are transformers' own eager model, float64 brute force over what its experts were given, and rules
-written out in hooks. README's table of what is supported rests on these tests, one a column.
+written out in hooks. The table of docs/support.md rests on these tests, one a column.
 """
 
 import json

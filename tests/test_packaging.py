@@ -1,5 +1,6 @@
 """The source distribution holds all that building needs, its metadata suits PyPI, and extras bring what they say."""
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -40,7 +41,7 @@ def names_and_metadata(sdist: Path) -> tuple[set[str], Message]:
 def test_the_source_distribution_holds_every_source(sdist: Path) -> None:
     names, _ = names_and_metadata(sdist)
     tracked = subprocess.run(
-        ["git", "ls-files", "csrc", "moe_ext", "setup.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md"],
+        ["git", "ls-files", "csrc", "moe_ext", "setup.py", "pyproject.toml", "LICENSE", ":(top,glob)*.md"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -67,6 +68,13 @@ def test_the_metadata_is_what_pypi_takes(sdist: Path) -> None:
     _, fields = names_and_metadata(sdist)
     assert fields["License-Expression"] == "Apache-2.0"
     assert fields["Version"] == moe_ext.__version__
+
+
+def test_the_changelog_has_a_section_for_the_version() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", moe_ext.__version__)
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## (\S+) - (?:unreleased|\d{4}-\d\d-\d\d)$", text, re.MULTILINE)
+    assert moe_ext.__version__ in sections
 
 
 def test_the_installed_package_holds_what_is_no_python_code() -> None:

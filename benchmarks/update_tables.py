@@ -1,11 +1,12 @@
-"""Copies measured tables from benchmarks/results into the READMEs, so that no number in them is typed by hand.
+"""Copies measured tables from benchmarks/results into the pages that show them, so that no number is typed by hand.
 
-``python benchmarks/update_readme.py`` rewrites the parts between the markers; ``--check`` exits with 1 if they differ
-from what the newest results say (a test runs it).
+``python benchmarks/update_tables.py`` rewrites the parts between the markers; ``--check`` exits with 1 if they differ
+from what the newest results say (a test runs it). The tables of docs/scaling.md are computed, by scaling.py.
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ def newest(name: str) -> Path:
     return files[-1]
 
 
-def demo_table(result: Mapping[str, Any], source: str) -> str:
+def demo_table(result: Mapping[str, Any], link: str) -> str:
     domains = list(result["rows"][0]["perplexity"])
     header = columns_of(domains)
     lines = ["| " + " | ".join(header) + " |", "|---" + "|--:" * (len(header) - 1) + "|"]
@@ -38,26 +39,54 @@ def demo_table(result: Mapping[str, Any], source: str) -> str:
         "",
         f"Measured on {result['date']} on {machine['processor']}, {machine['threads']} threads, {machine['variant']}, "
         f"torch {versions['torch']}, transformers {versions['transformers']} "
-        f"([{source}](benchmarks/results/{source})). Perplexity on held-out text, lower is better; mean: geometric. "
+        f"({link}). Perplexity on held-out text, lower is better; mean: geometric. "
         f"Decode: tokens/s over the first row's in the same run, batch 1, {result['decode']['dtype']}, median of "
         f"{result['decode']['rounds']} interleaved rounds.",
     ]
     return "\n".join(lines)
 
 
-def counters_tables(result: Mapping[str, Any], source: str) -> str:
+# What a user may want, how to get it, and the variant of the demo that did it.
+WAYS = (
+    ("to see what it starts from", "stock transformers", "unpruned, transformers"),
+    ("speed, all experts kept", "`moe_ext.patch(model)`", "unpruned"),
+    ("fewer experts a token", "`moe-ext skip`, then `patch`", "skip at the median"),
+    ("a smaller model for text like the calibration text", "`--objective task-specific`", "8→6 weighted_ean"),
+    ("the same, searched: more work", "`moe-ext search --method progressive`", "8→6 search progressive"),
+    ("a smaller model for other text (not this demo's case)", "`--objective task-agnostic`", "8→6 man"),
+    ("both, smaller and fewer a token", "`--objective task-specific`, `skip`", "8→6 weighted_ean + skip"),
+    ("a control", "`--criterion random`", "8→6 random (mean of 3)"),
+)
+
+
+def demo_summary(result: Mapping[str, Any], link: str) -> str:
+    domains = list(result["rows"][0]["perplexity"])
+    columns = columns_of(domains)
+    shown = [columns.index(column) for column in ("file", "mean", "skipped", "decode")]
+    cells = {row["name"]: cells_of(row, domains) for row in result["rows"]}
+    lines = ["| you want | do | file | perplexity | skipped | decode |", "|---|---" + "|--:" * len(shown) + "|"]
+    lines += [f"| {want} | {do} | " + " | ".join(cells[name][i] for i in shown) + " |" for want, do, name in WAYS]
+    machine = result["machine"]
+    lines += [
+        "",
+        f"{result['date']}, {machine['processor']}, {machine['threads']} threads ({link}). Smaller models keep six of "
+        "eight experts. Perplexity on held-out text like the calibration text, lower is better. Decode: tokens/s over "
+        "the first row's.",
+    ]
+    return "\n".join(lines)
+
+
+def counters_tables(result: Mapping[str, Any], link: str) -> str:
     parts = [f"**{name}**\n\n{table(rows)}" for name, rows in result["tables"].items()]
-    parts.append(
-        f"{result['date']}, torch {result['versions']['torch']}: {result['what']} ([{source}](results/{source}))."
-    )
+    parts.append(f"{result['date']}, torch {result['versions']['torch']}: {result['what']} ({link}).")
     return "\n\n".join(parts)
 
 
-def ptxas_table(result: Mapping[str, Any], source: str) -> str:
+def ptxas_table(result: Mapping[str, Any], link: str) -> str:
     spilling = ", ".join(result["spilling_kernels"]) or "no kernel spills"
     return (
         f"{table(result['rows'])}\n\n**hopper_gemm_kernel, instructions**\n\n{table(result['hopper'])}\n\n"
-        f"{result['date']}, {result['compiler']}: {spilling} ([{source}](results/{source}))."
+        f"{result['date']}, {result['compiler']}: {spilling} ({link})."
     )
 
 
@@ -69,12 +98,23 @@ def where(result: Mapping[str, Any]) -> str:
     )
 
 
-def cpu_table(result: Mapping[str, Any], source: str) -> str:
-    note = f"{where(result)}; {result['what']} ([{source}](results/{source}))."
+def cpu_table(result: Mapping[str, Any], link: str) -> str:
+    note = f"{where(result)}; {result['what']} ({link})."
     return f"{table(result['rows'])}\n\n**skipping, T = 1**\n\n{table(result['skipping'])}\n\n{note}"
 
 
-def cpu_summary(result: Mapping[str, Any], source: str) -> str:
+def decode_summary(result: Mapping[str, Any], link: str) -> str:
+    rows = {row["variant"]: row for row in result["rows"]}
+    skipping = rows["moe_ext, skipping"]
+    model, _, shape = result["model"].partition(": ")
+    return (
+        f"Patched, a {model} ({shape}) decodes {rows['moe_ext']['/ grouped_mm']:.2f}x the tokens/s of transformers' "
+        f"`grouped_mm`, {skipping['/ grouped_mm']:.2f}x with {skipping['slots skipped']:.0%} of the slots skipped "
+        f"({result['date']}, {result['machine']}; {link})."
+    )
+
+
+def cpu_summary(result: Mapping[str, Any], link: str) -> str:
     rows = []
     for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
         for name, least, most in (("1 to 8", 1, 8), ("16 and 64", 16, 64), ("256 and 1024", 256, 1024)):
@@ -95,20 +135,20 @@ def cpu_summary(result: Mapping[str, Any], source: str) -> str:
     shapes = "; ".join(dict.fromkeys(f"({row['H, I, E, K']})" for row in result["rows"]))
     return (
         f"{table(rows)}\n\nGeometric means over the shapes (H, I, E, K) = {shapes}; least and most in the fourth "
-        f"column. {where(result)}; {result['what']} ([{source}](benchmarks/results/{source}))."
+        f"column. {where(result)}; {result['what']} ({link})."
     )
 
 
-def decode_table(result: Mapping[str, Any], source: str) -> str:
+def decode_table(result: Mapping[str, Any], link: str) -> str:
     memory = result["memory"]
     return (
         f"{table(result['rows'])}\n\n{result['model']}; {result['what']}. Peak memory of loading and one forward: "
         f"patched {memory['patched'] / 1e6:.0f} MB, unpatched {memory['unpatched'] / 1e6:.0f} MB. {where(result)} "
-        f"([{source}](benchmarks/results/{source}))."
+        f"({link})."
     )
 
 
-def search_tables(result: Mapping[str, Any], source: str) -> str:
+def search_tables(result: Mapping[str, Any], link: str) -> str:
     """Rows have many columns and are few: they stand as columns."""
     parts = []
     for name, rows in result["tables"].items():
@@ -116,29 +156,33 @@ def search_tables(result: Mapping[str, Any], source: str) -> str:
         columns = [list(rows[0]), *shown]
         lines = ["| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True)]
         parts.append("\n".join([f"**{name}**\n", lines[0], "|---" * len(columns) + "|", *lines[1:]]))
-    parts.append(f"{where(result)}: {result['what']} ([{source}](results/{source})).")
+    parts.append(f"{where(result)}: {result['what']} ({link}).")
     return "\n\n".join(parts)
 
 
-# The place of a table, between markers, and what goes there.
+# The place of a table, between markers, and what goes there; a summary is of the result that its name begins with.
+README, BENCHMARKS = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 PLACES: list[tuple[Path, str, Callable[[Mapping[str, Any], str], str]]] = [
-    (ROOT / "README.md", "demo", demo_table),
-    (ROOT / "README.md", "cpu-summary", cpu_summary),
-    (ROOT / "README.md", "decode", decode_table),
-    (ROOT / "benchmarks" / "README.md", "cpu", cpu_table),
-    (ROOT / "benchmarks" / "README.md", "search", search_tables),
-    (ROOT / "benchmarks" / "README.md", "cuda-counters", counters_tables),
-    (ROOT / "benchmarks" / "README.md", "cuda-ptxas", ptxas_table),
+    (README, "demo-summary", demo_summary),
+    (README, "decode-summary", decode_summary),
+    (BENCHMARKS, "demo", demo_table),
+    (BENCHMARKS, "cpu-summary", cpu_summary),
+    (BENCHMARKS, "cpu", cpu_table),
+    (BENCHMARKS, "decode", decode_table),
+    (BENCHMARKS, "search", search_tables),
+    (BENCHMARKS, "cuda-counters", counters_tables),
+    (BENCHMARKS, "cuda-ptxas", ptxas_table),
 ]
 
 
 def updated(path: Path, text: str) -> str:
-    """The text of a README with the newest results in its places."""
-    for readme, name, render in PLACES:
-        if readme != path:
+    """The text of a page with the newest results in its places."""
+    for page, name, render in PLACES:
+        if page != path:
             continue
         source = newest(name.removesuffix("-summary"))
-        rendered = render(json.loads(source.read_text(encoding="utf-8")), source.name)
+        link = f"[{source.name}]({os.path.relpath(source, page.parent)})"
+        rendered = render(json.loads(source.read_text(encoding="utf-8")), link)
         begin, end = f"<!-- {name} table -->\n", f"<!-- end of {name} table -->"
         if text.count(begin) != 1 or text.count(end) != 1:
             raise SystemExit(f"{path} has no place for the {name} table")
@@ -149,13 +193,13 @@ def updated(path: Path, text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if a README is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if a page is out of date")
     check = parser.parse_args().check
-    for path in dict.fromkeys(readme for readme, _, _ in PLACES):
+    for path in dict.fromkeys(page for page, _, _ in PLACES):
         before = path.read_text(encoding="utf-8")
         after = updated(path, before)
         if check and after != before:
-            sys.exit(f"{path} is out of date: run python benchmarks/update_readme.py")
+            sys.exit(f"{path} is out of date: run python benchmarks/update_tables.py")
         if not check:
             with replace_file(path) as temporary:
                 temporary.write_text(after, encoding="utf-8")
