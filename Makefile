@@ -50,7 +50,7 @@ test-python: .venv/moe_ext.stamp
 	$(BIN)/pytest
 
 test-vllm: .venv/moe_ext.stamp build/vllm/done.stamp
-	MOE_EXT_VLLM_PYTHON=$(CURDIR)/build/vllm/bin/python $(BIN)/pytest tests/test_vllm.py
+	MOE_EXT_VLLM_PYTHON=$(CURDIR)/build/vllm/bin/python $(BIN)/pytest tests/checkpoints/test_vllm.py
 
 lint: .venv/moe_ext.stamp
 	$(BIN)/ruff check .
