@@ -15,8 +15,8 @@ from transformers import AutoConfig
 from moe_ext.bench import measure
 from moe_ext.bench.figure import speed_figure
 from moe_ext.bench.measure import Measured, Shape, measurements
-from moe_ext.commands.main import main
-from tests.conftest import DEMO_MODEL
+from tests.support.command_line import inside
+from tests.support.paths import DEMO_MODEL
 
 SMALL = ["--shape", "32,48,4,2", "--tokens", "1,3", "--seconds", "0.01", "--dtype", "float32"]
 
@@ -24,15 +24,6 @@ SMALL = ["--shape", "32,48,4,2", "--tokens", "1,3", "--seconds", "0.01", "--dtyp
 @pytest.fixture
 def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "CACHE_BYTES", 1 << 20)
-
-
-def run(*arguments: str) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["moe-ext", "bench", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
 
 
 def test_sizes_come_from_a_config_without_weights(tmp_path: Path) -> None:
@@ -74,7 +65,7 @@ def test_the_picture_shows_ours_every_peer_and_the_limit() -> None:
 def test_the_command_writes_table_json_and_picture(
     small_cache: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(*SMALL, "--out", str(tmp_path / "bench.json"), "--png", str(tmp_path / "bench.png")) == 0
+    assert inside("bench", *SMALL, "--out", str(tmp_path / "bench.json"), "--png", str(tmp_path / "bench.png")) == 0
     written = json.loads((tmp_path / "bench.json").read_text())
     assert written["shape"] == {"hidden": 32, "intermediate": 48, "num_experts": 4, "top_k": 2}
     assert [row["T"] for row in written["rows"]] == [1, 3]
@@ -92,7 +83,7 @@ def test_ctrl_c_keeps_what_was_measured(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(measure, "measurements", stopped)
-    assert run(*SMALL, "--out", str(tmp_path / "bench.json")) == 130
+    assert inside("bench", *SMALL, "--out", str(tmp_path / "bench.json")) == 130
     written = json.loads((tmp_path / "bench.json").read_text())
     assert (written["rows"], written["complete"]) == ([{"T": 1}], False)
     output = capsys.readouterr()
@@ -132,7 +123,7 @@ def test_a_wrong_option_is_an_error_before_measuring(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(measure, "measurements", lambda *_: pytest.fail("measured"))
-    assert run(*arguments) in (1, 2)
+    assert inside("bench", *arguments) in (1, 2)
 
 
 def test_a_picture_without_matplotlib_is_an_error_before_measuring(
@@ -140,7 +131,7 @@ def test_a_picture_without_matplotlib_is_an_error_before_measuring(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(measure, "measurements", lambda *_: pytest.fail("measured"))
-    assert run(*SMALL, "--png", str(tmp_path / "bench.png")) == 1
+    assert inside("bench", *SMALL, "--png", str(tmp_path / "bench.png")) == 1
     assert "need matplotlib: pip install 'moe_ext[report]'" in capsys.readouterr().err
 
 

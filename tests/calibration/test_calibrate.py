@@ -10,16 +10,9 @@ from torch import nn
 import moe_ext
 from moe_ext.calibration.statistics import RATIO_BINS
 from moe_ext.runtime.patching import is_patched
-from tests.conftest import MixtralFactory, random_tokens
-from tests.support.reference import DEVICES, ExpertsCase, expert_output
-
-
-def padded_batches() -> list[dict[str, torch.Tensor]]:
-    """Three ragged batches: right padding, left padding, none."""
-    batches = [{"input_ids": random_tokens(2, 13, seed=seed)} for seed in (1, 2, 3)]
-    batches[0]["attention_mask"] = torch.tensor([[1] * 13, [1] * 5 + [0] * 8])
-    batches[1]["attention_mask"] = torch.tensor([[0] * 4 + [1] * 9, [1] * 13])
-    return batches
+from tests.support.batches import padded_batches, random_tokens
+from tests.support.mixtral import MixtralFactory
+from tests.support.reference import DEVICES, ExpertsCase, assert_histograms_close, expert_output
 
 
 def brute_force(model: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -66,13 +59,6 @@ def brute_force(model: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str,
     for handle in handles:
         handle.remove()
     return {"moments": moments, "ratio_histogram": histogram, "coactivation": coactivation, "tokens": tokens}
-
-
-def assert_histograms_close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal but for single ratios that rounding moves over the edge of a bin (a bin is 1/1024 wide, roundings 1e-6)."""
-    moved = (got.cumsum(-1) - expected.cumsum(-1)).abs()
-    assert int(moved.max()) <= 1
-    assert not bool(moved[..., -1].any())
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -16,8 +16,9 @@ from moe_ext import patch, unpatch
 from moe_ext.checkpoints.load_save import load_checkpoint, save_checkpoint, size_on_disk, write_thresholds
 from moe_ext.models import uneven_layers
 from moe_ext.runtime.patching import active_thresholds
-from tests.conftest import DEMO_MODEL, MixtralFactory
 from tests.support.families import keep_of, plan_for
+from tests.support.mixtral import MixtralFactory
+from tests.support.paths import DEMO_MODEL
 
 
 def test_a_saved_checkpoint_loads_to_the_same_weights(tmp_path: Path) -> None:

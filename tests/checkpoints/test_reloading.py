@@ -13,9 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moe_ext
-from tests.support.families import FIELDS, UNRECORDED, build, keep_of, plan_for
-
-FAMILIES = [*FIELDS, *UNRECORDED]
+from tests.support.families import ALL, build, keep_of, plan_for
 
 
 def names_in(folder: Path) -> set[str]:
@@ -30,7 +28,7 @@ def what_does_not_fit(model_class: Any, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("way", ["prune", "prune_checkpoint"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_stock_transformers_finds_every_weight_under_the_names_of_the_hub(
     family: str, way: str, tmp_path: Path
 ) -> None:

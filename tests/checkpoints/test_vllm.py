@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import moe_ext
 from moe_ext.checkpoints.load_save import load_checkpoint, write_thresholds
-from tests.conftest import DEMO_MODEL, random_tokens
+from tests.support.batches import random_tokens
 from tests.support.families import build, keep_of, plan_for
+from tests.support.paths import DEMO_MODEL, ROOT
 
 VLLM = os.environ.get("MOE_EXT_VLLM_PYTHON", "")
 pytestmark = pytest.mark.skipif(not VLLM, reason="opt-in: make test-vllm")
@@ -69,7 +70,7 @@ def in_vllm(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     jobs = {name: {"checkpoint": str(path), "prompts": PROMPTS} for name, path in checkpoints.items()}
     (folder / "jobs.json").write_text(json.dumps(jobs))
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-    script = Path(__file__).parents[1] / "support" / "vllm_generate.py"
+    script = ROOT / "tests" / "support" / "vllm_generate.py"
     result = subprocess.run(
         [VLLM, str(script), "jobs.json", "results.json", str(TOKENS)],
         cwd=folder,

@@ -2,14 +2,11 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +17,15 @@ import moe_ext
 from moe_ext import PruningPlan, SearchResult, ops
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import load_checkpoint, save_checkpoint
-from moe_ext.commands.main import main
 from moe_ext.models.families import FAMILIES
 from moe_ext.reconstruction.result import read_layers
 from moe_ext.runtime.batches import read_domains, token_batches
-from tests.conftest import DEMO_MODEL
+from tests.support.command_line import inside, moe, moe_json
+from tests.support.paths import DEMO_MODEL
 from tests.support.reference import DEVICES, WGMMA
 from tests.support.report_input import demo_report
 
 MODEL = str(DEMO_MODEL)
-
-
-def moe(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "200"}
-    command = [sys.executable, "-m", "moe_ext", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
-
-
-def inside(*arguments: str) -> int:
-    """The exit code of a command run in this process: starting one takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["moe-ext", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
-
-
-def moe_json(*arguments: str | Path) -> Any:
-    """What a command run in this process prints with --json."""
-    printed = StringIO()
-    with redirect_stdout(printed):
-        assert inside(*map(str, arguments), "--json") == 0
-    return json.loads(printed.getvalue())
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import load_checkpoint
 from moe_ext.commands import demo
 from moe_ext.decision.pruning_plan import PruningPlan
-from tests.conftest import DEMO_MODEL
+from tests.support.paths import DEMO_MODEL
 
 
 @pytest.fixture(scope="module")

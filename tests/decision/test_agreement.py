@@ -1,21 +1,15 @@
 """Rank agreement is scipy's Spearman correlation, averaged over the layers."""
 
 import math
-from collections.abc import Sequence
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from moe_ext.decision.agreement import rank_agreement
 from moe_ext.decision.criteria import Scores
-
-
-def scored(values: Sequence[Sequence[float]], experts: tuple[int, ...] = ()) -> Scores:
-    layers = tuple(f"layers.{i}" for i in range(len(values)))
-    return Scores(torch.tensor(values, dtype=torch.float64), "man", "mixtral", layers, 1, "c4", experts=experts)
+from tests.support.scores import scored
 
 
 @given(data=st.data())
@@ -41,7 +35,9 @@ def test_no_layer_with_an_order_has_no_agreement() -> None:
 
 def test_scores_beyond_a_layers_experts_do_not_count() -> None:
     counts = (3, 2)
-    got = rank_agreement([scored([[1, 2, 3], [1, 2, 0]], counts), scored([[1, 2, 3], [1, 2, 9]], counts)])
+    got = rank_agreement(
+        [scored([[1, 2, 3], [1, 2, 0]], experts=counts), scored([[1, 2, 3], [1, 2, 9]], experts=counts)]
+    )
     assert got[0, 1].item() == pytest.approx(1)
 
 

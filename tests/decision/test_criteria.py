@@ -12,8 +12,8 @@ from moe_ext.decision.criteria import CRITERIA, OBJECTIVES, Scores, point_of, sc
 from moe_ext.decision.plan import plan
 from moe_ext.decision.weights_only import aimer
 from moe_ext.pruning.prune import prune
-from tests.conftest import MixtralFactory
 from tests.support.families import build, keep_of, plan_for
+from tests.support.mixtral import MixtralFactory
 
 Routed = list[list[list[tuple[float, float]]]]  # layers, experts, (gate weight, output norm) of each routed token
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,13 +15,9 @@ from moe_ext.decision.criteria import Scores
 from moe_ext.decision.plan import plan
 from moe_ext.decision.pruning_plan import PlanFileError, PruningPlan
 from moe_ext.version import __version__
+from tests.support.scores import scored
 
 PLAN = PruningPlan("mixtral", 4, 2, ("layers.0", "layers.1"), ((0, 1, 3), (1, 2)), {"criterion": "man"})
-
-
-def scored(values: list[list[float]], top_k: int = 1) -> Scores:
-    layers = tuple(f"layers.{i}" for i in range(len(values)))
-    return Scores(torch.tensor(values, dtype=torch.float64), "man", "mixtral", layers, top_k, "c4")
 
 
 @st.composite
@@ -130,7 +125,7 @@ def test_kept_and_removed_experts_are_all_experts(made: PruningPlan) -> None:
 
 
 def grouped(values: list[list[float]], groups: int, fewest: int, top_k: int = 1) -> Scores:
-    return replace(scored(values, top_k), groups=groups, fewest=fewest)
+    return replace(scored(values, top_k=top_k), groups=groups, fewest=fewest)
 
 
 def test_every_group_loses_the_same_number_its_lowest_first() -> None:
@@ -184,7 +179,7 @@ def test_one_ranking_over_all_layers_removes_one_at_a_time(data: st.DataObject) 
     table = data.draw(st.lists(st.lists(value, min_size=experts, max_size=experts), min_size=layers, max_size=layers))
     top_k = data.draw(st.integers(1, experts))
     keep = data.draw(st.integers(top_k, experts))
-    made = plan(scored(table, top_k), keep=keep, scope="model", normalise="none")
+    made = plan(scored(table, top_k=top_k), keep=keep, scope="model", normalise="none")
     left = [(score, layer, expert) for layer, row in enumerate(table) for expert, score in enumerate(row)]
     while len(left) > keep * layers:
         sizes = [sum(entry[1] == layer for entry in left) for layer in range(layers)]

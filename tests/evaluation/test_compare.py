@@ -11,8 +11,8 @@ from moe_ext.checkpoints.load_save import load_checkpoint, save_checkpoint, size
 from moe_ext.evaluation.compare import Compared, Setting, compare, measure, weight_bytes
 from moe_ext.evaluation.results import Variant, read_variants
 from moe_ext.runtime.batches import read_domains
-from tests.commands.test_commands import moe
-from tests.conftest import DEMO_MODEL
+from tests.support.command_line import moe
+from tests.support.paths import DEMO_MODEL
 
 TEXTS = {domain: text[:1500] for domain, text in read_domains([DEMO_MODEL / "held_out"]).items()}
 

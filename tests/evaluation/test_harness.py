@@ -13,8 +13,8 @@ import torch
 
 import moe_ext
 from moe_ext.checkpoints.load_save import load_checkpoint, save_checkpoint
-from tests.commands.test_commands import moe
-from tests.conftest import DEMO_MODEL
+from tests.support.command_line import moe
+from tests.support.paths import DEMO_MODEL
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'moe_ext[eval]'")
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from moe_ext.evaluation.results import Variant, VariantsFileError, read_variants
 from moe_ext.report.figures import pareto
-
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 
 def test_the_demos_rows_are_variants_with_relative_speeds() -> None:

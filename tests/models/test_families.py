@@ -19,12 +19,12 @@ from moe_ext.calibration.statistics import RATIO_BINS
 from moe_ext.models.blocks import moe_blocks
 from moe_ext.models.families import FAMILIES
 from moe_ext.runtime.patching import is_patched
-from tests.conftest import random_tokens
+from tests.support.batches import random_tokens
 from tests.support.families import (
+    ALL,
     FIELDS,
     MODELS,
     STOCK_ONLY,
-    UNRECORDED,
     build,
     keep_of,
     logits_of,
@@ -35,7 +35,6 @@ from tests.support.families import (
 )
 from tests.support.reference import DEVICES, ExpertsCase, expert_output
 
-ALL = [*MODELS, *UNRECORDED]
 pytestmark = pytest.mark.filterwarnings("ignore:.*left on transformers:UserWarning")
 
 

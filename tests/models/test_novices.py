@@ -10,7 +10,7 @@ from torch import Tensor
 import moe_ext
 from moe_ext import ops
 from moe_ext.models.blocks import moe_blocks
-from tests.conftest import random_tokens
+from tests.support.batches import random_tokens
 from tests.support.families import STOCK_ONLY, build, keep_of, logits_of, plan_for, reloaded
 from tests.support.reference import DEVICES
 

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,10 +18,11 @@ from transformers import MixtralForCausalLM, StaticCache
 
 import moe_ext
 from moe_ext import ops
-from tests.calibration.test_calibrate import assert_histograms_close
-from tests.conftest import MixtralFactory, random_tokens
-from tests.ops.test_gram import assert_gram_equals_brute_force, gram_of
-from tests.pruning.test_prune import plan_of
+from tests.support.batches import random_tokens
+from tests.support.families import logits_of
+from tests.support.mixtral import THRESHOLDS, MixtralFactory, plan_of
+from tests.support.operators import assert_gram_equals_brute_force, gram_of
+from tests.support.paths import ROOT
 from tests.support.reference import (
     ACTIVATIONS,
     DEVICES,
@@ -33,6 +33,7 @@ from tests.support.reference import (
     WGMMA,
     ExpertsCase,
     arithmetic_of,
+    assert_histograms_close,
     assert_moments_within,
     assert_within,
     experts_case,
@@ -657,8 +658,7 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "device-side assert" in result.stdout
     assert "'experts' holds an index outside 0 to E" in result.stderr
 
@@ -666,18 +666,12 @@ except RuntimeError as error:
 # ---- a whole model
 
 
-THRESHOLDS = torch.tensor([[0.6], [0.4], [0.8]])
 # A model's float32 logits may differ by some 100 roundings in a row between devices; 1e-4 of the largest is far more.
 MODEL_TOLERANCE = 1e-4
 
 
-def logits_of(model: MixtralForCausalLM, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(tokens.to(model.device)).logits.cpu()
-
-
 def assert_logits_equal(got: Tensor, expected: Tensor, tolerance: float = MODEL_TOLERANCE) -> None:
-    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+    torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("batch", [1, 3])  # 9 tokens: a small batch; 27

@@ -11,32 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_ext import ops
-from tests.ops.test_ops import BAD_EXPERTS, RUNNABLE_VARIANTS
+from tests.support.operators import BAD_EXPERTS, RUNNABLE_VARIANTS, assert_gram_equals_brute_force, gram_of
 from tests.support.reference import (
     ACTIVATIONS,
     DEVICES,
     DTYPES,
-    ExpertsCase,
-    arithmetic_of,
-    assert_within,
     experts_case,
-    gram_reference,
     route_reference,
 )
-
-
-def gram_of(case: ExpertsCase) -> Tensor:
-    return ops.expert_gram(case.x, case.gate_up, case.down, case.activation)
-
-
-def assert_gram_equals_brute_force(case: ExpertsCase, device: str, kernels: str = "tall") -> None:
-    """kernels: CUDA's; the choice by shape rounds as any of the grouped ones, also for few tokens."""
-    expected, bound = gram_reference(case, arithmetic_of(case, device, kernels))
-    got = gram_of(case.to(device))
-    assert got.dtype == torch.float64
-    assert got.shape == expected.shape
-    assert torch.equal(got, got.transpose(1, 2))
-    assert_within(got, expected, bound)
 
 
 @st.composite

@@ -11,6 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 
 from moe_ext import ops
 from moe_ext.binary import _C
+from tests.support.operators import BAD_EXPERTS, RUNNABLE_VARIANTS
 from tests.support.reference import (
     ACTIVATIONS,
     DEVICES,
@@ -23,8 +24,6 @@ from tests.support.reference import (
     experts_reference,
     route_reference,
 )
-
-RUNNABLE_VARIANTS = [name for name, runs in _C.cpu_variants() if runs]
 
 
 @st.composite
@@ -429,24 +428,6 @@ def test_an_input_that_requires_gradients_is_refused() -> None:
 
 
 # ---- bad input: a message that names the argument, and nothing changed
-
-
-BAD_EXPERTS: list[tuple[dict[str, Any], str]] = [
-    ({"x": torch.zeros(4)}, r"'x' has shape \(4,\); expected 2 dimensions \(T, H\)"),
-    ({"x": torch.zeros(5, 17)}, r"'gate_up' has shape \(4, 48, 16\); expected \(4, 48, 17\) = \(E, 2I, H\)"),
-    ({"x": torch.zeros(5, 16, dtype=torch.float64)}, "'x' has dtype float64; expected float32 or bfloat16 or float16"),
-    ({"gate_up": torch.zeros(4, 47, 16)}, r"'gate_up' has shape \(4, 47, 16\); expected \(E, 2I, H\) with an even"),
-    ({"gate_up": torch.zeros(0, 48, 16)}, r"'gate_up' has shape \(0, 48, 16\)"),
-    ({"gate_up": torch.zeros(4, 48, 16).half()}, "'gate_up' has dtype float16; expected float32"),
-    ({"gate_up": torch.zeros(4, 16, 48).transpose(1, 2)}, "'gate_up' is not contiguous; pass gate_up.contiguous()"),
-    ({"down": torch.zeros(4, 16, 25)}, r"'down' has shape \(4, 16, 25\); expected \(4, 16, 24\) = \(E, H, I\)"),
-    ({"down": torch.zeros(4, 24, 16).transpose(1, 2)}, "'down' is not contiguous"),
-    ({"experts": torch.zeros(5, 2)}, "'experts' has dtype float32; expected int32 or int64"),
-    ({"experts": torch.zeros(6, 2, dtype=torch.int32)}, r"'experts' has shape \(6, 2\); expected \(5, 2\)"),
-    ({"weights": torch.zeros(5, 3)}, r"'weights' has shape \(5, 3\); expected \(5, 2\)"),
-    ({"weights": torch.zeros(5, 2).double()}, "'weights' has dtype float64; expected float32"),
-    ({"activation": "relu"}, "'activation' is \"relu\"; expected \"silu\", \"gelu\" or \"gelu_tanh\""),
-]  # fmt: skip
 
 
 # On CUDA the host would have to wait for the indices: there the kernels assert them (tests/ops/test_cuda.py).

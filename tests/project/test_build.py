@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from moe_ext.binary import _C
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 KERNEL_FILES = [
     ROOT / "csrc" / "moe.h",
     *sorted((ROOT / "csrc" / "cpu").iterdir()),

@@ -14,9 +14,8 @@ from moe_ext.bench import measure
 from moe_ext.checkpoints.load_save import load_checkpoint
 from moe_ext.commands.main import main
 from moe_ext.runtime.batches import read_domains, token_batches
-from tests.conftest import DEMO_MODEL
+from tests.support.paths import DEMO_MODEL, ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BIG_MODELS = ("mistralai/Mixtral-8x7B-v0.1", "./Mixtral-8x7B-v0.1")  # what readers have and tests have not

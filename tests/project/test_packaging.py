@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 import moe_ext
-
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,10 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 from moe_ext.models.families import FAMILIES
 from tests.support.families import STOCK_ONLY
-
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 
 def test_the_readmes_tables_are_those_of_the_committed_results() -> None:

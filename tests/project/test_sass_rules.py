@@ -11,7 +11,8 @@ from sass_flow import Edges, Instruction, UnreadableError, instructions, success
 from sass_rules import accumulator_faults, copy_faults, fence_faults, overlap_faults, release_faults
 from sass_values import compared
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 KERNEL = re.compile(r"\b(\w+_kernel)\(")
 Rule = Callable[[Sequence[Instruction], Edges], list[str]]
 

@@ -15,44 +15,16 @@ from torch import Tensor, nn
 
 import moe_ext
 from moe_ext.decision.pruning_plan import PruningPlan
-from tests.conftest import MixtralFactory, random_tokens
+from tests.support.batches import random_tokens
+from tests.support.families import mask_routers
+from tests.support.mixtral import KEEP, MixtralFactory, plan_of
 from tests.support.reference import DEVICES
-
-KEEP = ((0, 2, 3, 5, 7), (1, 2, 4, 5, 6), (0, 1, 3, 6, 7))
-
-
-def plan_of(keep: tuple[tuple[int, ...], ...] = KEEP, **changes: Any) -> PruningPlan:
-    fields: dict[str, Any] = {
-        "model_type": "mixtral",
-        "num_experts": 8,
-        "top_k": 2,
-        "layers": tuple(f"model.layers.{layer}.mlp" for layer in range(len(keep))),
-        "keep": keep,
-        "made_by": {"criterion": "by hand"},
-    }
-    return PruningPlan(**{**fields, **changes})
-
-
-def mask_router(model: Any, keep: tuple[tuple[int, ...], ...]) -> None:
-    """Puts the logits of dropped experts at -inf and routes again: pruning by definition, on the stock model."""
-
-    def after(kept: tuple[int, ...]) -> Any:
-        def hook(router: nn.Module, args: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            masked = torch.full_like(output[0], -torch.inf)
-            masked[:, list(kept)] = output[0][:, list(kept)]
-            top, experts = masked.float().softmax(-1).topk(2, dim=-1)
-            return output[0], top / top.sum(-1, keepdim=True), experts
-
-        return hook
-
-    for layer, kept in zip(model.model.layers, keep, strict=True):
-        layer.mlp.gate.register_forward_hook(after(kept))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_pruned_model_equals_the_stock_model_with_a_masked_router(tiny_mixtral: MixtralFactory, device: str) -> None:
     pruned, masked = moe_ext.prune(tiny_mixtral().to(device), plan_of()), tiny_mixtral().to(device)
-    mask_router(masked, KEEP)
+    mask_routers(masked, KEEP)
     tokens = random_tokens(3, 17).to(device)
     with torch.no_grad():
         torch.testing.assert_close(pruned(tokens).logits, masked(tokens).logits, rtol=1e-4, atol=1e-4)

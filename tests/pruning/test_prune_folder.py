@@ -19,9 +19,9 @@ from moe_ext.checkpoints.stored_tensors import INDEX, CheckpointError
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.pruning import prune_folder, shard_writer, unfinished
 from tests.support.checkpoints import BLOCK, declare_float8, dequantised, plain_copy, quantise, rewritten, tensors_in
-from tests.support.families import FIELDS, UNRECORDED, build, keep_of, plan_for
+from tests.support.families import ALL, build, keep_of, plan_for
+from tests.support.forked import exit_status, fork
 
-FAMILIES = [*FIELDS, *UNRECORDED]
 SHARD = 20_000  # bytes: every test model takes several
 
 
@@ -54,7 +54,7 @@ def mixtral(tmp_path: Path) -> tuple[Path, PruningPlan]:
 
 
 @pytest.mark.parametrize("layout", ["hub", "fused"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_the_result_is_that_of_prune_and_save_pretrained_byte_by_byte(family: str, layout: str, tmp_path: Path) -> None:
     model = build(family, dtype=torch.bfloat16)
     plan = plan_for(model, keep_of(model, family))
@@ -125,17 +125,6 @@ def test_tokenizer_files_go_along_and_the_model_card_does_not(
     }  # fmt: skip
 
 
-def in_a_child(work: Callable[[], object]) -> int:
-    """Runs in a forked process, which ends without any clean-up if ``work`` ends it; its exit status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize(
     ("function", "calls"),
@@ -163,7 +152,7 @@ def test_a_killed_run_leaves_no_result_and_the_next_one_finishes_it(
         setattr(owner, function, dies)
         run()
 
-    assert in_a_child(killed) == -9
+    assert exit_status(fork(killed)) == -9
     assert not (tmp_path / "got").exists()
     work = tmp_path / ".got.partial"
     written = {file.name: file.stat().st_ino for file in work.glob("model-*.safetensors")}

@@ -21,9 +21,10 @@ from moe_ext.reconstruction.result import SearchFileError
 from moe_ext.runtime import layer_walk
 from moe_ext.runtime.batches import read_domains, token_batches
 from moe_ext.runtime.patching import is_patched
-from tests.calibration.test_calibrate import padded_batches
-from tests.conftest import DEMO_MODEL, MixtralFactory, random_tokens
 from tests.support import families
+from tests.support.batches import padded_batches, random_tokens
+from tests.support.mixtral import MixtralFactory
+from tests.support.paths import DEMO_MODEL
 from tests.support.reference import DEVICES
 
 Batches = list[dict[str, Tensor]]

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -16,12 +15,7 @@ from moe_ext.decision.criteria import Scores
 from moe_ext.decision.plan import plan
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.report.heat_maps import heat_map_figure, heat_maps
-
-
-def scored(values: list[list[float]], criterion: str = "man") -> Scores:
-    layers = tuple(f"layers.{i}" for i in range(len(values)))
-    return Scores(torch.tensor(values, dtype=torch.float64), criterion, "mixtral", layers, 1, "c4")
-
+from tests.support.scores import scored
 
 MAN = scored([[1.0, 4.0, 2.0], [0.0, 5.0, 10.0]])
 EAN = scored([[7.0, 7.0, 7.0], [3.0, 0.0, 0.0]], "ean")

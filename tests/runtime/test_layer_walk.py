@@ -25,12 +25,12 @@ from moe_ext.commands.main import app
 from moe_ext.reconstruction.result import SearchResult
 from moe_ext.runtime import hidden_states
 from moe_ext.runtime.layer_walk import LayerInputs
-from tests.conftest import DEMO_MODEL, random_tokens
+from tests.support.batches import random_tokens
 from tests.support.checkpoints import BLOCK, declare_float8, plain_copy, quantise, rewritten
-from tests.support.families import FIELDS, STOCK_ONLY, UNRECORDED, build, keep_of, plan_for
+from tests.support.families import ALL, STOCK_ONLY, build, keep_of, plan_for
+from tests.support.forked import exit_status, fork
+from tests.support.paths import DEMO_MODEL
 from tests.support.reference import DEVICES
-
-FAMILIES = [*FIELDS, *UNRECORDED]
 
 
 def ragged_batches() -> list[dict[str, torch.Tensor]]:
@@ -55,7 +55,7 @@ def mixtral(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_statistics_are_those_of_the_loaded_model_bit_by_bit(family: str, tmp_path: Path) -> None:
     model = build(family, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "source")
@@ -177,23 +177,20 @@ def test_the_next_layer_is_read_while_one_computes(mixtral: Path, monkeypatch: p
 
 def killed_after(passes: int, work: Callable[[], object]) -> int:
     """Runs in a forked process that is killed before its pass number ``passes``; its exit status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            advance, left = LayerInputs.advance, [passes]
 
-            def dies(self: Any, before: Any = None) -> None:
-                if left[0] == 0:
-                    os.kill(os.getpid(), 9)
-                left[0] -= 1
-                advance(self, before)
+    def killed() -> None:
+        advance, left = LayerInputs.advance, [passes]
 
-            LayerInputs.advance = dies  # type: ignore[method-assign]
-            torch.set_num_threads(1)  # the parent's threads are not there
-            work()
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        def dies(self: Any, before: Any = None) -> None:
+            if left[0] == 0:
+                os.kill(os.getpid(), 9)
+            left[0] -= 1
+            advance(self, before)
+
+        LayerInputs.advance = dies  # type: ignore[method-assign]
+        work()
+
+    return exit_status(fork(killed))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 import moe_ext
 from moe_ext.models.blocks import moe_blocks
-from tests.conftest import random_tokens
+from tests.support.batches import random_tokens
 from tests.support.families import build, keep_of, logits_of, plan_for
 from tests.support.reference import DEVICES
 

@@ -13,16 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 import moe_ext
 from moe_ext.runtime.patching import active_thresholds, is_patched
-from tests.conftest import MixtralFactory, random_tokens
+from tests.support.batches import random_tokens
+from tests.support.families import logits_of
+from tests.support.mixtral import THRESHOLDS, MixtralFactory
 from tests.support.reference import DEVICES, DTYPES
-
-THRESHOLDS = torch.tensor([[0.6], [0.4], [0.8]])
-
-
-def logits_of(model: MixtralForCausalLM, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model(tokens.to(model.device), **inputs).logits
-    return logits
 
 
 def skip_in_eager(model: MixtralForCausalLM, thresholds: torch.Tensor) -> None:

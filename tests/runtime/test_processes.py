@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from moe_ext.runtime import processes
 from moe_ext.runtime.batches import read_domains, token_batches
 from moe_ext.runtime.layer_walk import LayerInputs
 from moe_ext.runtime.processes import process_group
-from tests.conftest import DEMO_MODEL, random_tokens
+from tests.support.batches import five_batches
 from tests.support.families import build
+from tests.support.forked import exit_status, fork
+from tests.support.paths import DEMO_MODEL
 from tests.support.reference import DEVICES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,31 +151,19 @@ def assert_equal_losses(got: SearchResult, expected: SearchResult) -> None:
 
 def forked(count: int, folder: Path, work: Callable[[int], object]) -> list[int]:
     """Exit statuses of forked processes that run ``work(rank)`` in one group of gloo, without importing anew."""
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                torch.set_num_threads(1)  # the parent's threads are not there
-                torch.distributed.init_process_group(
-                    "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count,
-                    timeout=timedelta(seconds=TIMEOUT),
-                )  # fmt: skip
-                work(rank)
-                status = 0
-            except ValueError as error:
-                (folder / f"error-{rank}").write_text(str(error))
-            finally:
-                os._exit(status)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
+    def share(rank: int) -> None:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count,
+            timeout=timedelta(seconds=TIMEOUT),
+        )  # fmt: skip
+        try:
+            work(rank)
+        except ValueError as error:
+            (folder / f"error-{rank}").write_text(str(error))
+            raise
 
-def five_batches() -> list[dict[str, torch.Tensor]]:
-    batches = [{"input_ids": random_tokens(2, 9 + seed, seed=seed)} for seed in range(5)]
-    batches[1]["attention_mask"] = torch.tensor([[1] * 10, [1] * 4 + [0] * 6])
-    return batches
+    return [exit_status(child) for child in [fork(partial(share, rank)) for rank in range(count)]]
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -238,7 +229,7 @@ def test_processes_that_compute_on_cuda_find_what_one_does(tmp_path: Path) -> No
     build("mixtral", dtype=torch.bfloat16).save_pretrained(source)
     code = f"""
 import sys, torch, moe_ext
-from tests.runtime.test_processes import five_batches
+from tests.support.batches import five_batches
 rank, meeting = sys.argv[1], "file://{tmp_path}/meeting"
 torch.distributed.init_process_group("gloo", init_method=meeting, rank=int(rank), world_size=2)
 options = {{"distributed": True, "progress": False, "device": "cuda"}}

@@ -12,7 +12,8 @@ from moe_ext import ops
 from moe_ext.calibration.statistics import RATIO_BINS, ExpertStatistics
 from moe_ext.models.config_section import section_with, thresholds_in_config
 from moe_ext.runtime.skipping import skip_weak
-from tests.conftest import MixtralFactory, random_tokens
+from tests.support.batches import random_tokens
+from tests.support.mixtral import MixtralFactory
 from tests.support.reference import DEVICES, route_reference
 
 

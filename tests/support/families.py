@@ -120,6 +120,7 @@ STOCK_ONLY = ("gpt_oss",)
 """Families whose experts the operators do not compute."""
 
 MODELS = list(FIELDS)
+ALL = [*FIELDS, *UNRECORDED]
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from moe_ext.checkpoints.load_save import load_checkpoint
 from moe_ext.evaluation.results import Variant
 from moe_ext.report.sections import Report
 from moe_ext.runtime.batches import read_domains, token_batches
-from tests.conftest import DEMO_MODEL
+from tests.support.paths import DEMO_MODEL
 
 VARIANTS = (
     Variant("unpruned", 18.84, 9_900_000, 100.0),
