@@ -16,6 +16,9 @@ settings.register_profile("moe_ext", deadline=None, derandomize=True, max_exampl
 settings.load_profile("moe_ext")
 logging.disable_progress_bar()
 os.environ["HF_HUB_OFFLINE"] = "1"  # also for the subprocesses of the command line tests
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several workers: they share the cores, and so do their subprocesses
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
