@@ -14,6 +14,8 @@ PYTHON ?= python3
 # Another version: make clean, then make test TORCH=torch==2.14.1
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+# Processes that run the Python tests, of one thread each.
+WORKERS ?= 2
 # Further flags for the C++ tests, such as -DMOE_EXT_SANITIZE=ON
 CMAKE_FLAGS ?=
 # One compiler for all parts: torch and CMake would each choose their own otherwise.
@@ -47,10 +49,10 @@ test-kernels: .venv/torch.stamp
 
 test-python: .venv/moe_ext.stamp
 	@echo "== Python tests"
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 test-vllm: .venv/moe_ext.stamp build/vllm/done.stamp
-	MOE_EXT_VLLM_PYTHON=$(CURDIR)/build/vllm/bin/python $(BIN)/pytest tests/test_vllm.py
+	MOE_EXT_VLLM_PYTHON=$(CURDIR)/build/vllm/bin/python $(BIN)/pytest tests/checkpoints/test_vllm.py
 
 lint: .venv/moe_ext.stamp
 	$(BIN)/ruff check .

@@ -1,8 +1,7 @@
 """Shared by all tests: hypothesis settings and small random Mixtral models."""
 
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,15 +9,16 @@ from hypothesis import settings
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.utils import logging
 
+from tests.support.mixtral import MixtralFactory
+
 # Correctness never depends on time; the same examples every run, so that a failure can be reproduced.
 settings.register_profile("moe_ext", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("moe_ext")
 logging.disable_progress_bar()
 os.environ["HF_HUB_OFFLINE"] = "1"  # also for the subprocesses of the command line tests
-
-DEMO_MODEL = Path(__file__).parent.parent / "examples" / "demo_model"
-
-MixtralFactory = Callable[..., MixtralForCausalLM]
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several workers: they share the cores, and so do their subprocesses
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -53,8 +53,3 @@ def tiny_mixtral() -> MixtralFactory:
         return model
 
     return build
-
-
-def random_tokens(batch: int, length: int, seed: int = 0, vocabulary: int = 96) -> torch.Tensor:
-    """(batch, length) int64 token ids."""
-    return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -9,7 +9,7 @@ import os
 import torch
 
 from moe_ext import ops
-from tests.reference import DTYPES, GROUPED, experts_case
+from tests.support.reference import DTYPES, GROUPED, experts_case
 
 KERNELS = ["small_batch", *GROUPED, "plain"]
 SHAPES = [(1, 8, 2, 264, 128), (13, 6, 3, 128, 328), (150, 5, 2, 136, 72), (2500, 3, 2, 16, 24)]  # T, E, K, H, I

@@ -1,0 +1,119 @@
+"""Pruned checkpoints load in vLLM and generate what they generate in transformers. Opt-in: ``make test-vllm``.
+
+vLLM wants another transformers than moe_ext: it lives in an environment of its own, whose Python MOE_EXT_VLLM_PYTHON
+names. That there is no moe_ext in it is part of the test.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import moe_ext
+from moe_ext.checkpoints.load_save import load_checkpoint, write_thresholds
+from tests.support.batches import random_tokens
+from tests.support.families import build, keep_of, plan_for
+from tests.support.paths import DEMO_MODEL, ROOT
+
+VLLM = os.environ.get("MOE_EXT_VLLM_PYTHON", "")
+pytestmark = pytest.mark.skipif(not VLLM, reason="opt-in: make test-vllm")
+
+TOKENS = 64
+FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe"]
+# A head size that vLLM's attention for CPUs has.
+SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+}
+UNEVEN = ["mixtral", "qwen3_moe"]
+
+
+def write_checkpoints(folder: Path) -> dict[str, Path]:
+    """The demo model, whole and pruned file by file, with thresholds for skipping; small random models, pruned."""
+    model, _ = load_checkpoint(DEMO_MODEL)
+    moe_ext.prune_checkpoint(
+        DEMO_MODEL, moe_ext.plan(moe_ext.aimer(model), keep=6), folder / "demo, pruned", dtype="float32", progress=False
+    )
+    write_thresholds(folder / "demo, pruned", torch.full((4, 1), 0.5))
+    for family in FAMILIES:
+        build(family, **SIZES).save_pretrained(folder / f"{family}, whole")
+        model = build(family, **SIZES)
+        moe_ext.prune(model, plan_for(model, keep_of(model, family))).save_pretrained(folder / f"{family}, pruned")
+    for family in UNEVEN:
+        model = build(family, **SIZES)
+        moe_ext.prune(model, plan_for(model, keep_of(model, family, fewer=1))).save_pretrained(
+            folder / f"{family}, uneven"
+        )
+    return {"demo, whole": DEMO_MODEL, **{path.name: path for path in folder.iterdir()}}
+
+
+PROMPTS = [random_tokens(1, 5, vocabulary=256)[0].tolist(), random_tokens(1, 24, seed=1, vocabulary=256)[0].tolist()]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def in_vllm(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What one process of vLLM says of all checkpoints."""
+    folder = tmp_path_factory.mktemp("vllm")
+    jobs = {name: {"checkpoint": str(path), "prompts": PROMPTS} for name, path in checkpoints.items()}
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    script = ROOT / "tests" / "support" / "vllm_generate.py"
+    result = subprocess.run(
+        [VLLM, str(script), "jobs.json", "results.json", str(TOKENS)],
+        cwd=folder,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    done: dict[str, dict[str, Any]] = json.loads((folder / "results.json").read_text())
+    return done
+
+
+def greedy_of_transformers(folder: Path, prompt: list[int]) -> tuple[list[int], float]:
+    """The next tokens of the stock model, and by how much the best logit was ahead of the second where it was least."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    out = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=TOKENS,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    best = torch.stack(out.logits).topk(2).values
+    return out.sequences[0, len(prompt) :].tolist(), float((best[..., 0] - best[..., 1]).min())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["demo, whole", "demo, pruned", *(f"{family}, {what}" for family in FAMILIES for what in ("whole", "pruned"))],
+)
+def test_vllm_generates_the_tokens_of_transformers(
+    name: str, checkpoints: dict[str, Path], in_vllm: dict[str, dict[str, Any]]
+) -> None:
+    assert "tokens" in in_vllm[name], in_vllm[name]
+    for prompt, got in zip(PROMPTS, in_vllm[name]["tokens"], strict=True):
+        expected, lead = greedy_of_transformers(checkpoints[name], prompt)
+        assert lead > 2e-4  # float32 sums in another order move logits of about 10 by 1e-5: no tie can turn
+        assert len(expected) == TOKENS
+        assert got == expected
+
+
+@pytest.mark.parametrize("family", UNEVEN)
+def test_vllm_refuses_layers_with_different_numbers_of_experts(family: str, in_vllm: dict[str, dict[str, Any]]) -> None:
+    assert "is a per-layer attribute and may vary across layers" in in_vllm[f"{family}, uneven"]["error"]

@@ -1,0 +1,77 @@
+"""moe-ext compare: every checkpoint as it would be measured alone, in a file that the report reads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import moe_ext
+from moe_ext.checkpoints.load_save import load_checkpoint, save_checkpoint, size_on_disk
+from moe_ext.evaluation.compare import Compared, Setting, compare, measure, weight_bytes
+from moe_ext.evaluation.results import Variant, read_variants
+from moe_ext.runtime.batches import read_domains
+from tests.support.command_line import moe
+from tests.support.paths import DEMO_MODEL
+
+TEXTS = {domain: text[:1500] for domain, text in read_domains([DEMO_MODEL / "held_out"]).items()}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """The demo model, and a pruned one that skips."""
+    model, tokenizer = load_checkpoint(DEMO_MODEL)
+    layers = tuple(f"model.layers.{layer}.mlp" for layer in range(4))
+    moe_ext.prune(model, moe_ext.PruningPlan("mixtral", 8, 2, layers, (tuple(range(6)),) * 4))
+    moe_ext.patch(model, skip=torch.full((4, 1), 0.3))
+    folder = tmp_path_factory.mktemp("checkpoints") / "pruned"
+    save_checkpoint(model, tokenizer, folder)
+    return str(DEMO_MODEL), str(folder)
+
+
+def test_the_command_compares_checkpoints(checkpoints: tuple[str, str], tmp_path: Path) -> None:
+    for domain, text in TEXTS.items():
+        (tmp_path / f"{domain}.txt").write_text(text)
+    out = tmp_path / "compare.json"
+    result = moe(
+        *("compare", *checkpoints, "--text", tmp_path, "--window", "128", "--decode-tokens", "4", "--out", out)
+    )
+    assert result.returncode == 0, result.stderr
+    rows = [Compared(**row) for row in json.loads(out.read_text())["checkpoints"]]
+    assert [row.checkpoint for row in rows] == list(checkpoints)
+    for row in rows:
+        model, tokenizer = load_checkpoint(row.checkpoint)
+        expected = moe_ext.perplexity(moe_ext.patch(model), TEXTS, tokenizer, window=128)
+        assert row.perplexity == expected.per_domain  # the same bits from run to run, whatever the number of threads
+        assert row.parameters == model.num_parameters()
+        assert row.weight_bytes == size_on_disk(row.checkpoint) - _headers(row.checkpoint)
+        assert row.tokens_per_second > 0
+        assert row.peak_bytes is None or row.peak_bytes > row.weight_bytes
+        assert f"{row.mean:.3f}" in result.stdout
+    assert rows[0].skip_rate == 0 < rows[1].skip_rate
+    assert read_variants(out)[1] == Variant(
+        checkpoints[1], rows[1].mean, rows[1].weight_bytes, rows[1].tokens_per_second
+    )
+
+
+def _headers(folder: str) -> int:
+    """Bytes of a checkpoint's files that are no weights."""
+    files = list(Path(folder).glob("*.safetensors"))
+    return sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
+
+
+def test_shared_weights_count_once() -> None:
+    model, _ = load_checkpoint(DEMO_MODEL)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    assert weight_bytes(model) == sum(tensor.numel() * 2 for tensor in set(model.parameters()))
+
+
+@pytest.mark.parametrize("names", [[], ["a", "a"]])
+def test_nothing_to_compare_is_refused(names: list[str]) -> None:
+    with pytest.raises(ValueError, match="checkpoints: expected one or more, each once"):
+        next(compare(names, TEXTS, Setting()))
+
+
+def test_a_checkpoint_that_is_not_there_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint folder /nowhere"):
+        measure("/nowhere", TEXTS, Setting())

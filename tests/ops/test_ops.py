@@ -1,0 +1,493 @@
+"""The operators against float64 brute force and transformers' own modules."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
+
+from moe_ext import ops
+from moe_ext.binary import _C
+from tests.support.operators import BAD_EXPERTS, RUNNABLE_VARIANTS
+from tests.support.reference import (
+    ACTIVATIONS,
+    DEVICES,
+    DTYPES,
+    Arithmetic,
+    arithmetic_of,
+    assert_moments_within,
+    assert_within,
+    experts_case,
+    experts_reference,
+    route_reference,
+)
+
+
+@st.composite
+def experts_shapes(draw: st.DrawFn) -> dict[str, Any]:
+    """Half of them as the tensor cores take them: H and I multiples of 8, often of no larger power of 2."""
+    num_experts = draw(st.integers(1, 9))
+    size = st.integers(1, 17).map(lambda eights: 8 * eights) if draw(st.booleans()) else st.integers(1, 70)
+    return {
+        "tokens": draw(st.sampled_from([0, 1, 2, 3, 6, 7, 8, 9, 13, 16, 17, 33, 300])),
+        "num_experts": num_experts,
+        "top_k": draw(st.integers(1, num_experts)),
+        "hidden": draw(size),
+        "intermediate": draw(size),
+        "seed": draw(st.integers(0, 1000)),
+        "sentinels": draw(st.sampled_from([0.0, 0.5, 1.0])),
+    }
+
+
+# ---- experts
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(shape=experts_shapes(), dtype=st.sampled_from(DTYPES), activation=st.sampled_from(ACTIVATIONS))
+def test_experts_equals_float64_brute_force(
+    device: str, shape: dict[str, Any], dtype: torch.dtype, activation: str
+) -> None:
+    case = experts_case(**shape, dtype=dtype, activation=activation)
+    expected = experts_reference(case, arithmetic_of(case, device))
+    got = ops.experts(*case.to(device).arguments())
+    assert got.dtype == dtype
+    assert_within(got, expected.out, expected.bound)
+
+
+@pytest.mark.parametrize("variant", RUNNABLE_VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_cpu_variant_equals_float64_brute_force(
+    variant: str, dtype: torch.dtype, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_EXT_ISA", variant)
+    assert _C.active_cpu_variant() == variant
+    case = experts_case(29, 3, 2, 75, 43, dtype=dtype, sentinels=0.2, activation=activation)
+    expected = experts_reference(case, arithmetic_of(case, "cpu"))
+    moments = torch.zeros(3, 3, 3, dtype=torch.float64)
+    assert_within(ops.experts_observed(*case.arguments(), moments), expected.out, expected.bound)
+    assert_moments_within(moments, expected)
+
+
+def test_an_unknown_cpu_variant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_EXT_ISA", "sse9")
+    known = "avx512_bf16, avx512, avx2, portable"
+    with pytest.raises(RuntimeError, match=f"MOE_EXT_ISA=sse9 is unknown; the variants are {known}"):
+        ops.experts(*experts_case(2, 2, 1, 8, 8).arguments())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_experts_equals_transformers_eager(device: str, dtype: torch.dtype, tokens: int) -> None:
+    config = MixtralConfig(hidden_size=64, intermediate_size=96, num_local_experts=4, num_experts_per_tok=2)
+    config._experts_implementation = "eager"
+    module = MixtralExperts(config).to(dtype).to(device)
+    case = experts_case(tokens, 4, 2, 64, 96, dtype=dtype, sentinels=0.3).to(device)
+    with torch.no_grad():
+        module.gate_up_proj.copy_(case.gate_up)
+        module.down_proj.copy_(case.down)
+        eager = module(case.x, case.experts.long(), case.weights)
+    # The eager path rounds to the dtype after each of its five steps (gate, act, product, down, sum): 8 roundings of
+    # values of the output's size cover it.
+    tolerance = 8 * {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    scale = float(eager.abs().max())
+    torch.testing.assert_close(ops.experts(*case.arguments()), eager, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("tokens", "num_experts", "top_k"), [(0, 4, 2), (1, 1, 1), (5, 4, 4), (50, 2, 1), (1, 64, 8)])
+def test_experts_handles_awkward_shapes(device: str, tokens: int, num_experts: int, top_k: int) -> None:
+    case = experts_case(tokens, num_experts, top_k, 33, 17)
+    expected = experts_reference(case)
+    assert_within(ops.experts(*case.to(device).arguments()), expected.out, expected.bound)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [5, 37])
+def test_all_tokens_on_one_expert_leave_the_others_unread(device: str, dtype: torch.dtype, tokens: int) -> None:
+    case = experts_case(tokens, 5, 1, 24, 40, dtype=dtype)
+    case.experts.fill_(3)
+    expected = experts_reference(case, arithmetic_of(case, device))
+    for expert in (0, 1, 2, 4):  # NaN weights would show in the output if they were read
+        case.gate_up[expert], case.down[expert] = torch.nan, torch.nan
+    assert_within(ops.experts(*case.to(device).arguments()), expected.out, expected.bound)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [4, 20])
+def test_a_token_whose_slots_are_all_empty_gives_zeros(device: str, dtype: torch.dtype, tokens: int) -> None:
+    case = experts_case(tokens, 3, 2, 16, 16, dtype=dtype)
+    case.experts[2] = 3
+    case.weights[2] = torch.nan  # whatever stands in an empty slot is not read
+    got = ops.experts(*case.to(device).arguments())
+    assert torch.equal(got[2].cpu(), torch.zeros(16, dtype=dtype))
+    assert bool(got[[0, 1, 3]].isfinite().all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [9, 18])
+def test_index_and_weight_dtypes_do_not_change_the_result(
+    device: str, index_dtype: torch.dtype, dtype: torch.dtype, tokens: int
+) -> None:
+    case = experts_case(tokens, 4, 2, 32, 24, dtype=dtype).to(device)
+    case.weights = case.weights.to(dtype)
+    expected = ops.experts(case.x, case.gate_up, case.down, case.experts, case.weights.float(), "silu")
+    got = ops.experts(case.x, case.gate_up, case.down, case.experts.to(index_dtype), case.weights, "silu")
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [9, 18])
+def test_strided_activations_and_routing_are_accepted(device: str, dtype: torch.dtype, tokens: int) -> None:
+    case = experts_case(tokens, 4, 2, 32, 24, dtype=dtype).to(device)
+    expected = ops.experts(*case.arguments())
+    strided = ops.experts(
+        case.x.T.contiguous().T, case.gate_up, case.down, case.experts.T.contiguous().T, case.weights.T.contiguous().T,
+        "silu",
+    )  # fmt: skip
+    assert torch.equal(strided, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strided_logits_thresholds_and_masks_are_accepted(device: str) -> None:
+    case = experts_case(9, 4, 2, 32, 24).to(device)
+    logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)).to(device)
+    thresholds = torch.linspace(0.1, 0.9, 6, device=device)[::2]
+    for got, expected in zip(
+        ops.route(logits.T, 4, thresholds), ops.route(logits.T.contiguous(), 4, thresholds.contiguous()), strict=True
+    ):
+        assert torch.equal(got, expected)
+    counted = (torch.arange(18, device=device) % 3 == 0)[::2]
+    moments = torch.zeros(2, 4, 3, 3, dtype=torch.float64, device=device)
+    ops.experts_observed(*case.arguments(), moments[0], counted)
+    ops.experts_observed(*case.arguments(), moments[1], counted.contiguous())
+    assert torch.equal(moments[0], moments[1])
+    assert float(moments[0, :, 0, 0].sum()) == 2 * int(counted.sum())
+
+
+def test_many_tokens_on_torchs_threads_equal_their_parts() -> None:
+    # Large enough for several workers in every pass, and for more than one run of kTokensPerRun tokens.
+    case = experts_case(4500, 8, 2, 48, 16)
+    logits = torch.randn(4500, 64, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        for _ in range(5):  # a race shows in some runs only
+            moments = torch.zeros(8, 3, 3, dtype=torch.float64)
+            out = ops.experts_observed(*case.arguments(), moments)
+            weights, experts = ops.route(logits, 6)
+            part_moments = torch.zeros(8, 3, 3, dtype=torch.float64)
+            torch.set_num_threads(1)
+            for first in range(0, 4500, 500):
+                part = slice(first, first + 500)
+                expected = ops.experts_observed(
+                    case.x[part], case.gate_up, case.down, case.experts[part], case.weights[part], "silu", part_moments
+                )
+                assert torch.equal(out[part], expected)
+                part_weights, part_experts = ops.route(logits[part], 6)
+                assert torch.equal(weights[part], part_weights)
+                assert torch.equal(experts[part], part_experts)
+            torch.testing.assert_close(moments, part_moments, rtol=1e-12, atol=0)
+            torch.set_num_threads(4)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_row_has_the_same_bits_in_any_batch_and_for_any_number_of_threads() -> None:
+    case = experts_case(150, 4, 2, 160, 96, dtype=torch.bfloat16)
+    expected = ops.experts(*case.arguments())
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(ops.experts(*case.arguments()), expected)
+    finally:
+        torch.set_num_threads(threads)
+    for row in (0, 77, 149):
+        one = ops.experts(
+            case.x[row : row + 1], case.gate_up, case.down, case.experts[row : row + 1], case.weights[row : row + 1],
+            "silu",
+        )  # fmt: skip
+        assert torch.equal(one[0], expected[row])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [12, 24])
+def test_nan_and_infinity_in_x_reach_their_own_rows_only(device: str, dtype: torch.dtype, tokens: int) -> None:
+    case = experts_case(tokens, 3, 2, 40, 24, dtype=dtype)
+    expected = ops.experts(*case.to(device).arguments())
+    case.x[4, 7], case.x[9, 0] = torch.nan, torch.inf
+    got = ops.experts(*case.to(device).arguments())
+    clean = [row for row in range(tokens) if row not in (4, 9)]
+    assert torch.equal(got[clean], expected[clean])
+    assert bool(got[4].isnan().all())
+    assert not bool(got[9].isfinite().any())
+
+
+# ---- experts_observed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(shape=experts_shapes(), dtype=st.sampled_from(DTYPES), masked=st.booleans())
+def test_moments_equal_float64_brute_force(
+    device: str, shape: dict[str, Any], dtype: torch.dtype, masked: bool
+) -> None:
+    case = experts_case(**shape, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    counted = torch.rand(shape["tokens"], generator=generator) < 0.6 if masked else None
+    start = torch.rand(shape["num_experts"], 3, 3, dtype=torch.float64, generator=generator)
+    moments = start.clone().to(device)
+    moved = case.to(device)
+    got = ops.experts_observed(*moved.arguments(), moments, None if counted is None else counted.to(device))
+    assert torch.equal(got, ops.experts(*moved.arguments()))
+    # The arithmetic depends on the batch, the moments on its counted tokens.
+    arithmetic = arithmetic_of(case, device)
+    expected = experts_reference(case if counted is None else case.tokens(counted), arithmetic)
+    assert_moments_within(moments, expected, start)
+    if device == "cpu" and arithmetic == Arithmetic():
+        # Norms are float32 sums of squares of float32 outputs: 2^-17 relative covers 136 terms, twice for ||f||^2.
+        torch.testing.assert_close(moments, start + expected.moments, rtol=2.0**-16, atol=1e-12)
+
+
+def test_moments_have_the_same_bits_for_any_number_of_threads() -> None:
+    case = experts_case(200, 4, 2, 64, 48)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            moments = torch.zeros(4, 3, 3, dtype=torch.float64)
+            ops.experts_observed(*case.arguments(), moments)
+            results.append(moments)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+# ---- route
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(
+    tokens=st.sampled_from([0, 1, 5, 70]),
+    num_experts=st.sampled_from([1, 2, 8, 32, 33, 60, 64, 65, 130, 257, 512]),
+    data=st.data(),
+    dtype=st.sampled_from(DTYPES),
+    renormalise=st.booleans(),
+    skipping=st.booleans(),
+)
+def test_route_equals_brute_force(
+    device: str,
+    tokens: int,
+    num_experts: int,
+    data: st.DataObject,
+    dtype: torch.dtype,
+    renormalise: bool,
+    skipping: bool,
+) -> None:
+    top_k = data.draw(st.integers(1, min(num_experts, data.draw(st.sampled_from([9, 40])))))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    logits = (torch.randn(tokens, num_experts, generator=generator) * 2).to(dtype)
+    thresholds = torch.rand(top_k - 1, generator=generator) if skipping else None
+    weights, experts = ops.route(
+        logits.to(device), top_k, None if thresholds is None else thresholds.to(device), renormalise
+    )
+    expected_weights, expected_experts = route_reference(logits, top_k, thresholds, renormalise)
+    assert weights.dtype == torch.float32
+    assert experts.dtype == torch.int64
+    assert experts.cpu().tolist() == expected_experts
+    expected = torch.tensor(expected_weights, dtype=torch.float64).reshape(tokens, top_k)
+    # exp to 2 ulp, a sum over E and two divisions in float32.
+    torch.testing.assert_close(weights.cpu().double(), expected, rtol=(num_experts + 8) * 2.0**-24, atol=1e-30)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_route_equals_transformers_router(device: str, dtype: torch.dtype) -> None:
+    config = MixtralConfig(hidden_size=48, num_local_experts=8, num_experts_per_tok=2)
+    router = MixtralTopKRouter(config).to(device).to(dtype)
+    torch.nn.init.normal_(router.weight, std=0.3, generator=torch.Generator(device).manual_seed(0))
+    x = torch.randn(100, 48, generator=torch.Generator().manual_seed(1)).to(device).to(dtype)
+    with torch.no_grad():
+        logits, weights, experts = router(x)
+    distinct = logits.float().sort(-1).values.diff(dim=-1).min(-1).values > 0  # equal logits may rank either way there
+    got_weights, got_experts = ops.route(logits, 2)
+    assert torch.equal(got_experts[distinct], experts[distinct])
+    torch.testing.assert_close(got_weights, weights, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_equal_logits_rank_by_expert_index(device: str) -> None:
+    _, experts = ops.route(torch.zeros(3, 6, device=device), 4)
+    assert experts.tolist() == [[0, 1, 2, 3]] * 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_zeros_of_either_sign_rank_by_expert_index(device: str) -> None:
+    _, experts = ops.route(torch.tensor([[-0.0, 0.0, -1.0, -0.0, 0.0]], device=device), 4)
+    assert experts.tolist() == [[0, 1, 3, 4]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_nan_logits_reach_the_weights_of_their_token_only(device: str, renormalise: bool) -> None:
+    logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(device)
+    expected, _ = ops.route(logits, 3, None, renormalise)
+    logits[1, 4] = torch.nan
+    logits[2] = torch.nan
+    weights, experts = ops.route(logits, 3, torch.full((2,), 0.5, device=device), renormalise)
+    assert bool(weights[[1, 2]].isnan().all())
+    for row in experts.tolist():
+        chosen = [expert for expert in row if expert != 6]
+        assert len(set(chosen)) == len(chosen)
+        assert all(0 <= expert < 6 for expert in chosen)
+    unskipped, _ = ops.route(logits, 3, None, renormalise)
+    torch.testing.assert_close(unskipped[[0, 3]], expected[[0, 3]], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_threshold_of_one_skips_all_slots_but_the_first(device: str) -> None:
+    logits = torch.randn(20, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    weights, experts = ops.route(logits, 4, torch.ones(3, device=device))
+    assert torch.equal(experts[:, 0], logits.argmax(-1))
+    assert bool((experts[:, 1:] == 8).all())
+    assert torch.equal(weights.cpu(), torch.tensor([[1.0, 0.0, 0.0, 0.0]]).expand(20, 4))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_very_large_and_very_small_logits_do_not_overflow(device: str) -> None:
+    logits = torch.tensor([[3e38, -3e38, 0.0], [-3e38, -3e38, -3.1e38]], device=device)
+    weights, experts = ops.route(logits, 2)
+    assert weights.tolist() == [[1.0, 0.0], [0.5, 0.5]]
+    assert experts.tolist() == [[0, 2], [0, 1]]
+
+
+# ---- how torch sees the operators
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "check", ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+)
+def test_opcheck(device: str, dtype: torch.dtype, check: str) -> None:
+    case = experts_case(5, 4, 2, 16, 24, dtype=dtype, sentinels=0.5).to(device)
+    logits = torch.randn(5, 4).to(dtype).to(device)
+    moments = torch.zeros(4, 3, 3, dtype=torch.float64).to(device)
+    counted = torch.tensor([True, False, True, True, False]).to(device)
+    for operator, arguments in (
+        (torch.ops.moe_ext.route, (logits, 2)),
+        (torch.ops.moe_ext.route, (logits, 2, torch.rand(1).to(device), False)),
+        (torch.ops.moe_ext.experts, case.arguments()),
+        (torch.ops.moe_ext.experts_observed, (*case.arguments(), moments)),
+        (torch.ops.moe_ext.experts_observed, (*case.arguments(), moments, counted)),
+    ):
+        torch.library.opcheck(operator, arguments, test_utils=check)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operators_compile_without_graph_breaks(device: str, dtype: torch.dtype) -> None:
+    case = experts_case(6, 4, 2, 16, 24, dtype=dtype).to(device)
+    logits = torch.randn(6, 4).to(device)
+    thresholds = torch.full((1,), 0.5).to(device)
+
+    def layer(logits: torch.Tensor, x: torch.Tensor, moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, experts = ops.route(logits, 2, thresholds)
+        out = ops.experts(x, case.gate_up, case.down, experts, weights, "silu")
+        return out, ops.experts_observed(x, case.gate_up, case.down, experts, weights, "silu", moments)
+
+    moments = [torch.zeros(4, 3, 3, dtype=torch.float64).to(device) for _ in range(2)]
+    expected = layer(logits, case.x, moments[0])
+    got = torch.compile(layer, fullgraph=True, backend="aot_eager")(logits, case.x, moments[1])
+    for a, b in zip((*got, moments[1]), (*expected, moments[0]), strict=True):
+        assert torch.equal(a.cpu(), b.cpu())
+    assert float(moments[1].cpu()[:, 0, 0].sum()) >= 6
+
+
+def test_an_input_that_requires_gradients_is_refused() -> None:
+    case = experts_case(3, 2, 1, 8, 8)
+    case.x.requires_grad_()
+    with pytest.raises(RuntimeError, match="experts: an input requires gradients, and this operator has no backward"):
+        ops.experts(*case.arguments())
+    with torch.no_grad():
+        ops.experts(*case.arguments())
+    with pytest.raises(RuntimeError, match="route: an input requires gradients"):
+        ops.route(torch.randn(3, 4, requires_grad=True), 2)
+
+
+# ---- bad input: a message that names the argument, and nothing changed
+
+
+# On CUDA the host would have to wait for the indices: there the kernels assert them (tests/ops/test_cuda.py).
+BAD_INDICES: list[tuple[dict[str, Any], str]] = [
+    ({"experts": torch.full((5, 2), 5)}, "'experts' holds 5 at token 0, slot 0; expected 0 to 4"),
+    ({"experts": torch.tensor([[0, 1]] * 4 + [[2, -1]])}, "'experts' holds -1 at token 4, slot 1; expected 0 to 4"),
+]
+
+
+@pytest.mark.parametrize(
+    ("device", "change", "message"),
+    [(device, *bad) for device in DEVICES for bad in BAD_EXPERTS] + [("cpu", *bad) for bad in BAD_INDICES],
+)
+def test_experts_refuses_bad_input(device: str, change: dict[str, Any], message: str) -> None:
+    case = experts_case(5, 4, 2, 16, 24)
+    for name, value in change.items():
+        setattr(case, name, value)
+    # A moved tensor keeps its strides: what is not contiguous on the CPU is not on the device either.
+    case = case.to(device)
+    with pytest.raises(RuntimeError, match="experts: " + message):
+        ops.experts(*case.arguments())
+    moments = torch.full((4, 3, 3), 7.0, dtype=torch.float64).to(device)
+    with pytest.raises(RuntimeError, match="experts_observed: " + message):
+        ops.experts_observed(*case.arguments(), moments)
+    assert bool((moments == 7.0).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("moments", "counted", "message"),
+    [
+        (torch.zeros(3, 3, 3).double(), None, r"'moments' has shape \(3, 3, 3\); expected \(4, 3, 3\)"),
+        (torch.zeros(4, 3, 3), None, "'moments' has dtype float32; expected float64"),
+        (torch.zeros(3, 3, 4).double().permute(2, 0, 1), None, "'moments' is not contiguous"),
+        (torch.zeros(4, 3, 3).double(), torch.ones(4).bool(), r"'counted' has shape \(4,\); expected \(5,\)"),
+        (torch.zeros(4, 3, 3).double(), torch.ones(5), "'counted' has dtype float32; expected bool"),
+    ],
+)
+def test_experts_observed_refuses_bad_accumulators(
+    device: str, moments: torch.Tensor, counted: torch.Tensor | None, message: str
+) -> None:
+    case = experts_case(5, 4, 2, 16, 24).to(device)
+    with pytest.raises(RuntimeError, match="experts_observed: " + message):
+        ops.experts_observed(*case.arguments(), moments.to(device), None if counted is None else counted.to(device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("logits", "top_k", "thresholds", "message"),
+    [
+        (torch.zeros(4), 1, None, r"'logits' has shape \(4,\); expected 2 dimensions \(T, E\)"),
+        (torch.zeros(2, 4).long(), 1, None, "'logits' has dtype int64"),
+        (torch.zeros(2, 4), 0, None, "'top_k' is 0; expected 1 to 4"),
+        (torch.zeros(2, 4), 5, None, "'top_k' is 5; expected 1 to 4"),
+        (torch.zeros(2, 4), 3, torch.zeros(3), r"'thresholds' has shape \(3,\); expected \(2,\) = \(top_k - 1,\)"),
+        (torch.zeros(2, 4), 3, torch.zeros(2).double(), "'thresholds' has dtype float64; expected float32"),
+    ],
+)
+def test_route_refuses_bad_input(
+    device: str, logits: torch.Tensor, top_k: int, thresholds: torch.Tensor | None, message: str
+) -> None:
+    with pytest.raises(RuntimeError, match="route: " + message):
+        ops.route(logits.to(device), top_k, None if thresholds is None else thresholds.to(device))

@@ -1,0 +1,124 @@
+"""Every code block of the README and of docs/ runs, in order, on the demo model and a little text."""
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_ext.bench import measure
+from moe_ext.checkpoints.load_save import load_checkpoint
+from moe_ext.commands.main import main
+from moe_ext.runtime.batches import read_domains, token_batches
+from tests.support.paths import DEMO_MODEL, ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BIG_MODELS = ("mistralai/Mixtral-8x7B-v0.1", "./Mixtral-8x7B-v0.1")  # what readers have and tests have not
+# Lines that others run: they install the package, or run the demo and these tests (CI), or several processes
+# (test_processes.py).
+BY_OTHERS = ("make demo", "make test", "pip install ", "torchrun ")
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the texts that the pages name."""
+    for name, source in (("my_texts", "calibration"), ("held_out", "held_out")):
+        (tmp_path / name).mkdir()
+        for domain, text in list(read_domains([DEMO_MODEL / source]).items())[:2]:
+            (tmp_path / name / f"{domain}.txt").write_text(text[:1200])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(measure, "CACHE_BYTES", 1 << 20)
+    return tmp_path
+
+
+def run_shell(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the `moe-ext` lines of a block in this process, as starting one takes seconds."""
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True)
+        if not words or line.startswith(BY_OTHERS):
+            continue
+        assert words[0] == "moe-ext", f"no test knows how to run {line!r}"
+        if "--tasks" in words:
+            pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'moe_ext[eval]'")
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 0, line
+
+
+@pytest.fixture
+def names() -> Iterator[dict[str, Any]]:
+    """What a page's Python blocks share: `batches` is the reader's own."""
+    _, tokenizer = load_checkpoint(DEMO_MODEL)
+    texts = {domain: text[:1200] for domain, text in read_domains([DEMO_MODEL / "calibration"]).items()}
+    yield {"batches": list(token_batches(texts, tokenizer, window=128))}
+    torch.set_grad_enabled(True)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_the_code_blocks_of_a_page_run(
+    page: Path, folder: Path, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for language, text in blocks(page):
+        for model in BIG_MODELS:
+            text = text.replace(model, str(DEMO_MODEL))
+        if language == "bash":
+            run_shell(text, monkeypatch)
+        elif language == "python":
+            exec(compile(text, f"{page.name}", "exec"), names)
+        else:
+            assert language == "", f"{page.name}: no test runs {language}"
+
+
+# Beside the pages whose code runs, those that name files as well.
+WITH_PATHS = [*PAGES, *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "SECURITY", "CHANGELOG", "benchmarks/README"))]
+FOLDERS = (".ci", ".github", "benchmarks", "csrc", "docs", "examples", "moe_ext", "tests", "tools")
+needs_source = pytest.mark.skipif(not (ROOT / "moe_ext").exists(), reason="some paths lead to the package's source")
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    found = re.findall(r"^#+ (.+)$", BLOCK.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@needs_source
+@pytest.mark.parametrize("page", WITH_PATHS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_that_a_page_names_exists(page: Path) -> None:
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    missing = []
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in headings(target)):
+            missing.append(link)
+    words = [word for span in re.findall(r"`([^`\n]+)`", text) for word in span.split()]
+    paths = [word for word in words if re.fullmatch(rf"({'|'.join(map(re.escape, FOLDERS))})/[\w./-]*", word)]
+    assert missing + [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@needs_source
+def test_the_map_lists_every_wing_in_the_order_of_the_import_rule() -> None:
+    mapped = re.findall(r"^\| \[(\w+)\]\(\.\./moe_ext/\1\)", (ROOT / "docs" / "README.md").read_text(), re.MULTILINE)
+    assert sorted(mapped) == sorted(path.parent.name for path in (ROOT / "moe_ext").glob("*/__init__.py"))
+    layers = re.search(r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    assert layers is not None
+    # `a | b` are two wings that do not know each other: their order is free.
+    ranks = {wing: -rank for rank, line in enumerate(layers[1].splitlines()) for wing in re.findall(r"\w+", line)}
+    assert [ranks[wing] for wing in mapped] == sorted(ranks[wing] for wing in mapped)
+
+
+def test_every_page_is_listed() -> None:
+    listed = re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "README.md").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md")

@@ -1,0 +1,246 @@
+"""The report says what its input says, in figures with text alternatives; the page is well-formed and loads nothing."""
+
+import dataclasses
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_ext import PruningPlan, skip_thresholds
+from moe_ext.evaluation.results import Variant
+from moe_ext.reconstruction.result import SearchFileError, SearchResult
+from moe_ext.report.page import render, write_figures, write_page
+from moe_ext.report.sections import Report
+from tests.support.report_input import demo_report, thin_report
+
+VOID = {"meta", "input", "br", "link", "img"}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes; fails on tags that do not match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render(demo_report())
+
+
+def test_every_figure_has_a_text_alternative(page: str) -> None:
+    tags = Page(page).tags
+    figures = [attributes["id"] for tag, attributes in tags if tag == "figure"]
+    drawn = [attributes for tag, attributes in tags if attributes.get("role") == "img"]
+    assert {"load", "coactivation", "scores-man", "scores-mone", "agreement", "gate-ratios", "search-losses"} <= set(
+        figures
+    )
+    assert {"quality-size", "quality-speed"} <= set(figures)
+    # One label a figure; the gate ratios have one a layer.
+    assert len(drawn) == len(figures) - 1 + demo_report().stats.num_layers
+    assert all(len(attributes["aria-label"] or "") > 40 for attributes in drawn)
+
+
+def test_names_in_the_page_are_unique_and_links_lead_somewhere(page: str) -> None:
+    tags = Page(page).tags
+    names = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(names) == len(set(names))
+    links = re.findall(r'(?:href="|url\()#([^")]+)', page)
+    assert links
+    assert set(links) <= set(names)
+
+
+def test_the_page_refers_to_nothing_outside_itself(page: str) -> None:
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert [source for source in sources if not source.startswith(("#", "data:image/png"))] == []
+    assert "@import" not in page
+    assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
+
+
+def test_labels_are_shown_as_text_and_not_as_markup(page: str) -> None:
+    assert "a </script> b" not in page
+    assert "a &lt;/script&gt; b" in page
+    assert "&lt;pruned&gt; &amp; &#34;small&#34;" in page
+
+
+def test_the_same_input_gives_the_same_page(page: str) -> None:
+    assert render(demo_report()) == page
+
+
+@pytest.fixture(scope="module")
+def settings(page: str) -> dict[str, Any]:
+    """What the slider of the page does, by its two meanings."""
+    found = re.search(r'id="skip-settings">(.*?)</script>', page)
+    assert found
+    parsed: dict[str, Any] = json.loads(found[1])
+    return parsed
+
+
+def test_one_threshold_skips_what_the_histogram_has_below_it(settings: dict[str, Any]) -> None:
+    stats = demo_report().stats
+    rates = torch.tensor(settings["threshold"]["rates"])
+    # At 0 nothing is skipped, at 1 every second expert but those with equal weights.
+    assert bool((rates[:, 0] == 0).all())
+    assert bool((rates[:, -1] == 0.5).all())
+    upper_edges = stats.ratio_histogram[:, 0].cumsum(1)[:, 511]  # ratios below 512 / 1024
+    assert rates[:, 50].tolist() == pytest.approx((upper_edges / stats.tokens / 2).tolist(), abs=5e-5)  # 4 decimals
+    assert settings["threshold"]["high"] == [[step / 100 for step in range(101)]] * 4
+
+
+def test_a_quantile_sets_the_thresholds_of_moe_ext_skip(settings: dict[str, Any]) -> None:
+    quantile = settings["quantile"]
+    assert quantile["start"] == 50
+    for step in (0, 20, 50, 100):
+        expected = skip_thresholds(demo_report().stats, step / 100)[:, 0].tolist()
+        assert [row[step] for row in quantile["high"]] == pytest.approx(expected, abs=5e-5)  # 4 decimals
+        # That share of the second experts, half of it of all.
+        assert [row[step] for row in quantile["rates"]] == pytest.approx([step / 200] * 4, abs=5e-5)
+
+
+def test_thresholds_of_several_ranks_are_a_range() -> None:
+    import moe_ext
+
+    stats = moe_ext.ExpertStatistics.zeros("qwen3_moe", ("layers.0", "layers.1"), 8, 4, "softmax")
+    stats.tokens += 100
+    stats.moments += 1
+    for rank, place in enumerate((800, 400, 100)):  # the same ratio at every token, lower with the rank
+        stats.ratio_histogram[:, rank, place] = 100
+    found = re.search(r'id="skip-settings">(.*?)</script>', render(Report(stats)))
+    assert found
+    quantile = json.loads(found[1])["quantile"]
+    middles = [(place + 0.5) / 1024 for place in (100, 800)]
+    assert [quantile["low"][0][50], quantile["high"][0][50]] == pytest.approx(middles, abs=5e-5)
+    assert quantile["all"][50] == pytest.approx(3 / 8)  # half of three of four
+
+
+def test_crosses_are_what_the_criterion_removes_at_the_searchs_number() -> None:
+    report = demo_report()
+    plans = report.plans()
+    assert {len(kept) for plan in plans.values() for kept in plan.keep} == {6}
+    assert plans["frequency"].keep != plans["man"].keep
+    given = dataclasses.replace(report, removals=plans["man"])
+    assert set(map(id, given.plans().values())) == {id(plans["man"])}
+    assert {len(kept) for kept in dataclasses.replace(report, keep=4).plans()["man"].keep} == {4}
+
+
+def test_descriptions_say_what_the_figures_show() -> None:
+    pictures = {picture.name: picture for section in demo_report().sections() for picture in section.pictures}
+    stats, search = demo_report().stats, demo_report().search
+    assert search is not None
+    assert pictures["scores-man"].description == "8 of 32 experts are marked."
+    counts = stats.routing_counts()
+    layer, expert = divmod(int(counts.argmax()), 8)  # every layer has the same number of slots
+    load = float(counts.max() / counts[layer].sum() * 8)
+    assert f"{load:.2f} times an even one: expert {expert} of layer {layer}" in pictures["load"].description
+    medians = skip_thresholds(stats)
+    assert f"from {float(medians.min()):.2f} to {float(medians.max()):.2f}" in pictures["gate-ratios"].description
+    removed = [row[1] for row in pictures["search-losses"].rows]
+    assert removed == [", ".join(map(str, search.plan.removed(layer))) for layer in range(4)]
+    assert pictures["quality-size"].rows[1] == ('<pruned> & "small"', "7.8 MB", "120.00 tokens/s", "25.85")
+
+
+def test_a_report_of_little_leaves_out_what_it_cannot_show() -> None:
+    names = [picture.name for section in thin_report().sections() for picture in section.pictures]
+    assert "load" in names
+    assert not {"coactivation", "gate-ratios", "search-losses", "quality-size"} & set(names)
+    page = render(thin_report())
+    assert "<script" not in page
+
+
+def test_a_model_with_many_experts_is_drawn() -> None:
+    import moe_ext
+
+    stats = moe_ext.ExpertStatistics.zeros("qwen3_moe", tuple(f"layers.{i}" for i in range(26)), 128, 8, "softmax")
+    stats.tokens += 100
+    stats.moments[:] = torch.rand(26, 128, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    stats.ratio_histogram += 1
+    page = render(Report(stats))
+    assert len(page) < 4_000_000
+
+
+def test_figures_alone_are_png_files(tmp_path: Path) -> None:
+    names = write_figures(demo_report(), tmp_path / "figures")
+    assert sorted(names) == sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert "search-losses.png" in names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "figures").iterdir())
+
+
+def test_an_interrupted_page_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "report.html").write_text("old")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_page(thin_report(), tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_bytes() == b"old"
+
+
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match=r"need jinja2: pip install 'moe_ext\[report\]'"):
+        render(thin_report())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": 9}, "keep: 9 keeps 9 of 8 experts"),
+        ({"removals": PruningPlan("mixtral", 8, 2, ("other",), (tuple(range(8)),))}, "removals: is for other layers"),
+        ({"variants": [Variant("a", float("inf"))]}, "variants: 'a' has perplexity inf"),
+        ({"variants": [Variant("a", 2.0, speed=1.0), Variant("b", 2.0, speed=1.0, speed_unit="x")]}, "do not compare"),
+    ],
+)
+def test_input_that_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(demo_report(), **changes)
+
+
+def test_a_searchs_json_reads_back(tmp_path: Path) -> None:
+    search = demo_report().search
+    assert search is not None
+    search.save(tmp_path / "search.json")
+    loaded = SearchResult.load(tmp_path / "search.json")
+    assert loaded.plan == search.plan
+    for one, other in zip(loaded.losses, search.losses, strict=True):
+        assert torch.equal(one.keep, other.keep)
+        assert torch.equal(one.losses, other.losses)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("moe_ext.search", "other"), "not a search's result"),
+        (('"exact": true, "keep": [[', '"exact": true, "keep": [[99, '), "search.json: "),
+        (('"plan"', '"plane"'), "'plan' is missing"),
+        (('"format_version": 1', '"format_version": 2'), "format version 2"),
+    ],
+)
+def test_a_searchs_json_that_is_not_valid_is_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    search = demo_report().search
+    assert search is not None
+    path = tmp_path / "search.json"
+    path.write_text(search.to_json().replace(*change, 1))
+    with pytest.raises(SearchFileError, match=message):
+        SearchResult.load(path)

@@ -1,0 +1,242 @@
+"""Float64 brute force, written from the definitions and sharing nothing with the package; bounds on rounding errors."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moe_ext.binary import _C
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and _C.cuda_archs else [])
+WGMMA = "cuda" in DEVICES and "9.0a" in _C.cuda_archs and torch.cuda.get_device_capability() == (9, 0)
+MMA_SYNC = ["tall", "flat", "narrow"]  # what MOE_EXT_CUDA_KERNELS can force for large batches everywhere
+GROUPED = MMA_SYNC + ["hopper"] * WGMMA
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ACTIVATIONS = ["silu", "gelu", "gelu_tanh"]
+
+
+def activate(name: str, x: Tensor) -> Tensor:
+    if name == "silu":
+        return x * torch.sigmoid(x)
+    if name == "gelu":
+        return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+@dataclass
+class ExpertsCase:
+    """Inputs of the experts operators; T, E, K, H, I as everywhere."""
+
+    x: Tensor
+    gate_up: Tensor
+    down: Tensor
+    experts: Tensor
+    weights: Tensor
+    activation: str = "silu"
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, str]:
+        return self.x, self.gate_up, self.down, self.experts, self.weights, self.activation
+
+    def to(self, device: str) -> "ExpertsCase":
+        moved = {name: getattr(self, name).to(device) for name in ("x", "gate_up", "down", "experts", "weights")}
+        return replace(self, **moved)
+
+    def tokens(self, rows: slice | Tensor) -> "ExpertsCase":
+        """The same with some of its tokens."""
+        return replace(self, x=self.x[rows], experts=self.experts[rows], weights=self.weights[rows])
+
+
+def experts_case(
+    tokens: int,
+    num_experts: int,
+    top_k: int,
+    hidden: int,
+    intermediate: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    sentinels: float = 0.0,
+    activation: str = "silu",
+) -> ExpertsCase:
+    """Random inputs with distinct experts per token; a share ``sentinels`` of the slots beyond the first is empty."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    experts = torch.rand(tokens, num_experts, generator=generator).argsort(-1)[:, :top_k].to(torch.int32)
+    weights = torch.rand(tokens, top_k, generator=generator) + 0.1
+    empty = torch.rand(tokens, top_k, generator=generator) < sentinels
+    empty[:, :1] = False
+    return ExpertsCase(
+        x=normal(tokens, hidden).to(dtype),
+        gate_up=(normal(num_experts, 2 * intermediate, hidden) / math.sqrt(hidden)).to(dtype),
+        down=(normal(num_experts, hidden, intermediate) / math.sqrt(intermediate)).to(dtype),
+        experts=experts.masked_fill(empty, num_experts),
+        weights=weights.masked_fill(empty, 0.0),
+        activation=activation,
+    )
+
+
+def expert_output(case: ExpertsCase, expert: int, token: int) -> Tensor:
+    """f_e(x_t), (H,) float64."""
+    gate, up = (case.gate_up[expert].double() @ case.x[token].double()).chunk(2)
+    return case.down[expert].double() @ (activate(case.activation, gate) * up)
+
+
+# Half a unit in the last place, relative: one rounding of a result to its dtype. float16 also has subnormals.
+ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SMALLEST = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 2.0**-25}
+
+FLOAT32 = ROUNDING[torch.float32]
+# What the tensor cores lose per product, relative to the sum of their magnitudes: they add 8 or more products and the
+# sum so far at a time, cut off each below 2^-23 of the largest, then the result: (8 + 1 + 1) * 2^-23 / 8 = 2.5 * 2^-24.
+TENSOR_CORES = 2.5 * 2.0**-24
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How kernels compute: what a product in a dot product costs, and in which dtype they keep h = act(gate x) * (up x)
+    and y = f_e(x) in between."""
+
+    product: float = FLOAT32
+    h: torch.dtype = torch.float32
+    y: torch.dtype = torch.float32
+
+
+def arithmetic_of(case: ExpertsCase, device: str, kernels: str = "") -> Arithmetic:
+    """That of the named CUDA kernels, or of those that a call takes. On the CPU, dot products of bfloat16 keep h in
+    bfloat16, all else float32. On CUDA, float32 and sizes that are no multiples of 8 keep float32 throughout; up to 16
+    tokens h is kept in the dtype of x, beyond that h and y."""
+    dtype, (_, hidden, intermediate) = case.x.dtype, case.down.shape
+    if device == "cpu" and dtype == torch.bfloat16 and _C.active_cpu_variant() == "avx512_bf16":
+        return Arithmetic(h=dtype)
+    if device == "cpu" or dtype == torch.float32 or hidden % 8 or intermediate % 8 or kernels == "plain":
+        return Arithmetic()
+    small_batch = kernels == "small_batch" or (kernels == "" and case.x.shape[0] <= 16)
+    return Arithmetic(TENSOR_CORES, dtype, torch.float32 if small_batch else dtype)
+
+
+@dataclass
+class Expected:
+    """Results in float64, and how far an :class:`Arithmetic` can take them away, in whatever order it sums."""
+
+    out: Tensor  # (T, H)
+    bound: Tensor  # (T, H), before out is rounded to its dtype
+    moments: Tensor  # (E, 3, 3)
+    moments_bound: Tensor  # (E, 3, 3)
+
+
+def experts_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None) -> Expected:
+    """The experts operators by brute force, one expert after the other."""
+    arithmetic = arithmetic or Arithmetic()
+    product = arithmetic.product
+    tokens, hidden = case.x.shape
+    num_experts, _, intermediate = case.down.shape
+    out = torch.zeros(tokens, hidden, dtype=torch.float64)
+    magnitude, bound = torch.zeros_like(out), torch.zeros_like(out)
+    moments = torch.zeros(num_experts, 3, 3, dtype=torch.float64)
+    moments_bound = torch.zeros_like(moments)
+
+    def rounded(value: Tensor, error: Tensor, dtype: torch.dtype) -> Tensor:
+        """The error of a value with that error once it is rounded to a dtype."""
+        return error + ROUNDING[dtype] * (value.abs() + error) + SMALLEST[dtype]
+
+    for expert in range(num_experts):
+        rows, slots = (case.experts == expert).nonzero(as_tuple=True)  # (R) each
+        if len(rows) == 0:
+            continue
+        x, gate_up, down = case.x[rows].double(), case.gate_up[expert].double(), case.down[expert].double()
+        weights = case.weights[rows, slots].double()
+
+        gate, up = (x @ gate_up.T).chunk(2, dim=-1)  # (R, I)
+        gate_error, up_error = (hidden * product * (x.abs() @ gate_up.abs().T)).chunk(2, dim=-1)
+        # No activation is steeper than 1.13. As computed it errs by up to 7 * 2^-24 |gate|: CUDA's fast SiLU takes an
+        # exponential to 2 + 1.18 |gate| ulp, a sum and a division to 2 ulp; |gate| * sigmoid * (1 - sigmoid) < 0.23.
+        activated = activate(case.activation, gate)
+        activated_error = 1.13 * gate_error + 7 * FLOAT32 * (gate.abs() + gate_error)
+        h = activated * up
+        h_error = activated_error * (up.abs() + up_error) + activated.abs() * up_error
+        h_error = rounded(h, rounded(h, h_error, torch.float32), arithmetic.h)
+
+        y = h @ down.T  # (R, H)
+        y_error = h_error @ down.abs().T + intermediate * product * ((h.abs() + h_error) @ down.abs().T)
+        y_error = rounded(y, y_error, arithmetic.y)
+        out.index_add_(0, rows, weights[:, None] * y)
+        magnitude.index_add_(0, rows, weights.abs()[:, None] * (y.abs() + y_error))
+        bound.index_add_(0, rows, weights.abs()[:, None] * y_error)
+
+        # ||y|| is off by at most the norm of y's error; the sum of H squares in float32 by H + 1 roundings, its root
+        # by half of that.
+        norm, error = y.norm(dim=-1), y_error.norm(dim=-1)
+        error = error + (hidden + 1) / 2 * FLOAT32 * (norm + error)
+        errors = (torch.zeros_like(norm), error, (2 * norm + error) * error)
+        for a in range(3):
+            for b in range(3):
+                moments[expert, a, b] = (weights**a * norm**b).sum()
+                moments_bound[expert, a, b] = (weights.abs() ** a * errors[b]).sum()
+    bound += (case.experts.shape[1] + 1) * FLOAT32 * magnitude
+    return Expected(out, bound, moments, moments_bound)
+
+
+def gram_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None) -> tuple[Tensor, Tensor]:
+    """Gram matrices (T, E, E) of all experts' outputs, and how far an :class:`Arithmetic` can take them away once each
+    output is rounded to the dtype of x. Their own float64 sums are lost in that: H 2^-53 beside 2^-24."""
+    tokens, num_experts = case.x.shape[0], case.down.shape[0]
+    outputs, errors = [], []
+    for expert in range(num_experts):
+        alone = replace(case, experts=torch.full((tokens, 1), expert), weights=torch.ones(tokens, 1))
+        expected = experts_reference(alone, arithmetic)
+        rounding = ROUNDING[case.x.dtype] * (expected.out.abs() + expected.bound) + SMALLEST[case.x.dtype]
+        outputs.append(expected.out)
+        errors.append(expected.bound + rounding)
+    y, error = torch.stack(outputs, dim=1), torch.stack(errors, dim=1)  # (T, E, H)
+    cross = torch.einsum("tih,tjh->tij", y.abs(), error)
+    gram = torch.einsum("tih,tjh->tij", y, y)
+    return gram, cross + cross.transpose(1, 2) + torch.einsum("tih,tjh->tij", error, error)
+
+
+def assert_within(got: Tensor, expected: Tensor, bound: Tensor) -> None:
+    """|got - expected| <= bound and one rounding to got's dtype, element by element."""
+    allowed = bound + ROUNDING[got.dtype] * (expected.abs() + bound) + SMALLEST[got.dtype]
+    excess = (got.cpu().double() - expected).abs() - allowed
+    assert bool((excess <= 0).all()), f"off by up to {float(excess.max()):.3g} beyond the bound"
+
+
+def assert_moments_within(got: Tensor, expected: Expected, start: Tensor | float = 0.0) -> None:
+    """Moments that were added to ``start``; their own sums are float64."""
+    want = start + expected.moments
+    excess = (got.cpu() - want).abs() - expected.moments_bound - 1e-12 * want.abs()
+    assert bool((excess <= 0).all()), f"off by up to {float(excess.max()):.3g} beyond the bound"
+
+
+def assert_histograms_close(got: Tensor, expected: Tensor) -> None:
+    """Equal but for single ratios that rounding moves over the edge of a bin (a bin is 1/1024 wide, roundings 1e-6)."""
+    moved = (got.cumsum(-1) - expected.cumsum(-1)).abs()
+    assert int(moved.max()) <= 1
+    assert not bool(moved[..., -1].any())
+
+
+def route_reference(
+    logits: Tensor, top_k: int, thresholds: Tensor | None, renormalise: bool
+) -> tuple[list[list[float]], list[list[int]]]:
+    """weights and experts by sorting, in plain Python floats."""
+    num_experts = logits.shape[1]
+    all_weights, all_experts = [], []
+    for row in logits.double().tolist():
+        order = sorted(range(num_experts), key=lambda e: (-row[e], e))[:top_k]
+        total = sum(math.exp(value - max(row)) for value in row)
+        weights = [math.exp(row[e] - max(row)) / total for e in order]
+        if renormalise:
+            weights = [weight / sum(weights) for weight in weights]
+        if thresholds is not None:
+            full = sum(weights)
+            skipped = [rank > 0 and weights[rank] < float(thresholds[rank - 1]) * weights[0] for rank in range(top_k)]
+            weights = [0.0 if skip else weight for weight, skip in zip(weights, skipped, strict=True)]
+            order = [num_experts if skip else e for e, skip in zip(order, skipped, strict=True)]
+            kept = sum(weights)
+            weights = [weight * full / kept for weight in weights]
+        all_weights.append(weights)
+        all_experts.append(order)
+    return all_weights, all_experts
