@@ -62,14 +62,7 @@ class ExpertStatistics(WithLayout):
     shards: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.moments.ndim != 4:
-            raise ValueError(f"moments: has shape {tuple(self.moments.shape)}; expected (L, E, 3, 3)")
-        for name, (shape, dtype) in self._expected().items():
-            tensor = getattr(self, name)
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; expected {shape}")
-            if tensor.dtype != dtype or tensor.device.type != "cpu":
-                raise ValueError(f"{name}: is {tensor.dtype} on {tensor.device}; expected {dtype} on cpu")
+        _check_tensors(self.tensors(), self.num_layers, self.num_experts, self.top_k)
 
     @classmethod
     def zeros(
@@ -102,7 +95,9 @@ class ExpertStatistics(WithLayout):
         """:meth:`zeros`, for a layout."""
         tensors: dict[str, Any] = {
             name: torch.zeros(shape, dtype=dtype, device="cpu")
-            for name, (shape, dtype) in _tensor_layout(layout, hidden_size).items()
+            for name, (shape, dtype) in _tensor_layout(
+                layout.num_layers, layout.num_experts, layout.top_k, hidden_size
+            ).items()
         }
         return cls(layout, gate, dataset, **tensors)
 
@@ -196,7 +191,7 @@ class ExpertStatistics(WithLayout):
                 metadata = FORMAT.check_metadata(file.metadata())
                 # Clones: the originals are views of the mapped file.
                 tensors = {name: file.get_tensor(name).clone() for name in _present_tensors(file.keys())}
-            loaded = cls(**_parse_metadata(metadata, tensors["moments"].shape), **tensors)
+            loaded = cls(**_parse_metadata(metadata, tensors), **tensors)
             loaded._check_values()
         except SafetensorError as error:
             raise StatisticsFileError(f"{path}: truncated, or not a safetensors file ({error})") from error
@@ -204,13 +199,10 @@ class ExpertStatistics(WithLayout):
             raise StatisticsFileError(f"{path}: {error}") from error
         return loaded
 
-    def _expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        hidden_size = None if self.output_sum is None else int(self.output_sum.shape[-1])
-        return _tensor_layout(self.layout, hidden_size)
-
     def tensors(self) -> dict[str, torch.Tensor]:
         """The sums by field name; themselves, not copies."""
-        return {name: getattr(self, name) for name in self._expected()}
+        named = {name: getattr(self, name) for name in _tensor_layout(1, 1, 1, 1)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def _check_values(self) -> None:
         for name, tensor in self.tensors().items():
@@ -225,9 +217,10 @@ class ExpertStatistics(WithLayout):
                 )
 
 
-def _tensor_layout(layout: Layout, hidden_size: int | None) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _tensor_layout(
+    layers: int, experts: int, top_k: int, hidden_size: int | None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor field; ``output_sum`` with a hidden size only."""
-    layers, experts, top_k = layout.num_layers, layout.num_experts, layout.top_k
     optional = {} if hidden_size is None else {"output_sum": ((layers, experts, hidden_size), torch.float64)}
     return {
         "moments": ((layers, experts, 3, 3), torch.float64),
@@ -238,17 +231,27 @@ def _tensor_layout(layout: Layout, hidden_size: int | None) -> dict[str, tuple[t
     }
 
 
+def _check_tensors(tensors: dict[str, torch.Tensor], layers: int, experts: int, top_k: int) -> None:
+    """ValueError, naming the field, for a tensor of another shape, dtype or device."""
+    hidden_size = tensors["output_sum"].shape[-1] if "output_sum" in tensors else None
+    for name, (shape, dtype) in _tensor_layout(layers, experts, top_k, hidden_size).items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; expected {shape}")
+        if tensor.dtype != dtype or tensor.device.type != "cpu":
+            raise ValueError(f"{name}: is {tensor.dtype} on {tensor.device}; expected {dtype} on cpu")
+
+
 def _present_tensors(names: list[str]) -> list[str]:
     """``names`` when they are the tensor fields, with or without the optional one; ValueError otherwise."""
-    smallest = Layout("", ("",), (1,), 1)
-    if missing := sorted(_tensor_layout(smallest, None).keys() - set(names)):
+    if missing := sorted(_tensor_layout(1, 1, 1, None).keys() - set(names)):
         raise ValueError(f"tensor {missing[0]!r} is missing")
-    if unexpected := sorted(set(names) - _tensor_layout(smallest, 1).keys()):
+    if unexpected := sorted(set(names) - _tensor_layout(1, 1, 1, 1).keys()):
         raise ValueError(f"tensor {unexpected[0]!r} is not part of format version {FORMAT.version}")
     return names
 
 
-def _parse_metadata(metadata: dict[str, str], moments: torch.Size) -> dict[str, Any]:
+def _parse_metadata(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The fields of :class:`ExpertStatistics` that are not tensors; ValueError where one is not as it should be."""
     if missing := [name for name in ("model_type", "layers", "top_k", "gate", "dataset") if name not in metadata]:
         raise ValueError(f"metadata {missing[0]!r} is missing")
@@ -258,11 +261,16 @@ def _parse_metadata(metadata: dict[str, str], moments: torch.Size) -> dict[str, 
     groups = _parse_integer("groups", metadata.get("groups", "1"))
     experts = _parse_counts("experts", metadata.get("experts", "[]"))
     fewest = _parse_integer("fewest", metadata.get("fewest", "0"))
-    if len(moments) != 4:
-        raise ValueError(f"moments: has shape {tuple(moments)}; expected (L, E, 3, 3)")
-    experts = experts or (moments[1],) * len(layers)
-    if layers and (len(experts) != len(layers) or max(experts) != moments[1] or min(experts) < 1):
-        raise ValueError(f"experts: expected {len(layers)} numbers, the largest {moments[1]}, got {experts}")
+    # The tensors before the numbers of experts: a file without them has what the tensors have.
+    moments = tensors["moments"]
+    if moments.ndim != 4:
+        raise ValueError(f"moments: has shape {tuple(moments.shape)}; expected (L, E, 3, 3)")
+    if not 1 <= top_k <= moments.shape[1]:
+        raise ValueError(f"top_k: expected 1 to {moments.shape[1]} experts, got {top_k}")
+    _check_tensors(tensors, len(layers), moments.shape[1], top_k)
+    experts = experts or (moments.shape[1],) * len(layers)
+    if layers and max(experts) != moments.shape[1]:
+        raise ValueError(f"experts: expected {len(layers)} numbers, the largest {moments.shape[1]}, got {experts}")
     return {
         "layout": Layout(metadata["model_type"], layers, experts, top_k, groups, fewest),
         "gate": metadata["gate"],

@@ -36,8 +36,10 @@ class Layout:
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers: expected one or more distinct names, got {self.layers!r}")
-        if len(self.experts) != len(self.layers) or min(self.experts) < 1:
-            raise ValueError(f"experts: expected {len(self.layers)} numbers of 1 or more, got {self.experts}")
+        if len(self.experts) != len(self.layers) or min(self.experts, default=0) < 1:
+            raise ValueError(
+                f"experts: expected {len(self.layers)} numbers, the largest {self.num_experts}, got {self.experts}"
+            )
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k: expected 1 to {self.num_experts} experts, got {self.top_k}")
         if self.groups < 1 or any(count % self.groups for count in self.experts):
@@ -54,7 +56,7 @@ class Layout:
     @property
     def num_experts(self) -> int:
         """E, of the largest layer."""
-        return max(self.experts)
+        return max(self.experts, default=0)
 
 
 def layout_of(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> Layout:
