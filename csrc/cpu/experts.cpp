@@ -21,9 +21,9 @@
 #include <new>
 #include <vector>
 
-#include "cpu/loops.h"
 #include "cpu/numeric.h"
 #include "cpu/slots.h"
+#include "cpu/vector/loops.h"
 #include "cpu/workers.h"
 #include "moe.h"
 

@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/loops.h"
+#include "cpu/vector/loops.h"
 #include "moe.h"
 
 namespace moe_ext::cpu {

@@ -1,12 +1,12 @@
-// Bodies of the loops declared in loops.h. Each loops_*.cpp defines MOE_EXT_ISA (a namespace name) and includes this
-// once. No standard C++ headers with functions here: one instantiated for AVX-512 must not become the program's only
-// copy.
+// Bodies of the loops declared in loops.h. avx512.cpp and its like define MOE_EXT_ISA (a namespace name) and include
+// this once. No standard C++ headers with functions here: one instantiated for AVX-512 must not become the program's
+// only copy.
 #include <math.h>
 #include <type_traits>
 
-#include "cpu/dot.h"
-#include "cpu/loops.h"
-#include "cpu/vec.h"
+#include "cpu/vector/dot.h"
+#include "cpu/vector/loops.h"
+#include "cpu/vector/vec.h"
 
 namespace moe_ext::cpu::MOE_EXT_ISA {
 

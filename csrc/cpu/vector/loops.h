@@ -1,4 +1,5 @@
-// The hot loops of the experts operators, compiled once per instruction set (loops_*.cpp) and reached through a table.
+// The hot loops of the experts operators, compiled once per instruction set (avx512.cpp and its like) and reached
+// through a table.
 //
 // All products are dot products of an activation row and a weight row, both contiguous along the reduction, so weights
 // are read as transformers stores them. Every output element has one vector accumulator that walks a chunk of the

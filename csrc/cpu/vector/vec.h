@@ -1,6 +1,6 @@
 // One float32 vector type per instruction set, with the few operations that the loops need. Included only by
-// loops_inl.h and dot.h, which are compiled once per instruction set inside its own namespace. Masked or partial loads
-// are not offered: the loops finish the last elements with scalars.
+// product_inl.h and dot.h, which are compiled once per instruction set inside its own namespace. Masked or partial
+// loads are not offered: the loops finish the last elements with scalars.
 #pragma once
 
 #if defined(MOE_EXT_ISA_AVX512) || defined(MOE_EXT_ISA_AVX2)
