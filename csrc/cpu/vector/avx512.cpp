@@ -13,7 +13,7 @@
 #endif
 #define MOE_EXT_ISA avx512
 #define MOE_EXT_ISA_AVX512
-#include "cpu/vector/product_inl.h"
+#include "cpu/vector/loops_inl.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

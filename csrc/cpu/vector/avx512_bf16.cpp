@@ -14,7 +14,7 @@
 #define MOE_EXT_ISA avx512_bf16
 #define MOE_EXT_ISA_AVX512
 #define MOE_EXT_ISA_AVX512_BF16
-#include "cpu/vector/product_inl.h"
+#include "cpu/vector/loops_inl.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -1,12 +1,15 @@
-// Bodies of the loops declared in loops.h. avx512.cpp and its like define MOE_EXT_ISA (a namespace name) and include
-// this once. No standard C++ headers with functions here: one instantiated for AVX-512 must not become the program's
-// only copy.
-#include <math.h>
+// Loops::multiply: the order in which the tiles of a product are computed, and what each of them prefetches.
+//
+// Up to kTileRows activation rows, reading the weights is what takes time: a few weight rows from end to end. More
+// rows: chunk by chunk (kChunkBytes), tiles of rows outside, tiles of columns inside, so that activations stay in L1
+// and weights in L2. The chunks are the same and are added in the same order in both: they give the same bits.
+#pragma once
+
 #include <type_traits>
 
-#include "cpu/vector/dot.h"
+#include "cpu/numeric.h"
 #include "cpu/vector/loops.h"
-#include "cpu/vector/vec.h"
+#include "cpu/vector/tile_inl.h"
 
 namespace moe_ext::cpu::MOE_EXT_ISA {
 
@@ -26,7 +29,6 @@ constexpr int kWideTileRows = 2;
 constexpr int kWideTileRows = 1;
 #endif
 constexpr int64_t kShortRowBytes = 4096;
-constexpr int64_t kLineBytes = 64;
 // Beyond so many rows a chunk of them leaves a usual L2, and comes from the last cache for every block.
 constexpr int64_t kRowsInL2 = 128;
 
@@ -35,81 +37,6 @@ template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
 };
-
-// Weights that are multiplied later: `lines` cache lines of each of a tile's rows, one with every step of the
-// reduction.
-template <typename W>
-struct Fetch {
-  const W* rows = nullptr;
-  int64_t lines = 0;
-};
-
-// Instead of a pointer into an activation row that the next tile multiplies, a line of which is fetched with every
-// step.
-struct NoRowAhead {};
-
-// y[m, n] = or += a[m] . b[n] over k elements; a_stride, b_stride: elements from row to row.
-template <int M, int N, typename A, typename W, typename RowAhead>
-static inline void dot_tile(const A* a, int64_t a_stride, const W* b, int64_t b_stride, int64_t k, bool add, float* y,
-                            Fetch<W> fetch, RowAhead row_ahead) {
-  using Dot = DotOf<A, W>;
-  Vec acc[M][N];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) acc[m][n] = Vec::zero();
-  }
-  const auto step = [&] {
-    if constexpr (std::is_pointer_v<RowAhead>) {
-      __builtin_prefetch(row_ahead, 0, 2);
-      row_ahead += Dot::kStep;
-    }
-    typename Dot::Weight bv[N];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) bv[n] = Dot::load_weight(b + n * b_stride);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const typename Dot::Row av = Dot::load_row(a + m * a_stride);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) acc[m][n] = Dot::add(acc[m][n], av, bv[n]);
-    }
-    a += Dot::kStep;
-    b += Dot::kStep;
-  };
-  const int64_t steps = k / Dot::kStep;
-  const int64_t fetching = fetch.lines < steps ? fetch.lines : steps;
-  const char* line = reinterpret_cast<const char*>(fetch.rows);
-  int64_t i = 0;
-#pragma GCC unroll 4
-  for (; i < fetching; ++i) {
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) __builtin_prefetch(line + n * b_stride * static_cast<int64_t>(sizeof(W)));
-    line += kLineBytes;
-    step();
-  }
-#pragma GCC unroll 4
-  for (; i < steps; ++i) step();
-  const int64_t rest = k % Dot::kStep;
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-    float sums[N];
-    if constexpr (N % 4 == 0) {
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n += 4) sums_of(acc[m][n], acc[m][n + 1], acc[m][n + 2], acc[m][n + 3], sums + n);
-    } else {
-      for (int n = 0; n < N; ++n) sums[n] = acc[m][n].sum();
-    }
-    for (int64_t j = 0; j < rest; ++j) {
-      for (int n = 0; n < N; ++n) sums[n] += to_float(a[m * a_stride + j]) * to_float(b[n * b_stride + j]);
-    }
-    float* out = y + m * kBlockColumns;
-    if (add) {
-      for (int n = 0; n < N; ++n) out[n] += sums[n];
-    } else {
-      for (int n = 0; n < N; ++n) out[n] = sums[n];
-    }
-  }
-}
 
 // A typed Product, and the orders in which its tiles are computed. All cut rows into the same chunks and add the
 // chunks' sums in order: they give the same bits.
@@ -236,87 +163,6 @@ struct Block {
   }
 };
 
-static inline Vec apply(Activation activation, Vec x) {
-  switch (activation) {
-    case Activation::kSilu:
-      return x / (Vec::all(1.0f) + exp(Vec::zero() - x));
-    case Activation::kGeluTanh: {
-      const Vec inner = x * fma(Vec::all(0.044715f) * x, x, Vec::all(1.0f)) * Vec::all(0.79788456080286536f);
-      const Vec tanh = Vec::all(1.0f) - Vec::all(2.0f) / (exp(inner + inner) + Vec::all(1.0f));
-      return Vec::all(0.5f) * x * (Vec::all(1.0f) + tanh);
-    }
-    case Activation::kGeluErf: {
-      float lanes[Vec::kLanes];
-      x.store(lanes);
-      for (float& lane : lanes) lane = 0.5f * lane * (1.0f + erff(lane * 0.70710678118654752f));
-      return Vec::load(lanes);
-    }
-  }
-  return x;
-}
-
-template <typename H>
-static void gate_typed(Activation activation, const float* y, int64_t row_count, int64_t columns, H* h,
-                       int64_t h_stride) {
-  constexpr int64_t kHalf = kBlockColumns / 2;
-  static_assert(kHalf % Vec::kLanes == 0, "half a block is whole vectors");
-  for (int64_t r = 0; r < row_count; ++r, y += kBlockColumns, h += h_stride) {
-    if (columns == kHalf) {
-      for (int64_t i = 0; i < kHalf; i += Vec::kLanes) {
-        (apply(activation, Vec::load(y + i)) * Vec::load(y + kHalf + i)).store(h + i);
-      }
-      continue;
-    }
-    float gates[kHalf] = {}, ups[kHalf] = {};
-    for (int64_t i = 0; i < columns; ++i) {
-      gates[i] = y[i];
-      ups[i] = y[columns + i];
-    }
-    for (int64_t i = 0; i < kHalf; i += Vec::kLanes) {
-      (apply(activation, Vec::load(gates + i)) * Vec::load(ups + i)).store(gates + i);
-    }
-    for (int64_t i = 0; i < columns; ++i) from_float(gates[i], h + i);
-  }
-}
-
-template <bool kObserve>
-static void scatter_rows(const float* y, const float* weights, const int64_t* tokens, int64_t row_count,
-                         int64_t columns, float* sums, float* squares) {
-  for (int64_t r = 0; r < row_count; ++r, y += kBlockColumns) {
-    float* sum = sums + tokens[r] * kBlockColumns;
-    const Vec scale = Vec::all(weights[r]);
-    Vec square = Vec::zero();
-    int64_t i = 0;
-    for (; i + Vec::kLanes <= columns; i += Vec::kLanes) {
-      const Vec value = Vec::load(y + i);
-      fma(scale, value, Vec::load(sum + i)).store(sum + i);
-      if (kObserve) square = fma(value, value, square);
-    }
-    float total = kObserve ? square.sum() : 0.0f;
-    for (; i < columns; ++i) {
-      sum[i] += weights[r] * y[i];
-      if (kObserve) total += y[i] * y[i];
-    }
-    if (kObserve) squares[r] = total;
-  }
-}
-
-// Calls f(typed null pointer) for the C++ type of `dtype`.
-template <typename F>
-static inline void with_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(static_cast<float*>(nullptr));
-    case DType::kBFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-    case DType::kFloat16:
-      return f(static_cast<Float16*>(nullptr));
-  }
-}
-
-template <typename Pointer>
-using Pointee = std::remove_pointer_t<Pointer>;
-
 static void multiply(DType dtype, const Product& p) {
   with_type(dtype, [&](auto* type) {
     using W = Pointee<decltype(type)>;
@@ -324,43 +170,5 @@ static void multiply(DType dtype, const Product& p) {
     Block<A, W>{p}.run();
   });
 }
-
-static void gate(Activation activation, const float* y, int64_t row_count, int64_t columns, DType operand, void* h,
-                 int64_t h_stride) {
-  if (operand == DType::kBFloat16) {
-    gate_typed(activation, y, row_count, columns, static_cast<BFloat16*>(h), h_stride);
-  } else {
-    gate_typed(activation, y, row_count, columns, static_cast<float*>(h), h_stride);
-  }
-}
-
-static void scatter(const float* y, const float* weights, const int64_t* tokens, int64_t row_count, int64_t columns,
-                    float* sums, float* squares) {
-  if (squares != nullptr) {
-    scatter_rows<true>(y, weights, tokens, row_count, columns, sums, squares);
-  } else {
-    scatter_rows<false>(y, weights, tokens, row_count, columns, sums, nullptr);
-  }
-}
-
-static void widen(DType dtype, const void* src, float* dst, int64_t n) {
-  with_type(dtype, [&](auto* type) {
-    const auto* typed = static_cast<const Pointee<decltype(type)>*>(src);
-    int64_t i = 0;
-    for (; i + Vec::kLanes <= n; i += Vec::kLanes) Vec::load(typed + i).store(dst + i);
-    for (; i < n; ++i) dst[i] = to_float(typed[i]);
-  });
-}
-
-static void narrow(DType dtype, const float* src, void* dst, int64_t n) {
-  with_type(dtype, [&](auto* type) {
-    auto* typed = static_cast<decltype(type)>(dst);
-    int64_t i = 0;
-    for (; i + Vec::kLanes <= n; i += Vec::kLanes) Vec::load(src + i).store(typed + i);
-    for (; i < n; ++i) from_float(src[i], typed + i);
-  });
-}
-
-static constexpr Loops kLoops = {kBFloat16Operands, widen, multiply, gate, scatter, narrow};
 
 }  // namespace moe_ext::cpu::MOE_EXT_ISA
