@@ -60,7 +60,7 @@ lint: .venv/moe_ext.stamp
 
 clean:
 	rm -rf .venv build demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find moe_ext tests examples -name __pycache__ -prune -exec rm -rf {} +
+	find moe_ext tests examples tools -name __pycache__ -prune -exec rm -rf {} +
 	rm -f moe_ext/*.so
 
 # What building needs, torch first: it decides which torch everything after it sees.
