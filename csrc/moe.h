@@ -1,4 +1,4 @@
-// What the torch binding (ops.cpp) and the kernels (cpu/, cuda/) agree on: plain structs, no torch types. Every pointer
+// What the torch binding (torch/) and the kernels (cpu/, cuda/) agree on: plain structs, no torch types. Every pointer
 // is to a dense row-major array whose shape stands beside it. T tokens, E experts, K slots a token (top_k), H hidden
 // size, I expert intermediate size. A slot that carries expert index E (the sentinel) has no expert: it costs nothing
 // and adds nothing.

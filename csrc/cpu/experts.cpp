@@ -17,13 +17,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
-#include "cpu/loops.h"
+#include "cpu/buffer.h"
 #include "cpu/numeric.h"
 #include "cpu/slots.h"
+#include "cpu/vector/loops.h"
 #include "cpu/workers.h"
 #include "moe.h"
 
@@ -35,21 +34,6 @@ constexpr int64_t kTokensPerRun = 2048;
 constexpr int64_t kRowsPerTask = 16;
 constexpr int64_t kMultiplyAddsPerWorker = 1 << 17;
 constexpr int64_t kElementsPerWorker = 1 << 15;
-
-// Uninitialised memory that starts a cache line.
-class Buffer {
- public:
-  explicit Buffer(int64_t bytes = 0) : data_(static_cast<char*>(::operator new(static_cast<size_t>(bytes), kLine))) {}
-  char* bytes() const { return data_.get(); }
-  float* floats() const { return reinterpret_cast<float*>(data_.get()); }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  struct Free {
-    void operator()(char* data) const { ::operator delete(data, kLine); }
-  };
-  std::unique_ptr<char[], Free> data_;
-};
 
 // The columns of a down task: narrower ones keep more threads busy, but the choice must not depend on their number.
 int64_t down_columns(int64_t hidden) { return hidden >= 64 * kBlockColumns ? kBlockColumns : kBlockColumns / 2; }

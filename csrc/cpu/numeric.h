@@ -1,9 +1,12 @@
-// The three floating-point types: their sizes, and scalar conversions between float32 and the 16-bit ones. `static`, so
-// that a copy compiled for a newer instruction set is never linked into code that must run without it.
+// The three floating-point types: their sizes, the choice of one at run time, and scalar conversions between float32
+// and the 16-bit ones. `static`, so that a copy compiled for a newer instruction set is never linked into code that
+// must run without it.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
+
+#include <type_traits>
 
 #include "moe.h"
 
@@ -19,6 +22,22 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+
+// Calls f(typed null pointer) for the C++ type of `dtype`.
+template <typename F>
+static inline void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(static_cast<float*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<Float16*>(nullptr));
+  }
+}
+
+template <typename Pointer>
+using Pointee = std::remove_pointer_t<Pointer>;
 
 static inline float float_of_bits(uint32_t bits) {
   float value;

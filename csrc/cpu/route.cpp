@@ -1,5 +1,4 @@
-// Route: weights[t, :], experts[t, :] = top-K of softmax(logits[t, :]), optionally with weak experts skipped.     (T,
-// K)
+// Route: weights[t, :], experts[t, :] = top-K of softmax(logits[t, :]), weak experts skipped if asked for      (T, K)
 //
 // A token at a time. The K largest logits are found by insertion into a sorted list of K (larger first; equal: lower
 // index first; NaN counts as largest, as in torch.topk, so that a NaN reaches the output). Only then are exponentials
@@ -8,9 +7,9 @@
 // and the kept weights are scaled so that they sum to what all K summed to.
 //
 // Cost per token: reads E logits, at most E * K comparisons (E + K in the usual case), K or E exponentials.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
 #include "cpu/numeric.h"
 #include "cpu/workers.h"
@@ -84,14 +83,7 @@ void route_typed(const RouteParams& p, const Threads& threads) {
 }  // namespace
 
 void route(const RouteParams& p, const Threads& threads) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return route_typed<float>(p, threads);
-    case DType::kBFloat16:
-      return route_typed<BFloat16>(p, threads);
-    case DType::kFloat16:
-      return route_typed<Float16>(p, threads);
-  }
+  with_type(p.dtype, [&](auto* type) { route_typed<Pointee<decltype(type)>>(p, threads); });
 }
 
 }  // namespace moe_ext::cpu

@@ -7,15 +7,10 @@ namespace moe_ext::cpu {
 namespace {
 
 float weight(const ExpertsParams& p, int64_t slot) {
-  switch (p.weights_dtype) {
-    case DType::kFloat32:
-      return static_cast<const float*>(p.weights)[slot];
-    case DType::kBFloat16:
-      return to_float(static_cast<const BFloat16*>(p.weights)[slot]);
-    case DType::kFloat16:
-      return to_float(static_cast<const Float16*>(p.weights)[slot]);
-  }
-  return 0.0f;
+  float value = 0.0f;
+  with_type(p.weights_dtype,
+            [&](auto* type) { value = to_float(static_cast<const Pointee<decltype(type)>*>(p.weights)[slot]); });
+  return value;
 }
 
 template <typename Index>

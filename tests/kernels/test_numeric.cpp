@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/loops.h"
 #include "cpu/numeric.h"
+#include "cpu/vector/loops.h"
 #include "setting.h"
 
 #if defined(__x86_64__)

@@ -15,8 +15,7 @@ from tests.support.paths import ROOT
 
 KERNEL_FILES = [
     ROOT / "csrc" / "moe.h",
-    *sorted((ROOT / "csrc" / "cpu").iterdir()),
-    *sorted((ROOT / "csrc" / "cuda").iterdir()),
+    *sorted(path for part in ("cpu", "cuda") for path in (ROOT / "csrc" / part).rglob("*") if path.is_file()),
 ]
 
 
@@ -74,7 +73,7 @@ def test_code_for_a_newer_processor_shares_no_function_with_the_rest(isa: str, t
     if os.uname().machine != "x86_64":
         pytest.skip("these variants are for x86-64")
     compiled = tmp_path / "loops.o"
-    source = ROOT / "csrc" / "cpu" / f"loops_{isa}.cpp"
+    source = ROOT / "csrc" / "cpu" / "vector" / f"{isa}.cpp"
     subprocess.run([compiler, "-std=c++17", "-O0", "-c", f"-I{ROOT / 'csrc'}", source, "-o", compiled], check=True)
     weak = [line for line in output_of("nm", "-C", str(compiled)).splitlines() if re.search(" [WVu] ", line)]
     assert weak  # -O0 keeps the member functions of its own vector type

@@ -6,7 +6,7 @@ Enough to see that a branch on "has there been a step before?" is not taken in t
 import re
 from collections.abc import Mapping
 
-from sass_flow import Instruction, width
+from tools.sass.flow import Instruction, width
 
 Range = tuple[int, int]  # the least and the most of a 32-bit signed integer; of a predicate 0 or 1
 Values = Mapping[str, Range]  # by name, such as R4, UR6, P0; what is missing is unknown

@@ -8,7 +8,7 @@
 #endif
 #define MOE_EXT_ISA avx2
 #define MOE_EXT_ISA_AVX2
-#include "cpu/loops_inl.h"
+#include "cpu/vector/loops_inl.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

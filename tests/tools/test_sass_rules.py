@@ -1,4 +1,4 @@
-"""The rules that sass_report.py reads off compiled kernels catch what they are for, on hand-written SASS."""
+"""The rules that tools/sass reads off compiled kernels catch what they are for, on hand-written SASS."""
 
 import re
 import shutil
@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-import sass_report
-from sass_flow import Edges, Instruction, UnreadableError, instructions, successors
-from sass_rules import accumulator_faults, copy_faults, fence_faults, overlap_faults, release_faults
-from sass_values import compared
 
-from tests.support.paths import ROOT
+from tools.sass.compiled import ROOT, Kernel, compile_one, cuobjdump, default_archs
+from tools.sass.flow import Edges, Instruction, UnreadableError, instructions, successors
+from tools.sass.report import faults_of, kernels_launched_next
+from tools.sass.rules import accumulator_faults, copy_faults, fence_faults, overlap_faults, release_faults
+from tools.sass.values import compared
 
 KERNEL = re.compile(r"\b(\w+_kernel)\(")
 Rule = Callable[[Sequence[Instruction], Edges], list[str]]
@@ -135,7 +135,7 @@ def test_wgmmas_of_different_shapes_need_a_fence_between_them_on_the_same_regist
     assert broken(fence_faults, f"WARPGROUP.ARRIVE\n{PRODUCT}\n{apart}, gsb0\nEXIT") == []
 
 
-# As in hopper_gemm.cu: a step's copies are announced in the next step, when all but the newest group have arrived.
+# As in hopper_gemm_kernel: a step's copies are announced in the next step, when all but the newest group have arrived.
 PRODUCER = """
     UMOV UR6, 0xffffffff
     UMOV UR4, URZ
@@ -200,7 +200,7 @@ def test_a_thread_that_does_not_copy_arrives_as_it_likes() -> None:
     assert broken(copy_faults, f"@P0 EXIT\n{AT_END}\nEXIT") == []
 
 
-# As in hopper_gemm.cu: a step's operands are given back in the next step, when all but the newest group are over.
+# As in hopper_gemm_kernel: a step's operands are given back in the next step, when all but the newest group are over.
 CONSUMER = f"""
     UMOV UR7, URZ
     loop: ISETP.NE.AND P0, PT, RZ, UR7, PT
@@ -330,21 +330,22 @@ def test_comparisons_of_ranges_are_those_of_all_their_numbers(name: str) -> None
 
 def test_the_kernels_that_have_to_wait_are_those_of_the_sources() -> None:
     kernels = {name for path in (ROOT / "csrc" / "cuda").glob("*.cu") for name in KERNEL.findall(path.read_text())}
-    assert "hopper_gemm_kernel" in sass_report.kernels_launched_next()
-    assert sass_report.kernels_launched_next() <= kernels
-    assert "90a" in sass_report.default_archs()
+    assert "hopper_gemm_kernel" in kernels_launched_next()
+    assert kernels_launched_next() <= kernels
+    assert "90a" in default_archs()
 
 
 @pytest.fixture(scope="module")
-def hopper_kernel(tmp_path_factory: pytest.TempPathFactory) -> sass_report.Kernel:
+def hopper_kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
     if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
         pytest.skip("needs nvcc")
     try:
-        sass_report.cuobjdump()
+        cuobjdump()
     except SystemExit as missing:
         pytest.skip(str(missing))
-    source = ROOT / "csrc" / "cuda" / "hopper_gemm.cu"
-    kernels = sass_report.compile_one(source, "90a", tmp_path_factory.mktemp("hopper"))
+    sources = (ROOT / "csrc" / "cuda").glob("*.cu")
+    source = next(path for path in sources if "hopper_gemm_kernel" in KERNEL.findall(path.read_text()))
+    kernels = compile_one(source, "90a", tmp_path_factory.mktemp("hopper"))
     return next(kernel for kernel in kernels if kernel.name == "hopper_gemm_kernel<__half, down>")
 
 
@@ -362,9 +363,9 @@ def hopper_kernel(tmp_path_factory: pytest.TempPathFactory) -> sass_report.Kerne
     ],
 )
 def test_no_wait_or_fence_of_the_hopper_kernel_can_be_left_out(
-    hopper_kernel: sass_report.Kernel, name: str, rules: list[Rule]
+    hopper_kernel: Kernel, name: str, rules: list[Rule]
 ) -> None:
-    assert hopper_kernel.faults() == []
+    assert faults_of(hopper_kernel) == []
     sass = hopper_kernel.sass
     copying = next(i for i, (_, text) in enumerate(sass) if text.startswith("LDGSTS"))
     found = [i for i, (_, text) in enumerate(sass) if re.match(name, text)]

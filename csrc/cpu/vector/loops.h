@@ -1,4 +1,5 @@
-// The hot loops of the experts operators, compiled once per instruction set (loops_*.cpp) and reached through a table.
+// The hot loops of the experts and gram operators, compiled once per instruction set and reached through a table. All
+// that the rest of csrc/cpu includes of this folder.
 //
 // All products are dot products of an activation row and a weight row, both contiguous along the reduction, so weights
 // are read as transformers stores them. Every output element has one vector accumulator that walks a chunk of the
@@ -37,6 +38,23 @@ struct Product {
   float* y;  // (row_count, kBlockColumns) out; columns beyond `columns` are left as they are
 };
 
+// Columns of a token's rows that the gram loop has in float64 at a time, and most rows of its tiles.
+inline constexpr int64_t kGramChunk = 512;
+inline constexpr int64_t kTallestGramTile = 4;
+
+// A token's outputs of every expert, a row each.
+struct TokenRows {
+  const void* first;
+  int64_t stride;  // elements from an expert's row to the next's
+  int64_t num_experts;
+  int64_t hidden;
+};
+
+// Doubles that the gram loop works in: a chunk of every row, and rows that fill the last tile.
+static inline int64_t gram_scratch(int64_t num_experts) {
+  return (num_experts + kTallestGramTile - 1) / kTallestGramTile * kTallestGramTile * kGramChunk;
+}
+
 struct Loops {
   // Whether activations of bfloat16 models are multiplied as bfloat16 (exact products, float32 sums); all other
   // activations are multiplied as float32. Weights always are what the model has.
@@ -60,6 +78,10 @@ struct Loops {
 
   // dst[i] = dtype(src[i]), round to nearest even.
   void (*narrow)(DType dtype, const float* src, void* dst, int64_t n);
+
+  // gram[i, j] = row i . row j for i, j < num_experts, in float64; rows of `dtype`. scratch: gram_scratch() doubles at
+  // the start of a cache line, of which those of rows from num_experts on are zero.
+  void (*gram)(DType dtype, const TokenRows& y, double* scratch, double* gram);
 
   DType operand(DType dtype) const {
     return bfloat16_operands && dtype == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat32;

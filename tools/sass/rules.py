@@ -1,6 +1,6 @@
 """Waits and fences whose lack no simulator shows that executes wgmma and copies at once: rules on the SASS of sm_90a.
 
-Every rule is a function from a kernel's code and its edges (sass_flow.py) to what breaks it, on any path.
+Every rule is a function from a kernel's code and its edges (flow.py) to what breaks it, on any path.
 
 - accumulators of wgmma are not touched until their group has been waited for, and are fenced before wgmma takes them
   (PTX ISA, "wgmma.fence", "wgmma.wait_group");
@@ -16,8 +16,8 @@ Not seen: which barrier or stage an address names, and whether a warp is togethe
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from sass_flow import Edges, Instruction, accumulators, registers, solve
-from sass_values import Values, after, join_values, truth
+from tools.sass.flow import Edges, Instruction, accumulators, registers, solve
+from tools.sass.values import Values, after, join_values, truth
 
 Code = Sequence[Instruction]
 

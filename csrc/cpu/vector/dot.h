@@ -1,9 +1,9 @@
 // How a vector of an activation row meets one of a weight row. The general way widens both to float32; with AVX-512
 // BF16, two bfloat16 vectors are multiplied as they are: each lane adds the exact products of a pair of elements to its
-// float32 sum (subnormal numbers count as zero). Included only by loops_inl.h.
+// float32 sum (subnormal numbers count as zero).
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/vector/vec.h"
 
 namespace moe_ext::cpu::MOE_EXT_ISA {
 

@@ -1,6 +1,6 @@
 // The hot loops in plain C++, for any processor.
 #define MOE_EXT_ISA portable
-#include "cpu/loops_inl.h"
+#include "cpu/vector/loops_inl.h"
 
 namespace moe_ext::cpu {
 extern const Loops kPortableLoops = portable::kLoops;

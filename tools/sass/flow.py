@@ -1,6 +1,6 @@
 """A compiled kernel as a graph: its SASS as instructions, the paths between them, and what holds on every path.
 
-Nothing here knows what a rule is about (sass_rules.py does). Where the text leaves something open, more is assumed to
+Nothing here knows what a rule is about (rules.py does). Where the text leaves something open, more is assumed to
 happen than can: a guarded instruction may or may not be executed, both ways of a branch can be taken, and an operand
 is as wide as the widest that the instruction's modifiers allow. What cannot be read raises :class:`UnreadableError`.
 """

@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/loops.h"
+#include "cpu/vector/loops.h"
 #include "moe.h"
 
 namespace moe_ext::cpu {
@@ -12,27 +12,26 @@ namespace {
 struct Variant {
   const char* name;
   bool (*runs_here)();
-  const Loops* loops;
+  const Loops* loops;  // null: not compiled for this machine
 };
 
+// The variants for x86-64 keep their names elsewhere, so that asking for one is refused as what does not run here.
 #if defined(__x86_64__)
-const Variant kVariants[kIsaCount] = {
-    {"avx512_bf16", [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16"); },
-     &kAvx512Bf16Loops},
-    {"avx512", [] { return __builtin_cpu_supports("avx512f") != 0; }, &kAvx512Loops},
-    {"avx2",
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
-     &kAvx2Loops},
-    {"portable", [] { return true; }, &kPortableLoops},
-};
+#define MOE_EXT_X86(name, condition, loops) {name, [] { return static_cast<bool>(condition); }, loops}
 #else
+#define MOE_EXT_X86(name, condition, loops) {name, [] { return false; }, nullptr}
+#endif
+
 const Variant kVariants[kIsaCount] = {
-    {"avx512_bf16", [] { return false; }, nullptr},
-    {"avx512", [] { return false; }, nullptr},
-    {"avx2", [] { return false; }, nullptr},
+    MOE_EXT_X86("avx512_bf16", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16"),
+                &kAvx512Bf16Loops),
+    MOE_EXT_X86("avx512", __builtin_cpu_supports("avx512f"), &kAvx512Loops),
+    MOE_EXT_X86("avx2",
+                __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
+                &kAvx2Loops),
     {"portable", [] { return true; }, &kPortableLoops},
 };
-#endif
+#undef MOE_EXT_X86
 
 }  // namespace
 

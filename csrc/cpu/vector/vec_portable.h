@@ -1,0 +1,69 @@
+// Vec in plain C++: 4 floats in fixed-length loops, which any compiler turns into what the machine has. Included only
+// by vec.h.
+#pragma once
+
+#include <math.h>
+
+#include "cpu/numeric.h"
+
+namespace moe_ext::cpu::MOE_EXT_ISA {
+
+struct Vec {
+  static constexpr int kLanes = 4;
+  float v[kLanes];
+
+  static Vec zero() { return all(0.0f); }
+  static Vec all(float value) {
+    Vec r;
+    for (float& lane : r.v) lane = value;
+    return r;
+  }
+  template <typename T>
+  static Vec load(const T* p) {
+    Vec r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = to_float(p[i]);
+    return r;
+  }
+  template <typename T>
+  void store(T* p) const {
+    for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
+  }
+  float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
+  Vec power_of_two() const {
+    Vec r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = v[i] == v[i] ? ldexpf(1.0f, static_cast<int>(v[i])) : v[i];
+    return r;
+  }
+  Vec rounded() const {
+    Vec r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = nearbyintf(v[i]);
+    return r;
+  }
+  Vec clamped(float low, float high) const {
+    Vec r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = v[i] < low ? low : v[i] > high ? high : v[i];
+    return r;
+  }
+};
+#define MOE_EXT_LANEWISE(op)                                         \
+  static inline Vec operator op(Vec a, Vec b) {                      \
+    Vec r;                                                           \
+    for (int i = 0; i < Vec::kLanes; ++i) r.v[i] = a.v[i] op b.v[i]; \
+    return r;                                                        \
+  }
+MOE_EXT_LANEWISE(+)
+MOE_EXT_LANEWISE(-)
+MOE_EXT_LANEWISE(*)
+MOE_EXT_LANEWISE(/)
+#undef MOE_EXT_LANEWISE
+static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+
+// sums[0..3] = the sums of a, b, c, d.
+static inline void sums_of(Vec a, Vec b, Vec c, Vec d, float* sums) {
+  sums[0] = a.sum();
+  sums[1] = b.sum();
+  sums[2] = c.sum();
+  sums[3] = d.sum();
+}
+
+}  // namespace moe_ext::cpu::MOE_EXT_ISA

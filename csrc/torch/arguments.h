@@ -1,0 +1,200 @@
+// What each operator asks of its arguments together. The checks return the kernel's parameters with all sizes and types
+// filled in, no pointers; that follows when the tensors are as the kernels read them (dense, aligned).
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "moe.h"
+#include "torch/checks.h"
+#include "torch/stable_torch.h"
+
+namespace moe_ext {
+
+// ---- layout
+
+// Activations and routing are small: a strided one is copied. Weights are not: they must be contiguous
+// (check_contiguous).
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// x at an odd offset of its storage is copied, so that rows can be read 16 bytes at a time. (Weights are not: odd ones
+// take the kernels that read element by element.)
+inline Tensor aligned(const Tensor& tensor) {
+  const bool odd = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 != 0;
+  return odd ? torch::stable::clone(tensor) : tensor;
+}
+
+inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
+  if (!tensor.has_value()) return std::nullopt;
+  return dense(*tensor);
+}
+
+// Null for an argument that was left out.
+template <typename T>
+const T* data_of(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+// ---- route
+
+inline void check_thresholds(const char* op, const std::optional<Tensor>& thresholds, int64_t top_k) {
+  if (!thresholds.has_value()) return;
+  check_shape(op, "thresholds", *thresholds, {top_k - 1}, "(top_k - 1,)");
+  check_type(op, "thresholds", *thresholds, {ScalarType::Float});
+}
+
+inline RouteParams check_route(const Tensor& logits, int64_t top_k, const std::optional<Tensor>& thresholds,
+                               bool renormalise) {
+  constexpr const char* op = "route";
+  check_dims(op, "logits", logits, 2, "(T, E)");
+  RouteParams p{};
+  p.tokens = logits.size(0);
+  p.num_experts = logits.size(1);
+  p.top_k = top_k;
+  p.renormalise = renormalise;
+  if (top_k < 1 || top_k > p.num_experts) {
+    refuse(op, "'top_k' is ", top_k, "; expected 1 to ", p.num_experts, ", the number of experts in 'logits'");
+  }
+  check_thresholds(op, thresholds, top_k);
+  p.dtype = float_type(op, "logits", logits);
+  if (thresholds.has_value()) check_device(op, "thresholds", *thresholds, "logits", logits);
+  if (logits.is_cuda() && p.num_experts > cuda::kMaxRoutedExperts) {
+    refuse(op, "'logits' has ", p.num_experts, " experts; the CUDA kernel takes up to ", cuda::kMaxRoutedExperts);
+  }
+  return p;
+}
+
+// ---- experts, experts_observed, expert_gram
+
+// What the operators on a layer's weights share: the shapes, dtypes and layout of x, gate_up and down.
+inline ExpertsParams check_layer(const char* op, const Tensor& x, const Tensor& gate_up, const Tensor& down,
+                                 const std::string& activation) {
+  check_dims(op, "x", x, 2, "(T, H)");
+  check_dims(op, "gate_up", gate_up, 3, "(E, 2I, H)");
+
+  ExpertsParams p{};
+  p.tokens = x.size(0);
+  p.hidden = x.size(1);
+  p.num_experts = gate_up.size(0);
+  p.intermediate = gate_up.size(1) / 2;
+  if (p.num_experts < 1 || p.intermediate < 1 || p.hidden < 1 || gate_up.size(1) % 2 != 0) {
+    refuse(op, "'gate_up' has shape ", text_of(shape_of(gate_up)),
+           "; expected (E, 2I, H) with an even second dimension and none of them 0");
+  }
+  check_shape(op, "gate_up", gate_up, {p.num_experts, 2 * p.intermediate, p.hidden}, "(E, 2I, H) with H from 'x'");
+  check_shape(op, "down", down, {p.num_experts, p.hidden, p.intermediate}, "(E, H, I) from 'gate_up'");
+
+  p.dtype = float_type(op, "x", x);
+  check_type(op, "gate_up", gate_up, {x.scalar_type()});
+  check_type(op, "down", down, {x.scalar_type()});
+  check_contiguous(op, "gate_up", gate_up);
+  check_contiguous(op, "down", down);
+  check_device(op, "gate_up", gate_up, "x", x);
+  check_device(op, "down", down, "x", x);
+  p.activation = activation_named(op, activation);
+  if (x.is_cuda() && p.num_experts > cuda::kMaxExperts) {
+    refuse(op, "'gate_up' has ", p.num_experts, " experts; the CUDA kernels take up to ", cuda::kMaxExperts);
+  }
+  return p;
+}
+
+inline ExpertsParams check_experts(const char* op, const Tensor& x, const Tensor& gate_up, const Tensor& down,
+                                   const Tensor& experts, const Tensor& weights, const std::string& activation) {
+  ExpertsParams p = check_layer(op, x, gate_up, down, activation);
+  check_dims(op, "experts", experts, 2, "(T, K)");
+  p.top_k = experts.size(1);
+  check_shape(op, "experts", experts, {p.tokens, p.top_k}, "(T, K) with T from 'x'");
+  check_shape(op, "weights", weights, {p.tokens, p.top_k}, "(T, K) from 'experts'");
+  check_type(op, "experts", experts, {ScalarType::Int, ScalarType::Long});
+  check_type(op, "weights", weights, {ScalarType::Float, x.scalar_type()});
+  check_device(op, "experts", experts, "x", x);
+  check_device(op, "weights", weights, "x", x);
+  p.weights_dtype = float_type(op, "weights", weights);
+  p.experts_are_int64 = experts.scalar_type() == ScalarType::Long;
+  return p;
+}
+
+inline void check_observation(const char* op, const ExpertsParams& p, const Tensor& moments,
+                              const std::optional<Tensor>& counted, const Tensor& x) {
+  check_shape(op, "moments", moments, {p.num_experts, 3, 3}, "(E, 3, 3) with E from 'gate_up'");
+  check_type(op, "moments", moments, {ScalarType::Double});
+  check_contiguous(op, "moments", moments);
+  if (counted.has_value()) {
+    check_shape(op, "counted", *counted, {p.tokens}, "(T,) with T from 'x'");
+    check_type(op, "counted", *counted, {ScalarType::Bool});
+  }
+  check_device(op, "moments", moments, "x", x);
+  if (counted.has_value()) check_device(op, "counted", *counted, "x", x);
+}
+
+inline void check_expert_range(const char* op, const ExpertsParams& p) {
+  const int64_t bad = cpu::first_bad_expert(p.experts, p.experts_are_int64, p.tokens * p.top_k, p.num_experts);
+  if (bad < 0) return;
+  refuse(op, "'experts' holds ",
+         p.experts_are_int64 ? static_cast<const int64_t*>(p.experts)[bad]
+                             : int64_t{static_cast<const int32_t*>(p.experts)[bad]},
+         " at token ", bad / p.top_k, ", slot ", bad % p.top_k, "; expected 0 to ", p.num_experts,
+         " (that one marks an empty slot)");
+}
+
+inline GramParams check_gram(const Tensor& x, const Tensor& gate_up, const Tensor& down,
+                             const std::string& activation) {
+  const ExpertsParams layer = check_layer("expert_gram", x, gate_up, down, activation);
+  GramParams p{};
+  p.tokens = layer.tokens;
+  p.num_experts = layer.num_experts;
+  p.hidden = layer.hidden;
+  p.intermediate = layer.intermediate;
+  p.dtype = layer.dtype;
+  p.activation = layer.activation;
+  return p;
+}
+
+// ---- subset_errors
+
+inline SubsetsParams check_subsets(const Tensor& distances, const Tensor& ranks, const Tensor& scores,
+                                   const Tensor& keep, int64_t top_k, const std::optional<Tensor>& thresholds) {
+  constexpr const char* op = "subset_errors";
+  check_dims(op, "ranks", ranks, 2, "(T, N)");
+  check_dims(op, "keep", keep, 2, "(S, E)");
+  SubsetsParams p{};
+  p.tokens = ranks.size(0);
+  p.depth = ranks.size(1);
+  p.subsets = keep.size(0);
+  p.num_experts = keep.size(1);
+  p.top_k = top_k;
+  check_shape(op, "distances", distances, {p.tokens, p.depth * (p.depth - 1) / 2},
+              "(T, N (N - 1) / 2) with T and N from 'ranks'");
+  check_shape(op, "scores", scores, {p.tokens, p.depth}, "(T, N) from 'ranks'");
+  check_type(op, "distances", distances, {ScalarType::Double});
+  check_type(op, "ranks", ranks, {ScalarType::Long});
+  check_type(op, "scores", scores, {ScalarType::Double});
+  check_type(op, "keep", keep, {ScalarType::Bool});
+  if (top_k < 1 || top_k > p.depth) {
+    refuse(op, "'top_k' is ", top_k, "; expected 1 to ", p.depth, ", the number of ranks in 'ranks'");
+  }
+  check_thresholds(op, thresholds, top_k);
+  return p;
+}
+
+// Of the values: every rank is an expert's, and every subset leaves K of a token's ranks.
+inline void check_subset_values(const SubsetsParams& p) {
+  constexpr const char* op = "subset_errors";
+  for (int64_t i = 0; i < p.tokens * p.depth; ++i) {
+    if (p.ranks[i] >= 0 && p.ranks[i] < p.num_experts) continue;
+    refuse(op, "'ranks' holds ", p.ranks[i], " at token ", i / p.depth, ", rank ", i % p.depth, "; expected 0 to ",
+           p.num_experts - 1);
+  }
+  for (int64_t s = 0; s < p.subsets; ++s) {
+    int64_t dropped = 0;
+    for (int64_t e = 0; e < p.num_experts; ++e) dropped += !p.keep[s * p.num_experts + e];
+    if (dropped <= p.depth - p.top_k) continue;
+    refuse(op, "'keep' drops ", dropped, " experts in subset ", s, "; the ", p.depth,
+           " ranks of a token leave top_k = ", p.top_k, " experts for up to ", p.depth - p.top_k);
+  }
+}
+
+}  // namespace moe_ext

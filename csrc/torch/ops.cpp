@@ -1,0 +1,135 @@
+// Operators of the torch namespace `moe_ext`: their schemas, and for each its checks, its output and its kernels. No
+// arithmetic here; every check runs before a kernel does.
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "moe.h"
+#include "torch/arguments.h"
+#include "torch/backend.h"
+#include "torch/checks.h"
+#include "torch/stable_torch.h"
+
+namespace moe_ext {
+namespace {
+
+std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, std::optional<Tensor> thresholds,
+                                 bool renormalise) {
+  RouteParams p = check_route(logits, top_k, thresholds, renormalise);
+  const Tensor dense_logits = dense(logits);
+  const std::optional<Tensor> dense_thresholds = dense(thresholds);
+  const Tensor weights = torch::stable::new_empty(logits, {p.tokens, top_k}, ScalarType::Float);
+  const Tensor experts = torch::stable::new_empty(logits, {p.tokens, top_k}, ScalarType::Long);
+  p.logits = dense_logits.const_data_ptr();
+  p.thresholds = data_of<float>(dense_thresholds);
+  p.weights = static_cast<float*>(weights.mutable_data_ptr());
+  p.experts = static_cast<int64_t*>(experts.mutable_data_ptr());
+  dispatch(
+      logits, [&](const Threads& threads) { cpu::route(p, threads); },
+      [&](const auto&, auto* stream) { cuda::route(p, stream); });
+  return {weights, experts};
+}
+
+// moments, counted: of experts_observed; null for experts.
+Tensor run_experts(const char* op, const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts,
+                   const Tensor& weights, const std::string& activation, const Tensor* moments,
+                   const std::optional<Tensor>& counted) {
+  ExpertsParams p = check_experts(op, x, gate_up, down, experts, weights, activation);
+  if (moments != nullptr) check_observation(op, p, *moments, counted, x);
+
+  const Tensor dense_x = x.is_cuda() ? aligned(dense(x)) : dense(x);
+  const Tensor dense_experts = dense(experts);
+  const Tensor dense_weights = dense(weights);
+  const std::optional<Tensor> dense_counted = dense(counted);
+  p.x = dense_x.const_data_ptr();
+  p.gate_up = gate_up.const_data_ptr();
+  p.down = down.const_data_ptr();
+  p.experts = dense_experts.const_data_ptr();
+  p.weights = dense_weights.const_data_ptr();
+  p.moments = moments != nullptr ? static_cast<double*>(moments->mutable_data_ptr()) : nullptr;
+  p.counted = data_of<bool>(dense_counted);
+  if (x.is_cpu()) check_expert_range(op, p);  // on CUDA the kernels assert it: the host does not wait for them
+
+  const Tensor out = torch::stable::new_empty(x, {p.tokens, p.hidden});
+  p.out = out.mutable_data_ptr();
+  dispatch(
+      x, [&](const Threads& threads) { cpu::experts(p, threads); },
+      [&](const auto& scratch, auto* stream) { cuda::experts(p, scratch, stream); });
+  return out;
+}
+
+Tensor experts(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts, const Tensor& weights,
+               std::string activation) {
+  return run_experts("experts", x, gate_up, down, experts, weights, activation, nullptr, std::nullopt);
+}
+
+Tensor experts_observed(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts,
+                        const Tensor& weights, std::string activation, const Tensor& moments,
+                        std::optional<Tensor> counted) {
+  return run_experts("experts_observed", x, gate_up, down, experts, weights, activation, &moments, counted);
+}
+
+Tensor expert_gram(const Tensor& x, const Tensor& gate_up, const Tensor& down, std::string activation) {
+  GramParams p = check_gram(x, gate_up, down, activation);
+  const Tensor dense_x = x.is_cuda() ? aligned(dense(x)) : dense(x);
+  const Tensor gram = torch::stable::new_empty(x, {p.tokens, p.num_experts, p.num_experts}, ScalarType::Double);
+  p.x = dense_x.const_data_ptr();
+  p.gate_up = gate_up.const_data_ptr();
+  p.down = down.const_data_ptr();
+  p.gram = static_cast<double*>(gram.mutable_data_ptr());
+  dispatch(
+      x, [&](const Threads& threads) { cpu::gram(p, threads); },
+      [&](const auto& scratch, auto* stream) { cuda::gram(p, scratch, stream); });
+  return gram;
+}
+
+Tensor subset_errors(const Tensor& distances, const Tensor& ranks, const Tensor& scores, const Tensor& keep,
+                     int64_t top_k, std::optional<Tensor> thresholds) {
+  SubsetsParams p = check_subsets(distances, ranks, scores, keep, top_k, thresholds);
+  const Tensor dense_distances = dense(distances), dense_ranks = dense(ranks), dense_scores = dense(scores);
+  const Tensor dense_keep = dense(keep);
+  const std::optional<Tensor> dense_thresholds = dense(thresholds);
+  p.distances = static_cast<const double*>(dense_distances.const_data_ptr());
+  p.ranks = static_cast<const int64_t*>(dense_ranks.const_data_ptr());
+  p.scores = static_cast<const double*>(dense_scores.const_data_ptr());
+  p.keep = static_cast<const bool*>(dense_keep.const_data_ptr());
+  p.thresholds = data_of<float>(dense_thresholds);
+  check_subset_values(p);
+
+  const Tensor errors = torch::stable::new_empty(scores, {p.subsets});
+  p.errors = static_cast<double*>(errors.mutable_data_ptr());
+  cpu::subset_errors(p, torch_threads());
+  return errors;
+}
+
+}  // namespace
+}  // namespace moe_ext
+
+STABLE_TORCH_LIBRARY(moe_ext, m) {
+  m.def("route(Tensor logits, int top_k, Tensor? thresholds=None, bool renormalise=True) -> (Tensor, Tensor)");
+  m.def("experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights, str activation) -> Tensor");
+  m.def(
+      "experts_observed(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights, str activation, "
+      "Tensor(a!) moments, Tensor? counted=None) -> Tensor");
+  m.def("expert_gram(Tensor x, Tensor gate_up, Tensor down, str activation) -> Tensor");
+  m.def(
+      "subset_errors(Tensor distances, Tensor ranks, Tensor scores, Tensor keep, int top_k, Tensor? thresholds=None) "
+      "-> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
+  m.impl("route", TORCH_BOX(&moe_ext::route));
+  m.impl("experts", TORCH_BOX(&moe_ext::experts));
+  m.impl("experts_observed", TORCH_BOX(&moe_ext::experts_observed));
+  m.impl("expert_gram", TORCH_BOX(&moe_ext::expert_gram));
+  m.impl("subset_errors", TORCH_BOX(&moe_ext::subset_errors));
+}
+
+#ifdef MOE_EXT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
+  m.impl("route", TORCH_BOX(&moe_ext::route));
+  m.impl("experts", TORCH_BOX(&moe_ext::experts));
+  m.impl("experts_observed", TORCH_BOX(&moe_ext::experts_observed));
+  m.impl("expert_gram", TORCH_BOX(&moe_ext::expert_gram));
+}
+#endif

@@ -1,0 +1,1 @@
+"""What checks the build. Run from a checkout; no part of the package."""
