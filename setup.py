@@ -15,7 +15,7 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent
-# 9.0a, not 9.0: machine code for exactly the H100 and H200, whose wgmma hopper_gemm.cu uses.
+# 9.0a, not 9.0: machine code for exactly the H100 and H200, whose wgmma gemm_wgmma.cu uses.
 CUDA_ARCHS = "8.0 8.6 8.9 9.0a 10.0 12.0+PTX"
 TORCH_TARGET_VERSION = "0x020a000000000000"  # torch 2.10: the oldest whose stable API has all that ops.cpp calls
 

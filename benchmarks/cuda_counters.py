@@ -152,7 +152,7 @@ def gemm_shapes() -> list[tuple[int, int]]:
 
 
 def hopper_tile() -> tuple[int, int]:
-    """The same of hopper_gemm.cu."""
+    """The same of gemm_wgmma.cu."""
     text = (ROOT / "csrc" / "cuda" / "heuristics.h").read_text()
     rows, columns = re.findall(r"kHopperRows = (\d+), kHopperColumns = (\d+);", text)[0]
     return int(rows), int(columns)

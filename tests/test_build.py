@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 KERNEL_FILES = [
     ROOT / "csrc" / "moe.h",
     *sorted((ROOT / "csrc" / "cpu").iterdir()),
-    *sorted((ROOT / "csrc" / "cuda").iterdir()),
+    *sorted((ROOT / "csrc" / "cuda").rglob("*.*")),
 ]
 
 

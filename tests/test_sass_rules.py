@@ -134,7 +134,7 @@ def test_wgmmas_of_different_shapes_need_a_fence_between_them_on_the_same_regist
     assert broken(fence_faults, f"WARPGROUP.ARRIVE\n{PRODUCT}\n{apart}, gsb0\nEXIT") == []
 
 
-# As in hopper_gemm.cu: a step's copies are announced in the next step, when all but the newest group have arrived.
+# As in gemm_wgmma.cu: a step's copies are announced in the next step, when all but the newest group have arrived.
 PRODUCER = """
     UMOV UR6, 0xffffffff
     UMOV UR4, URZ
@@ -199,7 +199,7 @@ def test_a_thread_that_does_not_copy_arrives_as_it_likes() -> None:
     assert broken(copy_faults, f"@P0 EXIT\n{AT_END}\nEXIT") == []
 
 
-# As in hopper_gemm.cu: a step's operands are given back in the next step, when all but the newest group are over.
+# As in gemm_wgmma.cu: a step's operands are given back in the next step, when all but the newest group are over.
 CONSUMER = f"""
     UMOV UR7, URZ
     loop: ISETP.NE.AND P0, PT, RZ, UR7, PT
@@ -342,7 +342,7 @@ def hopper_kernel(tmp_path_factory: pytest.TempPathFactory) -> sass_report.Kerne
         sass_report.cuobjdump()
     except SystemExit as missing:
         pytest.skip(str(missing))
-    source = ROOT / "csrc" / "cuda" / "hopper_gemm.cu"
+    source = ROOT / "csrc" / "cuda" / "gemm_wgmma.cu"
     kernels = sass_report.compile_one(source, "90a", tmp_path_factory.mktemp("hopper"))
     return next(kernel for kernel in kernels if kernel.name == "hopper_gemm_kernel<__half, down>")
 

@@ -2,8 +2,8 @@
 // heuristics.h:
 //   small batch   gate_up, down with combine                    2 launches
 //   large batch   sort, gate_up, down, combine                  4 launches (6 where the sort takes three)
-//   hopper        the same as large, with hopper_gemm.cu for one product or both
-//   plain         the same as large, with plain_gemm.cu         float32 and odd sizes
+//   hopper        the same as large, with gemm_wgmma.cu for one product or both
+//   plain         the same as large, with gemm_plain.cu         float32 and odd sizes
 // and the moments after any of them when observing. Nothing waits for the device, and grids depend on shapes only: all
 // of it can be captured in a CUDA graph.
 #include <limits>
@@ -12,7 +12,7 @@
 #include <string_view>
 
 #include "cuda/heuristics.h"
-#include "cuda/launch.h"
+#include "cuda/params.h"
 #include "moe.h"
 
 namespace moe_ext::cuda {

@@ -14,9 +14,9 @@
 #include <limits>
 #include <stdexcept>
 
+#include "cuda/device/numeric.cuh"
 #include "cuda/heuristics.h"
-#include "cuda/launch.h"
-#include "cuda/numeric.cuh"
+#include "cuda/params.h"
 
 namespace moe_ext::cuda {
 namespace {

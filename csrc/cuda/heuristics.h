@@ -9,12 +9,12 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/launch.h"
+#include "cuda/params.h"
 #include "moe.h"
 
 namespace moe_ext::cuda {
 
-// ---- tile shapes of the mma.sync grouped products (grouped_gemm.cu)
+// ---- tile shapes of the mma.sync grouped products (gemm_mma.cu)
 
 // A block computes `rows` positions by `columns` rows of weights (half of them gate, half up), `inner` at a time, with
 // warps_m x warps_n warps, and keeps `stages` such steps in shared memory.
@@ -42,14 +42,14 @@ inline constexpr GemmShape kGemmShapes[] = {
 };
 inline constexpr int kTall = 0, kFlat = 1, kNarrow = 2, kGemmShapeCount = 3;
 
-// ---- tiles of the wgmma grouped products (hopper_gemm.cu): positions, and rows of weights
+// ---- tiles of the wgmma grouped products (gemm_wgmma.cu): positions, and rows of weights
 
 inline constexpr int kHopperRows = 192, kHopperColumns = 256;
 inline constexpr int kHopperMinRows = 17;         // of the average expert for which it is considered
 inline constexpr double kHopperEfficiency = 1.5;  // against the efficiencies above
 inline constexpr int kHopper = kGemmShapeCount;   // as a shape of Choice
 
-// Rows of a tile in plain_gemm.cu: for few and for many rows an expert.
+// Rows of a tile in gemm_plain.cu: for few and for many rows an expert.
 inline constexpr int kPlainRows[] = {16, 64};
 
 // ---- small batches (small_batch.cu)

@@ -10,8 +10,8 @@
 // order.
 //
 // Cost per token: reads E logits, writes 12 K bytes; K * (E / 32 + 10) instructions a lane.
-#include "cuda/launch.h"
-#include "cuda/numeric.cuh"
+#include "cuda/device/numeric.cuh"
+#include "cuda/params.h"
 
 namespace moe_ext::cuda {
 namespace {

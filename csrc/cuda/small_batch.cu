@@ -21,11 +21,11 @@
 // group where an expert's tokens do not fit into shared memory), P expert indices per block. Bound by bandwidth.
 #include <algorithm>
 
+#include "cuda/device/next_kernel.cuh"
+#include "cuda/device/numeric.cuh"
+#include "cuda/device/ptx_sm80.cuh"
 #include "cuda/heuristics.h"
-#include "cuda/launch.h"
-#include "cuda/next_kernel.cuh"
-#include "cuda/numeric.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/params.h"
 
 namespace moe_ext::cuda {
 namespace {

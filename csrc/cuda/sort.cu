@@ -12,10 +12,10 @@
 // Cost: reads P expert indices twice, writes 2 P ints, E ints a block and 16 bytes a tile. Bound by latency.
 #include <algorithm>
 
-#include "cuda/launch.h"
-#include "cuda/next_kernel.cuh"
-#include "cuda/numeric.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/device/next_kernel.cuh"
+#include "cuda/device/numeric.cuh"
+#include "cuda/device/ptx_sm80.cuh"
+#include "cuda/params.h"
 
 namespace moe_ext::cuda {
 namespace {

@@ -13,10 +13,10 @@
 #include <vector>
 
 #include "check.h"
+#include "cuda/device/next_kernel.cuh"
+#include "cuda/device/ptx_sm80.cuh"
 #include "cuda/heuristics.h"
-#include "cuda/launch.h"
-#include "cuda/next_kernel.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/params.h"
 #include "moe.h"
 #include "setting.h"
 

@@ -1,7 +1,7 @@
 // Where a tile of a grouped product lies: the numbering that the tensor cores' kernels over the sort's lists share.
 #pragma once
 
-#include "cuda/launch.h"
+#include "cuda/params.h"
 
 namespace moe_ext::cuda {
 

@@ -6,11 +6,11 @@
 // A block computes kRows positions of one expert by 64 rows of weights (gate_up: 32 of gate and 32 of up), kInner
 // elements of k at a time through shared memory as float32; a thread holds kRows / 16 x 4 sums, in gate_up two pairs of
 // gate and up. Sums run in order of k: deterministic. Cost of a tile: 2 * rows * 64 * inner FLOPs on the FMA units.
+#include "cuda/device/next_kernel.cuh"
+#include "cuda/device/numeric.cuh"
+#include "cuda/device/ptx_sm80.cuh"
 #include "cuda/heuristics.h"
-#include "cuda/launch.h"
-#include "cuda/next_kernel.cuh"
-#include "cuda/numeric.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/params.h"
 
 namespace moe_ext::cuda {
 namespace {

@@ -13,12 +13,12 @@
 //
 // Every element is a sum in order of k by one warp: deterministic. Cost of a tile: 2 * rows * columns * inner FLOPs;
 // reads (rows + columns) * inner elements, of which only the first read of each comes from beyond L2.
+#include "cuda/device/next_kernel.cuh"
+#include "cuda/device/numeric.cuh"
+#include "cuda/device/ptx_sm80.cuh"
+#include "cuda/device/tiles.cuh"
 #include "cuda/heuristics.h"
-#include "cuda/launch.h"
-#include "cuda/next_kernel.cuh"
-#include "cuda/numeric.cuh"
-#include "cuda/ptx.cuh"
-#include "cuda/tiles.cuh"
+#include "cuda/params.h"
 
 namespace moe_ext::cuda {
 namespace {

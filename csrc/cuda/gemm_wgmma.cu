@@ -25,15 +25,15 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/device/next_kernel.cuh"
+#include "cuda/device/numeric.cuh"
+#include "cuda/device/ptx_sm80.cuh"
+#include "cuda/device/tiles.cuh"
 #include "cuda/heuristics.h"
-#include "cuda/launch.h"
-#include "cuda/next_kernel.cuh"
-#include "cuda/numeric.cuh"
-#include "cuda/ptx.cuh"
-#include "cuda/tiles.cuh"
+#include "cuda/params.h"
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#include "cuda/ptx_hopper.cuh"
-#include "cuda/wgmma.cuh"
+#include "cuda/device/ptx_sm90.cuh"
+#include "cuda/device/wgmma.cuh"
 #endif
 
 namespace moe_ext::cuda {

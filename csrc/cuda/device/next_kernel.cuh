@@ -10,7 +10,7 @@
 #include <array>
 #include <atomic>
 
-#include "cuda/launch.h"
+#include "cuda/params.h"
 
 namespace moe_ext::cuda {
 

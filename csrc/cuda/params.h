@@ -76,7 +76,7 @@ int64_t sort_blocks(int64_t slots);
 int64_t max_tiles(int64_t slots, int64_t num_experts, int64_t rows);
 void launch_sort(const SortParams& p, cudaStream_t stream);
 
-// ---- grouped products over the sorted slots (grouped_gemm.cu: mma.sync; hopper_gemm.cu: wgmma; plain_gemm.cu: any
+// ---- grouped products over the sorted slots (gemm_mma.cu: mma.sync; gemm_wgmma.cu: wgmma; gemm_plain.cu: any
 // dtype and size)
 
 struct GemmParams {
