@@ -80,7 +80,7 @@ def extension() -> Extension:
     if cuda:
         defines.append(("MOE_EXT_WITH_CUDA", "1"))
     make = CUDAExtension if cuda else CppExtension
-    cuda_sources = sources("csrc/cuda/*.cu") if cuda else []
+    cuda_sources = [*sources("csrc/cuda/*.cu"), *sources("csrc/cuda/*.cpp")] if cuda else []
     return make(
         name="moe_ext._C",
         sources=["csrc/ops.cpp", "csrc/module.cpp", *sources("csrc/cpu/*.cpp"), *cuda_sources],

@@ -8,6 +8,7 @@
 #include "cuda/device/next_kernel.cuh"
 #include "cuda/device/numeric.cuh"
 #include "cuda/device/ptx_sm80.cuh"
+#include "cuda/launch.h"
 #include "cuda/params.h"
 
 namespace moe_ext::cuda {

@@ -1,6 +1,6 @@
-// What the host side of the CUDA back end shares: the kernels' params and launchers, the order in which they feed each
-// other, errors. `experts.cu` and `gram.cu` call the launchers; each is implemented beside its kernel. P = T * K slots;
-// a *position* is a slot's place in the list sorted by expert, in which sentinels have none.
+// The kernels' params and launchers, in the order in which they feed each other. experts.cpp, gram.cu and
+// gemm_launch.cpp call the launchers; each is implemented beside its kernel. P = T * K slots; a *position* is a slot's
+// place in the list sorted by expert, in which sentinels have none.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,36 +10,6 @@
 #include "moe.h"
 
 namespace moe_ext::cuda {
-
-// ---- errors and sizes
-
-// Throws std::runtime_error naming `what` if `status` is an error; check_launch also picks up the last launch's status.
-void check(cudaError_t status, const char* what);
-void check_launch(const char* kernel);
-
-template <typename T>
-T* allocate(const Scratch& scratch, int64_t count) {
-  return static_cast<T*>(scratch.allocate(scratch.context, count * static_cast<int64_t>(sizeof(T))));
-}
-
-// A grid's x dimension; throws if there are more blocks than CUDA allows.
-unsigned grid_size(int64_t blocks);
-
-// Lets `kernel` use up to `bytes` of dynamic shared memory. `bytes` must be the same in every call for a kernel: host
-// threads that launch at the same time would lower each other's limit.
-template <typename Kernel>
-void allow_shared(Kernel* kernel, int bytes) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
-}
-
-// The current device, as far as the choices in heuristics.h depend on it.
-struct Device {
-  int multiprocessors;
-  int shared_per_multiprocessor;  // bytes
-  int shared_per_block;           // bytes, at most
-  bool wgmma;                     // of compute capability 9.0, and moe_ext was built for 9.0a
-};
-Device current_device();
 
 // ---- sort (sort.cu): slots by expert, and the tiles that the grouped products run over
 
@@ -76,8 +46,8 @@ int64_t sort_blocks(int64_t slots);
 int64_t max_tiles(int64_t slots, int64_t num_experts, int64_t rows);
 void launch_sort(const SortParams& p, cudaStream_t stream);
 
-// ---- grouped products over the sorted slots (gemm_mma.cu: mma.sync; gemm_wgmma.cu: wgmma; gemm_plain.cu: any
-// dtype and size)
+// ---- grouped products over the sorted slots (gemm_mma.cu: mma.sync; gemm_wgmma.cu: wgmma; gemm_plain.cu: any dtype
+// and size), in the tile shapes of shapes.h
 
 struct GemmParams {
   const void* a;       // gate_up: x (T, H), gathered by slot_of; down: h (positions, I)
@@ -95,12 +65,18 @@ struct GemmParams {
 
 enum class Product { kGateUp, kDown };
 
+// Rows of weights of an expert for so many columns of c: in gate_up a gate row each, then an up row each.
+template <typename Index>
+constexpr Index weight_rows(Product product, Index columns) {
+  return product == Product::kGateUp ? 2 * columns : columns;
+}
+
 // bf16 and fp16, columns and inner multiples of 8, pointers 16-byte aligned. c has the dtype of a. `shape` is a row of
-// the table in heuristics.h.
+// kGemmShapes.
 void launch_grouped_gemm(Product product, int shape, const GemmParams& p, DType dtype, cudaStream_t stream);
 // The same on devices with `wgmma`, tiles of at most kHopperRows rows; a block a multiprocessor goes through them all.
 void launch_hopper_gemm(Product product, const GemmParams& p, DType dtype, int multiprocessors, cudaStream_t stream);
-// Any size; h and y are float32. `rows`, of a tile at most, is one of kPlainRows in heuristics.h.
+// Any size; h and y are float32. `rows`, of a tile at most, is one of kPlainRows.
 void launch_plain_gemm(Product product, int rows, const GemmParams& p, DType dtype, cudaStream_t stream);
 
 // ---- combine (combine.cu)

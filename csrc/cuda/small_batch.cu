@@ -21,11 +21,14 @@
 // group where an expert's tokens do not fit into shared memory), P expert indices per block. Bound by bandwidth.
 #include <algorithm>
 
+#include "cuda/device/dispatch.cuh"
 #include "cuda/device/next_kernel.cuh"
 #include "cuda/device/numeric.cuh"
 #include "cuda/device/ptx_sm80.cuh"
-#include "cuda/heuristics.h"
+#include "cuda/device/tiles.cuh"
+#include "cuda/launch.h"
 #include "cuda/params.h"
+#include "cuda/shapes.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -92,12 +95,7 @@ __device__ int find_active(const ExpertsParams& p, int slots, const Lists& lists
     for (int base = 0; base < words; base += kWarpSize) {
       const int word = base + threadIdx.x;
       uint32_t bits = word < words ? lists.mask[word] : 0;
-      int upto = __popc(bits);  // inclusive sum over the lanes
-#pragma unroll
-      for (int distance = 1; distance < kWarpSize; distance *= 2) {
-        const int below = __shfl_up_sync(kAllLanes, upto, distance);
-        if (static_cast<int>(threadIdx.x) >= distance) upto += below;
-      }
+      const int upto = warp_inclusive_sum(__popc(bits));
       int at = total + upto - __popc(bits);
       for (; bits != 0; bits &= bits - 1) lists.active[at++] = word * 32 + __ffs(bits) - 1;
       total += __shfl_sync(kAllLanes, upto, kWarpSize - 1);
@@ -245,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) 
       const int tokens = min(kTokens, count - from);
       // The lane's first row of weights, and the up row of the same column or the row eight on.
       const int64_t row =
-          lists.active[current / splits] * int64_t{kGateUp ? 2 : 1} * columns + first_column + row_of_lane;
+          weight_row<kProduct, int64_t>(lists.active[current / splits], columns, first_column + row_of_lane, false);
       const T* rows[2];
       rows[0] = static_cast<const T*>(kGateUp ? e.gate_up : e.down) + row * inner + first_k;
       rows[1] = rows[0] + int64_t{kGateUp ? columns : 8} * inner;
@@ -391,11 +389,7 @@ int64_t small_batch_shared_bytes(int64_t tokens, int64_t slots, int64_t num_expe
 }
 
 void launch_small_batch(const SmallBatchParams& p, cudaStream_t stream) {
-  if (p.experts.dtype == DType::kBFloat16) {
-    launch_typed<__nv_bfloat16>(p, stream);
-  } else {
-    launch_typed<__half>(p, stream);
-  }
+  for_16_bit_dtype(p.experts.dtype, [&](auto type) { launch_typed<decltype(type)>(p, stream); });
 }
 
 }  // namespace moe_ext::cuda

@@ -10,7 +10,7 @@
 #include <array>
 #include <atomic>
 
-#include "cuda/params.h"
+#include "cuda/launch.h"
 
 namespace moe_ext::cuda {
 
