@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
   if (place.expert < 0) return;
   const int rows = place.rows;
   const int first_column = place.first_column;
-  const int first_position = static_cast<int>(place.first_position);  // T * K fits (experts.cpp), T * E too (gram.cu)
+  const int64_t first_position = place.first_position;
 
   // What this thread brings into shared memory: one column of k of every kRowStep-th row; null: beyond the edges.
   constexpr int kRowStep = kThreads / kInner;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
     const int row = copy_row + i * kRowStep;
     a_rows[i] = nullptr;
     if (row < rows) {
-      const int position = first_position + row;
+      const int64_t position = first_position + row;
       const int64_t a_row = kGateUp ? p.slot_of[position] / p.top_k : position;
       a_rows[i] = static_cast<const TA*>(p.a) + a_row * p.inner + copy_k;
     }
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
   for (int i = 0; i < kRowsPerThread; ++i) {
     const int row = ty + i * kThreadRows;
     if (row >= rows) continue;
-    float* out = static_cast<float*>(p.c) + int64_t{first_position + row} * p.columns + first_column;
+    float* out = static_cast<float*>(p.c) + (first_position + row) * p.columns + first_column;
 #pragma unroll
     for (int j = 0; j < kColumns / kThreadRows; ++j) {
       const int column = tx + j * kThreadRows;
