@@ -15,7 +15,7 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent
-# 9.0a, not 9.0: machine code for exactly the H100 and H200, whose wgmma hopper_gemm.cu uses.
+# 9.0a, not 9.0: machine code for exactly the H100 and H200, whose wgmma gemm_wgmma.cu uses.
 CUDA_ARCHS = "8.0 8.6 8.9 9.0a 10.0 12.0+PTX"
 TORCH_TARGET_VERSION = "0x020a000000000000"  # torch 2.10: the oldest whose stable API has all that csrc/torch calls
 
@@ -80,7 +80,7 @@ def extension() -> Extension:
     if cuda:
         defines.append(("MOE_EXT_WITH_CUDA", "1"))
     make = CUDAExtension if cuda else CppExtension
-    cuda_sources = sources("csrc/cuda/*.cu") if cuda else []
+    cuda_sources = [*sources("csrc/cuda/*.cu"), *sources("csrc/cuda/*.cpp")] if cuda else []
     return make(
         name="moe_ext._C",
         sources=[*sources("csrc/torch/*.cpp"), *sources("csrc/cpu/**/*.cpp"), *cuda_sources],

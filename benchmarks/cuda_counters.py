@@ -145,15 +145,15 @@ def small_batch_row(layer: Layer) -> dict[str, Any]:
 
 
 def gemm_shapes() -> list[tuple[int, int]]:
-    """(rows, columns) of a block's tile, read from the table in heuristics.h."""
-    text = (ROOT / "csrc" / "cuda" / "heuristics.h").read_text()
+    """(rows, columns) of a block's tile, read from the table in shapes.h."""
+    text = (ROOT / "csrc" / "cuda" / "shapes.h").read_text()
     table = text[text.index("kGemmShapes[] = {") : text.index("inline constexpr int kTall")]
     return [(int(rows), int(columns)) for rows, columns in re.findall(r"\{(\d+), (\d+),", table)]
 
 
 def hopper_tile() -> tuple[int, int]:
-    """The same of hopper_gemm.cu."""
-    text = (ROOT / "csrc" / "cuda" / "heuristics.h").read_text()
+    """The same of gemm_wgmma.cu."""
+    text = (ROOT / "csrc" / "cuda" / "shapes.h").read_text()
     rows, columns = re.findall(r"kHopperRows = (\d+), kHopperColumns = (\d+);", text)[0]
     return int(rows), int(columns)
 

@@ -39,40 +39,35 @@ struct RouteParams {
   bool renormalise;  // true: a token's weights sum to 1; false: they keep their softmax values
 };
 
-// out[t, :] = sum over slots s of weights[t, s] * f_e(x[t, :]),  e = experts[t, s],
+// The experts of a layer and the tokens that they are given:
 // f_e(x) = down[e] (act(gate[e] x) * (up[e] x)),  gate[e] = gate_up[e, :I, :], up[e] = gate_up[e, I:, :].
-struct ExpertsParams {
+struct LayerParams {
   const void* x;        // (T, H) of `dtype`
   const void* gate_up;  // (E, 2 I, H) of `dtype`
   const void* down;     // (E, H, I) of `dtype`
+  int64_t tokens;
+  int64_t num_experts;
+  int64_t hidden;
+  int64_t intermediate;
+  DType dtype;
+  Activation activation;
+};
+
+// out[t, :] = sum over slots s of weights[t, s] * f_e(x[t, :]),  e = experts[t, s].
+struct ExpertsParams : LayerParams {
   const void* experts;  // (T, K) int64 if experts_are_int64, else int32; in [0, E]
   const void* weights;  // (T, K) of `weights_dtype`
   void* out;            // (T, H) of `dtype`
   double* moments;      // (E, 3, 3) += sum over counted slots of g^a ||f_e||^b, or null: nothing is observed
   const bool* counted;  // (T) tokens that enter the moments, or null: all
-  int64_t tokens;
-  int64_t num_experts;
   int64_t top_k;
-  int64_t hidden;
-  int64_t intermediate;
-  DType dtype;
   DType weights_dtype;
-  Activation activation;
   bool experts_are_int64;
 };
 
-// gram[t, i, j] = <f_i(x[t, :]), f_j(x[t, :])>, f as in ExpertsParams and rounded to `dtype`; sums in float64.
-struct GramParams {
-  const void* x;        // (T, H) of `dtype`
-  const void* gate_up;  // (E, 2 I, H) of `dtype`
-  const void* down;     // (E, H, I) of `dtype`
-  double* gram;         // (T, E, E) out
-  int64_t tokens;
-  int64_t num_experts;
-  int64_t hidden;
-  int64_t intermediate;
-  DType dtype;
-  Activation activation;
+// gram[t, i, j] = <f_i(x[t, :]), f_j(x[t, :])>, f rounded to `dtype`; sums in float64.
+struct GramParams : LayerParams {
+  double* gram;  // (T, E, E) out
 };
 
 // errors[s] = sum over tokens of || F(x) - F_s(x) ||^2: what a layer's output loses when only the experts keep[s, :]

@@ -7,10 +7,12 @@
 // of a slot's square, and moments.cu adds the parts.
 //
 // Cost: reads K * H, writes H elements a token; 2 K H FLOPs, and 2 K H more when observing. Bound by bandwidth.
+#include "cuda/device/dispatch.cuh"
+#include "cuda/device/next_kernel.cuh"
+#include "cuda/device/numeric.cuh"
+#include "cuda/device/ptx_sm80.cuh"
 #include "cuda/launch.h"
-#include "cuda/next_kernel.cuh"
-#include "cuda/numeric.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/params.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -90,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks) combine_kernel(Combine
   const int lane = threadIdx.x % kWarpSize;
   const int begin = part * static_cast<int>(p.part_columns) + lane * kColumns;
   const int end = min(hidden, (part + 1) * static_cast<int>(p.part_columns));
-  const int slots_end = (token + 1) * top_k;  // T * K fits (experts.cu)
+  const int slots_end = (token + 1) * top_k;  // T * K fits (experts.cpp)
   T* out = static_cast<T*>(p.out) + int64_t{token} * hidden;
 
   float sum[kPieces][kColumns] = {};
@@ -172,16 +174,8 @@ void launch_typed(const CombineParams& p, cudaStream_t stream) {
 }  // namespace
 
 void launch_combine(const CombineParams& p, cudaStream_t stream) {
-  const bool plain = p.y_dtype == DType::kFloat32;
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return launch_typed<float, float>(p, stream);
-    case DType::kBFloat16:
-      return plain ? launch_typed<float, __nv_bfloat16>(p, stream)
-                   : launch_typed<__nv_bfloat16, __nv_bfloat16>(p, stream);
-    case DType::kFloat16:
-      return plain ? launch_typed<float, __half>(p, stream) : launch_typed<__half, __half>(p, stream);
-  }
+  for_row_dtype(p.y_dtype, p.dtype,
+                [&](auto row, auto type) { launch_typed<decltype(row), decltype(type)>(p, stream); });
 }
 
 }  // namespace moe_ext::cuda

@@ -14,9 +14,12 @@
 #include <limits>
 #include <stdexcept>
 
+#include "cuda/device/dispatch.cuh"
+#include "cuda/device/numeric.cuh"
+#include "cuda/gemm_launch.h"
 #include "cuda/heuristics.h"
 #include "cuda/launch.h"
-#include "cuda/numeric.cuh"
+#include "cuda/params.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -120,19 +123,6 @@ void launch_products(const ProductsParams& p, cudaStream_t stream) {
   check_launch("products_kernel");
 }
 
-void launch_products(const ProductsParams& p, DType y_dtype, DType dtype, cudaStream_t stream) {
-  const bool plain = y_dtype == DType::kFloat32;
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch_products<float, float>(p, stream);
-    case DType::kBFloat16:
-      return plain ? launch_products<float, __nv_bfloat16>(p, stream)
-                   : launch_products<__nv_bfloat16, __nv_bfloat16>(p, stream);
-    case DType::kFloat16:
-      return plain ? launch_products<float, __half>(p, stream) : launch_products<__half, __half>(p, stream);
-  }
-}
-
 // The list that a sort would give if every token went to every expert, with one slot a token.
 struct ListParams {
   int* slot_of;  // (E * tokens) out
@@ -159,17 +149,11 @@ __global__ void __launch_bounds__(kListThreads) list_all_kernel(ListParams p) {
 }
 
 // Every token in a slot of every expert: what the choice of kernels is made by.
-ExpertsParams as_experts(const GramParams& p, int64_t tokens) {
+ExpertsParams as_experts(const LayerParams& layer, int64_t tokens) {
   ExpertsParams e{};
-  e.x = p.x;
-  e.gate_up = p.gate_up;
-  e.down = p.down;
+  static_cast<LayerParams&>(e) = layer;
   e.tokens = tokens;
-  e.num_experts = p.num_experts;
-  e.top_k = p.num_experts;
-  e.hidden = p.hidden;
-  e.intermediate = p.intermediate;
-  e.dtype = p.dtype;
+  e.top_k = layer.num_experts;
   return e;
 }
 
@@ -182,13 +166,10 @@ void gram(const GramParams& p, const Scratch& scratch, cudaStream_t stream) {
     throw std::runtime_error("moe_ext: expert_gram: T * E is beyond 2^31 - 1; pass fewer tokens at a time");
   }
   const Device device = current_device();
-  const Choice choice = choose_sorted(as_experts(p, part), device);
-  const bool tensor_cores = choice.way == Choice::Way::kGrouped;
-  const DType row_dtype = tensor_cores ? p.dtype : DType::kFloat32;  // of h and y
+  const Choice choice = choose_sorted(as_experts(p, part), device, forced_kernels());
   const auto tiles_for = [&](int rows, int64_t tokens) { return p.num_experts * ((tokens + rows - 1) / rows); };
 
-  void* h = scratch.allocate(scratch.context, part * p.num_experts * p.intermediate * element_size(row_dtype));
-  void* y = scratch.allocate(scratch.context, part * p.num_experts * p.hidden * element_size(row_dtype));
+  const PositionRows rows = allocate_rows(choice, p, part * p.num_experts, scratch);
   ListParams list{};
   list.slot_of = allocate<int>(scratch, part * p.num_experts);
   list.gate_up = {allocate<Tile>(scratch, tiles_for(choice.gate_up_rows, part)), choice.gate_up_rows, 0};
@@ -204,16 +185,14 @@ void gram(const GramParams& p, const Scratch& scratch, cudaStream_t stream) {
     list_all_kernel<<<grid_size(blocks), kListThreads, 0, stream>>>(list);
     check_launch("list_all_kernel");
 
-    const char* x = static_cast<const char*>(p.x) + first * p.hidden * element_size(p.dtype);
-    const GemmParams gate_up{
-        x, p.gate_up,      h,        list.slot_of, list.gate_up.tiles, list.gate_up.max_tiles, p.num_experts,
-        1, p.intermediate, p.hidden, p.activation};
-    const GemmParams down{
-        h,        p.down,         y,           nullptr, list.down.tiles, list.down.max_tiles, p.num_experts, 1,
-        p.hidden, p.intermediate, p.activation};
-    launch_gemms(choice, gate_up, down, p.dtype, device, stream);
+    LayerParams layer = p;
+    layer.x = static_cast<const char*>(p.x) + first * p.hidden * element_size(p.dtype);
+    layer.tokens = tokens;
+    launch_gemms(choice, {layer, 1, list.slot_of, list.gate_up, list.down, rows}, device, stream);
     double* of_part = p.gram + first * p.num_experts * p.num_experts;
-    launch_products({y, of_part, tokens, p.num_experts, p.hidden}, row_dtype, p.dtype, stream);
+    for_row_dtype(rows.dtype, p.dtype, [&](auto row, auto type) {
+      launch_products<decltype(row), decltype(type)>({rows.y, of_part, tokens, p.num_experts, p.hidden}, stream);
+    });
   }
 }
 

@@ -1,62 +1,20 @@
-// The one place where the CUDA back end chooses: which kernels a call takes, with which tile shapes. Choices depend on
-// shapes, dtype, alignment and the device only, never on routing results, so that a CUDA graph stays valid.
+// The one place where the CUDA back end chooses: which kernels a call takes, with which of the tile shapes in shapes.h.
+// Choices depend on shapes, dtype, alignment, the device and what MOE_EXT_CUDA_KERNELS forces only, never on routing
+// results, so that a CUDA graph stays valid. Nothing here asks the device or the environment, and nothing launches.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <limits>
 #include <stdexcept>
 #include <string>
 
 #include "cuda/launch.h"
+#include "cuda/params.h"
+#include "cuda/shapes.h"
 #include "moe.h"
 
 namespace moe_ext::cuda {
-
-// ---- tile shapes of the mma.sync grouped products (grouped_gemm.cu)
-
-// A block computes `rows` positions by `columns` rows of weights (half of them gate, half up), `inner` at a time, with
-// warps_m x warps_n warps, and keeps `stages` such steps in shared memory.
-struct GemmShape {
-  int rows;
-  int columns;
-  int inner;
-  int warps_m;
-  int warps_n;
-  int stages;
-  int blocks_per_multiprocessor;  // that registers must allow
-  int min_rows;                   // rows of the average expert for which it is considered
-  double efficiency;              // of a multiprocessor that is full of such blocks, for choosing among them
-
-  constexpr int threads() const { return warps_m * warps_n * 32; }
-  constexpr int stage_bytes() const { return (rows + columns) * inner * 2; }
-  constexpr int shared_bytes() const { return stages * stage_bytes(); }
-};
-
-// At most 99 KiB each, the limit of sm_86, sm_89 and sm_120. FLOPs per byte read from L2: 85, 43, 32.
-inline constexpr GemmShape kGemmShapes[] = {
-    {128, 256, 32, 2, 4, 4, 1, 65, 1.0},  // tall: experts with many rows; warps of 64 x 64
-    {64, 128, 64, 1, 4, 3, 2, 0, 0.8},    // flat: few rows an expert
-    {64, 64, 64, 2, 2, 3, 4, 0, 0.7},     // narrow: as flat, where there would be too few blocks
-};
-inline constexpr int kTall = 0, kFlat = 1, kNarrow = 2, kGemmShapeCount = 3;
-
-// ---- tiles of the wgmma grouped products (hopper_gemm.cu): positions, and rows of weights
-
-inline constexpr int kHopperRows = 192, kHopperColumns = 256;
-inline constexpr int kHopperMinRows = 17;         // of the average expert for which it is considered
-inline constexpr double kHopperEfficiency = 1.5;  // against the efficiencies above
-inline constexpr int kHopper = kGemmShapeCount;   // as a shape of Choice
-
-// Rows of a tile in plain_gemm.cu: for few and for many rows an expert.
-inline constexpr int kPlainRows[] = {16, 64};
-
-// ---- small batches (small_batch.cu)
-
-inline constexpr int64_t kSmallBatchTokens = 16;
-inline constexpr int kSmallBatchBlocksPerMultiprocessor = 2;  // that registers and shared memory allow
-inline constexpr int64_t kSmallBatchStagedMinimum = 9216;     // for activations: 16 tokens, one round of k and padding
 
 // ---- choices
 
@@ -65,6 +23,9 @@ struct Choice {
   enum class Way { kSmallBatch, kGrouped, kPlain } way;
   int gate_up_shape, down_shape;  // of kGemmShapes, or kHopper
   int gate_up_rows, down_rows;
+
+  // Of h and y, when the layer is of `dtype`: the plain kernels keep float32 between them.
+  constexpr DType row_dtype(DType dtype) const { return way == Way::kPlain ? DType::kFloat32 : dtype; }
 };
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -91,10 +52,10 @@ inline bool fits_hopper(const ExpertsParams& p, const Device& device) {
 // multiplies.
 inline double busiest_work(const ExpertsParams& p, Product product, const Device& device, int rows, int columns) {
   const int64_t rows_of_expert = rows_per_expert(p);
-  const int64_t weight_rows = product == Product::kGateUp ? 2 * p.intermediate : p.hidden;
+  const int64_t of_weights = weight_rows(product, product == Product::kGateUp ? p.intermediate : p.hidden);
   const int64_t active = std::min(p.num_experts, p.tokens * p.top_k);
   const int64_t tiles = (rows_of_expert + rows - 1) / rows;
-  const int64_t blocks = active * tiles * ((weight_rows + columns - 1) / columns);
+  const int64_t blocks = active * tiles * ((of_weights + columns - 1) / columns);
   const int64_t blocks_each = (blocks + device.multiprocessors - 1) / device.multiprocessors;
   const int64_t rows_each = ((rows_of_expert + tiles - 1) / tiles + 15) / 16 * 16;
   return static_cast<double>(blocks_each * rows_each * columns);
@@ -138,18 +99,7 @@ inline int64_t small_batch_staged_bytes(const ExpertsParams& p, const Device& de
   return std::min<int64_t>(staged, device.shared_per_block - lists);
 }
 
-// What MOE_EXT_CUDA_KERNELS forces, for tests and benchmarks: one of these, or "" for the choice by shape; "portable"
-// is that choice without wgmma. Throws if it names something else.
-inline std::string forced_kernels() {
-  const char* forced = std::getenv("MOE_EXT_CUDA_KERNELS");
-  const std::string name = forced == nullptr ? "" : forced;
-  for (const char* known : {"", "portable", "small_batch", "hopper", "tall", "flat", "narrow", "plain"}) {
-    if (name == known) return name;
-  }
-  throw std::runtime_error("MOE_EXT_CUDA_KERNELS=" + name +
-                           " is unknown; the kernels are portable, small_batch, hopper, tall, flat, narrow, plain");
-}
-
+// `forced`: the name that MOE_EXT_CUDA_KERNELS gives (launch.h).
 inline bool by_shape(const std::string& forced) { return forced == "" || forced == "portable"; }
 
 // Whether tensor cores multiply; throws if the forced kernels need them and cannot have them.
@@ -177,8 +127,7 @@ inline Choice choose_grouped(const ExpertsParams& p, const std::string& forced, 
   return grouped(gemm_shape(p, Product::kGateUp, allowed), gemm_shape(p, Product::kDown, allowed));
 }
 
-inline Choice choose(const ExpertsParams& p, const Device& device) {
-  const std::string forced = forced_kernels();
+inline Choice choose(const ExpertsParams& p, const Device& device, const std::string& forced) {
   if (!takes_tensor_cores(p, forced)) return plain(p);
   const bool fits = small_batch_staged_bytes(p, device) >= kSmallBatchStagedMinimum;
   if (forced == "small_batch" && !fits) {
@@ -192,9 +141,8 @@ inline Choice choose(const ExpertsParams& p, const Device& device) {
 }
 
 // What `choose` chose and why, for people.
-inline std::string describe(const ExpertsParams& p, const Device& device) {
-  const Choice choice = choose(p, device);
-  const std::string forced = forced_kernels();
+inline std::string describe(const ExpertsParams& p, const Device& device, const std::string& forced) {
+  const Choice choice = choose(p, device, forced);
   const auto tiles = [](int shape, int rows) {
     const bool hopper = shape == kHopper;
     return std::string(hopper ? "hopper (wgmma)" : "mma.sync") + ", tiles of " + std::to_string(rows) + " x " +
@@ -219,25 +167,8 @@ inline std::string describe(const ExpertsParams& p, const Device& device) {
 }
 
 // As `choose`, for products over a list of positions only, however few they are: forced small_batch changes nothing.
-inline Choice choose_sorted(const ExpertsParams& p, const Device& device) {
-  const std::string forced = forced_kernels();
+inline Choice choose_sorted(const ExpertsParams& p, const Device& device, const std::string& forced) {
   return takes_tensor_cores(p, forced) ? choose_grouped(p, forced, device) : plain(p);
-}
-
-// The two products over a list of positions, by the kernels of a choice that is not kSmallBatch.
-inline void launch_gemms(const Choice& choice, const GemmParams& gate_up, const GemmParams& down, DType dtype,
-                         const Device& device, CUstream_st* stream) {
-  const auto launch = [&](Product product, int shape, int rows, const GemmParams& p) {
-    if (choice.way == Choice::Way::kPlain) {
-      launch_plain_gemm(product, rows, p, dtype, stream);
-    } else if (shape == kHopper) {
-      launch_hopper_gemm(product, p, dtype, device.multiprocessors, stream);
-    } else {
-      launch_grouped_gemm(product, shape, p, dtype, stream);
-    }
-  };
-  launch(Product::kGateUp, choice.gate_up_shape, choice.gate_up_rows, gate_up);
-  launch(Product::kDown, choice.down_shape, choice.down_rows, down);
 }
 
 // ---- combine (combine.cu)

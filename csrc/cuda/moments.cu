@@ -5,10 +5,11 @@
 // batches) it looks through all of them.
 //
 // Cost: reads a few numbers a slot and adds nine; nothing beside the products that gave them.
+#include "cuda/device/next_kernel.cuh"
+#include "cuda/device/numeric.cuh"
+#include "cuda/device/ptx_sm80.cuh"
 #include "cuda/launch.h"
-#include "cuda/next_kernel.cuh"
-#include "cuda/numeric.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/params.h"
 
 namespace moe_ext::cuda {
 namespace {

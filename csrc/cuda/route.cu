@@ -10,8 +10,9 @@
 // order.
 //
 // Cost per token: reads E logits, writes 12 K bytes; K * (E / 32 + 10) instructions a lane.
+#include "cuda/device/dispatch.cuh"
+#include "cuda/device/numeric.cuh"
 #include "cuda/launch.h"
-#include "cuda/numeric.cuh"
 
 namespace moe_ext::cuda {
 namespace {
@@ -152,14 +153,7 @@ void launch_typed(const RouteParams& p, cudaStream_t stream) {
 
 void route(const RouteParams& p, cudaStream_t stream) {
   if (p.tokens == 0) return;
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return launch_typed<float>(p, stream);
-    case DType::kBFloat16:
-      return launch_typed<__nv_bfloat16>(p, stream);
-    case DType::kFloat16:
-      return launch_typed<__half>(p, stream);
-  }
+  for_dtype(p.dtype, [&](auto type) { launch_typed<decltype(type)>(p, stream); });
 }
 
 }  // namespace moe_ext::cuda

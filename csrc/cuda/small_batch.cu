@@ -10,7 +10,8 @@
 // piece of 32 elements of k each: a block reads 512 neighbouring bytes of a row. Weights go from global memory to
 // registers, 16 bytes a load, 8 loads in flight a thread, and are the first operand of mma.m16n8k16, the tokens the
 // second; k is permuted in both alike, so that a thread's 16 bytes are its fragment. The warps' sums meet in shared
-// memory in a fixed order.
+// memory in a fixed order. A unit goes through produce (activations), load_weights and multiply, leave and reduce (the
+// warps' sums), store.
 //
 // down: where there are too few units for the device, k is split, too (`splits`, from shapes only). A unit writes its
 // part of y, then arrives at its group's counter (zeroed by gate_up, for whose end down waits). The last to
@@ -21,11 +22,15 @@
 // group where an expert's tokens do not fit into shared memory), P expert indices per block. Bound by bandwidth.
 #include <algorithm>
 
-#include "cuda/heuristics.h"
+#include "cuda/device/active_experts.cuh"
+#include "cuda/device/dispatch.cuh"
+#include "cuda/device/next_kernel.cuh"
+#include "cuda/device/numeric.cuh"
+#include "cuda/device/ptx_sm80.cuh"
+#include "cuda/device/tiles.cuh"
 #include "cuda/launch.h"
-#include "cuda/next_kernel.cuh"
-#include "cuda/numeric.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/params.h"
+#include "cuda/shapes.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -38,94 +43,20 @@ constexpr int kRound = kWarps * kPiece;
 static_assert(kRound == kSmallBatchRound);
 constexpr int kGateUpColumns = kTiles * 8;  // of h, a group
 constexpr int kDownColumns = kTiles * 16;   // of y, a group
+template <Product kProduct>
+constexpr int kColumns = kProduct == Product::kGateUp ? kGateUpColumns : kDownColumns;
 static_assert(kDownColumns == kSmallBatchColumns);
 constexpr int kAtOnce = 8;          // parts of y that a thread of combine_group reads at once
 constexpr int kStagedPadding = 64;  // bytes a row: rows of the same piece lie in different banks
-
-// Shared memory after the warps' sums: lists of ints, then the staged activations.
-struct Lists {
-  int* expert_of_slot;  // (P), E for sentinels
-  int* active;          // (min(E, P)) experts that have a slot, ascending
-  int* slots;           // (P) of the expert under way, ascending
-  uint32_t* mask;       // (E / 32) bit e: expert e is active
-};
 
 // Elements of k of one token that fit when `tokens` are staged.
 constexpr int staged_elements(int64_t staged_bytes, int tokens) {
   return (static_cast<int>(staged_bytes) / tokens - kStagedPadding) / 2 / kRound * kRound;
 }
 
-constexpr int64_t mask_words(int64_t num_experts) { return (num_experts + 31) / 32; }
-
 constexpr int token_tiles_of(int64_t tokens) { return tokens <= 8 ? 1 : 2; }
 
 constexpr int64_t sums_bytes(int token_tiles) { return int64_t{kWarps} * kTiles * token_tiles * kWarpSize * 16; }
-
-constexpr int64_t lists_bytes(int64_t slots, int64_t num_experts) {
-  const int64_t active = slots < num_experts ? slots : num_experts;
-  return (4 * (2 * slots + active + mask_words(num_experts)) + 15) / 16 * 16;
-}
-
-__device__ Lists lists_at(char* shared, int64_t slots, int64_t num_experts) {
-  Lists lists;
-  lists.expert_of_slot = reinterpret_cast<int*>(shared);
-  lists.slots = lists.expert_of_slot + slots;
-  lists.active = lists.slots + slots;
-  lists.mask = reinterpret_cast<uint32_t*>(lists.active + min(slots, num_experts));
-  return lists;
-}
-
-// Fills expert_of_slot and active; returns the number of active experts. All threads call.
-__device__ int find_active(const ExpertsParams& p, int slots, const Lists& lists) {
-  __shared__ int found;
-  const int words = static_cast<int>(mask_words(p.num_experts));
-  for (int i = threadIdx.x; i < words; i += kThreads) lists.mask[i] = 0;
-  __syncthreads();
-  for (int slot = threadIdx.x; slot < slots; slot += kThreads) {
-    const int expert = expert_of(p.experts, p.experts_are_int64, slot, p.num_experts);
-    lists.expert_of_slot[slot] = expert;
-    if (expert < p.num_experts) atomicOr(&lists.mask[expert / 32], 1u << expert % 32);
-  }
-  __syncthreads();
-  if (threadIdx.x < kWarpSize) {
-    int total = 0;
-    for (int base = 0; base < words; base += kWarpSize) {
-      const int word = base + threadIdx.x;
-      uint32_t bits = word < words ? lists.mask[word] : 0;
-      int upto = __popc(bits);  // inclusive sum over the lanes
-#pragma unroll
-      for (int distance = 1; distance < kWarpSize; distance *= 2) {
-        const int below = __shfl_up_sync(kAllLanes, upto, distance);
-        if (static_cast<int>(threadIdx.x) >= distance) upto += below;
-      }
-      int at = total + upto - __popc(bits);
-      for (; bits != 0; bits &= bits - 1) lists.active[at++] = word * 32 + __ffs(bits) - 1;
-      total += __shfl_sync(kAllLanes, upto, kWarpSize - 1);
-    }
-    if (threadIdx.x == 0) found = total;
-  }
-  __syncthreads();
-  return found;
-}
-
-// Fills slots with those of `expert`; returns how many. All threads call.
-__device__ int find_slots(int expert, int slots, const Lists& lists) {
-  __shared__ int found;
-  __syncthreads();  // the lists of the expert before are not read any more
-  if (threadIdx.x < kWarpSize) {
-    int total = 0;
-    for (int base = 0; base < slots; base += kWarpSize) {
-      const int slot = base + threadIdx.x;
-      const bool here = slot < slots && lists.expert_of_slot[slot] == expert;
-      const uint32_t lanes = __ballot_sync(kAllLanes, here);
-      if (here) lists.slots[total + __popc(lanes & ((1u << threadIdx.x) - 1))] = slot;
-      total += __popc(lanes);
-    }
-    if (threadIdx.x == 0) found = total;
-  }
-  __syncthreads();
-  return found;
-}
 
 // out[t, columns of the group] of all tokens, and the group's part of every ||y||^2. A thread has four columns of a
 // token and reads kAtOnce parts of y before it adds the first. All threads call.
@@ -188,13 +119,144 @@ __device__ void combine_group(const SmallBatchParams& p, int group, const Lists&
   }
 }
 
+// Which row of an m16 tile of weights this lane loads, and the one eight on; also the token of a token tile.
+__device__ __forceinline__ int row_of_lane() { return threadIdx.x % kWarpSize / 4; }
+
+// What the units build on: gate_up zeroes the counters of down, and down zeroes `out` where no expert is active.
+template <typename T, Product kProduct>
+__device__ __forceinline__ void prepare(const SmallBatchParams& p, int active) {
+  const ExpertsParams& e = p.experts;
+  const int64_t begin = int64_t{blockIdx.x} * kThreads + threadIdx.x, step = int64_t{gridDim.x} * kThreads;
+  if constexpr (kProduct == Product::kGateUp) {
+    for (int64_t i = begin; i < small_batch_groups(e.hidden); i += step) p.arrivals[i] = 0;
+  } else if (active == 0) {
+    for (int64_t i = begin; i < e.tokens * e.hidden; i += step) static_cast<T*>(e.out)[i] = from_float<T>(0.0f);
+  }
+}
+
+// Sends elements [k_begin, k_begin + length) of the activations of `tokens` slots to shared memory, zeros from last_k
+// on.
+template <typename T, Product kProduct>
+__device__ __forceinline__ void produce(const SmallBatchParams& p, const int* slots, int tokens, int inner, int k_begin,
+                                        int last_k, int length, int row_bytes, char* staged) {
+  constexpr bool kGateUp = kProduct == Product::kGateUp;
+  const ExpertsParams& e = p.experts;
+  const T* activations = static_cast<const T*>(kGateUp ? e.x : p.h) + k_begin;
+  for (int token = 0; token < tokens; ++token) {
+    const int slot = slots[token];
+    const T* row = activations + int64_t{kGateUp ? slot / static_cast<int>(e.top_k) : slot} * inner;
+    for (int k = threadIdx.x * 8; k < length; k += kThreads * 8) {
+      ptx::copy_async(ptx::shared_address(staged + token * row_bytes + k * 2), row + k, k_begin + k < last_k);
+    }
+  }
+  ptx::copy_async_commit();
+}
+
+// The lane's 16 bytes at k of its two rows of weights in every m16 tile of the group; zeros from `here` on and beyond
+// the last column.
+template <typename T, Product kProduct>
+__device__ __forceinline__ void load_weights(uint4 (&weights)[kTiles][2], const T* const (&rows)[2], int inner,
+                                             int columns, int first_column, int k, int here) {
+  constexpr int kTileColumns = kColumns<kProduct> / kTiles;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int column =
+          first_column + tile * kTileColumns + row_of_lane() + (kProduct == Product::kGateUp ? 0 : half * 8);
+      weights[tile][half] = make_uint4(0, 0, 0, 0);
+      if (k < here && column < columns) {
+        weights[tile][half] = ptx::load_once(rows[half] + int64_t{tile * kTileColumns} * inner + k);
+      }
+    }
+  }
+}
+
+// acc += those weights * the staged tokens, 32 elements of k.
+template <typename T, int kTokenTiles>
+__device__ __forceinline__ void multiply(float (&acc)[kTiles][kTokenTiles][4], const uint4 (&weights)[kTiles][2],
+                                         const char* staged, int row_bytes, int tokens, int k) {
+#pragma unroll
+  for (int token_tile = 0; token_tile < kTokenTiles; ++token_tile) {
+    const int token = min(token_tile * 8 + row_of_lane(), tokens - 1);  // the columns beyond are not used
+    const uint4 b = *reinterpret_cast<const uint4*>(staged + token * row_bytes + k * 2);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const uint4 upper = weights[tile][0], lower = weights[tile][1];
+      const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
+      const uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
+      ptx::multiply_add(acc[tile][token_tile], first, b.x, b.y, T{});
+      ptx::multiply_add(acc[tile][token_tile], second, b.z, b.w, T{});
+    }
+  }
+}
+
+// Leaves this warp's sums in shared memory, (warps, tiles, token tiles, lanes), beside those of the others.
+template <int kTokenTiles>
+__device__ __forceinline__ void leave(const float (&acc)[kTiles][kTokenTiles][4], float4* sums) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int token_tile = 0; token_tile < kTokenTiles; ++token_tile) {
+      const float (&c)[4] = acc[tile][token_tile];
+      sums[((warp * kTiles + tile) * kTokenTiles + token_tile) * kWarpSize + lane] =
+          make_float4(c[0], c[1], c[2], c[3]);
+    }
+  }
+}
+
+// Number i of (tiles, token tiles, lanes), added over the warps in their order.
+template <int kTokenTiles>
+__device__ __forceinline__ float4 reduce(const float4* sums, int i) {
+  float4 sum = sums[i];
+#pragma unroll
+  for (int other = 1; other < kWarps; ++other) {
+    const float4 more = sums[other * kTiles * kTokenTiles * kWarpSize + i];
+    sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+  }
+  return sum;
+}
+
+// h, or down's part of y in split `split`, of a group's columns for `tokens` slots.
+template <typename T, int kTokenTiles, Product kProduct>
+__device__ __forceinline__ void store(const SmallBatchParams& p, const float4* sums, const int* slots, int tokens,
+                                      int columns, int first_column, int splits, int split) {
+  for (int i = threadIdx.x; i < kTiles * kTokenTiles * kWarpSize; i += kThreads) {
+    const float4 sum = reduce<kTokenTiles>(sums, i);
+    const int tile = i / (kTokenTiles * kWarpSize), token_tile = i / kWarpSize % kTokenTiles;
+    const int column = first_column + tile * (kColumns<kProduct> / kTiles) + row_of_lane();
+#pragma unroll
+    for (int next = 0; next < 2; ++next) {
+      const int token = token_tile * 8 + threadIdx.x % 4 * 2 + next;
+      if (token >= tokens || column >= columns) continue;
+      const float upper = next == 0 ? sum.x : sum.y, lower = next == 0 ? sum.z : sum.w;
+      const int64_t at = (int64_t{slots[token]} * splits + split) * columns + column;
+      if constexpr (kProduct == Product::kGateUp) {
+        static_cast<T*>(p.h)[at] = from_float<T>(activate<false>(p.experts.activation, upper) * lower);
+      } else {
+        p.y[at] = upper;
+        if (column + 8 < columns) p.y[at + 8] = lower;
+      }
+    }
+  }
+}
+
+// Counts the block's part of a group's columns of y; the last of `parts` to arrive combines them. All threads call.
+template <typename T>
+__device__ __forceinline__ void finish(const SmallBatchParams& p, int group, int parts, const Lists& lists) {
+  __shared__ bool last;
+  __syncthreads();  // the block's part of y is written
+  if (threadIdx.x == 0) last = ptx::arrive(&p.arrivals[group]) == static_cast<uint32_t>(parts) - 1;
+  __syncthreads();
+  if (last) combine_group<T>(p, group, lists);
+}
+
 // kTokenTiles: tiles of 8 tokens that a pass over an expert's weights multiplies.
 template <typename T, int kTokenTiles, Product kProduct>
 __global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) small_batch_kernel(SmallBatchParams p) {
   constexpr bool kGateUp = kProduct == Product::kGateUp;
   constexpr int kTokens = kTokenTiles * 8;
-  constexpr int kColumns = kGateUp ? kGateUpColumns : kDownColumns;
-  constexpr int kTileColumns = kColumns / kTiles;
   extern __shared__ __align__(16) char shared[];
   const ExpertsParams& e = p.experts;
   const int slots = static_cast<int>(e.tokens * e.top_k);
@@ -204,25 +266,14 @@ __global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) 
 
   const int inner = static_cast<int>(kGateUp ? e.hidden : e.intermediate);
   const int columns = static_cast<int>(kGateUp ? e.intermediate : e.hidden);  // of the result
-  const int groups = (columns + kColumns - 1) / kColumns;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int row_of_lane = lane / 4;    // of an m16 tile, and + 8; also the token of a token tile
-  const int k_of_lane = lane % 4 * 8;  // of a piece
+  const int groups = (columns + kColumns<kProduct> - 1) / kColumns<kProduct>;
+  const int first_of_warp = threadIdx.x / kWarpSize * kPiece;  // k of a round
+  const int k_of_lane = threadIdx.x % 4 * 8;                   // of a piece
 
-  const int active = find_active(e, slots, lists);  // from the call's input, which no kernel of it writes
+  const int active = find_active<kThreads>(e, slots, lists);  // from the call's input, which no kernel of it writes
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
-  if constexpr (kGateUp) {
-    for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < small_batch_groups(e.hidden);
-         i += int64_t{gridDim.x} * kThreads) {
-      p.arrivals[i] = 0;
-    }
-  } else if (active == 0) {
-    for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < e.tokens * e.hidden;
-         i += int64_t{gridDim.x} * kThreads) {
-      static_cast<T*>(e.out)[i] = from_float<T>(0.0f);
-    }
-  }
+  prepare<T, kProduct>(p, active);
 
   // Split s takes k in [s, s + 1) * split_length. A block stays with an expert and a split for all groups that it can.
   const int splits = kGateUp ? 1 : static_cast<int>(p.splits);
@@ -234,10 +285,10 @@ __global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) 
   for (int unit = static_cast<int>(units * blockIdx.x / gridDim.x); unit < end; ++unit) {
     if (unit / groups != current) {
       current = unit / groups;
-      count = find_slots(lists.active[current / splits], slots, lists);
+      count = find_slots<kThreads>(lists.active[current / splits], slots, lists);
       staged_from = -1;
     }
-    const int first_column = unit % groups * kColumns;
+    const int first_column = unit % groups * kColumns<kProduct>;
     const int split = current % splits;
     const int first_k = split * split_length, last_k = min(inner, first_k + split_length);
 
@@ -245,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) 
       const int tokens = min(kTokens, count - from);
       // The lane's first row of weights, and the up row of the same column or the row eight on.
       const int64_t row =
-          lists.active[current / splits] * int64_t{kGateUp ? 2 : 1} * columns + first_column + row_of_lane;
+          weight_row<kProduct, int64_t>(lists.active[current / splits], columns, first_column + row_of_lane(), false);
       const T* rows[2];
       rows[0] = static_cast<const T*>(kGateUp ? e.gate_up : e.down) + row * inner + first_k;
       rows[1] = rows[0] + int64_t{kGateUp ? columns : 8} * inner;
@@ -257,100 +308,32 @@ __global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) 
       for (int k_begin = first_k; k_begin < last_k; k_begin += length) {
         if (staged_from != from || staged_k != k_begin) {
           __syncthreads();  // what is staged is not read any more
-          const T* activations = static_cast<const T*>(kGateUp ? e.x : p.h) + k_begin;
-          for (int token = 0; token < tokens; ++token) {
-            const int slot = lists.slots[from + token];
-            const T* row = activations + int64_t{kGateUp ? slot / static_cast<int>(e.top_k) : slot} * inner;
-            for (int k = threadIdx.x * 8; k < length; k += kThreads * 8) {
-              ptx::copy_async(ptx::shared_address(staged + token * row_bytes + k * 2), row + k, k_begin + k < last_k);
-            }
-          }
-          ptx::copy_async_commit();
+          produce<T, kProduct>(p, lists.slots + from, tokens, inner, k_begin, last_k, length, row_bytes, staged);
           staged_from = from;
           staged_k = k_begin;
         }
         const int here = min(last_k - k_begin, length);  // elements of k in what is staged
         for (int k_all = 0; k_all < here; k_all += kRound) {
-          const int k = k_all + warp * kPiece + k_of_lane;
+          const int k = k_all + first_of_warp + k_of_lane;
           uint4 weights[kTiles][2];
-#pragma unroll
-          for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int column = first_column + tile * kTileColumns + row_of_lane + (kGateUp ? 0 : half * 8);
-              weights[tile][half] = make_uint4(0, 0, 0, 0);
-              if (k < here && column < columns) {
-                weights[tile][half] = ptx::load_once(rows[half] + int64_t{tile * kTileColumns} * inner + k);
-              }
-            }
-          }
+          load_weights<T, kProduct>(weights, rows, inner, columns, first_column, k, here);
           if (k_all == 0) {  // weights are on their way while the activations arrive
             ptx::copy_async_wait<0>();
             __syncthreads();
           }
-          if (k_all + warp * kPiece >= here) break;
-#pragma unroll
-          for (int token_tile = 0; token_tile < kTokenTiles; ++token_tile) {
-            const int token = min(token_tile * 8 + row_of_lane, tokens - 1);  // the columns beyond are not used
-            const uint4 b = *reinterpret_cast<const uint4*>(staged + token * row_bytes + k * 2);
-#pragma unroll
-            for (int tile = 0; tile < kTiles; ++tile) {
-              const uint4 upper = weights[tile][0], lower = weights[tile][1];
-              const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
-              const uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
-              ptx::multiply_add(acc[tile][token_tile], first, b.x, b.y, T{});
-              ptx::multiply_add(acc[tile][token_tile], second, b.z, b.w, T{});
-            }
-          }
+          if (k_all + first_of_warp >= here) break;
+          multiply<T>(acc, weights, staged, row_bytes, tokens, k);
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) rows[half] += here;
       }
 
-      // The warps' sums, added in warp order.
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-        for (int token_tile = 0; token_tile < kTokenTiles; ++token_tile) {
-          const float (&c)[4] = acc[tile][token_tile];
-          sums[((warp * kTiles + tile) * kTokenTiles + token_tile) * kWarpSize + lane] =
-              make_float4(c[0], c[1], c[2], c[3]);
-        }
-      }
+      leave(acc, sums);
       __syncthreads();
-      for (int i = threadIdx.x; i < kTiles * kTokenTiles * kWarpSize; i += kThreads) {
-        float4 sum = sums[i];
-#pragma unroll
-        for (int other = 1; other < kWarps; ++other) {
-          const float4 more = sums[other * kTiles * kTokenTiles * kWarpSize + i];
-          sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-        }
-        const int tile = i / (kTokenTiles * kWarpSize), token_tile = i / kWarpSize % kTokenTiles;
-        const int column = first_column + tile * kTileColumns + row_of_lane;
-#pragma unroll
-        for (int next = 0; next < 2; ++next) {
-          const int token = token_tile * 8 + lane % 4 * 2 + next;
-          if (token >= tokens || column >= columns) continue;
-          const float upper = next == 0 ? sum.x : sum.y, lower = next == 0 ? sum.z : sum.w;
-          const int64_t at = (int64_t{lists.slots[from + token]} * splits + split) * columns + column;
-          if constexpr (kGateUp) {
-            static_cast<T*>(p.h)[at] = from_float<T>(activate<false>(e.activation, upper) * lower);
-          } else {
-            p.y[at] = upper;
-            if (column + 8 < columns) p.y[at + 8] = lower;
-          }
-        }
-      }
+      store<T, kTokenTiles, kProduct>(p, sums, lists.slots + from, tokens, columns, first_column, splits, split);
     }
 
-    if constexpr (!kGateUp) {
-      __shared__ bool last;
-      __syncthreads();  // the block's part of y is written
-      if (threadIdx.x == 0)
-        last = ptx::arrive(&p.arrivals[unit % groups]) == static_cast<uint32_t>(active * splits) - 1;
-      __syncthreads();
-      if (last) combine_group<T>(p, unit % groups, lists);
-    }
+    if constexpr (!kGateUp) finish<T>(p, unit % groups, active * splits, lists);
   }
 }
 
@@ -391,11 +374,7 @@ int64_t small_batch_shared_bytes(int64_t tokens, int64_t slots, int64_t num_expe
 }
 
 void launch_small_batch(const SmallBatchParams& p, cudaStream_t stream) {
-  if (p.experts.dtype == DType::kBFloat16) {
-    launch_typed<__nv_bfloat16>(p, stream);
-  } else {
-    launch_typed<__half>(p, stream);
-  }
+  for_16_bit_dtype(p.experts.dtype, [&](auto type) { launch_typed<decltype(type)>(p, stream); });
 }
 
 }  // namespace moe_ext::cuda

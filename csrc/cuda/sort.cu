@@ -12,10 +12,11 @@
 // Cost: reads P expert indices twice, writes 2 P ints, E ints a block and 16 bytes a tile. Bound by latency.
 #include <algorithm>
 
+#include "cuda/device/next_kernel.cuh"
+#include "cuda/device/numeric.cuh"
+#include "cuda/device/ptx_sm80.cuh"
 #include "cuda/launch.h"
-#include "cuda/next_kernel.cuh"
-#include "cuda/numeric.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/params.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -94,12 +95,7 @@ __device__ void place_slots(const SortParams& p, Range block, int* table) {
 __device__ int block_exclusive_sum(int value, int* total) {
   __shared__ int warp_totals[kMaxWarps];
   const int lane = threadIdx.x % kWarpSize;
-  int inclusive = value;
-#pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const int below = __shfl_up_sync(kAllLanes, inclusive, distance);
-    if (lane >= distance) inclusive += below;
-  }
+  const int inclusive = warp_inclusive_sum(value);
   __syncthreads();  // the totals of an earlier call have been read
   if (lane == kWarpSize - 1) warp_totals[threadIdx.x / kWarpSize] = inclusive;
   __syncthreads();

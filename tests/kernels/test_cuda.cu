@@ -13,10 +13,12 @@
 #include <vector>
 
 #include "check.h"
+#include "cuda/device/next_kernel.cuh"
+#include "cuda/device/ptx_sm80.cuh"
 #include "cuda/heuristics.h"
 #include "cuda/launch.h"
-#include "cuda/next_kernel.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/params.h"
+#include "cuda/shapes.h"
 #include "moe.h"
 #include "setting.h"
 
@@ -137,7 +139,7 @@ TEST("two blocks of a small batch fit a multiprocessor of every device") {
     for (const int64_t tokens : {1, 4, 8, 9, 16}) {
       for (const int64_t num_experts : {8, 64, 256}) {
         const moe_ext::ExpertsParams p = shaped(tokens, 4096, 14336, num_experts, 8);
-        CHECK(moe_ext::cuda::choose(p, device).way == Choice::Way::kSmallBatch, tokens, " tokens");
+        CHECK(moe_ext::cuda::choose(p, device, "").way == Choice::Way::kSmallBatch, tokens, " tokens");
         const int64_t dynamic = moe_ext::cuda::small_batch_shared_bytes(tokens, tokens * 8, num_experts) +
                                 moe_ext::cuda::small_batch_staged_bytes(p, device);
         constexpr int64_t kStatic = 16, kOfCuda = 1024, kGranularity = 128;
@@ -149,12 +151,12 @@ TEST("two blocks of a small batch fit a multiprocessor of every device") {
 }
 
 TEST("a small batch whose lists do not fit into shared memory takes the kernels of large ones") {
-  CHECK(moe_ext::cuda::choose(shaped(16, 64, 64, 512, 512), kRtx4090).way == Choice::Way::kGrouped, "sm_89");
-  CHECK(moe_ext::cuda::choose(shaped(16, 64, 64, 512, 512), kH100).way == Choice::Way::kSmallBatch, "sm_90");
+  CHECK(moe_ext::cuda::choose(shaped(16, 64, 64, 512, 512), kRtx4090, "").way == Choice::Way::kGrouped, "sm_89");
+  CHECK(moe_ext::cuda::choose(shaped(16, 64, 64, 512, 512), kH100, "").way == Choice::Way::kSmallBatch, "sm_90");
 }
 
 TEST("Gram matrices take tiles of positions for few tokens, too, and parts of tokens that bound the memory") {
-  CHECK(moe_ext::cuda::choose_sorted(shaped(1, 64, 64, 8, 8), kH100).way == Choice::Way::kGrouped, "1 token");
+  CHECK(moe_ext::cuda::choose_sorted(shaped(1, 64, 64, 8, 8), kH100, "").way == Choice::Way::kGrouped, "1 token");
   moe_ext::GramParams p{};
   p.num_experts = 8, p.hidden = 4096, p.intermediate = 14336;
   for (const int64_t tokens : {1, 300, 5000}) {
@@ -167,7 +169,7 @@ TEST("Gram matrices take tiles of positions for few tokens, too, and parts of to
 
 TEST("the tile shape follows the rows of an expert and the blocks that a device runs at once") {
   const auto down_shape = [](const moe_ext::ExpertsParams& p, const Device& device) {
-    return moe_ext::cuda::choose(p, device).down_shape;
+    return moe_ext::cuda::choose(p, device, "").down_shape;
   };
   CHECK(down_shape(shaped(8192, 4096, 14336, 8, 2), kH100) == moe_ext::cuda::kTall, "many rows, many columns");
   CHECK(down_shape(shaped(512, 4096, 14336, 8, 2), kA100) == moe_ext::cuda::kFlat,
@@ -177,7 +179,7 @@ TEST("the tile shape follows the rows of an expert and the blocks that a device 
 
 TEST("wgmma takes large batches of many rows an expert where the device and the sizes allow it") {
   const auto choice = [](const moe_ext::ExpertsParams& p, const Device& device) {
-    return moe_ext::cuda::choose(p, device);
+    return moe_ext::cuda::choose(p, device, "");
   };
   const moe_ext::ExpertsParams large = shaped(4096, 4096, 14336, 8, 2);
   CHECK(choice(large, kH100Wgmma).gate_up_shape == moe_ext::cuda::kHopper, "gate_up");
@@ -210,7 +212,7 @@ TEST("down's k is cut so that no part is empty and blocks have work") {
 
 TEST("the description of a choice names the kernels and the reason") {
   const auto describe = [](const moe_ext::ExpertsParams& p, const Device& device) {
-    return moe_ext::cuda::describe(p, device);
+    return moe_ext::cuda::describe(p, device, moe_ext::cuda::forced_kernels());
   };
   const auto says = [](const std::string& text, const char* part) { return text.find(part) != text.npos; };
   const moe_ext::ExpertsParams large = shaped(4096, 4096, 14336, 8, 2);
@@ -407,7 +409,7 @@ TEST("rows of x, h and y beyond 2^31 elements are read and written where they li
   const DeviceArray<Bits> gate_up(random_bfloat16(random, 2 * kIntermediate * kHidden, 0.05f));
   const DeviceArray<Bits> down(random_bfloat16(random, kHidden * kIntermediate, 0.05f));
 
-  // h as 32-bit words holds both the bfloat16 of grouped_gemm and the float32 of plain_gemm.
+  // h as 32-bit words holds both the bfloat16 of gemm_mma.cu and the float32 of gemm_plain.cu.
   const auto run = [&](const std::string& kernels, int64_t first_token, int64_t first_position) {
     const bool plain = kernels == "plain", hopper = kernels == "hopper";
     const std::vector<std::string> all = all_kernels();
@@ -420,28 +422,22 @@ TEST("rows of x, h and y beyond 2^31 elements are read and written where they li
     const DeviceArray<Tile> tiles(list);
     const int words = plain ? 2 : 1;  // 16-bit words of an element of h and y
     const DeviceArray<Bits> h(kRows * kIntermediate * words), y(kRows * kHidden * words);
-    const GemmParams first{x.as_part_from(first_token * kHidden),
-                           gate_up.data(),
-                           h.as_part_from(first_position * kIntermediate * words),
-                           slot_of.as_part_from(first_position),
-                           tiles.data(),
-                           static_cast<int64_t>(list.size()),
-                           1,
-                           1,
-                           kIntermediate,
-                           kHidden,
-                           moe_ext::Activation::kSilu};
-    const GemmParams second{h.as_part_from(first_position * kIntermediate * words),
-                            down.data(),
-                            y.as_part_from(first_position * kHidden * words),
-                            slot_of.as_part_from(first_position),
-                            tiles.data(),
-                            static_cast<int64_t>(list.size()),
-                            1,
-                            1,
-                            kHidden,
-                            kIntermediate,
-                            moe_ext::Activation::kSilu};
+    GemmParams first{};
+    first.a = x.as_part_from(first_token * kHidden);
+    first.b = gate_up.data();
+    first.c = h.as_part_from(first_position * kIntermediate * words);
+    first.slot_of = slot_of.as_part_from(first_position);
+    first.tiles = tiles.data();
+    first.max_tiles = static_cast<int64_t>(list.size());
+    first.num_experts = first.top_k = 1;
+    first.columns = kIntermediate;
+    first.inner = kHidden;
+    GemmParams second = first;
+    second.a = first.c;
+    second.b = down.data();
+    second.c = y.as_part_from(first_position * kHidden * words);
+    second.columns = kHidden;
+    second.inner = kIntermediate;
     for (const Product product : {Product::kGateUp, Product::kDown}) {
       const GemmParams& p = product == Product::kGateUp ? first : second;
       if (plain) {

@@ -47,8 +47,9 @@ struct Layer {
 
   std::vector<double> gram(const moe_ext::Threads& threads) const {
     std::vector<double> out(tokens * num_experts * num_experts, std::nan(""));
-    const GramParams p{x.data(),    gate_up.data(), down.data(),  out.data(), tokens,
-                       num_experts, hidden,         intermediate, dtype,      moe_ext::Activation::kSilu};
+    const GramParams p{{x.data(), gate_up.data(), down.data(), tokens, num_experts, hidden, intermediate, dtype,
+                        moe_ext::Activation::kSilu},
+                       out.data()};
     moe_ext::cpu::gram(p, threads);
     return out;
   }

@@ -3,14 +3,18 @@
 //   gate_up   h[p, :] = act(gate[e] x) * (up[e] x),  x = x[token of p, :]          (positions, I)
 //   down      y[p, :] = down[e] h[p, :]                                            (positions, H)
 //
-// A block computes kRows positions of one expert by 64 rows of weights (gate_up: 32 of gate and 32 of up), kInner
-// elements of k at a time through shared memory as float32; a thread holds kRows / 16 x 4 sums, in gate_up two pairs of
-// gate and up. Sums run in order of k: deterministic. Cost of a tile: 2 * rows * 64 * inner FLOPs on the FMA units.
-#include "cuda/heuristics.h"
+// A block computes one tile, numbered and cut as in tiles.cuh: up to kRows positions of one expert by 64 rows of
+// weights (gate_up: 32 of gate and 32 of up), kInner elements of k at a time through shared memory as float32; a thread
+// holds kRows / 16 x 4 sums, in gate_up two pairs of gate and up. Sums run in order of k: deterministic. Cost of a
+// tile: 2 * rows * 64 * inner FLOPs on the FMA units.
+#include "cuda/device/dispatch.cuh"
+#include "cuda/device/next_kernel.cuh"
+#include "cuda/device/numeric.cuh"
+#include "cuda/device/ptx_sm80.cuh"
+#include "cuda/device/tiles.cuh"
 #include "cuda/launch.h"
-#include "cuda/next_kernel.cuh"
-#include "cuda/numeric.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/params.h"
+#include "cuda/shapes.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -32,15 +36,11 @@ __global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_start();
 
-  const unsigned column_blocks = static_cast<unsigned>((p.columns + kColumns - 1) / kColumns);
-  const Tile tile = p.tiles[blockIdx.x / column_blocks];
-  if (tile.expert < 0) return;
-  const int row_tiles = (tile.count + kRows - 1) / kRows;
-  const int block = static_cast<int>(blockIdx.x - tile.first_tile * column_blocks);
-  const int64_t first_column = int64_t{block / row_tiles} * kColumns;
-  const int first_row = block % row_tiles * kRows;
-  const int rows = min(kRows, tile.count - first_row);
-  const int64_t first_position = int64_t{tile.first} + first_row;
+  const Place place = place_of(p, blockIdx.x, kRows, kColumns);
+  if (place.expert < 0) return;
+  const int rows = place.rows;
+  const int first_column = place.first_column;
+  const int64_t first_position = place.first_position;
 
   // What this thread brings into shared memory: one column of k of every kRowStep-th row; null: beyond the edges.
   constexpr int kRowStep = kThreads / kInner;
@@ -63,8 +63,7 @@ __global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
     const int64_t column = first_column + row % kColumns;  // gate_up: rows from kColumns on are up
     b_rows[i] = nullptr;
     if (column < p.columns) {
-      const int64_t b_row =
-          kGateUp ? (2 * int64_t{tile.expert} + row / kColumns) * p.columns + column : tile.expert * p.columns + column;
+      const int64_t b_row = weight_row<kProduct, int64_t>(place.expert, p.columns, column, row >= kColumns);
       b_rows[i] = static_cast<const TB*>(p.b) + b_row * p.inner + copy_k;
     }
   }
@@ -100,11 +99,11 @@ __global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
   for (int i = 0; i < kRowsPerThread; ++i) {
     const int row = ty + i * kThreadRows;
     if (row >= rows) continue;
-    float* out = static_cast<float*>(p.c) + (first_position + row) * p.columns;
+    float* out = static_cast<float*>(p.c) + (first_position + row) * p.columns + first_column;
 #pragma unroll
     for (int j = 0; j < kColumns / kThreadRows; ++j) {
-      const int64_t column = first_column + tx + j * kThreadRows;
-      if (column >= p.columns) continue;
+      const int column = tx + j * kThreadRows;
+      if (first_column + column >= p.columns) continue;
       if constexpr (kGateUp) {
         out[column] = activate<true>(p.activation, sums[i][j]) * sums[i][j + kPerThread / 2];
       } else {
@@ -135,14 +134,7 @@ void launch_typed(Product product, int rows, const GemmParams& p, cudaStream_t s
 }  // namespace
 
 void launch_plain_gemm(Product product, int rows, const GemmParams& p, DType dtype, cudaStream_t stream) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch_typed<float>(product, rows, p, stream);
-    case DType::kBFloat16:
-      return launch_typed<__nv_bfloat16>(product, rows, p, stream);
-    case DType::kFloat16:
-      return launch_typed<__half>(product, rows, p, stream);
-  }
+  for_dtype(dtype, [&](auto type) { launch_typed<decltype(type)>(product, rows, p, stream); });
 }
 
 }  // namespace moe_ext::cuda

@@ -1,7 +1,8 @@
-// Where a tile of a grouped product lies: the numbering that the tensor cores' kernels over the sort's lists share.
+// Where a tile of a grouped product lies: the numbering that the kernels over the sort's lists share, the rows of
+// weights of an expert, and the layout of a tile in shared memory.
 #pragma once
 
-#include "cuda/launch.h"
+#include "cuda/params.h"
 
 namespace moe_ext::cuda {
 
@@ -31,6 +32,12 @@ __device__ __forceinline__ Place place_of(const GemmParams& p, unsigned index, i
   const int first_row = (band * kBand + block_of_band % tiles_of_band) * height;
   return {tile.expert, block_of_band / tiles_of_band * columns, min(height, tile.count - first_row),
           int64_t{tile.first} + first_row};
+}
+
+// Which of all experts' rows of weights gives c's `column`: in gate_up a gate row, or the up row of the same column.
+template <Product kProduct, typename Index>
+__device__ __forceinline__ Index weight_row(int expert, Index columns, Index column, bool up) {
+  return expert * weight_rows(kProduct, columns) + (up ? columns : 0) + column;
 }
 
 // Byte offset of a 16-byte chunk in rows of kChunks chunks: eight neighbouring rows, and eight neighbouring chunks in

@@ -13,12 +13,14 @@
 //
 // Every element is a sum in order of k by one warp: deterministic. Cost of a tile: 2 * rows * columns * inner FLOPs;
 // reads (rows + columns) * inner elements, of which only the first read of each comes from beyond L2.
-#include "cuda/heuristics.h"
+#include "cuda/device/dispatch.cuh"
+#include "cuda/device/next_kernel.cuh"
+#include "cuda/device/numeric.cuh"
+#include "cuda/device/ptx_sm80.cuh"
+#include "cuda/device/tiles.cuh"
 #include "cuda/launch.h"
-#include "cuda/next_kernel.cuh"
-#include "cuda/numeric.cuh"
-#include "cuda/ptx.cuh"
-#include "cuda/tiles.cuh"
+#include "cuda/params.h"
+#include "cuda/shapes.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -69,10 +71,9 @@ __global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kSh
   // Row r of b's tile is a row of weights: in gate_up, 8 of gate and 8 of up in turn.
   const int b_column = first_column + (kGateUp ? copy_row / 16 * 8 + copy_row % 8 : copy_row);
   constexpr int kColumnStep = kGateUp ? kRowStep / 2 : kRowStep;
-  const int64_t up_rows = kGateUp && copy_row / 8 % 2 == 1 ? p.columns : 0;
-  const int64_t expert_rows = kGateUp ? 2 * p.columns : p.columns;
-  const T* b_row =
-      static_cast<const T*>(p.b) + (place.expert * expert_rows + up_rows + b_column) * inner + chunk * kChunk;
+  const bool up = kGateUp && copy_row / 8 % 2 == 1;
+  const T* b_row = static_cast<const T*>(p.b) +
+                   weight_row<kProduct, int64_t>(place.expert, p.columns, b_column, up) * inner + chunk * kChunk;
 
   const uint32_t stage_base = ptx::shared_address(shared);
   const auto copy_stage = [&](int step, int stage) {
@@ -156,8 +157,8 @@ __global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kSh
       if constexpr (kGateUp) {
         const float (&gate)[4] = sums[i][2 * j];
         const float (&up)[4] = sums[i][2 * j + 1];
-        upper = pack<T>(activate<false>(p.activation, gate[0]) * up[0], activate<false>(p.activation, gate[1]) * up[1]);
-        lower = pack<T>(activate<false>(p.activation, gate[2]) * up[2], activate<false>(p.activation, gate[3]) * up[3]);
+        upper = pack_gated<T>(p.activation, gate, up);
+        lower = pack_gated<T>(p.activation, gate + 2, up + 2);
       } else {
         upper = pack<T>(sums[i][j][0], sums[i][j][1]);
         lower = pack<T>(sums[i][j][2], sums[i][j][3]);
@@ -206,14 +207,9 @@ void launch_product(int shape, const GemmParams& p, cudaStream_t stream) {
 }  // namespace
 
 void launch_grouped_gemm(Product product, int shape, const GemmParams& p, DType dtype, cudaStream_t stream) {
-  const bool gate_up = product == Product::kGateUp;
-  if (dtype == DType::kBFloat16) {
-    gate_up ? launch_product<__nv_bfloat16, Product::kGateUp>(shape, p, stream)
-            : launch_product<__nv_bfloat16, Product::kDown>(shape, p, stream);
-  } else {
-    gate_up ? launch_product<__half, Product::kGateUp>(shape, p, stream)
-            : launch_product<__half, Product::kDown>(shape, p, stream);
-  }
+  for_16_bit_dtype(dtype, [&](auto type) {
+    for_product(product, [&](auto which) { launch_product<decltype(type), which.value>(shape, p, stream); });
+  });
 }
 
 }  // namespace moe_ext::cuda

@@ -69,12 +69,29 @@ __device__ __forceinline__ float activate(Activation activation, float x) {
   return x;
 }
 
+// act(gate) * up of two neighbouring elements, rounded.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_gated(Activation activation, const float* gate, const float* up) {
+  return pack<T>(activate<false>(activation, gate[0]) * up[0], activate<false>(activation, gate[1]) * up[1]);
+}
+
 // Sum over the warp, the same in every lane, in a fixed order.
 template <typename Number>
 __device__ __forceinline__ Number warp_sum(Number value) {
 #pragma unroll
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
     value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  return value;
+}
+
+// Sum over the warp's lanes up to and with this one.
+__device__ __forceinline__ int warp_inclusive_sum(int value) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const int below = __shfl_up_sync(kAllLanes, value, distance);
+    if (lane >= distance) value += below;
   }
   return value;
 }

@@ -1,6 +1,6 @@
 // The tensor cores' instruction of sm_90a, for every number of columns that a tile can have. An accumulator is an
 // operand of its own in PTX, so that the lists of them are made by macros; the rest of sm_90a's PTX is in
-// ptx_hopper.cuh.
+// ptx_sm90.cuh.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -2,57 +2,21 @@
 // heuristics.h:
 //   small batch   gate_up, down with combine                    2 launches
 //   large batch   sort, gate_up, down, combine                  4 launches (6 where the sort takes three)
-//   hopper        the same as large, with hopper_gemm.cu for one product or both
-//   plain         the same as large, with plain_gemm.cu         float32 and odd sizes
+//   hopper        the same as large, with gemm_wgmma.cu for one product or both
+//   plain         the same as large, with gemm_plain.cu         float32 and odd sizes
 // and the moments after any of them when observing. Nothing waits for the device, and grids depend on shapes only: all
 // of it can be captured in a CUDA graph.
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 
+#include "cuda/gemm_launch.h"
 #include "cuda/heuristics.h"
 #include "cuda/launch.h"
+#include "cuda/params.h"
 #include "moe.h"
 
 namespace moe_ext::cuda {
-
-void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // otherwise the next launch would be blamed for it
-  std::string message = std::string(what) + ": " + cudaGetErrorString(status);
-  if (status == cudaErrorNoKernelImageForDevice) {
-    message += "; moe_ext was built for " MOE_EXT_CUDA_ARCHS " (set TORCH_CUDA_ARCH_LIST and build again)";
-  }
-  throw std::runtime_error(message);
-}
-
-void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
-
-unsigned grid_size(int64_t blocks) {
-  if (blocks > std::numeric_limits<int32_t>::max()) {
-    throw std::runtime_error("moe_ext: the input needs " + std::to_string(blocks) +
-                             " blocks of threads, more than CUDA allows; pass fewer tokens at a time");
-  }
-  return static_cast<unsigned>(blocks);
-}
-
-Device current_device() {
-  int index = 0;
-  check(cudaGetDevice(&index), "cudaGetDevice");
-  const auto attribute = [&](cudaDeviceAttr name) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, name, index), "cudaDeviceGetAttribute");
-    return value;
-  };
-  // Named as in TORCH_CUDA_ARCH_LIST by setup.py and as in CMAKE_CUDA_ARCHITECTURES by CMake.
-  const std::string_view archs = MOE_EXT_CUDA_ARCHS;
-  const bool built = archs.find("9.0a") != archs.npos || archs.find("90a") != archs.npos;
-  const bool hopper =
-      attribute(cudaDevAttrComputeCapabilityMajor) == 9 && attribute(cudaDevAttrComputeCapabilityMinor) == 0;
-  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), built && hopper};
-}
 
 namespace {
 
@@ -93,7 +57,6 @@ void run_small_batch(const ExpertsParams& p, const Device& device, const Scratch
 void run_sorted(const ExpertsParams& p, const Choice& choice, const Device& device, const Scratch& scratch,
                 cudaStream_t stream) {
   const int64_t slots = p.tokens * p.top_k;
-  const bool tensor_cores = choice.way == Choice::Way::kGrouped;
   const auto tile_list = [&](int rows) {
     const int64_t tiles = max_tiles(slots, p.num_experts, rows);
     return TileList{allocate<Tile>(scratch, tiles), rows, tiles};
@@ -112,26 +75,18 @@ void run_sorted(const ExpertsParams& p, const Choice& choice, const Device& devi
   s.down = tile_list(choice.down_rows);
   launch_sort(s, stream);
 
-  const DType row_dtype = tensor_cores ? p.dtype : DType::kFloat32;  // of h and y
-  void* h = scratch.allocate(scratch.context, slots * p.intermediate * element_size(row_dtype));
-  void* y = scratch.allocate(scratch.context, slots * p.hidden * element_size(row_dtype));
-  const GemmParams gate_up{
-      p.x,     p.gate_up,      h,        s.slot_of,   s.gate_up.tiles, s.gate_up.max_tiles, p.num_experts,
-      p.top_k, p.intermediate, p.hidden, p.activation};
-  const GemmParams down{
-      h,        p.down,         y,           nullptr, s.down.tiles, s.down.max_tiles, p.num_experts, p.top_k,
-      p.hidden, p.intermediate, p.activation};
-  launch_gemms(choice, gate_up, down, p.dtype, device, stream);
+  const PositionRows rows = allocate_rows(choice, p, slots, scratch);
+  launch_gemms(choice, {p, p.top_k, s.slot_of, s.gate_up, s.down, rows}, device, stream);
 
   CombineParams c{};
-  c.y = y;
+  c.y = rows.y;
   c.position_of = s.position_of;
   c.weights = p.weights;
   c.out = p.out;
   c.tokens = p.tokens;
   c.top_k = p.top_k;
   c.hidden = p.hidden;
-  c.y_dtype = row_dtype;
+  c.y_dtype = rows.dtype;
   c.dtype = p.dtype;
   c.weights_dtype = p.weights_dtype;
   split_combine(&c);
@@ -147,7 +102,10 @@ void run_sorted(const ExpertsParams& p, const Choice& choice, const Device& devi
 
 }  // namespace
 
-std::string describe(const ExpertsParams& p) { return describe(p, current_device()); }
+std::string describe(const ExpertsParams& p) {
+  const Device device = current_device();
+  return describe(p, device, forced_kernels());
+}
 
 void experts(const ExpertsParams& p, const Scratch& scratch, cudaStream_t stream) {
   if (p.tokens == 0) return;
@@ -158,7 +116,7 @@ void experts(const ExpertsParams& p, const Scratch& scratch, cudaStream_t stream
     throw std::runtime_error("moe_ext: T * K is beyond 2^31 - 1; pass fewer tokens at a time");
   }
   const Device device = current_device();
-  const Choice choice = choose(p, device);
+  const Choice choice = choose(p, device, forced_kernels());
   if (choice.way == Choice::Way::kSmallBatch) return run_small_batch(p, device, scratch, stream);
   run_sorted(p, choice, device, scratch, stream);
 }

@@ -25,15 +25,17 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/heuristics.h"
+#include "cuda/device/dispatch.cuh"
+#include "cuda/device/next_kernel.cuh"
+#include "cuda/device/numeric.cuh"
+#include "cuda/device/ptx_sm80.cuh"
+#include "cuda/device/tiles.cuh"
 #include "cuda/launch.h"
-#include "cuda/next_kernel.cuh"
-#include "cuda/numeric.cuh"
-#include "cuda/ptx.cuh"
-#include "cuda/tiles.cuh"
+#include "cuda/params.h"
+#include "cuda/shapes.h"
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#include "cuda/ptx_hopper.cuh"
-#include "cuda/wgmma.cuh"
+#include "cuda/device/ptx_sm90.cuh"
+#include "cuda/device/wgmma.cuh"
 #endif
 
 namespace moe_ext::cuda {
@@ -73,9 +75,10 @@ struct Ring {
 __device__ __forceinline__ uint32_t full(uint32_t shared, int stage) { return shared + kBarriers + stage * 8; }
 __device__ __forceinline__ uint32_t empty(uint32_t shared, int stage) { return full(shared, kStages + stage); }
 
-template <typename T, bool kGateUp>
+template <typename T, Product kProduct>
 __device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* weights, uint32_t shared,
                                         unsigned tiles) {
+  constexpr bool kGateUp = kProduct == Product::kGateUp;
   constexpr int kColumns = kGateUp ? kBoxRows : kWeightRows;  // of c, a tile
   constexpr int kRowStep = kGroupThreads / kChunks;           // rows that all threads copy at once
   constexpr int kCopies = kMaxRows / kRowStep;
@@ -111,8 +114,9 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* 
       }
     }
     const int columns = static_cast<int>(p.columns);
-    const int box = place.expert * (kGateUp ? 2 * columns : columns) + place.first_column;
-    const int next_box = box + (kGateUp ? columns : kBoxRows);
+    const int box = weight_row<kProduct>(place.expert, columns, place.first_column, false);
+    const int next_box =
+        kGateUp ? weight_row<kProduct>(place.expert, columns, place.first_column, true) : box + kBoxRows;
 
     for (int step = 0; step < steps; ++step) {
       ptx::barrier_wait(empty(shared, ring.stage), ring.parity ^ 1);
@@ -230,9 +234,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, char* memory, int g
     }
     if constexpr (kGateUp) {
       store<T>(p, place, place.first_column + group * kOutColumns, staged, group, [&](int i, int half) {
-        const float* gate = sums[0] + 4 * i + 2 * half;
-        const float* up = sums[1] + 4 * i + 2 * half;
-        return pack<T>(activate<false>(p.activation, gate[0]) * up[0], activate<false>(p.activation, gate[1]) * up[1]);
+        return pack_gated<T>(p.activation, sums[0] + 4 * i + 2 * half, sums[1] + 4 * i + 2 * half);
       });
     } else {
 #pragma unroll
@@ -271,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
   if (group == kConsumers) {
     ptx::give_registers<kProducerRegisters>();
-    produce<T, kGateUp>(p, &weights, shared, tiles);
+    produce<T, kProduct>(p, &weights, shared, tiles);
   } else {
     ptx::take_registers<kConsumerRegisters>();
     consume<T, kGateUp>(p, memory, group, tiles);
@@ -317,15 +319,11 @@ void launch_product(const GemmParams& p, const CUtensorMap& weights, int multipr
 }  // namespace
 
 void launch_hopper_gemm(Product product, const GemmParams& p, DType dtype, int multiprocessors, cudaStream_t stream) {
-  const bool gate_up = product == Product::kGateUp;
-  const CUtensorMap weights = weights_map(p.b, p.num_experts * (gate_up ? 2 * p.columns : p.columns), p.inner, dtype);
-  if (dtype == DType::kBFloat16) {
-    gate_up ? launch_product<__nv_bfloat16, Product::kGateUp>(p, weights, multiprocessors, stream)
-            : launch_product<__nv_bfloat16, Product::kDown>(p, weights, multiprocessors, stream);
-  } else {
-    gate_up ? launch_product<__half, Product::kGateUp>(p, weights, multiprocessors, stream)
-            : launch_product<__half, Product::kDown>(p, weights, multiprocessors, stream);
-  }
+  const CUtensorMap weights = weights_map(p.b, p.num_experts * weight_rows(product, p.columns), p.inner, dtype);
+  for_16_bit_dtype(dtype, [&](auto type) {
+    for_product(product,
+                [&](auto which) { launch_product<decltype(type), which.value>(p, weights, multiprocessors, stream); });
+  });
 }
 
 }  // namespace moe_ext::cuda

@@ -1,0 +1,148 @@
+// The kernels' params and launchers, in the order in which they feed each other. experts.cpp, gram.cu and
+// gemm_launch.cpp call the launchers; each is implemented beside its kernel. P = T * K slots; a *position* is a slot's
+// place in the list sorted by expert, in which sentinels have none.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "moe.h"
+
+namespace moe_ext::cuda {
+
+// ---- sort (sort.cu): slots by expert, and the tiles that the grouped products run over
+
+// One tile of rows of one expert, as the grouped products read it in one 16-byte load.
+struct alignas(16) Tile {
+  int expert;      // -1: beyond the last tile
+  int first_tile;  // index of the expert's first tile
+  int first;       // the expert's first position
+  int count;       // its positions, over all its tiles
+};
+
+// How an expert's rows are cut: the fewest tiles of at most `rows` rows.
+struct TileList {
+  Tile* tiles;   // (max_tiles) out
+  int64_t rows;  // rows of a tile at most
+  int64_t max_tiles;
+};
+
+struct SortParams {
+  const void* experts;  // (T, K) int64 if experts_are_int64, else int32; in [0, E]
+  bool experts_are_int64;
+  int64_t slots;  // P
+  int64_t num_experts;
+  int* slot_of;       // (P) out: slot of a position
+  int* position_of;   // (P) out: position of a slot, or -1 for a sentinel
+  int* first;         // (E + 1) out: first position of an expert; the last is the number of positions
+  int* block_counts;  // (sort_blocks(P), E) scratch
+  TileList gate_up;
+  TileList down;
+};
+
+int64_t sort_blocks(int64_t slots);
+// Tiles of at most `rows` rows that P slots over E experts can need.
+int64_t max_tiles(int64_t slots, int64_t num_experts, int64_t rows);
+void launch_sort(const SortParams& p, cudaStream_t stream);
+
+// ---- grouped products over the sorted slots (gemm_mma.cu: mma.sync; gemm_wgmma.cu: wgmma; gemm_plain.cu: any dtype
+// and size), in the tile shapes of shapes.h
+
+struct GemmParams {
+  const void* a;       // gate_up: x (T, H), gathered by slot_of; down: h (positions, I)
+  const void* b;       // gate_up: (E, 2 I, H); down: (E, H, I)
+  void* c;             // gate_up: h (positions, I); down: y (positions, H)
+  const int* slot_of;  // (P), gate_up only: down has null
+  const Tile* tiles;   // (max_tiles)
+  int64_t max_tiles;
+  int64_t num_experts;
+  int64_t top_k;
+  int64_t columns;  // of c: I or H
+  int64_t inner;    // length of the dot products: H or I
+  Activation activation;
+};
+
+enum class Product { kGateUp, kDown };
+
+// Rows of weights of an expert for so many columns of c: in gate_up a gate row each, then an up row each.
+template <typename Index>
+constexpr Index weight_rows(Product product, Index columns) {
+  return product == Product::kGateUp ? 2 * columns : columns;
+}
+
+// bf16 and fp16, columns and inner multiples of 8, pointers 16-byte aligned. c has the dtype of a. `shape` is a row of
+// kGemmShapes.
+void launch_grouped_gemm(Product product, int shape, const GemmParams& p, DType dtype, cudaStream_t stream);
+// The same on devices with `wgmma`, tiles of at most kHopperRows rows; a block a multiprocessor goes through them all.
+void launch_hopper_gemm(Product product, const GemmParams& p, DType dtype, int multiprocessors, cudaStream_t stream);
+// Any size; h and y are float32. `rows`, of a tile at most, is one of kPlainRows.
+void launch_plain_gemm(Product product, int rows, const GemmParams& p, DType dtype, cudaStream_t stream);
+
+// ---- combine (combine.cu)
+
+struct CombineParams {
+  const void* y;           // (positions, H) of `y_dtype`
+  const int* position_of;  // (P), -1 for a sentinel
+  const void* weights;     // (T, K) of `weights_dtype`
+  void* out;               // (T, H) of `dtype`
+  float* squares;          // (P, parts) out: parts of ||y||^2 by slot, 0 for a sentinel; or null
+  int64_t tokens;
+  int64_t top_k;
+  int64_t hidden;
+  int64_t parts;         // warps that share a token's columns, and the columns of each but the last: whole chunks, and
+  int64_t part_columns;  // one where K > kCombineAtOnce
+  DType y_dtype;
+  DType dtype;
+  DType weights_dtype;
+};
+
+// Columns that a warp takes at a time, by the size of y's elements, and slots that it reads at once.
+template <int64_t kElementSize>
+inline constexpr int64_t kCombineChunk = kElementSize == 4 ? 64 : 512;
+inline constexpr int64_t kCombineAtOnce = 8;
+void launch_combine(const CombineParams& p, cudaStream_t stream);
+
+// ---- small batches (small_batch.cu): both products without a sort
+
+struct SmallBatchParams {
+  ExpertsParams experts;
+  void* h;               // (P, I) of `dtype`, by slot
+  float* y;              // (P, splits, H), by slot: down's sums over the parts of I
+  int64_t splits;        // parts that down cuts I into, none empty
+  int64_t split_length;  // of each but the last; a multiple of kSmallBatchRound
+  uint32_t* arrivals;    // (groups of H): parts of y that are there
+  float* squares;        // (P, groups of H) out: parts of ||f_e||^2 by slot, or null
+  int64_t staged_bytes;  // shared memory of a block for activations
+  int64_t shared_limit;  // shared memory of a block at most
+  int64_t blocks;        // of each of the two kernels, at most
+};
+
+inline constexpr int kSmallBatchColumns = 64;  // of y, a group
+inline constexpr int kSmallBatchRound = 256;   // elements of k that a block multiplies at a time
+constexpr int64_t small_batch_groups(int64_t hidden) { return (hidden + kSmallBatchColumns - 1) / kSmallBatchColumns; }
+// Shared memory of a block beside the staged activations.
+int64_t small_batch_shared_bytes(int64_t tokens, int64_t slots, int64_t num_experts);
+void launch_small_batch(const SmallBatchParams& p, cudaStream_t stream);
+
+// ---- moments (moments.cu)
+
+struct MomentsParams {
+  const float* squares;  // (P, parts): ||f_e||^2 of a slot is the sum of its parts
+  int64_t parts;
+  const void* experts;  // (T, K)
+  bool experts_are_int64;
+  const int* slot_of;   // (P) and
+  const int* first;     // (E + 1): the sorted list, or null: every expert looks through all P slots
+  const void* weights;  // (T, K) of `weights_dtype`
+  DType weights_dtype;
+  const bool* counted;  // (T) or null
+  double* moments;      // (E, 3, 3) +=
+  int64_t slots;        // P
+  int64_t top_k;
+  int64_t num_experts;
+};
+
+void launch_moments(const MomentsParams& p, cudaStream_t stream);
+
+}  // namespace moe_ext::cuda
