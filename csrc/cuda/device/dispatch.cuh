@@ -1,6 +1,6 @@
-// From values that are known when a kernel is launched to template arguments. `body` is called with a value of the
-// type, or of std::integral_constant, whose type is the argument: for_dtype(dtype, [&](auto type) {
-// launch_typed<decltype(type)>(p, stream); }).
+// From values that are known when a kernel is launched to template arguments, for every dtype and product in one place.
+// `body` gets a value whose type is the argument:
+//   for_dtype(p.dtype, [&](auto type) { launch_typed<decltype(type)>(p, stream); });
 #pragma once
 
 #include <cuda_bf16.h>

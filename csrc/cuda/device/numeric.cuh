@@ -1,4 +1,4 @@
-// Conversions, activations and warp reductions that the kernels share.
+// Conversions, activations, and sums and scans over a warp, that the kernels share.
 #pragma once
 
 #include <cuda_bf16.h>
