@@ -4,7 +4,6 @@ model in memory, or of a checkpoint folder one decoder layer at a time.
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -100,9 +99,7 @@ def calibrate(
     else:
         options = FolderOptions.given(**in_folder)
         listed = list(share_of(batches) if distributed else batches)
-        with LayersOnDisk(
-            Path(model), dtype=options.dtype, device=options.device, read_ahead=options.read_ahead
-        ) as layers:
+        with options.opened(model) as layers:
             stats = _start(layers.model, layers.blocks, dataset, outputs, shard)
             _run_layers(layers, listed, stats, options, progress, outputs, strict)
     if distributed:

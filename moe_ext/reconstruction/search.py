@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -110,9 +109,10 @@ def search(
         FolderOptions.refuse(**in_folder)
         return _search(model, moe_blocks(model), batches, request, None, None, resume, progress, distributed)
     options = FolderOptions.given(**in_folder)
-    with LayersOnDisk(Path(model), dtype=options.dtype, device=options.device, read_ahead=options.read_ahead) as layers:
-        blocks = layers.blocks
-        return _search(layers.model, blocks, batches, request, layers, options.scratch, resume, progress, distributed)
+    with options.opened(model) as layers:
+        return _search(
+            layers.model, layers.blocks, batches, request, layers, options.scratch, resume, progress, distributed
+        )
 
 
 def _search(

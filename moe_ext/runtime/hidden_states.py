@@ -94,6 +94,10 @@ class FolderOptions:
         """The options that are not None; those that are keep their default."""
         return cls(**{name: value for name, value in options.items() if value is not None})
 
+    def opened(self, folder: str | os.PathLike[str]) -> LayersOnDisk:
+        """The folder's model, a decoder layer at a time."""
+        return LayersOnDisk(Path(folder), dtype=self.dtype, device=self.device, read_ahead=self.read_ahead)
+
     @staticmethod
     def refuse(**options: Any) -> None:
         """TypeError if one is given, for a model that is in memory."""
