@@ -1,8 +1,10 @@
 """Writes safetensors files whose tensors are byte ranges of other files, through windows of bounded size."""
 
+import errno
 import json
 import math
 import mmap
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from moe_ext.checkpoints.stored_tensors import DTYPES, StoredTensor
 from moe_ext.storage.files import replace_file
 
 _WINDOW = 64 << 20  # bytes mapped at a time
+# What os.copy_file_range answers between or on file systems that do not offer it.
+_CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -69,12 +73,38 @@ def _write_part(file: IO[bytes], part: Part) -> None:
         for begin, end in part.ranges:
             for start in range(begin, end, _WINDOW):
                 stop = min(start + _WINDOW, end)
-                with _mapped(source, part.source.offset + start, stop - start) as window:
+                at, length = part.source.offset + start, stop - start
+                if part.dtype == part.source.dtype and _copied(source, file, at, length):
+                    continue
+                with _mapped(source, at, length) as window:
                     if part.dtype != part.source.dtype:
                         values = torch.frombuffer(bytearray(window), dtype=part.source.dtype).to(part.dtype)
                         file.write(values.view(torch.uint8).numpy().data)
                     else:
                         file.write(window)
+
+
+def _copied(source: IO[bytes], file: IO[bytes], offset: int, length: int) -> bool:
+    """Whether the system copied those bytes to the end of the file by itself, without this process's memory; all or
+    none of them, so that the caller can write what a system or file system without that leaves to it."""
+    if not hasattr(os, "copy_file_range"):
+        return False
+    file.flush()
+    begin = file.tell()
+    try:
+        while length > 0:
+            count = os.copy_file_range(source.fileno(), file.fileno(), length, offset)
+            if count == 0:
+                break  # /proc and some network file systems: nothing copied, and no error
+            offset, length = offset + count, length - count
+    except OSError as error:
+        if error.errno not in _CANNOT_COPY:
+            raise
+    if length > 0:
+        file.seek(begin)
+        return False
+    file.seek(0, os.SEEK_CUR)  # the file object learns where the descriptor stands
+    return True
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """prune_checkpoint against prune and save_pretrained of the loaded model, and against folders that are not whole."""
 
+import errno
 import json
 import os
 import re
@@ -75,6 +76,43 @@ def test_layers_may_keep_different_numbers(mixtral: tuple[Path, PruningPlan], tm
     assert_same_checkpoint(tmp_path / "got", tmp_path / "expected")
     loaded = moe_ext.from_pretrained(tmp_path / "got")
     assert [layer.mlp.experts.num_experts for layer in loaded.model.layers] == [len(kept) for kept in plan.keep]
+
+
+class Copying:
+    """In the place of os.copy_file_range: copies some of each call's bytes, then does what the system may do."""
+
+    def __init__(self, then: int | None, copied: int) -> None:
+        self.then, self.left, self.system = then, copied, os.copy_file_range
+
+    def __call__(self, source: int, file: int, length: int, offset: int) -> int:
+        if self.left == 0 and self.then is not None:
+            raise OSError(self.then, os.strerror(self.then))
+        copied = self.system(source, file, min(length, self.left), offset) if self.left else 0
+        self.left -= copied
+        return copied
+
+
+@pytest.mark.parametrize("copied", [0, 100, 5000])
+@pytest.mark.parametrize("then", [errno.EXDEV, errno.ENOSYS, None])
+def test_a_system_that_copies_only_some_bytes_changes_nothing(
+    then: int | None, copied: int, mixtral: tuple[Path, PruningPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, plan = mixtral
+    prune_in_memory(source, plan, tmp_path / "expected")
+    monkeypatch.setattr(os, "copy_file_range", copying := Copying(then, copied))
+    moe_ext.prune_checkpoint(source, plan, tmp_path / "got", progress=False)
+    assert copying.left == 0
+    assert_same_checkpoint(tmp_path / "got", tmp_path / "expected")
+
+
+def test_a_disk_that_fails_while_the_system_copies_is_an_error(
+    mixtral: tuple[Path, PruningPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, plan = mixtral
+    monkeypatch.setattr(os, "copy_file_range", Copying(errno.EIO, 5000))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        moe_ext.prune_checkpoint(source, plan, tmp_path / "got", progress=False)
+    assert not (tmp_path / "got").exists()
 
 
 def test_tied_weights_are_written_once(tmp_path: Path) -> None:
