@@ -59,7 +59,8 @@ struct ExpertsParams : LayerParams {
   const void* weights;  // (T, K) of `weights_dtype`
   void* out;            // (T, H) of `dtype`
   double* moments;      // (E, 3, 3) += sum over counted slots of g^a ||f_e||^b, or null: nothing is observed
-  const bool* counted;  // (T) tokens that enter the moments, or null: all
+  double* channels;     // (E, I) += sum over counted slots of g^2 h^2, h = act(gate x) * (up x); or null
+  const bool* counted;  // (T) tokens that enter the sums, or null: all
   int64_t top_k;
   DType weights_dtype;
   bool experts_are_int64;

@@ -86,14 +86,18 @@ def experts_observed(
     activation: str,
     moments: Tensor,
     counted: Tensor | None = None,
+    channels: Tensor | None = None,
 ) -> Tensor:
-    """:func:`experts` that also adds every routed slot to its expert's moments, in the same pass.
+    """:func:`experts` that also adds every routed slot to its expert's moments, in the same pass, and if asked to the
+    energies of its channels.
 
-    ``moments[e, a, b] += sum over counted slots of e of weights^a * ||f_e(x)||_2^b`` for a, b in {0, 1, 2}.
+    ``moments[e, a, b] += sum over counted slots of e of weights^a * ||f_e(x)||_2^b`` for a, b in {0, 1, 2}, and
+    ``channels[e, j] += sum over counted slots of e of weights^2 * h_j^2`` with ``h = act(gate[e] x) * (up[e] x)``.
 
     Args:
         moments: (E, 3, 3) float64, contiguous; updated in place. Left as it was if an argument is refused.
-        counted: (T,) bool, the tokens that enter the moments (padding does not); None: all. The output has every token.
+        counted: (T,) bool, the tokens that enter the sums (padding does not); None: all. The output has every token.
+        channels: (E, I) float64, contiguous; updated in place. None: channels are not observed. On the CPU only.
 
     Returns:
         The same bits as :func:`experts`.
@@ -102,7 +106,9 @@ def experts_observed(
         RuntimeError: as :func:`experts`.
     """
     _refuse_gradients("experts_observed", x, gate_up, down, weights)
-    out: Tensor = torch.ops.moe_ext.experts_observed(x, gate_up, down, experts, weights, activation, moments, counted)
+    out: Tensor = torch.ops.moe_ext.experts_observed(
+        x, gate_up, down, experts, weights, activation, moments, counted, channels
+    )
     return out
 
 
@@ -183,6 +189,7 @@ def _experts_observed_fake(
     activation: str,
     moments: Tensor,
     counted: Tensor | None = None,
+    channels: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape)
 

@@ -3,7 +3,8 @@
 //
 // Two passes over the slots sorted by expert, each spread over the threads task by task:
 //   gate_up   a task is one expert and half a block of its I columns: reads those gate and up rows once for all of the
-//             expert's tokens and writes h (P, I), of the variant's operand type.
+//             expert's tokens and writes h (P, I), of the variant's operand type. Where channels are observed it adds
+//             g^2 h^2 to their sums.
 //   down      a task is one block of the H columns and every expert: reads an expert's rows once for all of its tokens,
 //             weights the products and adds them to the tokens' sums, expert by expert; at the end rounds the sums
 //             into out. When observing it takes its part of ||f_e||^2 from the same registers.
@@ -49,6 +50,12 @@ class ExpertsRun {
       active_.push_back(expert);
       busiest_ = std::max(busiest_, slots_.count(expert));
     }
+    if (p.channels == nullptr) return;
+    squared_weights_.resize(slots_.positions());
+    for (int64_t position = 0; position < slots_.positions(); ++position) {
+      const double gate = slots_.weight_of[position];
+      squared_weights_[position] = counts(position) ? gate * gate : -1.0;
+    }
   }
 
   void run() {
@@ -58,6 +65,8 @@ class ExpertsRun {
   }
 
  private:
+  bool counts(int64_t position) const { return p_.counted == nullptr || p_.counted[slots_.token_of[position]]; }
+
   int64_t product_workers() const {
     return workers_for(threads_, slots_.positions() * p_.hidden * p_.intermediate, kMultiplyAddsPerWorker);
   }
@@ -110,6 +119,9 @@ class ExpertsRun {
                                  next < 0 ? kNone : gate_up_rows(tasks[next]), count, 2 * task.columns, p_.hidden, y});
       char* h = h_.bytes() + (first * p_.intermediate + task.first_column) * element_size(operand_);
       loops_.gate(p_.activation, y, count, task.columns, operand_, h, p_.intermediate);
+      if (p_.channels == nullptr) return;
+      loops_.energy(operand_, h, p_.intermediate, squared_weights_.data() + first, count, task.columns,
+                    p_.channels + task.expert * p_.intermediate + task.first_column);
     });
   }
 
@@ -171,7 +183,7 @@ class ExpertsRun {
     for (const int64_t expert : active_) {
       double added[9] = {};
       for (int64_t position = slots_.first[expert]; position < slots_.first[expert + 1]; ++position) {
-        if (p_.counted != nullptr && !p_.counted[slots_.token_of[position]]) continue;
+        if (!counts(position)) continue;
         const double gate = slots_.weight_of[position], norm = std::sqrt(square_of[position]);
         const double gates[3] = {1.0, gate, gate * gate};
         const double norms[3] = {1.0, norm, square_of[position]};
@@ -188,10 +200,11 @@ class ExpertsRun {
   const Loops& loops_;
   const DType operand_;
   const SortedSlots slots_;
-  std::vector<int64_t> active_;  // experts that have slots, in order
-  int64_t busiest_ = 0;          // slots of the expert that has most
-  Buffer h_;                     // (P, I) operands
-  std::vector<float> squares_;   // (down tasks, P) parts of ||f_e||^2, only when observing
+  std::vector<int64_t> active_;          // experts that have slots, in order
+  int64_t busiest_ = 0;                  // slots of the expert that has most
+  Buffer h_;                             // (P, I) operands
+  std::vector<double> squared_weights_;  // (P) g^2, -1 where a slot counts in nothing; only for channels
+  std::vector<float> squares_;           // (down tasks, P) parts of ||f_e||^2, only when observing
 };
 
 }  // namespace

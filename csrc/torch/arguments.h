@@ -118,7 +118,8 @@ inline ExpertsParams check_experts(const char* op, const Tensor& x, const Tensor
 }
 
 inline void check_observation(const char* op, const ExpertsParams& p, const Tensor& moments,
-                              const std::optional<Tensor>& counted, const Tensor& x) {
+                              const std::optional<Tensor>& counted, const std::optional<Tensor>& channels,
+                              const Tensor& x) {
   check_shape(op, "moments", moments, {p.num_experts, 3, 3}, "(E, 3, 3) with E from 'gate_up'");
   check_type(op, "moments", moments, {ScalarType::Double});
   check_contiguous(op, "moments", moments);
@@ -127,6 +128,13 @@ inline void check_observation(const char* op, const ExpertsParams& p, const Tens
     check_type(op, "counted", *counted, {ScalarType::Bool});
   }
   check_device(op, "moments", moments, "x", x);
+  if (channels.has_value()) {
+    check_shape(op, "channels", *channels, {p.num_experts, p.intermediate}, "(E, I) from 'gate_up'");
+    check_type(op, "channels", *channels, {ScalarType::Double});
+    check_contiguous(op, "channels", *channels);
+    check_device(op, "channels", *channels, "x", x);
+    if (x.is_cuda()) refuse(op, "'channels' is summed on the CPU only; x is on CUDA");
+  }
   if (counted.has_value()) check_device(op, "counted", *counted, "x", x);
 }
 

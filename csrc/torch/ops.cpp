@@ -30,12 +30,12 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, std::optio
   return {weights, experts};
 }
 
-// moments, counted: of experts_observed; null for experts.
+// moments, counted, channels: of experts_observed; null for experts.
 Tensor run_experts(const char* op, const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts,
                    const Tensor& weights, const std::string& activation, const Tensor* moments,
-                   const std::optional<Tensor>& counted) {
+                   const std::optional<Tensor>& counted, const std::optional<Tensor>& channels) {
   ExpertsParams p = check_experts(op, x, gate_up, down, experts, weights, activation);
-  if (moments != nullptr) check_observation(op, p, *moments, counted, x);
+  if (moments != nullptr) check_observation(op, p, *moments, counted, channels, x);
 
   const Tensor dense_x = x.is_cuda() ? aligned(dense(x)) : dense(x);
   const Tensor dense_experts = dense(experts);
@@ -47,6 +47,7 @@ Tensor run_experts(const char* op, const Tensor& x, const Tensor& gate_up, const
   p.experts = dense_experts.const_data_ptr();
   p.weights = dense_weights.const_data_ptr();
   p.moments = moments != nullptr ? static_cast<double*>(moments->mutable_data_ptr()) : nullptr;
+  p.channels = channels.has_value() ? static_cast<double*>(channels->mutable_data_ptr()) : nullptr;
   p.counted = data_of<bool>(dense_counted);
   if (x.is_cpu()) check_expert_range(op, p);  // on CUDA the kernels assert it: the host does not wait for them
 
@@ -60,13 +61,13 @@ Tensor run_experts(const char* op, const Tensor& x, const Tensor& gate_up, const
 
 Tensor experts(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts, const Tensor& weights,
                std::string activation) {
-  return run_experts("experts", x, gate_up, down, experts, weights, activation, nullptr, std::nullopt);
+  return run_experts("experts", x, gate_up, down, experts, weights, activation, nullptr, std::nullopt, std::nullopt);
 }
 
 Tensor experts_observed(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts,
                         const Tensor& weights, std::string activation, const Tensor& moments,
-                        std::optional<Tensor> counted) {
-  return run_experts("experts_observed", x, gate_up, down, experts, weights, activation, &moments, counted);
+                        std::optional<Tensor> counted, std::optional<Tensor> channels) {
+  return run_experts("experts_observed", x, gate_up, down, experts, weights, activation, &moments, counted, channels);
 }
 
 Tensor expert_gram(const Tensor& x, const Tensor& gate_up, const Tensor& down, std::string activation) {
@@ -110,7 +111,7 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
   m.def("experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights, str activation) -> Tensor");
   m.def(
       "experts_observed(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights, str activation, "
-      "Tensor(a!) moments, Tensor? counted=None) -> Tensor");
+      "Tensor(a!) moments, Tensor? counted=None, Tensor(b!)? channels=None) -> Tensor");
   m.def("expert_gram(Tensor x, Tensor gate_up, Tensor down, str activation) -> Tensor");
   m.def(
       "subset_errors(Tensor distances, Tensor ranks, Tensor scores, Tensor keep, int top_k, Tensor? thresholds=None) "

@@ -18,6 +18,7 @@ from tests.support.reference import (
     DTYPES,
     Arithmetic,
     arithmetic_of,
+    assert_channels_within,
     assert_moments_within,
     assert_within,
     experts_case,
@@ -259,6 +260,45 @@ def test_moments_equal_float64_brute_force(
         torch.testing.assert_close(moments, start + expected.moments, rtol=2.0**-16, atol=1e-12)
 
 
+@given(shape=experts_shapes(), dtype=st.sampled_from(DTYPES), masked=st.booleans())
+def test_energies_of_channels_equal_float64_brute_force(
+    shape: dict[str, Any], dtype: torch.dtype, masked: bool
+) -> None:
+    case = experts_case(**shape, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    counted = torch.rand(shape["tokens"], generator=generator) < 0.6 if masked else None
+    moments = torch.zeros(2, shape["num_experts"], 3, 3, dtype=torch.float64)
+    start = torch.rand(shape["num_experts"], shape["intermediate"], dtype=torch.float64, generator=generator)
+    channels = start.clone()
+    got = ops.experts_observed(*case.arguments(), moments[0], counted, channels)
+    assert torch.equal(got, ops.experts_observed(*case.arguments(), moments[1], counted))
+    assert torch.equal(moments[0], moments[1])
+    arithmetic = arithmetic_of(case, "cpu")
+    expected = experts_reference(case if counted is None else case.tokens(counted), arithmetic)
+    assert_channels_within(channels, expected, start)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_energies_of_channels_do_not_see_padding_or_threads(dtype: torch.dtype) -> None:
+    case = experts_case(200, 4, 2, 64, 48, dtype=dtype)
+    counted = torch.arange(200) % 3 > 0
+    case.x[0] = float("nan")
+    case.weights[3] = float("inf")
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            moments, channels = torch.zeros(4, 3, 3).double(), torch.zeros(4, 48).double()
+            ops.experts_observed(*case.arguments(), moments, counted, channels)
+            results.append(channels)
+    finally:
+        torch.set_num_threads(threads)
+    assert_channels_within(results[0], experts_reference(case.tokens(counted), arithmetic_of(case, "cpu")))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 def test_moments_have_the_same_bits_for_any_number_of_threads() -> None:
     case = experts_case(200, 4, 2, 64, 48)
     threads = torch.get_num_threads()
@@ -386,12 +426,14 @@ def test_opcheck(device: str, dtype: torch.dtype, check: str) -> None:
     logits = torch.randn(5, 4).to(dtype).to(device)
     moments = torch.zeros(4, 3, 3, dtype=torch.float64).to(device)
     counted = torch.tensor([True, False, True, True, False]).to(device)
+    channels = torch.zeros(4, 24, dtype=torch.float64)
     for operator, arguments in (
         (torch.ops.moe_ext.route, (logits, 2)),
         (torch.ops.moe_ext.route, (logits, 2, torch.rand(1).to(device), False)),
         (torch.ops.moe_ext.experts, case.arguments()),
         (torch.ops.moe_ext.experts_observed, (*case.arguments(), moments)),
         (torch.ops.moe_ext.experts_observed, (*case.arguments(), moments, counted)),
+        *([(torch.ops.moe_ext.experts_observed, (*case.arguments(), moments, counted, channels))] * (device == "cpu")),
     ):
         torch.library.opcheck(operator, arguments, test_utils=check)
 
@@ -472,6 +514,21 @@ def test_experts_observed_refuses_bad_accumulators(
     case = experts_case(5, 4, 2, 16, 24).to(device)
     with pytest.raises(RuntimeError, match="experts_observed: " + message):
         ops.experts_observed(*case.arguments(), moments.to(device), None if counted is None else counted.to(device))
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        (torch.zeros(4, 23).double(), r"'channels' has shape \(4, 23\); expected \(4, 24\) = \(E, I\)"),
+        (torch.zeros(4, 24), "'channels' has dtype float32; expected float64"),
+        (torch.zeros(24, 4).double().T, "'channels' is not contiguous"),
+    ],
+)
+def test_experts_observed_refuses_bad_channels(channels: torch.Tensor, message: str) -> None:
+    moments = torch.zeros(4, 3, 3).double()
+    with pytest.raises(RuntimeError, match="experts_observed: " + message):
+        ops.experts_observed(*experts_case(5, 4, 2, 16, 24).arguments(), moments, None, channels)
+    assert not bool(moments.any())
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -126,6 +126,8 @@ class Expected:
     bound: Tensor  # (T, H), before out is rounded to its dtype
     moments: Tensor  # (E, 3, 3)
     moments_bound: Tensor  # (E, 3, 3)
+    channels: Tensor  # (E, I)
+    channels_bound: Tensor  # (E, I)
 
 
 def experts_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None) -> Expected:
@@ -138,6 +140,8 @@ def experts_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None) -
     magnitude, bound = torch.zeros_like(out), torch.zeros_like(out)
     moments = torch.zeros(num_experts, 3, 3, dtype=torch.float64)
     moments_bound = torch.zeros_like(moments)
+    channels = torch.zeros(num_experts, intermediate, dtype=torch.float64)
+    channels_bound = torch.zeros_like(channels)
 
     def rounded(value: Tensor, error: Tensor, dtype: torch.dtype) -> Tensor:
         """The error of a value with that error once it is rounded to a dtype."""
@@ -159,6 +163,8 @@ def experts_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None) -
         h = activated * up
         h_error = activated_error * (up.abs() + up_error) + activated.abs() * up_error
         h_error = rounded(h, rounded(h, h_error, torch.float32), arithmetic.h)
+        channels[expert] = (weights[:, None] ** 2 * h**2).sum(0)
+        channels_bound[expert] = (weights[:, None] ** 2 * (2 * h.abs() + h_error) * h_error).sum(0)
 
         y = h @ down.T  # (R, H)
         y_error = h_error @ down.abs().T + intermediate * product * ((h.abs() + h_error) @ down.abs().T)
@@ -177,7 +183,7 @@ def experts_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None) -
                 moments[expert, a, b] = (weights**a * norm**b).sum()
                 moments_bound[expert, a, b] = (weights.abs() ** a * errors[b]).sum()
     bound += (case.experts.shape[1] + 1) * FLOAT32 * magnitude
-    return Expected(out, bound, moments, moments_bound)
+    return Expected(out, bound, moments, moments_bound, channels, channels_bound)
 
 
 def gram_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None) -> tuple[Tensor, Tensor]:
@@ -208,6 +214,13 @@ def assert_moments_within(got: Tensor, expected: Expected, start: Tensor | float
     """Moments that were added to ``start``; their own sums are float64."""
     want = start + expected.moments
     excess = (got.cpu() - want).abs() - expected.moments_bound - 1e-12 * want.abs()
+    assert bool((excess <= 0).all()), f"off by up to {float(excess.max()):.3g} beyond the bound"
+
+
+def assert_channels_within(got: Tensor, expected: Expected, start: Tensor | float = 0.0) -> None:
+    """Energies of channels that were added to ``start``; their own sums are float64."""
+    want = start + expected.channels
+    excess = (got.cpu() - want).abs() - expected.channels_bound - 1e-12 * want.abs()
     assert bool((excess <= 0).all()), f"off by up to {float(excess.max()):.3g} beyond the bound"
 
 

@@ -71,6 +71,11 @@ struct Loops {
   void (*gate)(Activation activation, const float* y, int64_t row_count, int64_t columns, DType operand, void* h,
                int64_t h_stride);
 
+  // sums[i] += sum over rows r of weights[r] * h[r, i]^2   for i < columns, r in order; a row whose weight is negative
+  // counts in nothing, whatever it holds. h of `operand` with stride h_stride.
+  void (*energy)(DType operand, const void* h, int64_t h_stride, const double* weights, int64_t row_count,
+                 int64_t columns, double* sums);
+
   // sums[tokens[r], i] += weights[r] * y[r, i]   for r < row_count, i < columns, r in order; y, sums with
   // kBlockColumns columns. squares[r] = sum over i of y[r, i]^2, unless it is null.
   void (*scatter)(const float* y, const float* weights, const int64_t* tokens, int64_t row_count, int64_t columns,
