@@ -122,3 +122,19 @@ def test_the_map_lists_every_wing_in_the_order_of_the_import_rule() -> None:
 def test_every_page_is_listed() -> None:
     listed = re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "README.md").read_text(encoding="utf-8"))
     assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md")
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    page = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if "| `" in line]
+    assert len(rows) > 10
+    without = []
+    for row in rows:
+        promise, held_by = row.strip("| ").split(" | ")
+        tests = re.findall(r"`([\w/]+\.(?:py|cpp))::(\w+)`", held_by)
+        without += [
+            f"{promise} {path}::{name}"
+            for path, name in tests or [("", "no test")]
+            if not re.search(rf"\b{name}\(", (ROOT / path).read_text(encoding="utf-8") if path else "")
+        ]
+    assert without == []
