@@ -26,6 +26,7 @@ from moe_ext.models.blocks import (
 from moe_ext.models.config_section import CONFIG_KEY, section_with_novices
 from moe_ext.models.families import NUM_EXPERTS_FIELDS
 from moe_ext.models.novices import add_novices
+from moe_ext.pruning.replace import replace_tensor
 
 
 def check_plan(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan) -> None:
@@ -194,14 +195,4 @@ def _keep_slices(keep: tuple[int, ...], parts: list[_Part]) -> None:
     # All slices are copied before any takes its place: a block is pruned as a whole or not at all.
     slices = [old.index_select(dim, torch.tensor(keep, device=old.device)) for _, _, old, dim in parts]
     for (module, name, old, _), kept in zip(parts, slices, strict=True):
-        _replace(module, name, old, kept)
-
-
-def _replace(module: nn.Module, name: str, old: Tensor, new: Tensor) -> None:
-    """Puts a tensor in the place of a parameter or buffer, which stays what it was."""
-    path, _, name = name.rpartition(".")
-    owner = module.get_submodule(path)
-    is_parameter = isinstance(old, nn.Parameter)
-    setattr(owner, name, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
-    if isinstance(owner, nn.Linear) and name == "weight":
-        owner.out_features, owner.in_features = new.shape
+        replace_tensor(module, name, old, kept)

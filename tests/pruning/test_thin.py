@@ -1,0 +1,103 @@
+"""Experts with fewer channels: equal to the model whose channels were put to zero, and stock once it is saved."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from moe_ext.decision.kept_channels import KeptChannels
+from moe_ext.models.blocks import expert_tensors, moe_blocks, text_config
+from moe_ext.models.expert_width import SHARED_FIELDS, width_of
+from moe_ext.pruning.thin import thin
+from moe_ext.runtime.patching import patch
+from tests.support.families import ALL, STOCK_ONLY, build, logits_of, reloaded
+
+TOKENS = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(0))
+NOT_THIN = {"jamba": "other layers read intermediate_size"}  # its dense layers
+# Shared experts as wide as one routed: half the width is twice as many of them, three quarters is no number.
+HALVES = ("deepseek_v2", "deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe", "afmoe")
+
+
+def channels_for(model: transformers.PreTrainedModel, width: int, seed: int = 0) -> KeptChannels:
+    generator = torch.Generator().manual_seed(seed)
+    kept = []
+    for block in moe_blocks(model):
+        order = torch.rand(block.num_experts, width_of(block), generator=generator).argsort(1)
+        kept.append(order[:, :width].sort(1).values)
+    return KeptChannels.of(kept, width_of(moe_blocks(model)[0]))
+
+
+def silence(model: transformers.PreTrainedModel, channels: KeptChannels) -> None:
+    """The same by definition: what is removed adds nothing."""
+    for layer, block in enumerate(moe_blocks(model)):
+        removed = torch.ones(block.num_experts, channels.intermediate_size, dtype=torch.bool)
+        removed.scatter_(1, channels.indices(layer), False)
+        down = expert_tensors(block)["down_proj"].data
+        down.masked_fill_(
+            removed[:, :, None] if getattr(block.experts, "is_transposed", False) else removed[:, None], 0
+        )
+
+
+@pytest.mark.parametrize("family", [name for name in ALL if name not in NOT_THIN])
+def test_a_thinned_model_is_the_one_whose_channels_are_silent_and_reloads_stock(family: str, tmp_path: Path) -> None:
+    model, reference = build(family), build(family)
+    before = text_config(model).to_dict()
+    width = 12 if family in HALVES else 16  # stock grouped_mm takes rows of whole 16 bytes
+    channels = channels_for(model, width)
+    thin(model, moe_blocks(model), channels)
+    silence(reference, channels)
+    expected = logits_of(reference, TOKENS)
+    torch.testing.assert_close(logits_of(model, TOKENS), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(expected, logits_of(build(family), TOKENS))
+    after = text_config(model).to_dict()
+    fields = {name for name in before if before[name] != after[name]}
+    assert fields <= {"intermediate_size", "moe_intermediate_size", *SHARED_FIELDS}
+    model.save_pretrained(tmp_path / "thin")
+    again = reloaded(type(model).from_pretrained, tmp_path / "thin", dtype="auto")
+    assert torch.equal(logits_of(again, TOKENS), logits_of(model, TOKENS))
+    if family not in STOCK_ONLY:
+        patched = logits_of(patch(again), TOKENS)
+        torch.testing.assert_close(patched, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", NOT_THIN)
+def test_a_family_whose_dense_layers_share_the_field_is_refused(family: str) -> None:
+    model = build(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=NOT_THIN[family]):
+        thin(model, moe_blocks(model), channels_for(model, 12))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_shared_experts_that_could_not_stay_as_wide_are_no_reason_to_change_them() -> None:
+    model = build("deepseek_v3")
+    with pytest.raises(ValueError, match="other layers read moe_intermediate_size"):
+        thin(model, moe_blocks(model), channels_for(model, 15))
+    assert text_config(model).moe_intermediate_size == 24
+
+
+def changed(**changes: Any) -> KeptChannels:
+    made = {"layers": 3, "experts": 8, "channels": 24, "widths": (12, 12, 12), **changes}
+    kept = [torch.arange(made["widths"][layer]).expand(made["experts"], -1) for layer in range(made["layers"])]
+    return KeptChannels.of(kept, made["channels"])
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        (changed(layers=2), "channels: are of 2 layers; this model has 3 MoE layers"),
+        (changed(channels=25), "channels: are of experts with 25 channels; model.layers.0.mlp has 24"),
+        (changed(experts=7), "channels: are of 7 experts; model.layers.0.mlp has 8"),
+        (changed(widths=(12, 11, 12)), "channels: layers keep 11 to 12 channels; expected one width"),
+    ],
+)
+def test_channels_of_another_model_are_refused(channels: KeptChannels, message: str) -> None:
+    model = build("mixtral")
+    before = model.state_dict()
+    with pytest.raises(ValueError, match=message):
+        thin(model, moe_blocks(model), channels)
+    assert all(
+        tensor is before[name] or torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()
+    )
