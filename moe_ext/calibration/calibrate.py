@@ -4,6 +4,7 @@ model in memory, or of a checkpoint folder one decoder layer at a time.
 
 import os
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from moe_ext.runtime.hidden_states import FolderOptions
 from moe_ext.runtime.layer_walk import LayerInputs
 from moe_ext.runtime.patching import active_thresholds, layer_state
 from moe_ext.runtime.processes import check_same, share_of, total_of
+from moe_ext.runtime.same_job import check_same_job
 from moe_ext.storage.digests import joined_digest
 
 
@@ -77,7 +79,8 @@ def calibrate(
             run are observed through transformers' code, with one warning.
         shard: label of this run, kept in the statistics; files with the same one do not merge.
         distributed: whether the batches are shared among the processes of torch.distributed's default group, every
-            N-th whole batch to each, and the sums added up; all of them return the same statistics.
+            N-th whole batch to each, and the sums added up; all of them are given all batches, the same model and the
+            same options, and return the same statistics.
         dtype, device, scratch, resume, read_ahead: for a checkpoint folder only: the fields of
             :class:`moe_ext.runtime.hidden_states.FolderOptions`, which has what holds where one is None.
 
@@ -86,21 +89,24 @@ def calibrate(
 
     Raises:
         TypeError: an option for folders with a model in memory.
-        ValueError: a malformed batch, no counted token, a model that :func:`moe_ext.patch` refuses or that is skipping
+        ValueError: processes that differ in text, options or model (says which and in what), a malformed batch, no
+            counted token, a model that :func:`moe_ext.patch` refuses or that is skipping
             (its routing would bias the statistics), or activations that are not finite (the layer is named).
         MemoryError, OSError: hidden states for which there is no room, or a checkpoint that cannot be read.
     """
     in_folder = {"dtype": dtype, "device": device, "scratch": scratch, "resume": resume, "read_ahead": read_ahead}
+    asked = {"dataset": dataset, "outputs": outputs, "strict": strict, "shard": shard}
     if not isinstance(model, str | os.PathLike):
         FolderOptions.refuse(**in_folder)
         blocks = moe_blocks(model)
         stats = _start(model, blocks, dataset, outputs, shard)
-        _run(model, blocks, share_of(batches) if distributed else batches, stats, progress, outputs, strict)
+        mine = _share(batches, model, None, asked) if distributed else batches
+        _run(model, blocks, mine, stats, progress, outputs, strict)
     else:
         options = FolderOptions.given(**in_folder)
-        listed = list(share_of(batches) if distributed else batches)
         with options.opened(model) as layers:
             stats = _start(layers.model, layers.blocks, dataset, outputs, shard)
+            listed = _share(batches, layers.model, layers, asked) if distributed else list(batches)
             _run_layers(layers, listed, stats, options, progress, outputs, strict)
     if distributed:
         add_up(stats)
@@ -123,6 +129,17 @@ def _start(model: PreTrainedModel, blocks: list[MoeBlock], dataset: str, outputs
     stats = ExpertStatistics.empty(layout_of(model, blocks), family_of(model).gate, dataset, hidden_size)
     stats.shards = (shard,) if shard else ()
     return stats
+
+
+def _share(
+    batches: Iterable[Mapping[str, Tensor]], model: PreTrainedModel, layers: LayersOnDisk | None, asked: dict[str, Any]
+) -> list[Mapping[str, Tensor]]:
+    """This process's batches, once all processes are known to do the same job; ValueError if they do not."""
+    listed = list(batches)
+    for index, batch in enumerate(listed):
+        check_batch(index, batch)
+    check_same_job(listed, model, layers, asked)
+    return list(share_of(listed))
 
 
 def _run(

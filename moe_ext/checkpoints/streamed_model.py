@@ -5,6 +5,7 @@ float8 weights become what they stand for.
 Reading ahead goes into the system's page cache and takes no memory of this process.
 """
 
+import hashlib
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,7 @@ from moe_ext.checkpoints.stored_tensors import CheckpointError, StoredTensor, st
 from moe_ext.models.blocks import decoder_layers, moe_blocks
 
 _READ = 8 << 20  # bytes read ahead at a time
+_SAMPLE, _SAMPLES = 64, 4  # bytes, and places in every matrix, that tell weights apart
 
 
 class LayersOnDisk:
@@ -110,6 +112,24 @@ class LayersOnDisk:
         files = sorted({tensor.file for tensor in self._stored.values()} | {self.folder / "config.json"})
         states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return f"{self.folder.resolve()} {states}"
+
+    def sampled_digest(self) -> str:
+        """Of the stored tensors' names, types, shapes and some of their bytes: the same wherever the folder is, and
+        however its tensors are shared out among files."""
+        digest = hashlib.sha256()
+        with ExitStack() as stack:
+            files = {
+                file: stack.enter_context(file.open("rb", buffering=0))
+                for file in {tensor.file for tensor in self._stored.values()}
+            }
+            for name, tensor in sorted(self._stored.items()):
+                digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
+                parts = tensor.shape[0] if len(tensor.shape) > 2 else 1  # experts in one tensor
+                for place in range(parts * _SAMPLES):
+                    begin = tensor.size * place // (parts * _SAMPLES)
+                    files[tensor.file].seek(tensor.offset + begin)
+                    digest.update(files[tensor.file].read(min(_SAMPLE, tensor.size - begin)))
+        return digest.hexdigest()
 
     def _free(self) -> None:
         if self._resident is not None:

@@ -27,7 +27,7 @@ def bench(
     device: Device = "cpu",
     seconds: Annotated[float, typer.Option(min=0, help="For each number of tokens, about.")] = 3.0,
     save_to: Annotated[Path | None, destination("JSON file to write.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Picture to write (*.png).", show_default=False)] = None,
+    png: Annotated[Path | None, destination("Picture to write (*.png).", "--png")] = None,
     as_json: Json = False,
 ) -> None:
     """Time the operators here, beside transformers' experts and the machine's limit. Ctrl-C keeps what was measured."""

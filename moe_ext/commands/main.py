@@ -16,6 +16,7 @@ from moe_ext.commands.calibrate import calibrate, merge
 from moe_ext.commands.compare import compare
 from moe_ext.commands.decide import plan, redundancy, score
 from moe_ext.commands.demo import demo
+from moe_ext.commands.destinations import checked
 from moe_ext.commands.evaluate import evaluate
 from moe_ext.commands.generate import generate
 from moe_ext.commands.info import info
@@ -49,7 +50,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
 }
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name)(checked(command))
 
 show_traceback = False  # --debug
 

@@ -18,9 +18,19 @@ def known_criterion(criterion: str | None) -> str | None:
     return criterion
 
 
-def destination(help: str, show_default: bool = False) -> Any:
-    """``--out`` and ``-o``: on every command where its result goes, and nothing else."""
-    return typer.Option("--out", "-o", help=help, show_default=show_default)
+_destinations: list[Any] = []
+
+
+def destination(help: str, *names: str, show_default: bool = False) -> Any:
+    """Where a command writes: ``--out`` and ``-o``, on every command where its result goes and nothing else, or another
+    option for what comes beside it. :mod:`moe_ext.commands.destinations` checks what is given."""
+    _destinations.append(typer.Option(*(names or ("--out", "-o")), help=help, show_default=show_default))
+    return _destinations[-1]
+
+
+def is_destination(option: Any) -> bool:
+    """Whether an option says where a command writes."""
+    return any(option is known for known in _destinations)
 
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the Hugging Face Hub.", show_default=False)]

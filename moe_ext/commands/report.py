@@ -23,7 +23,7 @@ def report(
         typer.Argument(help="A search's losses, and JSON files of `moe-ext compare`, `eval` and `demo`."),
     ] = None,
     save_to: Annotated[Path | None, destination("HTML page to write.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Folder for the figures alone.", show_default=False)] = None,
+    png: Annotated[Path | None, destination("Folder for the figures alone.", "--png")] = None,
     plan: Annotated[Path | None, typer.Option(help="Plan to mark in the heat maps, of every criterion.")] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="Mark what each criterion removes to keep so many.")] = None,
 ) -> None:

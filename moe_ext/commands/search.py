@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from moe_ext.commands.destinations import check_places
 from moe_ext.commands.options import (
     BatchSize,
     Device,
@@ -50,7 +51,9 @@ def search(
     max_subsets: Annotated[int, typer.Option(min=0, help="Subsets up to which a layer is searched exactly.")] = 50_000,
     losses: Annotated[
         Path | None,
-        typer.Option(help="File of all losses; an interrupted search goes on from it. <plan>.safetensors if absent."),
+        destination(
+            "File of all losses; an interrupted search goes on from it. <plan>.safetensors if absent.", "--losses"
+        ),
     ] = None,
     dataset: Annotated[str, typer.Option(help="Label of the text; the domain names if empty.")] = "",
     sequential: Sequential = False,
@@ -73,6 +76,7 @@ def search(
     counts = counts_in(keep)
     file_destination(save_to)
     losses = losses or save_to.with_suffix(".safetensors")
+    check_places({"--out": save_to, "--losses": losses}, {"model": model, "text": text})
     file_destination(losses)
     texts = read_domains(text)
     several = started_by_torchrun()

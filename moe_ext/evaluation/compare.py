@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -82,8 +84,21 @@ def compare(checkpoints: Sequence[str], texts: Mapping[str, str], setting: Setti
         raise ValueError(f"checkpoints: expected one or more, each once, got {', '.join(checkpoints) or 'none'}")
     context = multiprocessing.get_context("spawn")
     for name in checkpoints:
-        with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=end_with_parent) as pool:
             yield pool.submit(measure, name, dict(texts), setting).result()
+
+
+def end_with_parent() -> None:
+    """Lets this process end when the one that started it is gone, however that ended: a worker would else wait for its
+    next job for good, with a model in its memory."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="moe_ext-end-with-parent", daemon=True).start()
 
 
 def measure(name: str, texts: Mapping[str, str], setting: Setting) -> Compared:

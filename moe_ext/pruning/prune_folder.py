@@ -24,7 +24,7 @@ from moe_ext.models.blocks import MoeBlock, expert_tensors, moe_blocks, refuse_n
 from moe_ext.pruning.prune import prune
 from moe_ext.pruning.shard_writer import Part, shards_of, write_shard
 from moe_ext.pruning.unfinished import PROGRESS, begin, check_space, fingerprint, locked
-from moe_ext.storage.files import flush_to_disk, folder_destination
+from moe_ext.storage.files import flush_to_disk, folder_destination, put_in_place
 
 SHARD_SIZE = 5_000_000_000
 """Bytes of weights a file, at most, unless one tensor alone is larger."""
@@ -85,7 +85,7 @@ def prune_checkpoint(
         progress: whether to show a progress bar.
 
     Raises:
-        FileExistsError: ``out`` holds something.
+        FileExistsError: ``out`` holds something, from the beginning or since another process finished.
         BlockingIOError: another process is writing ``out``.
         CheckpointError: the weight files are not whole, or not what their index says.
         ValueError: the plan does not fit, the model was pruned already, shard_size is not positive, or a tensor of the
@@ -111,7 +111,7 @@ def prune_checkpoint(
         raise CheckpointError(f"{checkpoint}: {len(parts)} tensors would have only {len(names)} names")
     shards = shards_of(parts, shard_size)
     work = target.with_name(f".{target.name}.partial")
-    with locked(work):
+    with locked(work, target):
         finished = begin(work, fingerprint(checkpoint, stored, plan, shard_size, dtype), shards)
         check_space(work, sum(part.size for name, parts in shards.items() if name not in finished for part in parts))
         total = sum(part.size for part in parts)
@@ -126,8 +126,7 @@ def prune_checkpoint(
         for file in work.iterdir():
             flush_to_disk(file)
         flush_to_disk(work)
-        work.rename(target)
-    flush_to_disk(target.parent)
+        put_in_place(work, target)
     return PrunedCheckpoint(target, before, skeleton.model.num_parameters(), total)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from moe_ext.checkpoints.stored_tensors import StoredTensor
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.pruning.shard_writer import Part
-from moe_ext.storage.files import replace_file
+from moe_ext.storage.files import folder_destination, is_at, replace_file
 from moe_ext.version import __version__
 
 PROGRESS = "moe_ext_progress.json"
@@ -32,20 +32,54 @@ def fingerprint(
 
 
 @contextmanager
-def locked(work: Path) -> Iterator[None]:
-    """The unfinished folder, made if need be, and nobody else in it."""
+def locked(work: Path, target: Path) -> Iterator[None]:
+    """The unfinished folder, made if need be, and nobody else in it. If the block fails it stays for the next run,
+    unless it holds no shard, or somebody else's result has come to ``target``.
+
+    Raises:
+        FileExistsError: ``work`` is no folder, or there is a result at ``target``.
+        BlockingIOError: another process is in it.
+    """
     if work.is_symlink() or (work.exists() and not work.is_dir()):
         raise FileExistsError(f"{work} is in the way: it is no folder of an unfinished run")
-    work.mkdir(exist_ok=True)
-    descriptor = os.open(work, os.O_RDONLY)
+    descriptor = _made_and_locked(work, target)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(errno.EWOULDBLOCK, f"another process is writing {work}") from None
+        folder_destination(target)  # another process may have finished before this one had the lock
         yield
+    except BaseException:
+        if is_at(descriptor, work) and (_taken(target) or not any(work.glob("*.safetensors"))):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
     finally:
         os.close(descriptor)
+
+
+def _made_and_locked(work: Path, target: Path) -> int:
+    while True:
+        work.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(work, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # the process that was in it has just given it its name
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if is_at(descriptor, work):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise BlockingIOError(errno.EWOULDBLOCK, f"another process is writing {target}, in {work}") from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _taken(target: Path) -> bool:
+    try:
+        folder_destination(target)
+    except FileExistsError:
+        return True
+    return False
 
 
 def begin(work: Path, fingerprint: str, shards: dict[str, list[Part]]) -> set[str]:

@@ -26,7 +26,8 @@ from moe_ext.runtime.batches import check_batch
 from moe_ext.runtime.hidden_states import FolderOptions, waiting_states
 from moe_ext.runtime.layer_walk import LayerInputs
 from moe_ext.runtime.patching import active_thresholds, patched
-from moe_ext.runtime.processes import check_same, place_among, share_of
+from moe_ext.runtime.processes import place_among, share_of
+from moe_ext.runtime.same_job import check_same_job
 from moe_ext.storage.digests import joined_digest, tensor_bytes, text_digest
 from moe_ext.version import __version__
 
@@ -99,7 +100,8 @@ def search(
 
     Raises:
         ValueError: an argument is not as above, a malformed batch, no counted token, a model that is skipping, losses
-            that are not finite (the layer is named), or a ``resume`` file of another search (says what differs).
+            that are not finite (the layer is named), a ``resume`` file of another search (says what differs), or
+            processes that differ in text, options or model (says which and in what).
         MemoryError, OSError: hidden states for which there is no room, or a checkpoint that cannot be read.
         RuntimeError: a process of the group is gone, or does not answer in time.
     """
@@ -135,7 +137,7 @@ def _search(
     asked = request.as_json(counts, thresholds, tokens)
     text, of_model = text_digest(listed), _digest_of_model(model, blocks, on_disk)
     if distributed:
-        check_same(text, "the processes search over different text")
+        check_same_job(listed, model, on_disk, {name: asked[name] for name in asked if name != "tokens"})
         listed, counted = list(share_of(listed)), list(share_of(counted))
     layers = LayerSearch(blocks, counts, request, thresholds, distributed)
     record = SearchProgress(resume, {**asked, "model": of_model, "text": text}, distributed)

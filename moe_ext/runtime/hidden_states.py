@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from moe_ext.checkpoints.streamed_model import LayersOnDisk
 from moe_ext.models.blocks import text_config
-from moe_ext.storage.files import flush_to_disk
+from moe_ext.storage.files import allocate, flush_to_disk
 from moe_ext.storage.spilled_tensors import SpillingList
 
 MEMORY = 128 << 20
@@ -153,7 +153,14 @@ class MappedStates:
     def write(self, batch: int, states: Tensor) -> None:
         if self._after is None:
             with self._file(self._layer + 1, ".part").open("wb") as file:
-                file.truncate(sum(self._sizes))
+                try:
+                    allocate(file, sum(self._sizes))
+                except OSError as error:
+                    raise OSError(
+                        error.errno,
+                        f"scratch: {self._folder} has no room for {sum(self._sizes) / 1e9:.2f} GB of hidden states: "
+                        f"{error.strerror}",
+                    ) from error
             self._after = self._opened(self._layer + 1, ".part")
         size = states.numel() * states.element_size()
         if size > self._sizes[batch]:
@@ -192,8 +199,7 @@ class MappedStates:
 
     def remove(self) -> None:
         self.close()
-        for file in self._folder.glob(f"{self._name}-*.states*"):
-            file.unlink()
+        remove_states(self._folder, self._name)
 
     def close(self) -> None:
         for mapping in (self._before, self._after):
@@ -207,6 +213,12 @@ class MappedStates:
     def _opened(self, layer: int, suffix: str = "") -> mmap.mmap:
         with self._file(layer, suffix).open("r+b") as file:
             return mmap.mmap(file.fileno(), 0)
+
+
+def remove_states(folder: Path, name: str) -> None:
+    """Removes the files of :class:`MappedStates` of that name."""
+    for file in folder.glob(f"{name}-*.states*"):
+        file.unlink(missing_ok=True)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -238,13 +250,16 @@ def waiting_states(
         OSError: they do not fit onto the disk, or the folder is not there.
     """
     sizes = _sizes(layers, batches)
+    name = f"moe_ext-{job[:16]}"
+    if scratch is not None and sum(sizes) == 0:
+        remove_states(Path(scratch), name)  # of a run that was interrupted once it needed them no more
     size = f"hidden states of {len(batches)} batches: {sum(sizes) / 1e9:.2f} GB"
     if scratch is None or sum(sizes) == 0:
         _check_memory(sum(sizes))
         if show:
             tqdm.write(f"{size} in memory", file=sys.stderr)
         return SpillingStates(sum(sizes)), 0
-    folder, name = Path(scratch), f"moe_ext-{job[:16]}"
+    folder = Path(scratch)
     if not folder.is_dir():
         raise FileNotFoundError(f"scratch: the folder {folder} does not exist")
     _check_disk(folder, name, 2 * sum(sizes))

@@ -4,6 +4,7 @@ Whole batches, because the last bits of a model's activations depend on which se
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,16 +31,39 @@ def process_group(device: str, timeout: float) -> Iterator[str]:
     Args:
         device: "cpu" or "cuda"; with several GPUs every process takes the one of its local rank.
         timeout: seconds that a process waits for the others before it fails.
+
+    Raises:
+        TimeoutError: they did not find each other in time.
     """
     if torch.device(device).type == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     backend = "nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    _join(backend, timeout)
     try:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str, timeout: float) -> None:
+    """Joins the group. In a thread, because torch waits for the first answer of a store that listens but does not
+    speak, such as that of a stopped process, for as long as it takes."""
+    failed: list[BaseException] = []
+
+    def join() -> None:
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=join, name="moe_ext-join", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if thread.is_alive():
+        raise TimeoutError(f"the processes did not find each other within {timeout:g} seconds")
+    if failed:
+        raise failed[0]
 
 
 def rank() -> int:

@@ -2,17 +2,28 @@
 
 Everything the package leaves on disk passes through here: it is written under a temporary name beside its destination
 and takes its place in one rename once the data has reached the disk. An exception, KeyboardInterrupt included, removes
-the temporary and leaves the destination as it was; a killed process leaves a hidden ``.<name>.<hex>.tmp`` at worst.
+the temporary and leaves the destination as it was; a killed process leaves a hidden ``.<name>.<hex>.tmp`` at worst,
+which the next write of the same name removes. A temporary is locked while its process lives: it is no leftover then.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
+
+_written: list[Path] = []
+
+
+def written() -> tuple[Path, ...]:
+    """Files and folders that this process has put in their place, whole, since it began."""
+    return tuple(_written)
 
 
 @contextmanager
@@ -30,22 +41,19 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         IsADirectoryError: ``path`` is a folder.
+        FileExistsError: ``path`` is a device, a FIFO or a socket.
         FileNotFoundError: the folder of ``path`` does not exist.
+        OSError: the file cannot be written; or it is there and whole, which the message says then.
     """
     target = file_destination(path)
-    temporary = _temporary_beside(target)
-    try:
-        temporary.touch(mode=0o666, exist_ok=False)
+    with _temporary_beside(target, folder=False) as temporary:
         mode = (target if target.exists() else temporary).stat().st_mode
         yield temporary
         # Some writers replace the temporary by a file of their own: safetensors' save_file leaves mode 0600.
         temporary.chmod(mode & 0o7777)
         flush_to_disk(temporary)
         temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    flush_to_disk(target.parent)
+        _in_place(target)
 
 
 @contextmanager
@@ -61,13 +69,12 @@ def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         An empty folder beside the destination.
 
     Raises:
-        FileExistsError: ``path`` is a file or a folder with something in it.
+        FileExistsError: ``path`` is a file or a folder with something in it, from the beginning or by the end.
         FileNotFoundError: the parent of ``path`` does not exist.
+        OSError: it cannot be written; or it is there and whole, which the message says then.
     """
     target = folder_destination(path)
-    temporary = _temporary_beside(target)
-    try:
-        temporary.mkdir()
+    with _temporary_beside(target, folder=True) as temporary:
         yield temporary
         mode = temporary.stat().st_mode & 0o666  # what the umask says of files: safetensors' save_file leaves 0600
         for folder, _, names in os.walk(temporary, topdown=False):
@@ -75,11 +82,34 @@ def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 Path(folder, name).chmod(mode)
                 flush_to_disk(Path(folder, name))
             flush_to_disk(Path(folder))
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        put_in_place(temporary, target)
+
+
+def put_in_place(finished: Path, target: Path) -> None:
+    """Gives a folder that is whole and on the disk its name.
+
+    Raises:
+        FileExistsError: somebody has filled ``target`` meanwhile.
+        OSError: it cannot be renamed; or ``target`` is there and whole, which the message says then.
+    """
+    try:
+        finished.rename(target)
+    except OSError:
+        if target.exists():
+            folder_destination(target)  # says what is there by now
         raise
-    flush_to_disk(target.parent)
+    _in_place(target)
+
+
+def _in_place(target: Path) -> None:
+    """What comes after the rename: the folder's entry reaches the disk."""
+    _written.append(target)
+    try:
+        flush_to_disk(target.parent)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{target} is there and whole, but may not outlast a power failure: {error.strerror}"
+        ) from error
 
 
 def file_destination(path: str | os.PathLike[str]) -> Path:
@@ -87,6 +117,8 @@ def file_destination(path: str | os.PathLike[str]) -> Path:
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(f"path: {target} is a folder; expected a file")
+    if target.exists() and not target.is_file():
+        raise FileExistsError(f"path: {target} is a device, a FIFO or a socket; expected a file, or nothing there")
     return _in_existing_folder(target)
 
 
@@ -104,8 +136,93 @@ def _in_existing_folder(target: Path) -> Path:
     return target
 
 
-def _temporary_beside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+@contextmanager
+def _temporary_beside(target: Path, *, folder: bool) -> Iterator[Path]:
+    """A new temporary that is locked until the block is left, and goes if it is left by an exception."""
+    _remove_leftovers(target, folder=folder)
+    temporary, descriptor = _made_and_locked(target, folder=folder)
+    try:
+        yield temporary
+    except BaseException:
+        _remove(temporary)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _made_and_locked(target: Path, *, folder: bool) -> tuple[Path, int]:
+    while True:
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            if folder:
+                temporary.mkdir()
+            else:
+                temporary.touch(mode=0o666, exist_ok=False)
+            # Open for writing, where that is possible: over NFS only such a file can be locked.
+            descriptor = os.open(temporary, os.O_RDONLY if folder else os.O_RDWR)
+        except FileNotFoundError:
+            if not target.parent.is_dir():
+                raise
+            continue  # taken for a leftover before it was locked
+        except BaseException:
+            _remove(temporary)
+            raise
+        with suppress(OSError):  # a file system without locks: nothing is taken for a leftover there
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if is_at(descriptor, temporary):
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file or folder is the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_leftovers(target: Path, *, folder: bool) -> None:
+    """Removes temporaries of this destination whose processes are gone."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp", re.DOTALL)
+    with suppress(PermissionError), os.scandir(target.parent) as entries:  # writing there says what is not allowed
+        leftovers = [
+            Path(entry.path)
+            for entry in entries
+            if pattern.fullmatch(entry.name)
+            and (entry.is_dir(follow_symlinks=False) if folder else entry.is_file(follow_symlinks=False))
+        ]
+        for leftover in leftovers:
+            with suppress(OSError):  # somebody else's, locked, or gone by now
+                descriptor = os.open(leftover, (os.O_RDONLY if folder else os.O_RDWR) | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _remove(leftover)
+                finally:
+                    os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Removes a temporary, as far as that is possible: what stays is a leftover, which the next write removes."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def allocate(file: IO[bytes], size: int) -> None:
+    """Gives an empty file its size and the room on the disk: a mapped file without it ends its process by SIGBUS.
+
+    Raises:
+        OSError: the disk is too small.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:
+        for start in range(0, size, 1 << 20):
+            file.write(bytes(min(size - start, 1 << 20)))
+        file.flush()
 
 
 def flush_to_disk(path: Path) -> None:

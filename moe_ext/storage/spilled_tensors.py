@@ -7,7 +7,8 @@ removes it when the process ends, however it ends. It is in Python's temporary f
 from __future__ import annotations
 
 import tempfile
-from typing import IO, Any, NamedTuple
+from io import FileIO
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class SpillingList:
         self._block: Tensor | None = None
         self._used = 0
         self._entries: list[Tensor | _InFile] = []
-        self._file: IO[bytes] | None = None
+        self._file: FileIO | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -52,7 +53,7 @@ class SpillingList:
             self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
             return
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="moe_ext-")  # noqa: SIM115  closed by close()
+            self._file = tempfile.TemporaryFile(prefix="moe_ext-", buffering=0)  # noqa: SIM115  closed by close()
         offset = self._file.seek(0, 2)
         self._entries.append(_InFile(offset, tensor.shape, tensor.dtype))
         self._write(offset, tensor)
@@ -65,9 +66,12 @@ class SpillingList:
         assert self._file is not None
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         self._file.seek(entry.offset)
-        read = self._file.readinto(_bytes_of(tensor))  # type: ignore[attr-defined]
-        if read != tensor.numel() * tensor.element_size():
-            raise OSError(f"the temporary file of a search holds {read} bytes where a tensor was written")
+        place = memoryview(_bytes_of(tensor))
+        while len(place):
+            read = self._file.readinto(place)
+            if not read:
+                raise OSError("the temporary file of a search ends where a tensor was written")
+            place = place[read:]
         return tensor
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
@@ -85,8 +89,17 @@ class SpillingList:
 
     def _write(self, offset: int, tensor: Tensor) -> None:
         assert self._file is not None
+        content = memoryview(_bytes_of(tensor.detach().cpu().contiguous()))
         self._file.seek(offset)
-        self._file.write(_bytes_of(tensor.detach().cpu().contiguous()))
+        try:
+            while len(content):
+                content = content[self._file.write(content) :]
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"a temporary file of {tempfile.gettempdir()} could not be written: {error.strerror}; "
+                "TMPDIR may name another folder",
+            ) from error
 
     def close(self) -> None:
         """Gives the memory and the file's space back."""

@@ -1,17 +1,24 @@
 """moe-ext compare: every checkpoint as it would be measured alone, in a file that the report reads."""
 
 import json
+import multiprocessing
+import os
+import select
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import moe_ext
+import moe_ext.evaluation.compare
 from moe_ext.checkpoints.load_save import load_checkpoint, save_checkpoint, size_on_disk
 from moe_ext.evaluation.compare import Compared, Setting, compare, measure, weight_bytes
 from moe_ext.evaluation.results import Variant, read_variants
 from moe_ext.runtime.batches import read_domains
 from tests.support.command_line import moe
+from tests.support.forked import exit_status, fork
 from tests.support.paths import DEMO_MODEL
 
 TEXTS = {domain: text[:1500] for domain, text in read_domains([DEMO_MODEL / "held_out"]).items()}
@@ -75,3 +82,28 @@ def test_nothing_to_compare_is_refused(names: list[str]) -> None:
 def test_a_checkpoint_that_is_not_there_is_named() -> None:
     with pytest.raises(FileNotFoundError, match="there is no checkpoint folder /nowhere"):
         measure("/nowhere", TEXTS, Setting())
+
+
+_PIPE: list[int] = []
+
+
+def _measures_for_good(*_: Any) -> None:
+    os.write(_PIPE[1], b"w")
+    signal.pause()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_comparison_that_is_ended_takes_its_worker_along(end: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe_ext.evaluation.compare, "measure", _measures_for_good)
+    forking = multiprocessing.get_context("fork")  # the worker need not import anything
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: forking)
+    _PIPE[:] = os.pipe()
+    child = fork(lambda: list(compare(["a"], {}, Setting())))
+    os.close(_PIPE[1])  # the worker and its parent have it: it ends with both of them
+    assert os.read(_PIPE[0], 1) == b"w"
+    os.kill(child, end)
+    assert exit_status(child) == -end
+    assert select.select([_PIPE[0]], [], [], 30)[0], "the worker is there still"
+    assert os.read(_PIPE[0], 1) == b""
+    os.close(_PIPE[0])

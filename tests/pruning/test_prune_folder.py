@@ -1,6 +1,7 @@
 """prune_checkpoint against prune and save_pretrained of the loaded model, and against folders that are not whole."""
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -224,17 +225,41 @@ def test_a_disk_that_is_too_small_is_found_before_writing(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OSError, match=r"needs 0\.00 GB"):
         moe_ext.prune_checkpoint(source, plan, tmp_path / "got", progress=False)
-    assert not (tmp_path / "got").exists()
-    assert not list((tmp_path / ".got.partial").glob("*.safetensors"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
 def test_two_processes_do_not_write_one_folder(mixtral: tuple[Path, PruningPlan], tmp_path: Path) -> None:
     source, plan = mixtral
     with (
-        unfinished.locked(tmp_path / ".got.partial"),
+        unfinished.locked(tmp_path / ".got.partial", tmp_path / "got"),
         pytest.raises(BlockingIOError, match="another process is writing"),
     ):
         moe_ext.prune_checkpoint(source, plan, tmp_path / "got", progress=False)
+
+
+@pytest.mark.parametrize("moment", ["lock", "rename"])
+def test_of_two_prunes_into_one_folder_the_later_says_that_it_is_there(
+    moment: str, mixtral: tuple[Path, PruningPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other finishes after this one has opened the unfinished folder, or when this one is done itself."""
+    source, plan = mixtral
+    moe_ext.prune_checkpoint(source, plan, tmp_path / "expected", progress=False)
+    owner: Any
+    owner, name = (fcntl, "flock") if moment == "lock" else (prune_folder, "put_in_place")
+    original = getattr(owner, name)
+
+    def other_first(*arguments: Any) -> None:
+        monkeypatch.setattr(owner, name, original)
+        if moment == "lock":
+            (tmp_path / ".got.partial").rmdir()
+        shutil.copytree(tmp_path / "expected", tmp_path / "got")
+        original(*arguments)
+
+    monkeypatch.setattr(owner, name, other_first)
+    with pytest.raises(FileExistsError, match="got already exists"):
+        moe_ext.prune_checkpoint(source, plan, tmp_path / "got", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "got", "source"]
+    assert_same_checkpoint(tmp_path / "got", tmp_path / "expected")
 
 
 def edited_index(folder: Path, edit: Callable[[dict[str, str]], object]) -> None:

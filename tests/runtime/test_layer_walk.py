@@ -1,6 +1,7 @@
 """Calibration and search from a checkpoint folder, one decoder layer at a time, against the loaded model."""
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -373,6 +374,35 @@ def test_a_killed_search_with_a_scratch_folder_runs_no_layer_again(
             assert_same_search(moe_ext.search(tmp_path / "source", ragged_batches(), **options), expected)
         assert ran == list(range(passes, last))
         assert list((tmp_path / "scratch").iterdir()) == []
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_search_that_died_before_its_plan_leaves_no_states_once_it_is_run_again(
+    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scratch").mkdir()
+    options: dict[str, Any] = {"keep": 6, "progress": False, "scratch": tmp_path / "scratch"}
+    options["resume"] = tmp_path / "losses.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr("moe_ext.reconstruction.search._chosen", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        assert exit_status(fork(lambda: moe_ext.search(mixtral, ragged_batches(), **options))) == -signal.SIGKILL
+    assert list((tmp_path / "scratch").iterdir()) != []
+    moe_ext.search(mixtral, ragged_batches(), **options)
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_scratch_folder_that_is_full_is_named(mixtral: Path, tmp_path: Path) -> None:
+    """The room is taken before anything is written: a mapped file without it would be a bus error."""
+
+    def calibrating() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+        with pytest.raises(OSError, match=f"scratch: {tmp_path} has no room for .* of hidden states"):
+            moe_ext.calibrate(mixtral, ragged_batches(), progress=False, scratch=tmp_path)
+
+    assert exit_status(fork(calibrating)) == 0
 
 
 def test_the_room_for_hidden_states_is_said_before_anything_runs(

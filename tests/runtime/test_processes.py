@@ -284,21 +284,100 @@ def test_a_search_of_several_processes_goes_on_from_its_file(tmp_path: Path) -> 
     assert_equal_losses(SearchResult.load(tmp_path / "all.safetensors"), expected)
 
 
+def other_expert(model: Any) -> Any:
+    """The model with another weight in one expert of one layer."""
+    model.model.layers[1].mlp.experts.down_proj.data[3] *= 1.5
+    return model
+
+
+JOBS: dict[str, tuple[Callable[[int, Path], object], str]] = {
+    "text": (
+        lambda rank, _: moe_ext.calibrate(build("mixtral"), five_batches()[rank:], distributed=True, progress=False),
+        "text as cut into batches",
+    ),
+    "window": (
+        lambda rank, _: moe_ext.search(
+            build("mixtral"), [five_batches()[0], *([] if rank else five_batches()[1:])], keep=5, distributed=True
+        ),
+        "text as cut into batches",
+    ),
+    "outputs": (
+        lambda rank, _: moe_ext.calibrate(build("mixtral"), five_batches(), distributed=True, outputs=rank == 1),
+        "outputs",
+    ),
+    "method": (
+        lambda rank, _: moe_ext.search(
+            build("mixtral"), five_batches(), keep=5 + rank, distributed=True, method="greedy" if rank else "layerwise"
+        ),
+        "method, keep",
+    ),
+    "dtype": (
+        lambda rank, _: moe_ext.calibrate(
+            build("mixtral", dtype=(torch.float32, torch.bfloat16)[rank]), five_batches(), distributed=True
+        ),
+        "dtype, weights",
+    ),
+    "expert": (
+        lambda rank, _: moe_ext.calibrate(
+            (build, lambda name: other_expert(build(name)))[rank]("mixtral"), five_batches(), distributed=True
+        ),
+        "weights",
+    ),
+    "expert in a folder": (
+        lambda rank, folder: moe_ext.search(folder / f"source-{rank}", five_batches(), keep=5, distributed=True),
+        "weights",
+    ),
+    "dtype of a folder": (
+        lambda rank, folder: moe_ext.calibrate(
+            folder / "source-0", five_batches(), dtype=("float32", "bfloat16")[rank], distributed=True
+        ),
+        "dtype",
+    ),
+}
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_processes_with_different_text_or_models_stop(tmp_path: Path) -> None:
-    def different_text(rank: int) -> None:
-        moe_ext.search(build("mixtral"), five_batches()[rank:], keep=5, progress=False, distributed=True)
+@pytest.mark.parametrize("case", JOBS)
+def test_processes_that_do_not_do_the_same_job_stop_before_it_begins(case: str, tmp_path: Path) -> None:
+    job, differing = JOBS[case]
+    build("mixtral").save_pretrained(tmp_path / "source-0")
+    other_expert(build("mixtral")).save_pretrained(tmp_path / "source-1")
 
-    def different_models(rank: int) -> None:
-        moe_ext.search(build("mixtral", seed=rank), five_batches(), keep=5, progress=False, distributed=True)
+    def doing(rank: int) -> None:
+        def begins(*_: object, **__: object) -> None:
+            raise AssertionError("the work began")
 
-    for work, message in (
-        (different_text, "the processes search over different text"),
-        (different_models, "model.layers.0.mlp: the processes search different models"),
-    ):
-        assert forked(2, tmp_path, work) == [1, 1]
-        assert [(tmp_path / f"error-{rank}").read_text() for rank in range(2)] == [message] * 2
-        (tmp_path / "meeting").unlink()
+        torch.nn.Embedding.forward = begins  # type: ignore[assignment]
+        job(rank, tmp_path)
+
+    assert forked(2, tmp_path, doing) == [1, 1]
+    message = f"the processes do not do the same job: rank 1 differs from rank 0 in {differing}"
+    assert [(tmp_path / f"error-{rank}").read_text() for rank in range(2)] == [message] * 2
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_one_model_in_folders_of_other_names_shards_and_times_is_one_job(tmp_path: Path) -> None:
+    build("mixtral").save_pretrained(tmp_path / "source-0")
+    build("mixtral").save_pretrained(tmp_path / "source-1", max_shard_size=20_000)
+
+    def doing(rank: int) -> None:
+        moe_ext.calibrate(tmp_path / f"source-{rank}", five_batches(), distributed=True, progress=False)
+
+    assert forked(2, tmp_path, doing) == [0, 0]
+
+
+def test_a_process_whose_store_listens_but_does_not_speak_is_waited_for_no_longer_than_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the first process's does when it is stopped: the system takes connections on its behalf."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent.getsockname()[1])}
+        for name, value in {"RANK": "1", "WORLD_SIZE": "2", **place}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(TimeoutError, match="did not find each other within 1 seconds"), process_group("cpu", 1):
+            pytest.fail("the processes found each other")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,15 @@
 """Files and folders appear whole or not at all."""
 
+import contextlib
+import errno
+import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -206,7 +211,7 @@ def test_a_folder_filled_by_someone_else_meanwhile_is_left_to_them(tmp_path: Pat
             path.mkdir()
             (path / "theirs").touch()
 
-    with pytest.raises(OSError, match="not empty"):
+    with pytest.raises(FileExistsError, match="already exists; expected a new or an empty folder"):
         fill_while_someone_else_does()
     assert names_in(path) == ["theirs"]
     assert names_in(tmp_path) == ["folder"]
@@ -215,6 +220,77 @@ def test_a_folder_filled_by_someone_else_meanwhile_is_left_to_them(tmp_path: Pat
 def test_a_killed_process_leaves_no_folder(tmp_path: Path) -> None:
     kill_while_writing("replace_folder", tmp_path / "folder", write="(temporary / 'file').write_bytes(b'ha')")
     assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("function", ["replace_file", "replace_folder"])
+def test_the_next_write_removes_what_a_killed_one_left(tmp_path: Path, function: str) -> None:
+    write = "(temporary / 'file' if temporary.is_dir() else temporary).write_bytes(b'ha')"
+    kill_while_writing(function, tmp_path / "new", write)
+    assert len(names_in(tmp_path)) == 1
+    assert names_in(tmp_path)[0].startswith(".new.")
+    (tmp_path / ".new.tmp").touch()  # not a name of ours
+    (tmp_path / ".newer.01234567.tmp").touch()  # of another destination
+    with getattr(moe_ext.storage.files, function)(tmp_path / "new"):
+        pass
+    assert names_in(tmp_path) == [".new.tmp", ".newer.01234567.tmp", "new"]
+
+
+@pytest.mark.parametrize("replace", [replace_file, replace_folder])
+def test_what_a_living_process_writes_is_no_leftover(tmp_path: Path, replace: Any) -> None:
+    with replace(tmp_path / "new") as first:
+        with replace(tmp_path / "old") as other:
+            assert other.exists()
+        with contextlib.suppress(FileExistsError), replace(tmp_path / "new") as second:
+            assert first.exists()
+            assert second.exists()
+            raise FileExistsError
+    assert names_in(tmp_path) == ["new", "old"]
+
+
+def test_a_temporary_that_was_removed_before_its_lock_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = fcntl.flock
+    removed: list[Path] = []
+
+    def late(descriptor: int, how: int) -> None:
+        if not removed:
+            removed.extend(tmp_path.iterdir())
+            removed[0].unlink()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with replace_file(tmp_path / "new") as temporary:
+        temporary.write_bytes(b"new")
+    assert len(removed) == 1
+    assert (tmp_path / "new").read_bytes() == b"new"
+
+
+def test_a_device_a_fifo_and_a_socket_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        (tmp_path / "link").symlink_to("/dev/null")
+        for path in (tmp_path / "fifo", tmp_path / "socket", tmp_path / "link", Path("/dev/null")):
+            with pytest.raises(FileExistsError, match="expected a file, or nothing there"), replace_file(path):
+                pytest.fail("the block ran")
+    assert names_in(tmp_path) == ["fifo", "link", "socket"]
+
+
+def test_an_error_after_the_file_is_there_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path) -> None:
+        if path.is_dir():
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(moe_ext.storage.files, "flush_to_disk", fails)
+    for replace in (replace_file, replace_folder):
+        path = tmp_path / replace.__name__
+        monkeypatch.setattr(os, "walk", lambda *_, **__: [])
+        with pytest.raises(OSError, match=f"{replace.__name__} is there and whole") as raised, replace(path):
+            pass
+        assert raised.value.errno == errno.EIO
+        assert path in moe_ext.storage.files.written()
+    assert names_in(tmp_path) == ["replace_file", "replace_folder"]
 
 
 def test_files_in_a_new_folder_get_the_mode_that_the_umask_says(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """A list of tensors, part of them in a file."""
 
+import resource
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_ext.storage.spilled_tensors import SpillingList
+from tests.support.forked import exit_status, fork
 
 TENSORS = [
     torch.arange(6, dtype=torch.float64).reshape(2, 3),
@@ -48,3 +51,16 @@ def test_a_tensor_that_changes_later_was_copied(memory: int) -> None:
     tensor.zero_()
     assert spilling[0].tolist() == [1, 1]
     spilling.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_full_disk_is_an_error_that_names_the_folder() -> None:
+    def filling() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+        spilling = SpillingList(0)
+        spilling.append(torch.arange(1000))
+        with pytest.raises(OSError, match=r"a temporary file of .* could not be written: .*; TMPDIR may name another"):
+            spilling.append(torch.arange(1000))
+        assert torch.equal(spilling[0], torch.arange(1000))
+
+    assert exit_status(fork(filling)) == 0
