@@ -7,24 +7,29 @@ up to the statistics of both. The file is a safetensors file: the tensors under 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from moe_ext.models.layout import Layout, WithLayout
-from moe_ext.storage.formats import Format
-from moe_ext.storage.tensor_file import write_tensors
+from moe_ext.models.layout import SAME_MODEL, Layout, WithLayout
+from moe_ext.storage.formats import FileFormatError, Format, check_label, parse_json, shown
+from moe_ext.storage.tensor_file import read_tensors, write_tensors
 
 RATIO_BINS = 1024
 """Bins of equal width over [0, 1] that ``ratio_histogram`` counts ``w_j / w_1`` in; a ratio of 1 falls in the last."""
 
 FORMAT = Format("moe_ext.expert_statistics", 1, "a statistics file")
 
+MOST_COUNTED = 2**53
+"""The largest count: beyond it float64, in which the moments count as well, leaves numbers out."""
 
-class StatisticsFileError(ValueError):
+
+class StatisticsFileError(FileFormatError):
     """A file is not a statistics file that this version can read in full."""
 
 
@@ -47,7 +52,7 @@ class ExpertStatistics(WithLayout):
         shards: labels of the runs that the sums are of, so that none is counted twice; empty if not known.
 
     Raises:
-        ValueError: a tensor's shape, dtype or device is not as above.
+        ValueError: a tensor's shape, dtype or device is not as above, or a label is no text.
     """
 
     layout: Layout
@@ -63,6 +68,10 @@ class ExpertStatistics(WithLayout):
 
     def __post_init__(self) -> None:
         _check_tensors(self.tensors(), self.num_layers, self.num_experts, self.top_k)
+        for name in ("gate", "dataset", "model_digest"):
+            check_label(name, getattr(self, name))
+        for shard in self.shards:
+            check_label("shards", shard)
 
     @classmethod
     def zeros(
@@ -118,16 +127,17 @@ class ExpertStatistics(WithLayout):
         Raises:
             ValueError: model type, layers, numbers of experts, ``top_k``, gate definition or groups differ (names
                 which), the routers' weights differ, one of them has no ``output_sum`` or one of another size, or both
-                hold the same shard.
+                hold the same shard; or a sum that is infinite or counts more than ``MOST_COUNTED``.
         """
-        for name in ("model_type", "layers", "num_experts", "experts", "top_k", "gate", "groups", "fewest"):
-            ours, theirs = getattr(self, name), getattr(other, name)
-            if ours != theirs:
-                raise ValueError(f"other: statistics of different models do not add up: {name} {ours!r} and {theirs!r}")
+        different = self.layout.difference(other.layout, names=(*SAME_MODEL, "groups", "fewest"))
+        if different is None and self.gate != other.gate:
+            different = f"gate {shown(self.gate)} and {shown(other.gate)}"
+        if different is not None:
+            raise ValueError(f"other: statistics of different models do not add up: {different}")
         if self.model_digest and other.model_digest and self.model_digest != other.model_digest:
             raise ValueError("other: statistics of different models do not add up: the weights of the routers differ")
         if (twice := sorted(set(self.shards) & set(other.shards))) and not allow_duplicates:
-            raise ValueError(f"other: both hold the shard {twice[0]!r}, which would count twice")
+            raise ValueError(f"other: both hold the shard {shown(twice[0])}, which would count twice")
         if (self.output_sum is None) != (other.output_sum is None):
             raise ValueError("other: one of the two has an output_sum and the other has none; calibrate both alike")
         if self.output_sum is not None and other.output_sum is not None:
@@ -142,7 +152,12 @@ class ExpertStatistics(WithLayout):
         dataset = " + ".join(sorted(labels))
         shards = tuple(sorted((*self.shards, *other.shards)))
         digest = self.model_digest and other.model_digest  # known only if both are
-        return replace(self, dataset=dataset, shards=shards, model_digest=digest, **sums)
+        both = replace(self, dataset=dataset, shards=shards, model_digest=digest, **sums)
+        try:
+            both._check_values()
+        except ValueError as error:
+            raise ValueError(f"other: does not add up: {error}") from None
+        return both
 
     def __add__(self, other: object) -> ExpertStatistics:
         """``merge`` as an operator."""
@@ -155,7 +170,8 @@ class ExpertStatistics(WithLayout):
             path: the destination, conventionally ``*.safetensors``.
 
         Raises:
-            ValueError: a tensor holds a negative, infinite or NaN value; nothing is written.
+            ValueError: a tensor holds a negative, infinite or NaN value, or a count beyond ``MOST_COUNTED``; nothing is
+                written.
             OSError: the file cannot be written.
         """
         self._check_values()
@@ -187,14 +203,11 @@ class ExpertStatistics(WithLayout):
             OSError: the file cannot be read.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = FORMAT.check_metadata(file.metadata())
-                # Clones: the originals are views of the mapped file.
-                tensors = {name: file.get_tensor(name).clone() for name in _present_tensors(file.keys())}
-            loaded = cls(**_parse_metadata(metadata, tensors), **tensors)
+            tensors, metadata = read_tensors(path, FORMAT)
+            _check_names(tensors.keys())
+            fields: dict[str, Any] = {**_parse_metadata(metadata, tensors), **tensors}
+            loaded = cls(**fields)
             loaded._check_values()
-        except SafetensorError as error:
-            raise StatisticsFileError(f"{path}: truncated, or not a safetensors file ({error})") from error
         except ValueError as error:
             raise StatisticsFileError(f"{path}: {error}") from error
         return loaded
@@ -208,12 +221,17 @@ class ExpertStatistics(WithLayout):
         for name, tensor in self.tensors().items():
             signed = name == "output_sum"
             valid = tensor.isfinite() & (signed | (tensor >= 0))
+            if name == "moments":
+                valid[:, :, 0, 0] &= tensor[:, :, 0, 0] <= MOST_COUNTED
+            elif not signed:
+                valid &= tensor <= MOST_COUNTED
             if not valid.all():
                 layer, *index = (~valid).nonzero()[0].tolist()
                 value = tensor[(layer, *index)].item()
+                most = " up to 2^53" if value > MOST_COUNTED and math.isfinite(value) and not signed else ""
                 raise ValueError(
-                    f"{name}: layer {self.layers[layer]!r} holds {value} at {index}; "
-                    f"expected finite values{'' if signed else ' >= 0'}"
+                    f"{name}: layer {shown(self.layers[layer])} holds {value} at {index}; "
+                    f"expected finite values{'' if signed else ' >= 0'}{most}"
                 )
 
 
@@ -233,7 +251,8 @@ def _tensor_layout(
 
 def _check_tensors(tensors: dict[str, torch.Tensor], layers: int, experts: int, top_k: int) -> None:
     """ValueError, naming the field, for a tensor of another shape, dtype or device."""
-    hidden_size = tensors["output_sum"].shape[-1] if "output_sum" in tensors else None
+    output_sum = tensors.get("output_sum")
+    hidden_size = None if output_sum is None else output_sum.shape[-1] if output_sum.dim() else 0
     for name, (shape, dtype) in _tensor_layout(layers, experts, top_k, hidden_size).items():
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
@@ -242,13 +261,12 @@ def _check_tensors(tensors: dict[str, torch.Tensor], layers: int, experts: int, 
             raise ValueError(f"{name}: is {tensor.dtype} on {tensor.device}; expected {dtype} on cpu")
 
 
-def _present_tensors(names: list[str]) -> list[str]:
-    """``names`` when they are the tensor fields, with or without the optional one; ValueError otherwise."""
-    if missing := sorted(_tensor_layout(1, 1, 1, None).keys() - set(names)):
+def _check_names(names: AbstractSet[str]) -> None:
+    """ValueError unless ``names`` are the tensor fields, with or without the optional one."""
+    if missing := sorted(_tensor_layout(1, 1, 1, None).keys() - names):
         raise ValueError(f"tensor {missing[0]!r} is missing")
-    if unexpected := sorted(set(names) - _tensor_layout(1, 1, 1, 1).keys()):
-        raise ValueError(f"tensor {unexpected[0]!r} is not part of format version {FORMAT.version}")
-    return names
+    if unexpected := sorted(names - _tensor_layout(1, 1, 1, 1).keys()):
+        raise ValueError(f"tensor {shown(unexpected[0])} is not part of format version {FORMAT.version}")
 
 
 def _parse_metadata(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -270,7 +288,9 @@ def _parse_metadata(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) 
     _check_tensors(tensors, len(layers), moments.shape[1], top_k)
     experts = experts or (moments.shape[1],) * len(layers)
     if layers and max(experts) != moments.shape[1]:
-        raise ValueError(f"experts: expected {len(layers)} numbers, the largest {moments.shape[1]}, got {experts}")
+        raise ValueError(
+            f"experts: expected {len(layers)} numbers, the largest {moments.shape[1]}, got {shown(experts)}"
+        )
     return {
         "layout": Layout(metadata["model_type"], layers, experts, top_k, groups, fewest),
         "gate": metadata["gate"],
@@ -282,27 +302,24 @@ def _parse_metadata(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) 
 
 
 def _parse_integer(name: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"metadata {name!r} is {text[:40]!r}; expected an integer") from None
+    if not re.fullmatch("-?[0-9]{1,40}", text):
+        raise ValueError(f"metadata {name!r} is {shown(text, 40)}; expected an integer")
+    return int(text)
 
 
 def _parse_counts(name: str, text: str) -> tuple[int, ...]:
-    try:
-        counts = json.loads(text)
-    except (ValueError, RecursionError):
-        counts = None
-    if not isinstance(counts, list) or not all(type(entry) is int for entry in counts):
-        raise ValueError(f"metadata {name!r} is {text[:40]!r}; expected a JSON list of integers")
-    return tuple(counts)
+    return tuple(_parse_list(name, text, int, "integers"))
 
 
 def _parse_names(name: str, text: str) -> tuple[str, ...]:
+    return tuple(_parse_list(name, text, str, "names"))
+
+
+def _parse_list(name: str, text: str, kind: type, called: str) -> list[Any]:
     try:
-        names = json.loads(text)
-    except (ValueError, RecursionError):
-        names = None
-    if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
-        raise ValueError(f"metadata {name!r} is {text[:40]!r}; expected a JSON list of names")
-    return tuple(names)
+        entries = parse_json(text)
+    except ValueError:
+        entries = None
+    if not isinstance(entries, list) or not all(type(entry) is kind for entry in entries):
+        raise ValueError(f"metadata {name!r} is {shown(text, 40)}; expected a JSON list of {called}")
+    return entries

@@ -4,13 +4,15 @@ Nothing in a folder is trusted: an index may name files elsewhere, a file may be
 tensor. All of that is found here, before anything is read or written.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from moe_ext.storage.formats import FileFormatError, parse_json, shown
+from moe_ext.storage.tensor_file import read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -30,10 +32,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FileFormatError):
     """A checkpoint folder's weight files are not whole, or not what its index says."""
 
 
@@ -96,40 +97,36 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a JSON file ({error})") from None
+        index = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no 'weight_map' of tensors to files")
     for name, shard in weight_map.items():
         # A plain name: no folder before it, in either system's writing.
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\:\0"):
-            raise CheckpointError(f"{path}: puts {name!r} into {shard!r}; expected a *.safetensors file of the folder")
+            raise CheckpointError(
+                f"{path}: puts {shown(name)} into {shown(shard)}; expected a *.safetensors file of the folder"
+            )
     return weight_map
 
 
 def _read_header(path: Path) -> list[StoredTensor]:
     """The tensors of one safetensors file in the order of their bytes, which fill the file."""
     size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MOST_HEADER_BYTES):
-            raise CheckpointError(f"{path}: truncated, or not a safetensors file")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not a safetensors file (its header is no JSON: {error})") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: not a safetensors file (its header is no JSON object)")
+    try:
+        header, begin = read_header(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     header.pop("__metadata__", None)
     tensors = sorted(
-        (_parse_entry(path, name, entry, 8 + length) for name, entry in header.items()), key=lambda item: item.offset
+        (_parse_entry(path, name, entry, begin) for name, entry in header.items()), key=lambda item: item.offset
     )
-    end = 8 + length
+    end = begin
     for tensor in tensors:
         if tensor.offset != end:
-            raise CheckpointError(f"{path}: {tensor.name!r} begins at byte {tensor.offset}; expected {end}")
+            raise CheckpointError(f"{path}: {shown(tensor.name)} begins at byte {tensor.offset}; expected {end}")
         end += tensor.size
     if end != size:
         raise CheckpointError(f"{path}: truncated or overlong: has {size} bytes, its header describes {end}")
@@ -141,10 +138,12 @@ def _parse_entry(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     lists = [value for value in (shape, offsets) if isinstance(value, list)]
     if len(lists) != 2 or any(type(number) is not int or number < 0 for numbers in lists for number in numbers):
-        raise CheckpointError(f"{path}: {name!r} has no valid shape and data_offsets in the header")
-    if dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {name!r} has the unknown element type {dtype!r}")
+        raise CheckpointError(f"{path}: {shown(name)} has no valid shape and data_offsets in the header")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {shown(name)} has the unknown element type {shown(dtype)}")
     tensor = StoredTensor(name, path, DTYPES[dtype], tuple(lists[0]), begin + (lists[1] or [0])[0])
     if len(lists[1]) != 2 or lists[1][1] - lists[1][0] != tensor.size:
-        raise CheckpointError(f"{path}: {name!r} has data_offsets {lists[1]}; expected {tensor.size} bytes")
+        raise CheckpointError(
+            f"{path}: {shown(name)} has data_offsets {shown(lists[1])}; expected {shown(tensor.size)} bytes"
+        )
     return tensor

@@ -10,8 +10,9 @@ from rich.table import Table
 
 from moe_ext.commands.options import BatchSize, Device, Dtype, Json, Strict, Text, Window, destination
 from moe_ext.commands.output import errors, out, print_json
-from moe_ext.evaluation.compare import Setting
+from moe_ext.evaluation.compare import Compared, Setting
 from moe_ext.evaluation.compare import compare as run_comparison
+from moe_ext.evaluation.perplexity import check_finite
 from moe_ext.runtime.batches import read_domains
 from moe_ext.storage.dated_results import result_of, write_result
 from moe_ext.storage.files import file_destination
@@ -33,14 +34,17 @@ def compare(
     strict: Strict = True,
     as_json: Json = False,
 ) -> None:
-    """Perplexity per domain, size, decode speed and memory of several checkpoints, each in a process of its own."""
+    """Perplexity per domain, size, decode speed and memory of several checkpoints, each in a process of its own.
+
+    A perplexity that is infinite or no number is null in JSON, and the exit code is then 1.
+    """
     texts = read_domains(text)
     if save_to is not None:
         file_destination(save_to)
     setting = Setting(
         skip, stock, window, stride, batch_size, decode_tokens, dtype, device, strict, torch.get_num_threads()
     )
-    rows = []
+    rows: list[Compared] = []
     for row in run_comparison(models, texts, setting):
         errors.print(f"{row.checkpoint}: perplexity {row.mean:.3f}", highlight=False)
         rows.append(row)
@@ -54,17 +58,23 @@ def compare(
         write_result(save_to, what, **content)
     if as_json:
         print_json(result_of(what, **content))
-        return
-    table = Table("checkpoint", "params", "weights", *texts, "mean", "skipped", "tokens/s", "memory")
+    else:
+        out.print(_table(rows, list(texts)))
+    for row in rows:
+        check_finite(row.checkpoint, row.perplexity)
+
+
+def _table(rows: list[Compared], domains: list[str]) -> Table:
+    table = Table("checkpoint", "params", "weights", *domains, "mean", "skipped", "tokens/s", "memory")
     for row in rows:
         table.add_row(
             row.checkpoint,
             f"{row.parameters / 1e6:.2f}M",
             f"{row.weight_bytes / 1e6:.1f}MB",
-            *(f"{row.perplexity[domain]:.2f}" for domain in texts),
+            *(f"{row.perplexity[domain]:.2f}" for domain in domains),
             f"{row.mean:.3f}",
             f"{row.skip_rate:.1%}",
             f"{row.tokens_per_second:.1f}",
             "not known" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}MB",
         )
-    out.print(table)
+    return table

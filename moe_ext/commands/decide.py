@@ -10,13 +10,14 @@ from rich.table import Table
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import load_checkpoint
 from moe_ext.commands.options import Criterion, Json, Objective, Seed, Statistics, destination
-from moe_ext.commands.output import errors, out, print_json
+from moe_ext.commands.output import out, print_json, working
 from moe_ext.commands.shared import removed_experts
 from moe_ext.decision.criteria import Scores
 from moe_ext.decision.criteria import score as scores_of
 from moe_ext.decision.plan import plan as plan_from
 from moe_ext.decision.redundancy import redundant_pairs
 from moe_ext.decision.weights_only import aimer
+from moe_ext.storage.formats import shown
 
 
 def scores_for(statistics: Path, criterion: str | None, objective: str | None, seed: int | None) -> Scores:
@@ -25,7 +26,7 @@ def scores_for(statistics: Path, criterion: str | None, objective: str | None, s
     if criterion == "aimer":
         if seed is not None:
             raise typer.BadParameter("--seed goes with --criterion random")
-        with errors.status(f"loading {statistics}"):
+        with working(f"loading {statistics}"):
             return aimer(load_checkpoint(str(statistics))[0])
     return scores_of(ExpertStatistics.load(statistics), criterion, objective=objective, seed=seed)
 
@@ -39,6 +40,9 @@ def score(
 ) -> None:
     """Show the score of every expert; the lowest is removed first."""
     scores = scores_for(statistics, criterion, objective, seed)
+    for name, count, row in zip(scores.layers, scores.experts, scores.values, strict=True):
+        if not bool(row[:count].isfinite().all()):
+            raise ValueError(f"layer {shown(name)}: {scores.criterion} gives scores beyond what float64 holds")
     if as_json:
         layers = dict(zip(scores.layers, scores.values.tolist(), strict=True))
         print_json({"criterion": scores.criterion, "scores": layers})

@@ -10,7 +10,7 @@ from moe_ext.commands.options import BatchSize, Device, Dtype, Json, Model, Stri
 from moe_ext.commands.output import out, print_json
 from moe_ext.commands.shared import load
 from moe_ext.evaluation.compare import weight_bytes
-from moe_ext.evaluation.perplexity import perplexity
+from moe_ext.evaluation.perplexity import check_finite, perplexity
 from moe_ext.runtime.batches import read_domains
 from moe_ext.runtime.patching import patch
 from moe_ext.runtime.skipping import count_skips
@@ -35,7 +35,10 @@ def evaluate(
     strict: Strict = True,
     as_json: Json = False,
 ) -> None:
-    """Perplexity per domain and the share of expert slots skipped; or lm-eval's tasks."""
+    """Perplexity per domain and the share of expert slots skipped; or lm-eval's tasks.
+
+    A perplexity that is infinite or no number is null in JSON, and the exit code is then 1.
+    """
     if (text is None) == (tasks is None):
         raise typer.BadParameter("give --text or --tasks, one of them")
     if tasks is not None:
@@ -63,12 +66,13 @@ def evaluate(
                 "skip_rates": rates,
             }
         )
-        return
-    table = Table("domain", "tokens", "perplexity")
-    for domain, value in result.per_domain.items():
-        table.add_row(domain, str(result.tokens[domain]), f"{value:.3f}")
-    table.add_row("geometric mean", str(sum(result.tokens.values())), f"{result.mean:.3f}")
-    out.print(table, f"expert slots skipped: {count.rate():.1%}")
+    else:
+        table = Table("domain", "tokens", "perplexity")
+        for domain, value in result.per_domain.items():
+            table.add_row(domain, str(result.tokens[domain]), f"{value:.3f}")
+        table.add_row("geometric mean", str(sum(result.tokens.values())), f"{result.mean:.3f}")
+        out.print(table, f"expert slots skipped: {count.rate():.1%}")
+    check_finite(model, result.per_domain)
 
 
 def evaluate_on_tasks(

@@ -25,6 +25,7 @@ from moe_ext.commands.prune import prune
 from moe_ext.commands.report import report
 from moe_ext.commands.search import search
 from moe_ext.commands.skip import skip
+from moe_ext.storage.formats import shortened
 
 app = typer.Typer(
     help="Makes Mixture-of-Experts language models smaller and faster after training.",
@@ -70,5 +71,5 @@ def main() -> None:
         if show_traceback:
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        errors.print("error:", *lines[:2], sep=" ", markup=False, highlight=False, soft_wrap=True)
+        errors.print("error:", shortened(" ".join(lines[:2])), highlight=False, soft_wrap=True)
         sys.exit(1)

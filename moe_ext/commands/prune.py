@@ -8,7 +8,7 @@ import typer
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import save_checkpoint, size_on_disk
 from moe_ext.commands.options import Dtype, Json, Model, destination
-from moe_ext.commands.output import errors, out, print_json
+from moe_ext.commands.output import out, print_json, working
 from moe_ext.commands.shared import load
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.pruning.prune import prune as apply_plan
@@ -50,7 +50,7 @@ def prune(
         loaded, tokenizer = load(model, dtype, "cpu")
         before = loaded.num_parameters()
         apply_plan(loaded, made, novices=means)
-        with errors.status(f"writing {save_to}"):
+        with working(f"writing {save_to}"):
             save_checkpoint(loaded, tokenizer, save_to)
         after, size = loaded.num_parameters(), size_on_disk(save_to)
     if as_json:

@@ -8,12 +8,12 @@ from rich.table import Table
 
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import load_checkpoint
-from moe_ext.commands.output import errors, out, print_json
+from moe_ext.commands.output import out, print_json, working
 from moe_ext.decision.pruning_plan import PruningPlan
 
 
 def load(model: str, dtype: str, device: str) -> tuple[transformers.PreTrainedModel, Any]:
-    with errors.status(f"loading {model}"):
+    with working(f"loading {model}"):
         return load_checkpoint(model, dtype=dtype, device=device)
 
 

@@ -1,5 +1,6 @@
 """``moe-ext skip``: thresholds into a checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from moe_ext.commands.shared import load
 from moe_ext.decision.thresholds import skip_thresholds
 from moe_ext.evaluation.skip_rates import skip_rates
 from moe_ext.models.blocks import moe_blocks
+from moe_ext.models.layout import layout_of
 from moe_ext.runtime.batches import read_domains, token_batches
 from moe_ext.runtime.patching import patch
 from moe_ext.storage.files import folder_destination
@@ -44,9 +46,9 @@ def skip(
         raise FileNotFoundError(f"--in-place needs a checkpoint folder; {model} has no config.json")
     loaded, tokenizer = load(model, dtype, device)
     blocks = moe_blocks(loaded)
-    counts = tuple(block.num_routed for block in blocks)
-    if stats.layers != tuple(block.name for block in blocks) or stats.experts != counts:
-        raise ValueError(f"{statistics} is of another model: calibrate {model} itself")
+    routed = replace(layout_of(loaded, blocks), experts=tuple(block.num_routed for block in blocks))
+    if (different := stats.layout.difference(routed)) is not None:
+        raise ValueError(f"{statistics} is of another model: {different}. Calibrate {model} itself")
     thresholds = skip_thresholds(stats, quantile)
     patch(loaded, skip=thresholds, strict=strict)
     rates = None

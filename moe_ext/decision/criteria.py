@@ -13,6 +13,7 @@ import torch
 
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.models.layout import Layout, WithLayout
+from moe_ext.storage.formats import check_label
 
 CRITERIA: dict[str, tuple[int, int, int]] = {
     "frequency": (0, 0, 0),
@@ -57,6 +58,8 @@ class Scores(WithLayout):
                 f"values: is {self.values.dtype} of shape {tuple(self.values.shape)}; "
                 f"expected torch.float64 of shape ({len(self.layers)}, E)"
             )
+        check_label("criterion", self.criterion)
+        check_label("dataset", self.dataset)
 
 
 def score(

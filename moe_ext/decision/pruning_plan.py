@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from moe_ext.models.layout import Layout
+from moe_ext.models.layout import MOST_EXPERTS, SAME_MODEL, Layout, check_layers
 from moe_ext.storage.files import replace_file
-from moe_ext.storage.formats import Format
+from moe_ext.storage.formats import FileFormatError, Format, check_label, parse_json, shown
 
 FORMAT = Format("moe_ext.pruning_plan", 1, "a pruning plan")
 
 
-class PlanFileError(ValueError):
+class PlanFileError(FileFormatError):
     """A text or file is not a pruning plan that this version can read."""
 
 
@@ -43,22 +44,21 @@ class PruningPlan:
     made_by: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.layers or len(set(self.layers)) != len(self.layers):
-            raise ValueError(f"layers: expected one or more distinct names, got {self.layers!r}")
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"top_k: expected 1 to {self.num_experts} experts, got {self.top_k}")
+        check_label("model_type", self.model_type)
+        check_layers(self.layers)
+        if type(self.num_experts) is not int or not 1 <= self.num_experts <= MOST_EXPERTS:
+            raise ValueError(f"num_experts: expected 1 to {MOST_EXPERTS} experts, got {shown(self.num_experts)}")
+        if type(self.top_k) is not int or not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k: expected 1 to {self.num_experts} experts, got {shown(self.top_k)}")
         if len(self.keep) != len(self.layers):
             raise ValueError(f"keep: expected one entry for each of {len(self.layers)} layers, got {len(self.keep)}")
         if not _survives_json(self.made_by):
-            raise ValueError(f"made_by: expected a dict of JSON values, got {self.made_by!r}")
+            raise ValueError(f"made_by: expected a dict of JSON values, got {shown(self.made_by)}")
         for layer, kept in zip(self.layers, self.keep, strict=True):
-            where = f"keep: layer {layer!r}"
-            if not isinstance(kept, tuple) or any(type(expert) is not int for expert in kept):
-                raise ValueError(f"{where}: expected a tuple of integers, got {kept!r}")
-            if outside := [expert for expert in kept if not 0 <= expert < self.num_experts]:
-                raise ValueError(f"{where}: expected 0 to {self.num_experts - 1}, got expert {outside[0]}")
-            if list(kept) != sorted(set(kept)):
-                raise ValueError(f"{where}: expected ascending indices, each once, got {kept}")
+            where = f"keep: layer {shown(layer)}"
+            if not isinstance(kept, tuple):
+                raise ValueError(f"{where}: expected a tuple of integers, got {shown(kept)}")
+            check_kept(where, kept, self.num_experts)
             if len(kept) < self.top_k:
                 raise ValueError(f"{where}: expected at least top_k = {self.top_k} experts, got {len(kept)}")
 
@@ -67,9 +67,11 @@ class PruningPlan:
         """A plan for the model of a layout, whose layers have equal numbers of experts."""
         return cls(layout.model_type, layout.num_experts, layout.top_k, layout.layers, keep, made_by)
 
-    def is_for(self, layout: Layout) -> bool:
-        """Whether the plan's layers and number of experts are those of a layout."""
-        return self.layers == layout.layers and self.num_experts == layout.num_experts
+    def misfit(self, layout: Layout) -> str | None:
+        """What says that the plan is not for the model of a layout, such as ``"top_k 2 and 4"``; None if nothing does.
+        The layers of the layout may have been pruned."""
+        own = Layout(self.model_type, self.layers, (self.num_experts,) * len(self.layers), self.top_k)
+        return own.difference(layout, names=[name for name in SAME_MODEL if name != "experts"])
 
     def removed(self, layer: int) -> tuple[int, ...]:
         """The ascending indices of the experts that a layer loses.
@@ -98,7 +100,7 @@ class PruningPlan:
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
-    def from_json(cls, text: str) -> PruningPlan:
+    def from_json(cls, text: str | bytes) -> PruningPlan:
         """Read what :meth:`to_json` wrote.
 
         Args:
@@ -108,12 +110,7 @@ class PruningPlan:
             PlanFileError: not JSON, not a plan, from a newer version, or a plan that breaks the rules.
         """
         try:
-            fields = json.loads(text, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise PlanFileError(f"truncated, or not JSON ({error})") from error
-        if not isinstance(fields, dict):
-            raise PlanFileError(f"not {FORMAT.title}: expected a JSON object with format {FORMAT.name!r}")
-        try:
+            fields = parse_json(text)
             FORMAT.check(fields)
         except ValueError as error:
             raise PlanFileError(str(error)) from None
@@ -151,15 +148,28 @@ class PruningPlan:
             OSError: the file cannot be read.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(Path(path).read_bytes())
         except ValueError as error:
             raise PlanFileError(f"{path}: {error}") from error
 
 
+def check_kept(where: str, kept: Sequence[object], num_experts: int) -> None:
+    """ValueError, beginning with ``where``, unless a layer's kept experts are ascending indices, each once."""
+    before = -1
+    for expert in kept:
+        if type(expert) is not int:
+            raise ValueError(f"{where}: expected a tuple of integers, got {shown(kept)}")
+        if not 0 <= expert < num_experts:
+            raise ValueError(f"{where}: expected 0 to {num_experts - 1}, got expert {shown(expert)}")
+        if expert <= before:
+            raise ValueError(f"{where}: expected ascending indices, each once, got {shown(kept)}")
+        before = expert
+
+
 def _survives_json(value: object) -> bool:
     try:
-        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
-    except (TypeError, ValueError):
+        return bool(parse_json(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError, RecursionError):
         return False
 
 
@@ -169,13 +179,9 @@ def _check_field_types(fields: dict[str, Any]) -> None:
     if missing := [name for name in expected if name not in fields]:
         raise PlanFileError(f"field {missing[0]!r} is missing")
     if unexpected := [name for name in fields if name not in expected]:
-        raise PlanFileError(f"field {unexpected[0]!r} is not part of format version {FORMAT.version}")
+        raise PlanFileError(f"field {shown(unexpected[0])} is not part of format version {FORMAT.version}")
     for name, kind in expected.items():
         if type(fields[name]) is not kind:
-            raise PlanFileError(f"{name}: expected a JSON {kind.__name__}, got {fields[name]!r}")
+            raise PlanFileError(f"{name}: expected a JSON {kind.__name__}, got {shown(fields[name])}")
     if not all(isinstance(layer, str) for layer in fields["layers"]):
-        raise PlanFileError(f"layers: expected names, got {fields['layers']!r}")
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
+        raise PlanFileError(f"layers: expected names, got {shown(fields['layers'])}")

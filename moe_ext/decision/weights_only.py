@@ -26,7 +26,8 @@ def aimer(model: PreTrainedModel) -> Scores:
         Scores with (L, E) float64 values, 0 beyond a layer's number of experts.
 
     Raises:
-        TypeError, ValueError: as :func:`moe_ext.models.blocks.moe_blocks`; weights that are not plain or not in memory.
+        TypeError, ValueError: as :func:`moe_ext.models.blocks.moe_blocks`; weights that are not plain or not in memory,
+            or not finite (the layer and expert are named).
     """
     blocks = moe_blocks(model)
     refuse_offloaded(blocks, "score")
@@ -44,4 +45,6 @@ def aimer(model: PreTrainedModel) -> Scores:
                 )
                 if mean := float(absolute.sum()) / count:
                     values[layer, expert] = math.sqrt(float(euclidean.square().sum()) / count) / mean
+                if not math.isfinite(values[layer, expert]):
+                    raise ValueError(f"{block.name}: expert {expert} has weights that are not finite")
     return Scores(values, "aimer", layout, dataset="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from moe_ext.models.blocks import evaluation_mode, input_device
+from moe_ext.storage.formats import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +32,15 @@ class Perplexity:
     per_domain: dict[str, float]
     mean: float
     tokens: dict[str, int]
+
+
+def check_finite(model: str, per_domain: Mapping[str, float]) -> None:
+    """ValueError, naming model and domain, if a perplexity is infinite or NaN."""
+    for domain, value in per_domain.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{model}: the perplexity of {shown(domain)} is {value}: the model does not predict the text"
+            )
 
 
 def perplexity(

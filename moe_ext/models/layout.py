@@ -8,6 +8,22 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from moe_ext.models.blocks import MoeBlock, model_type_of
+from moe_ext.storage.formats import check_label, shown
+
+MOST_EXPERTS = 1 << 16
+"""Experts that a layer may have: far more than any model's, so that a damaged number is no matter of memory."""
+
+
+SAME_MODEL = ("model_type", "layers", "num_experts", "experts", "top_k")
+"""Fields of a layout that a file for the same model has alike; ``groups`` and ``fewest`` are not in old files."""
+
+
+def check_layers(layers: object) -> None:
+    """ValueError unless there are one or more layers with distinct names."""
+    if not isinstance(layers, tuple) or not layers or len(set(layers)) != len(layers):
+        raise ValueError(f"layers: expected one or more distinct names, got {shown(layers)}")
+    for name in layers:
+        check_label("layers", name)
 
 
 @dataclass(frozen=True)
@@ -34,19 +50,34 @@ class Layout:
     fewest: int = 0
 
     def __post_init__(self) -> None:
-        if not self.layers or len(set(self.layers)) != len(self.layers):
-            raise ValueError(f"layers: expected one or more distinct names, got {self.layers!r}")
-        if len(self.experts) != len(self.layers) or min(self.experts, default=0) < 1:
+        check_label("model_type", self.model_type)
+        check_layers(self.layers)
+        if len(self.experts) != len(self.layers) or not 1 <= min(self.experts) <= max(self.experts) <= MOST_EXPERTS:
             raise ValueError(
-                f"experts: expected {len(self.layers)} numbers, the largest {self.num_experts}, got {self.experts}"
+                f"experts: expected {len(self.layers)} numbers, the largest {shown(self.num_experts)}, "
+                f"got {shown(self.experts)}"
             )
         if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"top_k: expected 1 to {self.num_experts} experts, got {self.top_k}")
+            raise ValueError(f"top_k: expected 1 to {self.num_experts} experts, got {shown(self.top_k)}")
         if self.groups < 1 or any(count % self.groups for count in self.experts):
-            raise ValueError(f"groups: {self.groups} groups of equal size do not hold {self.experts} experts")
+            raise ValueError(
+                f"groups: {shown(self.groups)} groups of equal size do not hold {shown(self.experts)} experts"
+            )
         object.__setattr__(self, "fewest", self.fewest or self.top_k)
         if not self.top_k <= self.fewest <= min(self.experts):
-            raise ValueError(f"fewest: expected {self.top_k} to {min(self.experts)} experts, got {self.fewest}")
+            raise ValueError(f"fewest: expected {self.top_k} to {min(self.experts)} experts, got {shown(self.fewest)}")
+
+    def difference(self, other: Layout, *, names: Sequence[str] = SAME_MODEL) -> str | None:
+        """What says that two layouts are not of one model, such as ``"top_k 2 and 4"``; None if nothing does.
+
+        Args:
+            names: the fields that are compared.
+        """
+        for name in names:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                return f"{name} {shown(ours)} and {shown(theirs)}"
+        return None
 
     @property
     def num_layers(self) -> int:

@@ -27,6 +27,7 @@ from moe_ext.models.config_section import CONFIG_KEY, section_with_novices
 from moe_ext.models.families import NUM_EXPERTS_FIELDS
 from moe_ext.models.novices import add_novices
 from moe_ext.pruning.replace import replace_tensor
+from moe_ext.storage.formats import shown
 
 
 def check_plan(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan) -> None:
@@ -36,15 +37,17 @@ def check_plan(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan
         ValueError: what does not fit, and what was expected.
     """
     if plan.model_type != model_type_of(model):
-        raise ValueError(f"the plan is for model type {plan.model_type!r}; this model is {model_type_of(model)!r}")
+        raise ValueError(f"the plan is for model type {shown(plan.model_type)}; this model is {model_type_of(model)!r}")
     refuse_novices(blocks, "prune")
     refuse_offloaded(blocks, "prune")
     names = tuple(block.name for block in blocks)
     if plan.layers != names:
         raise ValueError(
-            f"the plan has {len(plan.layers)} layers from {plan.layers[0]!r}; "
+            f"the plan has {len(plan.layers)} layers from {shown(plan.layers[0])}; "
             f"this model has {len(names)} MoE layers from {names[0]!r}"
         )
+    if plan.top_k != blocks[0].top_k:
+        raise ValueError(f"the plan is for top_k {plan.top_k}; this model has {blocks[0].top_k}")
     _num_experts_fields(model, blocks[0])
     for block in blocks:
         check_layout(block)
@@ -157,8 +160,8 @@ def _put_novices(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPl
     """Leaves the routers as they are, compacts the experts, and puts means in the place of the others."""
     if stats.output_sum is None:
         raise ValueError("novices: the statistics have no sums of outputs: calibrate(..., outputs=True)")
-    if stats.model_type != plan.model_type or not plan.is_for(stats.layout):
-        raise ValueError("novices: the statistics are of another model than the plan")
+    if (different := plan.misfit(stats.layout)) is not None:
+        raise ValueError(f"novices: the statistics are of another model than the plan: {different}")
     if stats.output_sum.shape[-1] != text_config(model).hidden_size:
         raise ValueError(
             f"novices: the statistics' outputs have {stats.output_sum.shape[-1]} dimensions; "

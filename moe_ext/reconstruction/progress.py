@@ -8,6 +8,7 @@ from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.reconstruction.result import LayerLosses, read_layers, write_layers
 from moe_ext.runtime.processes import from_first, rank
 from moe_ext.storage.files import file_destination
+from moe_ext.storage.formats import parse_json
 
 
 class SearchProgress:
@@ -27,7 +28,12 @@ class SearchProgress:
         if self._path is None or not self._path.exists():
             return {}
         layers, metadata = read_layers(self._path)
-        before = json.loads(metadata.get("search", "null")) or {}
+        try:
+            before = parse_json(metadata.get("search", "{}"))
+        except ValueError as error:
+            raise ValueError(f"resume: {self._path}: metadata 'search' is {error}") from None
+        if not isinstance(before, dict):
+            before = {}
         if differing := [name for name, value in asked.items() if before.get(name) != value]:
             raise ValueError(
                 f"resume: {self._path} is of another search ({', '.join(differing)} differ); "

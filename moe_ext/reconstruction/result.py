@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_ext.decision.pruning_plan import PlanFileError, PruningPlan
+from moe_ext.decision.pruning_plan import PruningPlan, check_kept
 from moe_ext.reconstruction.subsets import IMPROVEMENT
 from moe_ext.storage.files import replace_file
-from moe_ext.storage.formats import Format
-from moe_ext.storage.tensor_file import write_tensors
+from moe_ext.storage.formats import FileFormatError, Format, parse_json, shown
+from moe_ext.storage.tensor_file import read_tensors, write_tensors
 
 FORMAT = Format("moe_ext.search", 1, "a search's result")
 
 
-class SearchFileError(ValueError):
+class SearchFileError(FileFormatError):
     """A file is not a search's result that this version can read in full."""
 
 
@@ -32,6 +33,9 @@ class LayerLosses:
     Attributes:
         keep: (S, E) bool, the experts that each evaluated subset keeps; every subset once.
         losses: (S,) float64, ``sum over calibration batches of ||F(x) - F_keep(x)||_F``.
+
+    Raises:
+        ValueError: another shape or dtype, a subset twice, or a loss that is negative, infinite or NaN.
     """
 
     keep: Tensor
@@ -45,6 +49,11 @@ class LayerLosses:
                 f"losses: is {self.losses.dtype} of shape {tuple(self.losses.shape)}; "
                 f"expected float64 ({len(self.keep)},)"
             )
+        wrong = ~(self.losses.isfinite() & (self.losses >= 0))
+        if bool(wrong.any()):
+            raise ValueError(f"losses: holds {float(self.losses[wrong][0])}; expected finite values >= 0")
+        if len({row.tobytes() for row in self.keep.numpy()}) != len(self.keep):
+            raise ValueError("keep: a subset is there twice")
 
     def sizes(self) -> list[int]:
         """Numbers of kept experts that subsets were evaluated for, descending."""
@@ -79,7 +88,7 @@ class SearchResult:
         losses: for every layer of the plan the losses of all evaluated subsets.
 
     Raises:
-        ValueError: not one entry of losses a layer, or for another number of experts.
+        ValueError: not one entry of losses a layer, for another number of experts, or without what the plan keeps.
     """
 
     plan: PruningPlan
@@ -88,9 +97,15 @@ class SearchResult:
     def __post_init__(self) -> None:
         if len(self.losses) != len(self.plan.layers):
             raise ValueError(f"losses: expected one entry for each of {len(self.plan.layers)} layers")
-        for name, layer in zip(self.plan.layers, self.losses, strict=True):
+        for name, layer, kept in zip(self.plan.layers, self.losses, self.plan.keep, strict=True):
             if layer.keep.shape[1] != self.plan.num_experts:
-                raise ValueError(f"losses: layer {name!r} has {layer.keep.shape[1]} experts, the plan another number")
+                raise ValueError(
+                    f"losses: layer {shown(name)} has {layer.keep.shape[1]} experts, the plan another number"
+                )
+            row = torch.zeros(self.plan.num_experts, dtype=torch.bool)
+            row[list(kept)] = True
+            if not bool((layer.keep == row).all(1).any()):
+                raise ValueError(f"losses: layer {shown(name)} has none for the experts that the plan keeps")
 
     def layer_losses(self) -> list[float]:
         """The loss of what the plan keeps, layer by layer."""
@@ -140,28 +155,25 @@ class SearchResult:
             raise ValueError(f"path: expected a name that ends in .safetensors or .json, got {os.fspath(path)!r}")
 
     @classmethod
-    def from_json(cls, text: str) -> SearchResult:
+    def from_json(cls, text: str | bytes) -> SearchResult:
         """Read what :meth:`to_json` wrote.
 
         Raises:
             SearchFileError: not JSON, not a search's result, of another version, or not valid.
         """
         try:
-            content = json.loads(text)
-            if not isinstance(content, dict):
-                raise ValueError(f"not {FORMAT.title}: expected a JSON object with format {FORMAT.name!r}")
+            content = parse_json(text)
             FORMAT.check(content)
-            plan = PruningPlan.from_json(json.dumps(content["plan"]))
-            losses = []
-            for layer in content["layers"]:
-                keep = torch.zeros(len(layer["keep"]), plan.num_experts, dtype=torch.bool)
-                for row, kept in zip(keep, layer["keep"], strict=True):
-                    row[kept] = True
-                losses.append(LayerLosses(keep, torch.tensor(layer["losses"], dtype=torch.float64)))
-            return cls(plan, tuple(losses))
-        except KeyError as error:
-            raise SearchFileError(f"{error} is missing") from error
-        except (ValueError, TypeError, IndexError, RecursionError) as error:
+            for name in ("plan", "layers"):
+                if name not in content:
+                    raise ValueError(f"{name!r} is missing")
+            plan, layers = PruningPlan.from_json(json.dumps(content["plan"])), content["layers"]
+            if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
+                raise ValueError(f"layers: expected a JSON list of objects, got {shown(layers)}")
+            if [layer.get("name") for layer in layers] != list(plan.layers):
+                raise ValueError("layers: have other names than those of the plan")
+            return cls(plan, tuple(_losses_in(layer, plan.num_experts) for layer in layers))
+        except ValueError as error:
             raise SearchFileError(str(error)) from error
 
     @classmethod
@@ -174,7 +186,7 @@ class SearchResult:
         """
         if Path(path).suffix == ".json":
             try:
-                return cls.from_json(Path(path).read_text(encoding="utf-8"))
+                return cls.from_json(Path(path).read_bytes())
             except ValueError as error:
                 raise SearchFileError(f"{path}: {error}") from error
         losses, metadata = read_layers(path)
@@ -183,9 +195,11 @@ class SearchResult:
         try:
             plan = PruningPlan.from_json(metadata["plan"])
             if sorted(losses) != list(range(len(plan.layers))):
-                raise ValueError(f"expected losses of {len(plan.layers)} layers, got those of layers {sorted(losses)}")
+                raise ValueError(
+                    f"expected losses of {len(plan.layers)} layers, got those of layers {shown(sorted(losses))}"
+                )
             return cls(plan, tuple(losses[layer] for layer in range(len(plan.layers))))
-        except (PlanFileError, ValueError) as error:
+        except ValueError as error:
             raise SearchFileError(f"{path}: {error}") from error
 
 
@@ -196,8 +210,8 @@ def is_search(path: str | os.PathLike[str]) -> bool:
         OSError: the file cannot be read.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        content = parse_json(Path(path).read_bytes())
+    except ValueError:
         return False
     return isinstance(content, dict) and content.get("format") == FORMAT.name
 
@@ -219,18 +233,46 @@ def read_layers(path: str | os.PathLike[str]) -> tuple[dict[int, LayerLosses], d
         OSError: the file cannot be read.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = FORMAT.check_metadata(file.metadata())
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  no dict
-        layers = sorted({int(name.split(".")[1]) for name in tensors})
-        losses = {
-            layer: LayerLosses(tensors.pop(f"layers.{layer}.keep"), tensors.pop(f"layers.{layer}.losses"))
-            for layer in layers
-        }
-        if tensors:
-            raise ValueError(f"tensor {next(iter(tensors))!r} is not part of format version {FORMAT.version}")
-    except SafetensorError as error:
-        raise SearchFileError(f"{path}: truncated, or not a safetensors file ({error})") from error
-    except (ValueError, KeyError, IndexError) as error:
+        tensors, metadata = read_tensors(path, FORMAT)
+        found: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if (place := _PLACE.fullmatch(name)) is None:
+                raise ValueError(f"tensor {shown(name)} is not part of format version {FORMAT.version}")
+            found.setdefault(int(place[1]), {})[place[2]] = tensor
+        for layer, pair in found.items():
+            if missing := {"keep", "losses"} - pair.keys():
+                raise ValueError(f"tensor 'layers.{layer}.{missing.pop()}' is missing")
+        losses = {}
+        for layer, pair in sorted(found.items()):
+            try:
+                losses[layer] = LayerLosses(pair["keep"], pair["losses"])
+            except ValueError as error:
+                raise ValueError(f"layers.{layer}.{error}") from None
+    except ValueError as error:
         raise SearchFileError(f"{path}: {error}") from error
     return losses, metadata
+
+
+_PLACE = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(keep|losses)")
+
+
+def _losses_in(layer: dict[str, Any], num_experts: int) -> LayerLosses:
+    """What a layer's JSON object says, its name checked already; ValueError, naming the layer, if it is not as
+    written."""
+    name, subsets, losses = layer.get("name"), layer.get("keep"), layer.get("losses")
+    where = f"layer {shown(name)}"
+    if not isinstance(subsets, list) or not all(isinstance(kept, list) for kept in subsets):
+        raise ValueError(f"{where}: keep: expected a JSON list of lists, got {shown(subsets)}")
+    if not isinstance(losses, list) or any(type(loss) not in (int, float) for loss in losses):
+        raise ValueError(f"{where}: losses: expected a JSON list of numbers, got {shown(losses)}")
+    if len(subsets) != len(losses):
+        raise ValueError(f"{where}: expected a loss for each of {len(subsets)} subsets, got {len(losses)}")
+    for kept in subsets:
+        check_kept(f"{where}: keep", kept, num_experts)
+    keep = torch.zeros(len(subsets), num_experts, dtype=torch.bool)
+    for row, kept in zip(keep, subsets, strict=True):
+        row[kept] = True
+    try:
+        return LayerLosses(keep, torch.tensor(losses, dtype=torch.float64))
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{where}: {error}") from None

@@ -110,7 +110,7 @@ def ratio_figure(stats: ExpertStatistics, thresholds: Tensor) -> Figure:
 
 def ratio_bars(stats: ExpertStatistics, layer: int) -> list[float]:
     """Share of a layer's slots of rank 2 and weaker in each of ``_BARS`` equal parts of the ratio's range."""
-    counts = stats.ratio_histogram[layer].sum(0).double().view(_BARS, -1).sum(1)
+    counts = stats.ratio_histogram[layer].double().sum(0).view(_BARS, -1).sum(1)
     return (counts / counts.sum().clamp(min=1)).tolist()
 
 
@@ -178,6 +178,7 @@ def pareto_figure(variants: Sequence[Variant], costs: Sequence[float], label: st
             xytext=(0, 5 if above else -11),
             textcoords="offset points",
             fontsize="small",
+            parse_math=False,
             ha="left" if costs[index] <= (min(costs) + max(costs)) / 2 else "right",
         )
     axes.margins(0.1, 0.12)

@@ -102,7 +102,7 @@ def _draw(axes: Axes, title: str, scores: Scores) -> AxesImage:
     largest = scores.values.amax(dim=1, keepdim=True)
     relative = torch.where(largest == 0, 0.0, scores.values / largest)
     image = axes.imshow(relative.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     axes.set_xlabel("expert")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -100,9 +100,15 @@ def _inline_svg(picture: Picture) -> str:
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     width = figure.get_figwidth()
     svg = text.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>|; font-family: [^;]*", "", svg, flags=re.DOTALL)  # the page's font
-    svg = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{picture.name}-", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    # Tags alone: between them are names, which may read like anything.
+    svg = re.sub(r"<[^>]*>", lambda tag: _in_page(tag[0], picture.name), svg)
     # The page says what the figure shows; its size follows the column, within reason.
     size = f'style="max-width: {width * 110:.0f}px; min-width: {min(width, 2.9) * 100:.0f}px"'
     return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 aria-hidden="true" {size}>', svg, count=1)
+
+
+def _in_page(tag: str, figure: str) -> str:
+    """A tag of a figure's SVG in the page's colours and font, with names of its own."""
+    tag = re.sub(r"; font-family: [^;\"]*", "", tag.replace(_INK, "currentColor"))
+    return re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{figure}-", tag)

@@ -78,8 +78,8 @@ class Report:
         variants: evaluated variants of the model.
 
     Raises:
-        ValueError: a plan or search for other layers, a ``keep`` that the layers cannot have, variants whose speeds
-            have different units, or a perplexity that is not a finite positive number.
+        ValueError: a plan or search for another model, a ``keep`` that the layers cannot have, or variants whose speeds
+            have different units.
     """
 
     stats: ExpertStatistics
@@ -90,11 +90,8 @@ class Report:
 
     def __post_init__(self) -> None:
         for name, made in (("removals", self.removals), ("search", self.search and self.search.plan)):
-            if made and not made.is_for(self.stats.layout):
-                raise ValueError(f"{name}: is for other layers or another number of experts than the statistics")
-        for each in self.variants:
-            if not 0 < each.perplexity < float("inf"):
-                raise ValueError(f"variants: {each.name!r} has perplexity {each.perplexity}; a finite one is needed")
+            if made and (different := made.misfit(self.stats.layout)) is not None:
+                raise ValueError(f"{name}: is for another model than the statistics: {different}")
         if len({each.speed_unit for each in self.variants if each.speed is not None}) > 1:
             raise ValueError("variants: speeds in tokens/s and relative ones do not compare; give files of one kind")
         self.plans()
@@ -123,7 +120,7 @@ class Report:
     def sections(self) -> list[Section]:
         """All that can be shown, in order."""
         sections = [_routing(self.stats), self._criteria()]
-        if self.stats.top_k > 1 and bool((self.stats.ratio_histogram.sum(-1) > 0).all()):
+        if self.stats.top_k > 1 and bool((self.stats.ratio_histogram > 0).any(-1).all()):
             sections.append(_skipping(self.stats))
         if self.search is not None:
             sections.append(_search(self.search))

@@ -52,7 +52,7 @@ def _effects(stats: ExpertStatistics, thresholds: torch.Tensor) -> dict[str, Any
         thresholds: (L, K - 1, steps) float64.
     """
     rates = _skip_rates(stats, thresholds)
-    weights = stats.tokens.double() / stats.tokens.sum()
+    weights = stats.tokens.double() / stats.tokens.double().sum().clamp(min=1)
 
     def rounded(rows: torch.Tensor) -> list[list[float]]:
         return [[round(value, 4) for value in row] for row in rows.tolist()]

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,21 @@ def result_of(what: str, **content: Any) -> dict[str, Any]:
 
 
 def write_result(path: Path, what: str, **content: Any) -> None:
-    """Writes :func:`result_of` as a JSON file."""
+    """Writes :func:`result_of` as a JSON file; numbers that are not finite are null."""
     with replace_file(path) as temporary:
-        temporary.write_text(json.dumps(result_of(what, **content), indent=1) + "\n")
+        content = without_infinities(result_of(what, **content))
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def without_infinities(value: Any) -> Any:
+    """The value with None, JSON's null, for every number that is infinite or NaN, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: without_infinities(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_infinities(each) for each in value]
+    return value
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -574,3 +574,67 @@ def test_models_with_other_routers_do_not_add_up() -> None:
     one = replace(filled((2, 4, 2), seed=0), model_digest="m")
     with pytest.raises(ValueError, match="the weights of the routers differ"):
         _ = one + replace(filled((2, 4, 2), seed=1), model_digest="n")
+
+
+def test_a_tensor_of_the_same_name_twice_is_refused(saved: Path) -> None:
+    content = saved.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].decode().rstrip()
+    entry = json.dumps(json.loads(header)["tokens"])
+    text = (header[:-1] + f',"tokens":{entry}}}').encode()
+    saved.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(StatisticsFileError, match="'tokens' twice in an object"):
+        ExpertStatistics.load(saved)
+
+
+@pytest.mark.parametrize("name", [*TENSORS, "output_sum"])
+@pytest.mark.parametrize("shape", [(), (-1,)])
+def test_tensors_without_dimensions_and_flattened_ones_are_named(
+    saved: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    def flatten(tensors: dict[str, Any], _: dict[str, str]) -> None:
+        whole = tensors.get(name, torch.zeros(2, 4, 3, dtype=torch.float64))
+        tensors[name] = whole.flatten()[0].clone() if shape == () else whole.reshape(shape)
+
+    if (name, shape) == ("tokens", (-1,)):
+        return  # it is flat
+    rewrite(saved, flatten)
+    with pytest.raises(StatisticsFileError, match=rf"stats\.safetensors: {name}: has shape"):
+        ExpertStatistics.load(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": json.dumps(["x" * 400_000, "b"]), "top_k": "9"},
+        {"layers": json.dumps(["x" * 400_000] * 2)},
+        {"format": "x" * 400_000},
+        {"experts": json.dumps([3] * 100_000)},
+        {"groups": "9" * 5000},
+    ],
+)
+def test_no_message_is_long_whatever_the_file_holds(saved: Path, change: dict[str, str]) -> None:
+    rewrite(saved, lambda _, metadata: metadata.update(change))
+    with pytest.raises(StatisticsFileError) as refused:
+        ExpertStatistics.load(saved)
+    assert len(str(refused.value)) <= 500
+
+
+def test_half_of_a_character_in_a_name_is_refused(saved: Path, tmp_path: Path) -> None:
+    rewrite(saved, lambda _, metadata: metadata.update(layers=r'["\ud800", "b"]'))
+    with pytest.raises(StatisticsFileError, match="metadata 'layers' is"):
+        ExpertStatistics.load(saved)
+    with pytest.raises(ValueError, match=r"dataset: 'a\\udcff' holds half of a character"):
+        ExpertStatistics.zeros("mixtral", ("layers.0",), 4, 2, "g", "a\udcff")
+
+
+@pytest.mark.parametrize(("name", "place"), [("tokens", 0), ("coactivation", (0, 1, 1)), ("moments", (0, 1, 0, 0))])
+def test_counts_that_would_wrap_do_not_add_up(name: str, place: Any, tmp_path: Path) -> None:
+    one, other = filled((1, 2, 1), 0), filled((1, 2, 1), 1)
+    for stats in (one, other):
+        getattr(stats, name)[place] = 2**62 if name != "moments" else 2**53
+    with pytest.raises(ValueError, match=rf"other: does not add up: {name}: layer 'layers.0' holds"):
+        _ = one + other
+    if name != "moments":
+        with pytest.raises(ValueError, match=rf"{name}: layer 'layers.0' holds 4611686018427387904 .*up to 2\^53"):
+            one.save(tmp_path / "stats.safetensors")

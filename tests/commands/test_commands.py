@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ import moe_ext
 from moe_ext import PruningPlan, SearchResult, ops
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import load_checkpoint, save_checkpoint
+from moe_ext.evaluation.perplexity import Perplexity
 from moe_ext.models.families import FAMILIES
 from moe_ext.reconstruction.result import read_layers
 from moe_ext.runtime.batches import read_domains, token_batches
@@ -329,6 +331,50 @@ def test_info_says_which_cuda_kernels_a_layer_takes() -> None:
     assert "at 1024 rows an expert" in kernels["T = 4096"]
     odd = moe_json("info", "--layer", "4100,14336,8,2")["cuda_kernels"]
     assert odd["T = 1"] == "plain, without tensor cores: H and I are not multiples of 8"
+
+
+# ---- names and numbers out of anybody's files
+
+
+def test_names_are_shown_as_they_are_and_are_never_markup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rich.console.Console.width", 200)
+    stats = ExpertStatistics.zeros("mixtral", ("layer[/b]", ":smile:\x1b[2J"), 4, 2, "softmax")
+    stats.tokens += 1
+    stats.save(tmp_path / "stats.safetensors")
+    for name in ("plan[v2].json", "[bold]plan.json", os.fsdecode(b"plan\xff.json")):
+        assert inside("plan", str(tmp_path / "stats.safetensors"), "--keep", "3", "--out", str(tmp_path / name)) == 0
+        printed = capsys.readouterr().out
+        assert name.replace("\udcff", "\\udcff") in printed
+        assert "layer[/b]" in printed
+        assert r":smile:\x1b[2J" in printed
+        assert PruningPlan.load(tmp_path / name).layers == stats.layers
+    assert inside("score", str(tmp_path / "no[/b].safetensors")) == 1
+    assert "no[/b].safetensors" in capsys.readouterr().err
+    assert inside("eval", "./no[/b]", "--text", str(DEMO_MODEL / "held_out")) == 1
+    assert "there is no checkpoint folder ./no[/b]" in capsys.readouterr().err
+
+
+def test_an_error_is_one_short_line_whatever_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = PruningPlan("mixtral", 4, 2, ("x" * 400_000,), ((0, 1),))
+    plan.save(tmp_path / "plan.json")
+    assert inside("prune", MODEL, str(tmp_path / "plan.json"), "--out", str(tmp_path / "pruned")) == 1
+    printed = capsys.readouterr().err
+    assert "the plan has 1 layers from 'xxx" in printed
+    assert len(printed) <= 520
+
+
+def test_a_perplexity_that_is_no_number_is_null_and_fails(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Perplexity({"english": 2.0, "python": math.nan}, math.nan, {"english": 5, "python": 6})
+    monkeypatch.setattr("moe_ext.commands.evaluate.perplexity", lambda *_, **__: found)
+    assert inside("eval", MODEL, "--text", str(text), "--json") == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["perplexity"] == {"english": 2.0, "python": None}
+    assert "NaN" not in printed.out
+    assert "the perplexity of 'python' is nan" in printed.err
 
 
 # ---- errors

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -32,6 +33,31 @@ def test_other_files_are_refused_by_name(text: str, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text(text)
     with pytest.raises(VariantsFileError, match=r"other\.json: "):
         read_variants(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": float("nan")}, "NaN is not JSON"),
+        ({"mean": None}, "'a': perplexity is None; expected a finite positive number"),
+        ({"mean": True}, "perplexity is True"),
+        ({"mean": -1.0}, "perplexity is -1.0"),
+        ({"mean": "5"}, "perplexity is '5'"),
+        ({"mean": 10**400}, "perplexity is 1000"),
+        ({"weight_bytes": 1.5}, "weight_bytes is 1.5; expected a finite positive whole number"),
+        ({"weight_bytes": -1}, "weight_bytes is -1"),
+        ({"tokens_per_second": 0}, "speed is 0"),
+        ({"tokens_per_second": [1]}, r"speed is \[1\]"),
+        ({"checkpoint": 3}, "name: expected a text, got 3"),
+        ({"checkpoint": "x" * 100_000, "mean": 0}, "perplexity is 0"),
+    ],
+)
+def test_measurements_that_cannot_be_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    row = {"checkpoint": "a", "mean": 5.0, "weight_bytes": 12, "tokens_per_second": 3.5}
+    (tmp_path / "compare.json").write_text(json.dumps({"checkpoints": [{**row, **change}]}))
+    with pytest.raises(VariantsFileError, match=rf"compare\.json: .*{message}") as refused:
+        read_variants(tmp_path / "compare.json")
+    assert len(str(refused.value)) <= 500
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))

@@ -155,7 +155,7 @@ def test_a_layer_is_never_half_pruned(tiny_mixtral: MixtralFactory, monkeypatch:
         ),
         (plan_of(KEEP[:2]), "the plan has 2 layers from 'model.layers.0.mlp'; this model has 3 MoE layers"),
         (plan_of(num_experts=16), "the plan is for 16 experts a layer; model.layers.0.mlp has 8"),
-        (plan_of(((0,), (1,), (2,)), top_k=1), "the plan keeps 1 experts; a token needs top_k = 2"),
+        (plan_of(((0,), (1,), (2,)), top_k=1), "the plan is for top_k 1; this model has 2"),
     ],
 )
 def test_a_plan_that_does_not_fit_changes_nothing(

@@ -303,7 +303,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: edited_index(folder, lambda names: names.update({"more": names[GATE]})),
         "'more'.*which does not hold it",
     ),
-    "an index that is no JSON": (lambda folder: (folder / INDEX).write_text("{"), "not a JSON file"),
+    "an index that is no JSON": (lambda folder: (folder / INDEX).write_text("{"), "truncated, or not JSON"),
     "an index of something else": (lambda folder: (folder / INDEX).write_text("[]"), "has no 'weight_map'"),
     "overlapping tensors": (
         lambda folder: with_header(

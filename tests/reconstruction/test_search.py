@@ -278,8 +278,9 @@ def test_of_two_equal_experts_the_first_is_dropped(tiny_mixtral: MixtralFactory)
     losses = losses_by_subset(search(model, padded_batches(), keep=7).losses[0], 7)
     without_3, without_6 = (tuple(e for e in range(8) if e != dropped) for dropped in (3, 6))
     assert losses[without_3] == pytest.approx(losses[without_6], rel=1e-12)
-    found = LayerLosses(torch.ones(2, 8).bool(), torch.tensor([2.0, 2.0 * (1 - 1e-15)], dtype=torch.float64))
-    found.keep[0, 3] = found.keep[1, 6] = False
+    keep = torch.ones(2, 8).bool()
+    keep[0, 3] = keep[1, 6] = False
+    found = LayerLosses(keep, torch.tensor([2.0, 2.0 * (1 - 1e-15)], dtype=torch.float64))
     assert found.best(7)[0] == without_3
 
 

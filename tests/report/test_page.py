@@ -1,6 +1,7 @@
 """The report says what its input says, in figures with text alternatives; the page is well-formed and loads nothing."""
 
 import dataclasses
+import html
 import json
 import re
 import sys
@@ -28,6 +29,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
+        self.texts: list[str] = []
         self.feed(text)
         assert self.open == []
 
@@ -38,6 +40,9 @@ class Page(HTMLParser):
 
     def handle_startendtag(self, tag: str, attrs: Any) -> None:
         self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data.strip())
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -178,6 +183,21 @@ def test_a_model_with_many_experts_is_drawn() -> None:
     assert len(page) < 4_000_000
 
 
+@pytest.mark.parametrize("name", ["; font-family: x", "$\\frac{$", '<b id="a">', "#010203 [/b]", "</script>{{ 1 }}"])
+def test_a_name_is_shown_as_it_is_and_breaks_nothing(name: str) -> None:
+    variants = (Variant(name, 2.0, 10, 1.0), Variant("other", 3.0, 5, 2.0))
+    layers = tuple(f"{name}.{layer}" for layer in range(4))
+    report = demo_report()
+    layout = dataclasses.replace(report.stats.layout, layers=layers)
+    stats = dataclasses.replace(report.stats, layout=layout, dataset=name)
+    page = render(Report(stats, variants=variants))
+    texts = Page(page).texts
+    drawn = page[page.index('<figure id="quality-size">') :]
+    assert html.escape(name, quote=False) in drawn[: drawn.index("</svg>")]
+    assert texts.count(f"{name}.0") >= 3  # rows of tables
+    assert page.count("<script") == 2
+
+
 def test_figures_alone_are_png_files(tmp_path: Path) -> None:
     names = write_figures(demo_report(), tmp_path / "figures")
     assert sorted(names) == sorted(path.name for path in (tmp_path / "figures").iterdir())
@@ -203,12 +223,19 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPa
         render(thin_report())
 
 
+FITTING = PruningPlan("mixtral", 8, 2, tuple(f"model.layers.{i}.mlp" for i in range(4)), (tuple(range(8)),) * 4)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"keep": 9}, "keep: 9 keeps 9 of 8 experts"),
-        ({"removals": PruningPlan("mixtral", 8, 2, ("other",), (tuple(range(8)),))}, "removals: is for other layers"),
-        ({"variants": [Variant("a", float("inf"))]}, "variants: 'a' has perplexity inf"),
+        (
+            {"removals": PruningPlan("mixtral", 8, 2, ("other",), (tuple(range(8)),))},
+            "removals: is for another model than the statistics: layers",
+        ),
+        ({"removals": dataclasses.replace(FITTING, top_k=3)}, "removals: is for another model .*: top_k 3 and 2"),
+        ({"removals": dataclasses.replace(FITTING, model_type="olmoe")}, "model_type 'olmoe' and 'mixtral'"),
         ({"variants": [Variant("a", 2.0, speed=1.0), Variant("b", 2.0, speed=1.0, speed_unit="x")]}, "do not compare"),
     ],
 )
@@ -234,6 +261,14 @@ def test_a_searchs_json_reads_back(tmp_path: Path) -> None:
         (("moe_ext.search", "other"), "not a search's result"),
         (('"exact": true, "keep": [[', '"exact": true, "keep": [[99, '), "search.json: "),
         (('"plan"', '"plane"'), "'plan' is missing"),
+        (('"keep": [[', '"keep": [[-1, '), r"expected 0 to 7, got expert -1"),
+        (('"exact": true, "keep": [[', '"exact": true, "keep": [[true, '), "keep: expected a tuple of integers"),
+        (('"exact": true, "keep": [[', '"exact": true, "keep": [null, ['), "keep: expected a JSON list of lists"),
+        (('"losses": [', '"losses": [1e999, '), "1e999 is beyond float64"),
+        (('"losses": [', '"losses": [Infinity, '), "Infinity is not JSON"),
+        ((']], "losses": [', ']], "losses": [true, '), "losses: expected a JSON list of numbers"),
+        (('{"name": "model', '{"name": "other'), "layers: have other names than those of the plan"),
+        ((']], "losses": [', ']], "losses": [-'), "expected finite values >= 0"),
         (('"format_version": 1', '"format_version": 2'), "format version 2"),
     ],
 )
