@@ -4,13 +4,14 @@ model in memory, or of a checkpoint folder one decoder layer at a time.
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from moe_ext.calibration.channels import check_channels
 from moe_ext.calibration.observer import Observer, observing, take
 from moe_ext.calibration.progress import CalibrationProgress
 from moe_ext.calibration.statistics import ExpertStatistics
@@ -43,8 +44,9 @@ def add_up(stats: ExpertStatistics) -> None:
         ValueError: the processes calibrated different models.
     """
     check_same(stats.model_digest, "the processes calibrated different models: the weights of their routers differ")
-    for tensor in stats.tensors().values():
-        tensor.copy_(total_of(tensor))
+    for name, tensor in stats.tensors().items():
+        if name != "channel_norms":  # of the weights, which are the same
+            tensor.copy_(total_of(tensor))
 
 
 def calibrate(
@@ -54,6 +56,7 @@ def calibrate(
     progress: bool = True,
     dataset: str = "",
     outputs: bool = False,
+    channels: Literal["energy"] | None = None,
     strict: bool = True,
     shard: str = "",
     distributed: bool = False,
@@ -75,6 +78,8 @@ def calibrate(
         dataset: a label for the text, kept in the statistics.
         outputs: also sum every expert's outputs, for the criterion ``mone``. Slower: the experts run twice, the second
             time one by one in transformers' code.
+        channels: "energy": also what every channel of the experts contributes, for plans of thinner experts
+            (:func:`moe_ext.thin_plan`); out of the experts' own pass. On the CPU, and where the operators run.
         strict: as for :func:`moe_ext.patch`, if the model is not patched. With False, layers that the operators cannot
             run are observed through transformers' code, with one warning.
         shard: label of this run, kept in the statistics; files with the same one do not merge.
@@ -95,17 +100,17 @@ def calibrate(
         MemoryError, OSError: hidden states for which there is no room, or a checkpoint that cannot be read.
     """
     in_folder = {"dtype": dtype, "device": device, "scratch": scratch, "resume": resume, "read_ahead": read_ahead}
-    asked = {"dataset": dataset, "outputs": outputs, "strict": strict, "shard": shard}
+    asked = {"dataset": dataset, "outputs": outputs, "channels": channels, "strict": strict, "shard": shard}
     if not isinstance(model, str | os.PathLike):
         FolderOptions.refuse(**in_folder)
         blocks = moe_blocks(model)
-        stats = _start(model, blocks, dataset, outputs, shard)
+        stats = _start(model, blocks, dataset, outputs, channels, shard)
         mine = _share(batches, model, None, asked) if distributed else batches
         _run(model, blocks, mine, stats, progress, outputs, strict)
     else:
         options = FolderOptions.given(**in_folder)
         with options.opened(model) as layers:
-            stats = _start(layers.model, layers.blocks, dataset, outputs, shard)
+            stats = _start(layers.model, layers.blocks, dataset, outputs, channels, shard)
             listed = _share(batches, layers.model, layers, asked) if distributed else list(batches)
             _run_layers(layers, listed, stats, options, progress, outputs, strict)
     if distributed:
@@ -118,7 +123,9 @@ def calibrate(
     return stats
 
 
-def _start(model: PreTrainedModel, blocks: list[MoeBlock], dataset: str, outputs: bool, shard: str) -> ExpertStatistics:
+def _start(
+    model: PreTrainedModel, blocks: list[MoeBlock], dataset: str, outputs: bool, channels: str | None, shard: str
+) -> ExpertStatistics:
     """Statistics of no text, for a model that can be calibrated; ValueError for another."""
     if active_thresholds(model) is not None:
         raise ValueError(
@@ -126,7 +133,8 @@ def _start(model: PreTrainedModel, blocks: list[MoeBlock], dataset: str, outputs
         )
     refuse_novices(blocks, "calibrate")
     hidden_size = text_config(model).hidden_size if outputs else None
-    stats = ExpertStatistics.empty(layout_of(model, blocks), family_of(model).gate, dataset, hidden_size)
+    width = check_channels(channels, blocks)
+    stats = ExpertStatistics.empty(layout_of(model, blocks), family_of(model).gate, dataset, hidden_size, width)
     stats.shards = (shard,) if shard else ()
     return stats
 
@@ -152,7 +160,7 @@ def _run(
     strict: bool,
 ) -> None:
     """Fills the statistics of a model in memory."""
-    with torch.no_grad(), observing(model, blocks, outputs, strict) as observers:
+    with torch.no_grad(), observing(model, blocks, outputs, strict, stats.width) as observers:
         for index, batch in enumerate(tqdm(batches, desc="calibrate", unit="batch", disable=not progress)):
             counted = check_batch(index, batch)
             for observer in observers:
@@ -186,7 +194,7 @@ def _run_layers(
     with (
         bar,
         torch.no_grad(),
-        observing(model, blocks, outputs, strict) as observers,
+        observing(model, blocks, outputs, strict, stats.width) as observers,
         LayerInputs(model, blocks, batches, states=record.states, need=layers.need, position=record.position) as inputs,
     ):
         for layer in left:

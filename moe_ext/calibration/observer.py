@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_ext import ops
+from moe_ext.calibration.channels import channel_errors, channel_norms
 from moe_ext.calibration.statistics import RATIO_BINS, ExpertStatistics
-from moe_ext.models.blocks import MoeBlock, device_of, eager_forward
+from moe_ext.models.blocks import MoeBlock, device_of, eager_forward, expert_tensors
 from moe_ext.runtime.patching import is_patched, layer_state, patched
 
 
@@ -22,14 +23,18 @@ class Observer:
     """Accumulates one layer's statistics on the layer's device; called in place of the ``experts`` operator, or beside
     experts that run on transformers' implementation."""
 
-    def __init__(self, block: MoeBlock, outputs: bool) -> None:
+    def __init__(self, block: MoeBlock, outputs: bool, width: int | None) -> None:
         device = device_of(block.experts, next(block.experts.parameters()))
+        self.block = block
         self.experts = block.experts
         self.num_experts, self.top_k = block.num_experts, block.top_k
         self.moments = torch.zeros(self.num_experts, 3, 3, dtype=torch.float64, device=device)
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.ratio_histogram = torch.zeros(self.top_k - 1, RATIO_BINS, dtype=torch.int64, device=device)
         self.coactivation = torch.zeros(self.num_experts, self.num_experts, dtype=torch.int64, device=device)
+        self.channels = (
+            None if width is None else torch.zeros(self.num_experts, width, dtype=torch.float64, device=device)
+        )
         self.outputs = outputs
         self.output_sum: Tensor | None = None  # (E, H), from the first batch on if asked for
         self.counted: Tensor | None = None  # (T,) bool for the batch under way
@@ -37,7 +42,9 @@ class Observer:
     def __call__(
         self, x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
     ) -> Tensor:
-        out = ops.experts_observed(x, gate_up, down, experts, weights, activation, self.moments, self.counted)
+        out = ops.experts_observed(
+            x, gate_up, down, experts, weights, activation, self.moments, self.counted, self.channels
+        )
         if self.outputs:
             self._evaluate(x, experts, weights, moments=False)
         self._count(experts.long(), weights.float())
@@ -92,14 +99,20 @@ def _add_counts(histogram: Tensor, bins: Tensor, counts: Tensor) -> None:
 
 
 @contextmanager
-def observing(model: PreTrainedModel, blocks: list[MoeBlock], outputs: bool, strict: bool) -> Iterator[list[Observer]]:
-    """A patched model in evaluation mode with an observer in every MoE layer; restored on the way out."""
+def observing(
+    model: PreTrainedModel, blocks: list[MoeBlock], outputs: bool, strict: bool, width: int | None
+) -> Iterator[list[Observer]]:
+    """A patched model in evaluation mode with an observer in every MoE layer; restored on the way out.
+
+    Args:
+        width: I, to observe channels, too.
+    """
     if is_patched(model) and any(layer_state(block).observer is not None for block in blocks):
         raise ValueError("the model is being calibrated already")
     with patched(model, blocks, strict=strict):
         states = [layer_state(block) for block in blocks]
         try:
-            observers = [Observer(block, outputs) for block in blocks]
+            observers = [Observer(block, outputs, width) for block in blocks]
             for state, observer in zip(states, observers, strict=True):
                 state.observer = observer
             yield observers
@@ -117,5 +130,10 @@ def take(stats: ExpertStatistics, layer: int, observer: Observer) -> None:
     stats.coactivation[layer, :count, :count] = observer.coactivation
     if stats.output_sum is not None and observer.output_sum is not None:
         stats.output_sum[layer, :count] = observer.output_sum
-    if not bool(stats.moments[layer].isfinite().all()):
+    if stats.channel_errors is not None and stats.channel_norms is not None and observer.channels is not None:
+        down = expert_tensors(observer.block)["down_proj"].detach()
+        stats.channel_errors[layer, :count] = channel_errors(observer.channels, down)
+        stats.channel_norms[layer, :count] = channel_norms(observer.block)
+    finite = stats.channel_errors is None or bool(stats.channel_errors[layer].isfinite().all())
+    if not finite or not bool(stats.moments[layer].isfinite().all()):
         raise ValueError(f"layer {stats.layers[layer]} gave activations or routing weights that are not finite")

@@ -50,7 +50,7 @@ class CalibrationProgress:
                 __version__,
                 text_digest(batches),
                 layers.fingerprint(),
-                f"{layers.model.dtype} {options.device} {outputs} {place_among()} {stats.dataset}",
+                f"{layers.model.dtype} {options.device} {outputs} {stats.width} {place_among()} {stats.dataset}",
                 *stats.shards,
             ]
         )

@@ -48,6 +48,10 @@ class ExpertStatistics(WithLayout):
             weight of rank j + 2 over the largest (arXiv 2402.14800, dynamic skipping).
         coactivation: (L, E, E) int64; tokens routed to both experts, on the diagonal tokens routed to e.
         output_sum: (L, E, H) float64, sum over routed tokens of ``f_e``; None unless calibration was asked for it.
+        channel_errors: (L, E, I) float64, sum over routed tokens of ``g_e^2 h_j^2 ||down[:, j]||^2``, what the squared
+            error of the layer's output gains if channel j alone goes; None unless calibration was asked for it.
+        channel_norms: (L, E, I) float64, ``||down[:, j]|| * ||up[j]||`` of the weights, for experts that no token
+            reached; beside ``channel_errors``. Merging does not add them up.
         model_digest: tells models of one family apart by their routers' weights; empty if not known.
         shards: labels of the runs that the sums are of, so that none is counted twice; empty if not known.
 
@@ -63,11 +67,15 @@ class ExpertStatistics(WithLayout):
     ratio_histogram: torch.Tensor
     coactivation: torch.Tensor
     output_sum: torch.Tensor | None = None
+    channel_errors: torch.Tensor | None = None
+    channel_norms: torch.Tensor | None = None
     model_digest: str = ""
     shards: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_tensors(self.tensors(), self.num_layers, self.num_experts, self.top_k)
+        if (self.channel_errors is None) != (self.channel_norms is None):
+            raise ValueError("channel_norms: expected with channel_errors, and only then")
         for name in ("gate", "dataset", "model_digest"):
             check_label(name, getattr(self, name))
         for shard in self.shards:
@@ -86,29 +94,44 @@ class ExpertStatistics(WithLayout):
         groups: int = 1,
         fewest: int = 0,
         hidden_size: int | None = None,
+        width: int | None = None,
     ) -> ExpertStatistics:
         """Statistics of no text at all, to accumulate into; arguments as the attributes.
 
         Args:
             num_experts: E, or the number of every layer.
             hidden_size: H, for an ``output_sum``.
+            width: I, for ``channel_errors`` and ``channel_norms``.
 
         Raises:
             ValueError: ``layers`` is empty or repeats a name, or ``top_k`` is not in 1..E.
         """
         experts = (num_experts,) * len(layers) if isinstance(num_experts, int) else num_experts
-        return cls.empty(Layout(model_type, tuple(layers), experts, top_k, groups, fewest), gate, dataset, hidden_size)
+        layout = Layout(model_type, tuple(layers), experts, top_k, groups, fewest)
+        return cls.empty(layout, gate, dataset, hidden_size, width)
 
     @classmethod
-    def empty(cls, layout: Layout, gate: str, dataset: str = "", hidden_size: int | None = None) -> ExpertStatistics:
+    def empty(
+        cls,
+        layout: Layout,
+        gate: str,
+        dataset: str = "",
+        hidden_size: int | None = None,
+        width: int | None = None,
+    ) -> ExpertStatistics:
         """:meth:`zeros`, for a layout."""
         tensors: dict[str, Any] = {
             name: torch.zeros(shape, dtype=dtype, device="cpu")
             for name, (shape, dtype) in _tensor_layout(
-                layout.num_layers, layout.num_experts, layout.top_k, hidden_size
+                layout.num_layers, layout.num_experts, layout.top_k, hidden_size, width
             ).items()
         }
         return cls(layout, gate, dataset, **tensors)
+
+    @property
+    def width(self) -> int | None:
+        """I, if channels were observed."""
+        return None if self.channel_errors is None else self.channel_errors.shape[2]
 
     def routing_counts(self) -> torch.Tensor:
         """(L, E) float64, a copy: ``n_e``, the tokens routed to each expert."""
@@ -138,17 +161,9 @@ class ExpertStatistics(WithLayout):
             raise ValueError("other: statistics of different models do not add up: the weights of the routers differ")
         if (twice := sorted(set(self.shards) & set(other.shards))) and not allow_duplicates:
             raise ValueError(f"other: both hold the shard {shown(twice[0])}, which would count twice")
-        if (self.output_sum is None) != (other.output_sum is None):
-            raise ValueError("other: one of the two has an output_sum and the other has none; calibrate both alike")
-        if self.output_sum is not None and other.output_sum is not None:
-            ours, theirs = self.output_sum.shape[-1], other.output_sum.shape[-1]
-            if ours != theirs:
-                raise ValueError(
-                    f"other: statistics of different models do not add up: output_sum has {ours} and "
-                    f"{theirs} dimensions"
-                )
+        self._check_optional(other)
         labels = {label for label in (*self.dataset.split(" + "), *other.dataset.split(" + ")) if label}
-        sums = {name: getattr(self, name) + getattr(other, name) for name in self.tensors()}
+        sums = {name: getattr(self, name) + getattr(other, name) for name in self.tensors() if name != "channel_norms"}
         dataset = " + ".join(sorted(labels))
         shards = tuple(sorted((*self.shards, *other.shards)))
         digest = self.model_digest and other.model_digest  # known only if both are
@@ -158,6 +173,21 @@ class ExpertStatistics(WithLayout):
         except ValueError as error:
             raise ValueError(f"other: does not add up: {error}") from None
         return both
+
+    def _check_optional(self, other: ExpertStatistics) -> None:
+        """ValueError unless both have the same optional tensors, of the same model."""
+        for name in ("output_sum", "channel_errors"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if (ours is None) != (theirs is None):
+                raise ValueError(f"other: one of the two has {name} and the other has none; calibrate both alike")
+            if ours is not None and ours.shape[-1] != theirs.shape[-1]:
+                raise ValueError(
+                    f"other: statistics of different models do not add up: {name} has {ours.shape[-1]} and "
+                    f"{theirs.shape[-1]} dimensions"
+                )
+        ours, theirs = self.channel_norms, other.channel_norms
+        if ours is not None and theirs is not None and not torch.equal(ours, theirs):
+            raise ValueError("other: statistics of different models do not add up: the norms of the weights differ")
 
     def __add__(self, other: object) -> ExpertStatistics:
         """``merge`` as an operator."""
@@ -214,7 +244,7 @@ class ExpertStatistics(WithLayout):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The sums by field name; themselves, not copies."""
-        named = {name: getattr(self, name) for name in _tensor_layout(1, 1, 1, 1)}
+        named = {name: getattr(self, name) for name in _tensor_layout(1, 1, 1, 1, 1)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def _check_values(self) -> None:
@@ -223,12 +253,12 @@ class ExpertStatistics(WithLayout):
             valid = tensor.isfinite() & (signed | (tensor >= 0))
             if name == "moments":
                 valid[:, :, 0, 0] &= tensor[:, :, 0, 0] <= MOST_COUNTED
-            elif not signed:
+            elif not tensor.is_floating_point():
                 valid &= tensor <= MOST_COUNTED
             if not valid.all():
                 layer, *index = (~valid).nonzero()[0].tolist()
                 value = tensor[(layer, *index)].item()
-                most = " up to 2^53" if value > MOST_COUNTED and math.isfinite(value) and not signed else ""
+                most = " up to 2^53" if value > MOST_COUNTED and math.isfinite(value) else ""
                 raise ValueError(
                     f"{name}: layer {shown(self.layers[layer])} holds {value} at {index}; "
                     f"expected finite values{'' if signed else ' >= 0'}{most}"
@@ -236,10 +266,13 @@ class ExpertStatistics(WithLayout):
 
 
 def _tensor_layout(
-    layers: int, experts: int, top_k: int, hidden_size: int | None
+    layers: int, experts: int, top_k: int, hidden_size: int | None, width: int | None
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor field; ``output_sum`` with a hidden size only."""
+    """Shape and dtype of every tensor field; ``output_sum`` with a hidden size only, those of channels with a width
+    only."""
     optional = {} if hidden_size is None else {"output_sum": ((layers, experts, hidden_size), torch.float64)}
+    if width is not None:
+        optional |= dict.fromkeys(("channel_errors", "channel_norms"), ((layers, experts, width), torch.float64))
     return {
         "moments": ((layers, experts, 3, 3), torch.float64),
         "tokens": ((layers,), torch.int64),
@@ -251,21 +284,26 @@ def _tensor_layout(
 
 def _check_tensors(tensors: dict[str, torch.Tensor], layers: int, experts: int, top_k: int) -> None:
     """ValueError, naming the field, for a tensor of another shape, dtype or device."""
-    output_sum = tensors.get("output_sum")
-    hidden_size = None if output_sum is None else output_sum.shape[-1] if output_sum.dim() else 0
-    for name, (shape, dtype) in _tensor_layout(layers, experts, top_k, hidden_size).items():
-        tensor = tensors[name]
+    hidden_size, width = _last_size(tensors.get("output_sum")), _last_size(tensors.get("channel_errors"))
+    for name, (shape, dtype) in _tensor_layout(layers, experts, top_k, hidden_size, width).items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue  # one that is missed is an error of its own
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: has shape {tuple(tensor.shape)}; expected {shape}")
         if tensor.dtype != dtype or tensor.device.type != "cpu":
             raise ValueError(f"{name}: is {tensor.dtype} on {tensor.device}; expected {dtype} on cpu")
 
 
+def _last_size(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.shape[-1] if tensor.dim() else 0
+
+
 def _check_names(names: AbstractSet[str]) -> None:
-    """ValueError unless ``names`` are the tensor fields, with or without the optional one."""
-    if missing := sorted(_tensor_layout(1, 1, 1, None).keys() - names):
+    """ValueError unless ``names`` are the tensor fields, with or without the optional ones."""
+    if missing := sorted(_tensor_layout(1, 1, 1, None, None).keys() - names):
         raise ValueError(f"tensor {missing[0]!r} is missing")
-    if unexpected := sorted(names - _tensor_layout(1, 1, 1, 1).keys()):
+    if unexpected := sorted(names - _tensor_layout(1, 1, 1, 1, 1).keys()):
         raise ValueError(f"tensor {shown(unexpected[0])} is not part of format version {FORMAT.version}")
 
 

@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -35,6 +35,10 @@ def calibrate(
     save_to: Annotated[Path, destination("Statistics file to write.")],
     dataset: Annotated[str, typer.Option(help="Label of the text; the domain names if empty.")] = "",
     outputs: Annotated[bool, typer.Option("--outputs", help="Also sum experts' outputs (slower), for mone.")] = False,
+    channels: Annotated[
+        Literal["energy"] | None,
+        typer.Option(help="Also what every channel of the experts contributes, for `moe-ext plan --size`."),
+    ] = None,
     sequential: Sequential = False,
     scratch: Scratch = None,
     shard: Annotated[
@@ -70,6 +74,7 @@ def calibrate(
             progress=not as_json and rank() == 0,
             dataset=dataset or " + ".join(texts),
             outputs=outputs,
+            channels=channels,
             strict=strict,
             shard=shard or text_digest(batches)[:12],
             distributed=several,

@@ -13,20 +13,6 @@ import torch
 from torch import Tensor
 
 
-def channel_errors(energies: Tensor, down: Tensor) -> Tensor:
-    """Every channel's error, from its energy.
-
-    Args:
-        energies: (E, I) float64, ``sum g^2 h_j^2``, such as ``ops.experts_observed`` adds up.
-        down: (E, H, I), any floating dtype.
-
-    Returns:
-        (E, I) float64, on the device of ``energies``.
-    """
-    norms = [expert.double().square().sum(0) for expert in down]  # one expert in float64 at a time
-    return energies * torch.stack(norms).to(energies.device)
-
-
 def kept_by_score(scores: Tensor, keep: int) -> Tensor:
     """The channels with the highest scores, ascending; of equal scores the lower channel.
 

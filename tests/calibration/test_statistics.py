@@ -327,7 +327,7 @@ def test_everything_about_layers_survives_a_merge() -> None:
         ({"groups": 1}, "groups 2 and 1"),
         ({"fewest": 2}, "fewest 4 and 2"),
         ({"num_experts": (4, 6)}, r"experts \(6, 4\) and \(4, 6\)"),
-        ({"hidden_size": None}, "one of the two has an output_sum and the other has none"),
+        ({"hidden_size": None}, "one of the two has output_sum and the other has none"),
         ({"hidden_size": 4}, "output_sum has 3 and 4 dimensions"),
     ],
 )

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_ext.decision.channels import channel_errors, damped, kept_by_obs, kept_by_score
+from moe_ext.calibration.channels import channel_errors
+from moe_ext.decision.channels import damped, kept_by_obs, kept_by_score
 from moe_ext.pruning.refit import refitted_down
 
 

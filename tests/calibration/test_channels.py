@@ -1,0 +1,129 @@
+"""Sums over channels, against float64 brute force on the family's own modules."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+import moe_ext
+from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.models.blocks import expert_tensors, moe_blocks
+from tests.support.families import ALL, STOCK_ONLY, build, on_experts
+
+FAMILIES = [name for name in ALL if name not in STOCK_ONLY]
+
+
+def batches(count: int = 2) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(count):
+        mask = torch.ones(2, 9, dtype=torch.int64)
+        mask[1, 6:] = 0
+        made.append({"input_ids": torch.randint(3, 96, (2, 9), generator=generator), "attention_mask": mask})
+    return made
+
+
+def brute_force(model: PreTrainedModel, text: list[dict[str, Tensor]]) -> Tensor:
+    """(L, E, I): sum over routed, counted tokens of g^2 h_j^2 ||down[:, j]||^2, from the definitions."""
+    blocks = moe_blocks(model)
+    width = expert_tensors(blocks[0])["down_proj"].shape[2]
+    errors = torch.zeros(len(blocks), blocks[0].num_experts, width, dtype=torch.float64)
+    counted = torch.ones(0, dtype=torch.bool)
+
+    def hook(layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x, experts, weights = args
+        gate_up, down = (expert_tensors(blocks[layer])[name].double() for name in ("gate_up_proj", "down_proj"))
+        for token in counted.nonzero().flatten().tolist():
+            for expert, weight in zip(experts[token].tolist(), weights[token].double().tolist(), strict=True):
+                gate, up = (gate_up[expert] @ x[token].double()).chunk(2)
+                h = ACT2FN[module.config.hidden_act](gate) * up  # type: ignore[union-attr]
+                errors[layer, expert] += (weight * h) ** 2 * down[expert].square().sum(0)
+
+    hooks = on_experts(model, hook)
+    with torch.no_grad():
+        for batch in text:
+            counted = batch["attention_mask"].reshape(-1).bool()
+            model.base_model(**batch, use_cache=False)
+    for handle in hooks:
+        handle.remove()
+    return errors
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_errors_of_channels_equal_float64_brute_force(family: str) -> None:
+    model = build(family)
+    stats = moe_ext.calibrate(model, batches(), channels="energy", progress=False)
+    assert stats.channel_errors is not None
+    torch.testing.assert_close(stats.channel_errors, brute_force(model, batches()), rtol=1e-3, atol=1e-7)
+    assert torch.equal(stats.moments, moe_ext.calibrate(model, batches(), progress=False).moments)
+
+
+def test_norms_are_those_of_the_weights() -> None:
+    model = build("mixtral", dtype=torch.bfloat16)
+    stats = moe_ext.calibrate(model, batches(), channels="energy", progress=False)
+    assert stats.channel_norms is not None
+    for layer, block in enumerate(moe_blocks(model)):
+        up = expert_tensors(block)["gate_up_proj"].double()[:, stats.channel_norms.shape[2] :]
+        expected = up.square().sum(2).sqrt() * expert_tensors(block)["down_proj"].double().square().sum(1).sqrt()
+        torch.testing.assert_close(stats.channel_norms[layer], expected)
+
+
+def assert_same(first: ExpertStatistics, second: ExpertStatistics) -> None:
+    assert first.tensors().keys() == second.tensors().keys()
+    for name, tensor in first.tensors().items():
+        assert torch.equal(tensor, second.tensors()[name]), name
+
+
+def test_a_folder_gives_the_same_a_file_holds_it_and_halves_add_up(tmp_path: Path) -> None:
+    model = build("mixtral")
+    model.save_pretrained(tmp_path / "model")
+    whole = moe_ext.calibrate(model, batches(), channels="energy", progress=False)
+    resume = tmp_path / "partial"
+    assert_same(
+        moe_ext.calibrate(tmp_path / "model", batches(), channels="energy", progress=False, resume=resume), whole
+    )
+    whole.save(tmp_path / "stats.safetensors")
+    assert_same(ExpertStatistics.load(tmp_path / "stats.safetensors"), whole)
+    halves = [moe_ext.calibrate(model, [batch], channels="energy", progress=False) for batch in batches()]
+    both = halves[0] + halves[1]
+    assert whole.channel_errors is not None
+    assert both.channel_errors is not None
+    torch.testing.assert_close(both.channel_errors, whole.channel_errors, rtol=1e-12, atol=0)
+    assert torch.equal(both.channel_norms, whole.channel_norms)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="is of another run"):
+        moe_ext.calibrate(tmp_path / "model", batches(), progress=False, resume=resume)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"channel_errors": None, "channel_norms": None}, "one of the two has channel_errors and the other has none"),
+        ({"channel_norms": torch.zeros(3, 8, 24).double()}, "the norms of the weights differ"),
+        (
+            {"channel_errors": torch.zeros(3, 8, 23).double(), "channel_norms": torch.zeros(3, 8, 23).double()},
+            "channel_errors has 24 and 23 dimensions",
+        ),
+    ],
+)
+def test_channels_of_another_model_do_not_add_up(change: dict[str, Any], message: str) -> None:
+    stats = moe_ext.calibrate(build("mixtral"), batches(), channels="energy", progress=False)
+    other = ExpertStatistics(stats.layout, stats.gate, "", **{**stats.tensors(), **change})
+    with pytest.raises(ValueError, match=message):
+        stats.merge(other)
+
+
+def test_errors_without_norms_are_no_statistics() -> None:
+    stats = moe_ext.calibrate(build("mixtral"), batches(), channels="energy", progress=False)
+    with pytest.raises(ValueError, match="channel_norms: expected with channel_errors"):
+        ExpertStatistics(stats.layout, stats.gate, "", **{**stats.tensors(), "channel_norms": None})  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_observed_is_refused() -> None:
+    with pytest.raises(ValueError, match="channels: expected one of energy, or None, got 'gram'"):
+        moe_ext.calibrate(build("mixtral"), batches(), channels="gram", progress=False)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"observed by the operators only; model.layers.0.mlp: GptOssExperts has"):
+        moe_ext.calibrate(build("gpt_oss"), batches(), channels="energy", strict=False, progress=False)
