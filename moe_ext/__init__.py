@@ -14,6 +14,7 @@ from moe_ext.decision.criteria import CRITERIA, OBJECTIVES, Scores, score
 from moe_ext.decision.plan import plan
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.decision.redundancy import ExpertPair, redundant_pairs
+from moe_ext.decision.thin_plan import thin_plan
 from moe_ext.decision.thresholds import skip_thresholds
 from moe_ext.decision.weights_only import aimer
 from moe_ext.evaluation.perplexity import Perplexity, perplexity
@@ -50,5 +51,6 @@ __all__ = [
     "score",
     "search",
     "skip_thresholds",
+    "thin_plan",
     "unpatch",
 ]

@@ -16,6 +16,7 @@ from moe_ext.decision.criteria import Scores
 from moe_ext.decision.criteria import score as scores_of
 from moe_ext.decision.plan import plan as plan_from
 from moe_ext.decision.redundancy import redundant_pairs
+from moe_ext.decision.thin_plan import MULTIPLE, thin_plan
 from moe_ext.decision.weights_only import aimer
 from moe_ext.storage.formats import shown
 
@@ -58,6 +59,16 @@ def plan(
     save_to: Annotated[Path, destination("Plan file to write.")],
     keep: Annotated[int | None, typer.Option(min=1, help="Experts that every layer keeps.")] = None,
     ratio: Annotated[float | None, typer.Option(min=0, max=1, help="Share of experts that every layer loses.")] = None,
+    size: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Share of expert parameters that is left: experts lose channels.", show_default=False
+        ),
+    ] = None,
+    channels: Annotated[
+        int | None, typer.Option(min=1, help="Channels that every expert keeps.", show_default=False)
+    ] = None,
+    multiple: Annotated[int, typer.Option(min=1, help="What the number of channels is a multiple of.")] = MULTIPLE,
     scope: Annotated[
         Literal["layer", "model"], typer.Option(help="model: one ranking of all layers; keep and ratio are averages.")
     ] = "layer",
@@ -70,18 +81,35 @@ def plan(
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
-    """Decide which experts each layer keeps."""
-    if (keep is None) == (ratio is None):
+    """Decide which experts each layer keeps, which channels its experts keep, or both: experts first, then channels.
+
+    --size and --channels need statistics made with --channels energy.
+    """
+    thinner = size is not None or channels is not None
+    if keep is not None and ratio is not None:
         raise typer.BadParameter("give --keep or --ratio, one of them")
+    if keep is None and ratio is None and not thinner:
+        raise typer.BadParameter("give --keep or --ratio for fewer experts, --size or --channels for thinner ones")
     if normalise is not None and scope == "layer":
         raise typer.BadParameter("--normalise goes with --scope model")
-    scores = scores_for(statistics, criterion, objective, seed)
-    made = plan_from(scores, keep=keep, ratio=ratio, scope=scope, normalise=normalise)
+    made = None
+    if keep is not None or ratio is not None:
+        scores = scores_for(statistics, criterion, objective, seed)
+        made = plan_from(scores, keep=keep, ratio=ratio, scope=scope, normalise=normalise)
+    elif criterion is not None or objective is not None or seed is not None or scope != "layer":
+        raise typer.BadParameter("--criterion, --objective, --seed and --scope go with --keep or --ratio")
+    if thinner or made is None:
+        made = thin_plan(ExpertStatistics.load(statistics), size=size, channels=channels, plan=made, multiple=multiple)
     made.save(save_to)
+    width = None if made.channels is None else made.channels.width(0)
     if as_json:
-        print_json({"plan": str(save_to), "keep": dict(zip(made.layers, made.keep, strict=True))})
-    else:
-        out.print(removed_experts(made), f"written to {save_to}")
+        print_json({"plan": str(save_to), "keep": dict(zip(made.layers, made.keep, strict=True)), "channels": width})
+        return
+    if keep is not None or ratio is not None:
+        out.print(removed_experts(made))
+    if made.channels is not None:
+        out.print(f"every expert keeps {width} of {made.channels.intermediate_size} channels")
+    out.print(f"written to {save_to}")
 
 
 def redundancy(

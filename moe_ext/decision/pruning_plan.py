@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.models.layout import MOST_EXPERTS, SAME_MODEL, Layout, check_layers
 from moe_ext.storage.files import replace_file
 from moe_ext.storage.formats import FileFormatError, Format, check_label, parse_json, shown
 
-FORMAT = Format("moe_ext.pruning_plan", 1, "a pruning plan")
+FORMAT = Format("moe_ext.pruning_plan", 2, "a pruning plan", oldest=1)  # 1: without channels
 
 
 class PlanFileError(FileFormatError):
@@ -22,7 +23,7 @@ class PlanFileError(FileFormatError):
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """The experts that every layer keeps.
+    """The experts that every layer keeps, and the channels that these keep.
 
     Attributes:
         model_type: transformers' name of the model family.
@@ -31,6 +32,7 @@ class PruningPlan:
         layers: L module names of the Mixture-of-Experts blocks, in model order.
         keep: for every layer the ascending indices, in 0..E - 1, of the experts it keeps; at least K.
         made_by: how the plan came about, as JSON values: criterion, dataset, keep or ratio, version.
+        channels: of the kept experts, in their order; None: all.
 
     Raises:
         ValueError: an attribute breaks the rules above; names the layer where one is at fault.
@@ -42,6 +44,7 @@ class PruningPlan:
     layers: tuple[str, ...]
     keep: tuple[tuple[int, ...], ...]
     made_by: dict[str, Any] = field(default_factory=dict)
+    channels: KeptChannels | None = None
 
     def __post_init__(self) -> None:
         check_label("model_type", self.model_type)
@@ -61,11 +64,19 @@ class PruningPlan:
             check_kept(where, kept, self.num_experts)
             if len(kept) < self.top_k:
                 raise ValueError(f"{where}: expected at least top_k = {self.top_k} experts, got {len(kept)}")
+        if self.channels is not None and [len(masks) for masks in self.channels.masks] != list(map(len, self.keep)):
+            raise ValueError("channels: expected those of every expert that is kept, in every layer")
 
     @classmethod
-    def of(cls, layout: Layout, keep: tuple[tuple[int, ...], ...], made_by: dict[str, Any]) -> PruningPlan:
+    def of(
+        cls,
+        layout: Layout,
+        keep: tuple[tuple[int, ...], ...],
+        made_by: dict[str, Any],
+        channels: KeptChannels | None = None,
+    ) -> PruningPlan:
         """A plan for the model of a layout, whose layers have equal numbers of experts."""
-        return cls(layout.model_type, layout.num_experts, layout.top_k, layout.layers, keep, made_by)
+        return cls(layout.model_type, layout.num_experts, layout.top_k, layout.layers, keep, made_by, channels)
 
     def misfit(self, layout: Layout) -> str | None:
         """What says that the plan is not for the model of a layout, such as ``"top_k 2 and 4"``; None if nothing does.
@@ -95,6 +106,7 @@ class PruningPlan:
             "layers": self.layers,
             "keep": self.keep,
             "made_by": self.made_by,
+            **({} if self.channels is None else {"channels": self.channels.to_json()}),
         }
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
         return "{\n" + ",\n".join(lines) + "\n}\n"
@@ -114,12 +126,16 @@ class PruningPlan:
             FORMAT.check(fields)
         except ValueError as error:
             raise PlanFileError(str(error)) from None
+        if fields["format_version"] == 1 and "channels" in fields:
+            raise PlanFileError("field 'channels' is not part of format version 1")
         for mark in FORMAT.marks():
             del fields[mark]
         _check_field_types(fields)
         fields["layers"] = tuple(fields["layers"])
         fields["keep"] = tuple(tuple(kept) if isinstance(kept, list) else kept for kept in fields["keep"])
         try:
+            if "channels" in fields:
+                fields["channels"] = KeptChannels.from_json(fields["channels"])
             return cls(**fields)
         except ValueError as error:
             raise PlanFileError(str(error)) from error
@@ -178,7 +194,7 @@ def _check_field_types(fields: dict[str, Any]) -> None:
     expected = {"model_type": str, "num_experts": int, "top_k": int, "layers": list, "keep": list, "made_by": dict}
     if missing := [name for name in expected if name not in fields]:
         raise PlanFileError(f"field {missing[0]!r} is missing")
-    if unexpected := [name for name in fields if name not in expected]:
+    if unexpected := [name for name in fields if name not in (*expected, "channels")]:
         raise PlanFileError(f"field {shown(unexpected[0])} is not part of format version {FORMAT.version}")
     for name, kind in expected.items():
         if type(fields[name]) is not kind:

@@ -101,10 +101,10 @@ def channel_dimension(block: MoeBlock, name: str) -> int | None:
     return (1 if transposed else 2) if name == "down_proj" else (2 if transposed else 1)
 
 
-def take_width(blocks: list[MoeBlock], other: PreTrainedModel) -> None:
-    """Gives the modules of blocks the sizes that those of a model of another width have as attributes."""
+def take_width(blocks: list[MoeBlock], other: PreTrainedModel, before: int, width: int) -> None:
+    """Gives the modules of blocks the width as attributes, where those of a model of that width have it."""
     for block, like in zip(blocks, moe_blocks(other), strict=True):
         for module, example in ((block.module, like.module), (block.experts, like.experts)):
             for name, value in vars(example).items():
-                if type(value) is int and type(vars(module).get(name)) is int:
-                    setattr(module, name, value)
+                if type(value) is int and value == width and vars(module).get(name) == before:
+                    setattr(module, name, width)

@@ -27,6 +27,7 @@ from moe_ext.models.config_section import CONFIG_KEY, section_with_novices
 from moe_ext.models.families import NUM_EXPERTS_FIELDS
 from moe_ext.models.novices import add_novices
 from moe_ext.pruning.replace import replace_tensor
+from moe_ext.pruning.thin import Thinning
 from moe_ext.storage.formats import shown
 
 
@@ -85,7 +86,7 @@ def _check_keep(block: MoeBlock, keep: tuple[int, ...]) -> None:
 
 
 def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistics | None = None) -> PreTrainedModel:
-    """Removes the experts that a plan does not keep, in place; patched or not, the model stays so.
+    """Removes the experts and channels that a plan does not keep, in place; patched or not, the model stays so.
 
     With the experts go their rows of the router, its correction biases and every count of experts in the model and its
     config. Where layers keep different numbers, the config says so in transformers' ``per_layer_config``; it then
@@ -97,7 +98,7 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
 
     Args:
         model: the model that the plan was made for.
-        plan: experts to keep per layer.
+        plan: experts to keep per layer, and of these the channels.
         novices: statistics of this model with an ``output_sum``. The mean output of a removed expert then takes its
             place (MoNE, arXiv 2507.00390) and the router stays whole: a token is routed as before. Such a
             model saves as usual and loads through :func:`moe_ext.from_pretrained` only; it is neither calibrated nor
@@ -114,8 +115,11 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
     check_plan(model, blocks, plan)
     fields = _num_experts_fields(model, blocks[0])
     if novices is not None:
+        if plan.channels is not None:
+            raise ValueError("novices: go with experts that keep all their channels; this plan thins them")
         _put_novices(model, blocks, plan, novices)
         return model
+    thinning = None if plan.channels is None else Thinning.of(model, blocks, plan.channels, list(map(len, plan.keep)))
     with torch.no_grad():
         for block, keep in zip(blocks, plan.keep, strict=True):
             _keep_slices(keep, block.routing_tensors() + _expert_parts(block))
@@ -123,6 +127,8 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
                 if hasattr(module, "num_experts"):
                     module.num_experts = len(keep)  # type: ignore[assignment]
     _write_counts(text_config(model), fields, blocks)
+    if thinning is not None:
+        thinning.apply(model, blocks)
     if hasattr(model, "num_experts"):  # the language model head's copy, for the auxiliary loss
         model.num_experts = max(map(len, plan.keep))
     return model

@@ -92,6 +92,8 @@ def prune_checkpoint(
             experts is not as the family's record says.
         OSError: a file is missing, or the disk is too small: found before anything is written.
     """
+    if plan.channels is not None:
+        raise ValueError("plan: keeps some channels of experts only; prune the loaded model by it, moe_ext.prune")
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}; expected a number of bytes")
     target = folder_destination(out)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,51 +16,66 @@ from moe_ext.models.expert_width import channel_dimension, config_for_width, tak
 from moe_ext.pruning.replace import replace_tensor
 
 
-def check_channels(blocks: list[MoeBlock], channels: KeptChannels) -> int:
-    """The width that experts are to have; ValueError, naming the layer, if the channels are not of these experts."""
-    if len(channels.masks) != len(blocks):
-        raise ValueError(f"channels: are of {len(channels.masks)} layers; this model has {len(blocks)} MoE layers")
-    for layer, block in enumerate(blocks):
-        check_layout(block)
-        if width_of(block) != channels.intermediate_size:
-            raise ValueError(
-                f"channels: are of experts with {channels.intermediate_size} channels; {block.name} has "
-                f"{width_of(block)}"
-            )
-        if len(channels.masks[layer]) != block.num_experts:
-            raise ValueError(
-                f"channels: are of {len(channels.masks[layer])} experts; {block.name} has {block.num_experts}"
-            )
-    widths = [channels.width(layer) for layer in range(len(blocks))]
-    if len(set(widths)) > 1:
-        raise ValueError(f"channels: layers keep {min(widths)} to {max(widths)} channels; expected one width")
-    return widths[0]
+@dataclass(frozen=True)
+class Thinning:
+    """What is to be done to a model's experts, once it is known that it can be.
 
-
-def thin(model: PreTrainedModel, blocks: list[MoeBlock], channels: KeptChannels) -> None:
-    """Leaves every expert the channels that it is to keep, in place, and the width in the model's config.
-
-    Args:
-        model: patched or not, it stays so; its experts are those that ``channels`` is of.
-
-    Raises:
-        ValueError: ``channels`` does not fit the model, or its family's config cannot say so. The model is left as it
-            was.
+    Attributes:
+        channels: of the experts that the model will have.
+        before, width: I, and the channels that are kept of it.
+        fields: of the text decoder's config, with their new values.
+        like: a model on the meta device whose experts have that width.
     """
-    width = check_channels(blocks, channels)
-    fields, other = config_for_width(model, blocks, width)
-    with torch.no_grad():
-        for layer, block in enumerate(blocks):
-            kept = channels.indices(layer)
-            thinned = [
-                (name, old, thinned_tensor(block, name, old, kept)) for name, old in expert_tensors(block).items()
-            ]
-            for name, old, new in thinned:
-                if new is not old:
-                    replace_tensor(block.experts, name, old, new)
-    take_width(blocks, other)
-    for name, value in fields.items():
-        setattr(text_config(model), name, value)
+
+    channels: KeptChannels
+    before: int
+    width: int
+    fields: dict[str, Any]
+    like: PreTrainedModel
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, blocks: list[MoeBlock], channels: KeptChannels, experts: Sequence[int]
+    ) -> Thinning:
+        """For a model that is still whole.
+
+        Args:
+            experts: how many every block will have by then.
+
+        Raises:
+            ValueError: ``channels`` does not fit the model (names the layer), or its family's config cannot say so.
+        """
+        if len(channels.masks) != len(blocks):
+            raise ValueError(f"channels: are of {len(channels.masks)} layers; this model has {len(blocks)} MoE layers")
+        for layer, (block, count) in enumerate(zip(blocks, experts, strict=True)):
+            check_layout(block)
+            if width_of(block) != channels.intermediate_size:
+                raise ValueError(
+                    f"channels: are of experts with {channels.intermediate_size} channels; {block.name} has "
+                    f"{width_of(block)}"
+                )
+            if len(channels.masks[layer]) != count:
+                raise ValueError(f"channels: are of {len(channels.masks[layer])} experts; {block.name} has {count}")
+        widths = [channels.width(layer) for layer in range(len(blocks))]
+        if len(set(widths)) > 1:
+            raise ValueError(f"channels: layers keep {min(widths)} to {max(widths)} channels; expected one width")
+        fields, like = config_for_width(model, blocks, widths[0])
+        return cls(channels, channels.intermediate_size, widths[0], fields, like)
+
+    def apply(self, model: PreTrainedModel, blocks: list[MoeBlock]) -> None:
+        """Leaves every expert the channels that it is to keep, in place, and the width in the model's config."""
+        with torch.no_grad():
+            for layer, block in enumerate(blocks):
+                kept = self.channels.indices(layer)
+                tensors = expert_tensors(block)
+                # All are made before any takes its place: a layer is thinned as a whole or not at all.
+                thinned = {name: thinned_tensor(block, name, old, kept) for name, old in tensors.items()}
+                for name, new in thinned.items():
+                    if new is not tensors[name]:
+                        replace_tensor(block.experts, name, tensors[name], new)
+        take_width(blocks, self.like, self.before, self.width)
+        for name, value in self.fields.items():
+            setattr(text_config(model), name, value)
 
 
 def thinned_tensor(block: MoeBlock, name: str, tensor: Tensor, kept: Tensor) -> Tensor:

@@ -95,13 +95,15 @@ class Format:
 
     Attributes:
         name: what its files say they are, such as ``"moe_ext.pruning_plan"``.
-        version: the one that this package writes; others are not read.
+        version: the one that this package writes.
         title: what a message calls it, such as ``"a pruning plan"``.
+        oldest: the first version that is read; None: only the one that is written.
     """
 
     name: str
     version: int
     title: str
+    oldest: int | None = None
 
     def marks(self) -> dict[str, str | int]:
         """The entries of a JSON object that say what it is."""
@@ -129,8 +131,10 @@ class Format:
                 f"written by a newer moe_ext (format version {shown(version)}, known is {self.version}): "
                 "upgrade moe_ext"
             )
-        if type(version) is not int or version != self.version:
-            raise ValueError(f"format_version: expected {self.version}, got {shown(version)}")
+        oldest = self.version if self.oldest is None else self.oldest
+        if type(version) is not int or version < oldest:
+            expected = f"{oldest} to {self.version}" if oldest < self.version else str(self.version)
+            raise ValueError(f"format_version: expected {expected}, got {shown(version)}")
 
     def check_metadata(self, metadata: Mapping[str, str] | None) -> dict[str, str]:
         """Checks a safetensors file's metadata and returns it; ValueError as :meth:`check`."""

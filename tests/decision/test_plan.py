@@ -233,11 +233,11 @@ def test_a_layer_that_does_not_exist_is_an_index_error() -> None:
         ({"top_k": 5}, "top_k: expected 1 to 4 experts, got 5"),
         ({"format": ...}, "not a pruning plan"),
         ({"format": "moe_ext.expert_statistics"}, "not a pruning plan"),
-        ({"format_version": 2}, "written by a newer moe_ext .*upgrade"),
-        ({"format_version": 0}, "format_version: expected 1, got 0"),
-        ({"format_version": "1"}, "format_version: expected 1, got '1'"),
-        ({"format_version": True}, "format_version: expected 1, got True"),
-        ({"format_version": ...}, "format_version: expected 1, got None"),
+        ({"format_version": 3}, "written by a newer moe_ext .*upgrade"),
+        ({"format_version": 0}, "format_version: expected 1 to 2, got 0"),
+        ({"format_version": "1"}, "format_version: expected 1 to 2, got '1'"),
+        ({"format_version": True}, "format_version: expected 1 to 2, got True"),
+        ({"format_version": ...}, "format_version: expected 1 to 2, got None"),
         ({"model_type": 3}, "model_type: expected a JSON str, got 3"),
         ({"num_experts": 4.0}, "num_experts: expected a JSON int, got 4.0"),
         ({"top_k": True}, "top_k: expected a JSON int, got True"),
@@ -246,7 +246,7 @@ def test_a_layer_that_does_not_exist_is_an_index_error() -> None:
         ({"made_by": None}, "made_by: expected a JSON dict, got None"),
         ({"made_by": ...}, "field 'made_by' is missing"),
         ({"keep": ...}, "field 'keep' is missing"),
-        ({"keeps": []}, "field 'keeps' is not part of format version 1"),
+        ({"keeps": []}, "field 'keeps' is not part of format version 2"),
     ],
 )
 def test_a_plan_that_breaks_a_rule_is_refused(changes: dict[str, object], message: str) -> None:
@@ -283,7 +283,7 @@ def test_the_file_is_json_with_a_field_a_line(tmp_path: Path) -> None:
     assert (tmp_path / "plan.json").read_text() == (
         "{\n"
         '  "format": "moe_ext.pruning_plan",\n'
-        '  "format_version": 1,\n'
+        '  "format_version": 2,\n'
         '  "model_type": "mixtral",\n'
         '  "num_experts": 4,\n'
         '  "top_k": 2,\n'

@@ -1,5 +1,6 @@
 """Experts with fewer channels: equal to the model whose channels were put to zero, and stock once it is saved."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,13 @@ import pytest
 import torch
 import transformers
 
+import moe_ext
 from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.models.blocks import expert_tensors, moe_blocks, text_config
 from moe_ext.models.expert_width import SHARED_FIELDS, width_of
-from moe_ext.pruning.thin import thin
+from moe_ext.pruning.prune import prune
 from moe_ext.runtime.patching import patch
-from tests.support.families import ALL, STOCK_ONLY, build, logits_of, reloaded
+from tests.support.families import ALL, STOCK_ONLY, build, keep_of, logits_of, plan_for, reloaded
 
 TOKENS = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(0))
 NOT_THIN = {"jamba": "other layers read intermediate_size"}  # its dense layers
@@ -27,6 +29,12 @@ def channels_for(model: transformers.PreTrainedModel, width: int, seed: int = 0)
         order = torch.rand(block.num_experts, width_of(block), generator=generator).argsort(1)
         kept.append(order[:, :width].sort(1).values)
     return KeptChannels.of(kept, width_of(moe_blocks(model)[0]))
+
+
+def thin(model: transformers.PreTrainedModel, channels: KeptChannels) -> None:
+    keep = tuple(tuple(range(block.num_experts)) for block in moe_blocks(model))
+    plan = plan_for(model, keep)
+    prune(model, replace(plan, channels=channels))
 
 
 def silence(model: transformers.PreTrainedModel, channels: KeptChannels) -> None:
@@ -46,7 +54,7 @@ def test_a_thinned_model_is_the_one_whose_channels_are_silent_and_reloads_stock(
     before = text_config(model).to_dict()
     width = 12 if family in HALVES else 16  # stock grouped_mm takes rows of whole 16 bytes
     channels = channels_for(model, width)
-    thin(model, moe_blocks(model), channels)
+    thin(model, channels)
     silence(reference, channels)
     expected = logits_of(reference, TOKENS)
     torch.testing.assert_close(logits_of(model, TOKENS), expected, rtol=1e-4, atol=1e-5)
@@ -67,15 +75,31 @@ def test_a_family_whose_dense_layers_share_the_field_is_refused(family: str) -> 
     model = build(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=NOT_THIN[family]):
-        thin(model, moe_blocks(model), channels_for(model, 12))
+        thin(model, channels_for(model, 12))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_shared_experts_that_could_not_stay_as_wide_are_no_reason_to_change_them() -> None:
     model = build("deepseek_v3")
     with pytest.raises(ValueError, match="other layers read moe_intermediate_size"):
-        thin(model, moe_blocks(model), channels_for(model, 15))
+        thin(model, channels_for(model, 15))
     assert text_config(model).moe_intermediate_size == 24
+
+
+@pytest.mark.parametrize("fewer", [0, 1])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_experts_go_first_and_then_channels_of_those_that_are_left(family: str, fewer: int, tmp_path: Path) -> None:
+    model, reference = build(family), build(family)
+    keep = keep_of(model, family, fewer=fewer if family == "mixtral" else 0)
+    plan = plan_for(model, keep)
+    prune(reference, plan)
+    channels = channels_for(reference, 12 if family in HALVES else 16)
+    prune(model, replace(plan, channels=channels))
+    silence(reference, channels)
+    torch.testing.assert_close(logits_of(model, TOKENS), logits_of(reference, TOKENS), rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "thin")
+    again = reloaded(moe_ext.from_pretrained, tmp_path / "thin", dtype="auto")
+    assert torch.equal(logits_of(again, TOKENS), logits_of(model, TOKENS))
 
 
 def changed(**changes: Any) -> KeptChannels:
@@ -87,9 +111,7 @@ def changed(**changes: Any) -> KeptChannels:
 @pytest.mark.parametrize(
     ("channels", "message"),
     [
-        (changed(layers=2), "channels: are of 2 layers; this model has 3 MoE layers"),
         (changed(channels=25), "channels: are of experts with 25 channels; model.layers.0.mlp has 24"),
-        (changed(experts=7), "channels: are of 7 experts; model.layers.0.mlp has 8"),
         (changed(widths=(12, 11, 12)), "channels: layers keep 11 to 12 channels; expected one width"),
     ],
 )
@@ -97,7 +119,7 @@ def test_channels_of_another_model_are_refused(channels: KeptChannels, message: 
     model = build("mixtral")
     before = model.state_dict()
     with pytest.raises(ValueError, match=message):
-        thin(model, moe_blocks(model), channels)
+        thin(model, channels)
     assert all(
         tensor is before[name] or torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()
     )

@@ -1,0 +1,102 @@
+"""Statistics to a plan of thinner experts, and of fewer and thinner ones."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+
+from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.decision.channels import kept_by_score
+from moe_ext.decision.kept_channels import KeptChannels
+from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.version import __version__
+
+MULTIPLE = 64
+"""What a width is a multiple of, unless asked otherwise: tensor cores, groups of scales and tensor parallel ranks share
+such widths out evenly."""
+
+
+def thin_plan(
+    stats: ExpertStatistics,
+    *,
+    size: float | None = None,
+    channels: int | None = None,
+    plan: PruningPlan | None = None,
+    multiple: int = MULTIPLE,
+) -> PruningPlan:
+    """Keep the channels of every expert that contribute most, the same number of each.
+
+    A channel's score is its error: what the squared error of the layer's output gains if it alone goes. An expert that
+    no token reached keeps the channels with the largest ``||down[:, j]|| * ||up[j]||``, with a warning.
+
+    Args:
+        stats: of the unpruned model, from ``calibrate(..., channels="energy")``.
+        size: share of the expert parameters that is left, in (0, 1): the width is the largest multiple within it.
+            Exactly one of ``size`` and ``channels`` is given.
+        channels: I', the channels that every expert keeps.
+        plan: experts to keep; ``size`` is then what is left of all of them. None: all.
+        multiple: what the width is a multiple of.
+
+    Returns:
+        A plan with ``channels``; ``made_by`` holds what was asked for, and that of ``plan``.
+
+    Raises:
+        ValueError: statistics without sums over channels, or of a model whose layers differ; a plan for another model
+            or with channels; neither or both of size and channels; or a width below ``multiple``, not a multiple of it,
+            or not below what the experts have.
+    """
+    if stats.channel_errors is None or stats.channel_norms is None:
+        raise ValueError('stats: hold no sums over channels; calibrate(..., channels="energy"), or --channels energy')
+    if len(set(stats.experts)) > 1:
+        raise ValueError("stats: the layers differ in experts already; plan from statistics of the unpruned model")
+    experts, before = stats.num_experts, stats.channel_errors.shape[2]
+    keep = (tuple(range(experts)),) * stats.num_layers if plan is None else plan.keep
+    made_by: dict[str, Any] = {"dataset": stats.dataset}
+    if plan is not None:
+        if plan.channels is not None:
+            raise ValueError("plan: says already which channels are kept")
+        if (different := plan.misfit(stats.layout)) is not None:
+            raise ValueError(f"plan: is for another model than the statistics: {different}")
+        made_by = dict(plan.made_by)
+    if type(multiple) is not int or multiple < 1:
+        raise ValueError(f"multiple: expected 1 or more, got {multiple!r}")
+    share = sum(map(len, keep)) / (experts * stats.num_layers)
+    width = _width(size, channels, before, share, multiple)
+    unreached = stats.routing_counts() == 0
+    scores = torch.where(unreached[:, :, None], stats.channel_norms, stats.channel_errors)
+    kept = [kept_by_score(scores[layer, list(row)], width) for layer, row in enumerate(keep)]
+    alone = sum(int(unreached[layer, list(row)].sum()) for layer, row in enumerate(keep))
+    if alone:
+        warnings.warn(f"{alone} experts that no token reached keep the channels with the largest weights", stacklevel=2)
+    asked = {"size": size} if size is not None else {}
+    made_by |= {**asked, "channels": width, "select": "energy", "unreached_experts": alone, "moe_ext": __version__}
+    return PruningPlan.of(stats.layout, keep, made_by, KeptChannels.of(kept, before))
+
+
+def _width(size: float | None, channels: int | None, before: int, share: float, multiple: int) -> int:
+    """I' for experts of ``before`` channels, of which a ``share`` is kept."""
+    if (size is None) == (channels is None):
+        raise ValueError(
+            f"size: expected exactly one of size and channels, got size={size!r} and channels={channels!r}"
+        )
+    if size is not None:
+        if not 0 < size < 1:
+            raise ValueError(f"size: expected a share in (0, 1), got {size!r}")
+        # A share such as 0.75 of 0.75 is a hair below 1 in floating point.
+        width = math.floor(size / share * before / multiple + 1e-9) * multiple
+        if width >= before:
+            raise ValueError(
+                f"size: {size!r} is no less than what the kept experts have, {share:.4g} of all parameters"
+            )
+        if width < multiple:
+            raise ValueError(
+                f"size: {size!r} leaves fewer than {multiple} of {before} channels; give a larger one, or a smaller "
+                "multiple"
+            )
+        return width
+    if type(channels) is not int or not multiple <= channels < before or channels % multiple:
+        raise ValueError(f"channels: expected a multiple of {multiple} (see multiple) below {before}, got {channels!r}")
+    return channels

@@ -1,0 +1,125 @@
+"""Plans of thinner experts: widths, the channels that are kept, files, and what is refused."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.decision.pruning_plan import PlanFileError, PruningPlan
+from moe_ext.decision.thin_plan import thin_plan
+
+LAYERS = ("model.layers.0.mlp", "model.layers.1.mlp")
+
+
+def statistics(width: int = 16, unreached: bool = False) -> ExpertStatistics:
+    stats = ExpertStatistics.zeros("mixtral", LAYERS, 4, 2, "softmax", "prose", width=width)
+    generator = torch.Generator().manual_seed(0)
+    assert stats.channel_errors is not None
+    assert stats.channel_norms is not None
+    stats.moments[:, :, 0, 0] = 5
+    stats.channel_errors.copy_(torch.rand(stats.channel_errors.shape, generator=generator))
+    stats.channel_norms.copy_(torch.rand(stats.channel_norms.shape, generator=generator))
+    if unreached:
+        stats.moments[1, 3, 0, 0] = 0
+        stats.channel_errors[1, 3] = 0
+    return stats
+
+
+FEWER = PruningPlan("mixtral", 4, 2, LAYERS, ((0, 2), (1, 2, 3)), {"criterion": "man", "keep": 2})
+
+
+@pytest.mark.parametrize("plan", [None, FEWER])
+def test_every_expert_keeps_the_channels_that_contribute_most(plan: PruningPlan | None) -> None:
+    stats = statistics()
+    made = thin_plan(stats, channels=6, multiple=2, plan=plan)
+    assert made.keep == (((0, 1, 2, 3),) * 2 if plan is None else plan.keep)
+    assert made.channels is not None
+    for layer, keep in enumerate(made.keep):
+        for position, expert in enumerate(keep):
+            errors = stats.channel_errors[layer, expert].tolist()  # type: ignore[index]
+            expected = sorted(sorted(range(16), key=lambda channel: -errors[channel])[:6])
+            assert made.channels.indices(layer)[position].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "plan", "multiple", "width"),
+    [
+        (0.75, None, 1, 12),
+        (0.74, None, 1, 11),
+        (0.75, None, 8, 8),
+        (0.5, None, 4, 8),
+        (0.5, FEWER, 1, 12),  # 5 of 8 experts: 0.8 of what they have
+        (0.3125, FEWER, 1, 8),
+    ],
+)
+def test_the_width_is_the_largest_multiple_within_the_size(
+    size: float, plan: PruningPlan | None, multiple: int, width: int
+) -> None:
+    made = thin_plan(statistics(), size=size, plan=plan, multiple=multiple)
+    assert made.channels is not None
+    assert made.channels.width(0) == made.channels.width(1) == width
+    assert made.made_by["size"] == size
+    assert made.made_by["channels"] == width
+    assert made.made_by.get("criterion") == (None if plan is None else "man")
+
+
+def test_an_expert_that_no_token_reached_keeps_its_largest_weights_and_says_so() -> None:
+    stats = statistics(unreached=True)
+    with pytest.warns(UserWarning, match="1 experts that no token reached keep the channels with the largest weights"):
+        made = thin_plan(stats, channels=5, multiple=1)
+    norms = stats.channel_norms[1, 3].tolist()  # type: ignore[index]
+    assert made.channels is not None
+    assert made.channels.indices(1)[3].tolist() == sorted(sorted(range(16), key=lambda channel: -norms[channel])[:5])
+    assert made.made_by["unreached_experts"] == 1
+
+
+def test_a_file_holds_the_channels_and_one_from_before_them_is_read() -> None:
+    made = thin_plan(statistics(), channels=6, multiple=2, plan=FEWER)
+    assert PruningPlan.from_json(made.to_json()) == made
+    old = json.loads(FEWER.to_json()) | {"format_version": 1}
+    assert PruningPlan.from_json(json.dumps(old)) == FEWER
+    with pytest.raises(PlanFileError, match="field 'channels' is not part of format version 1"):
+        PruningPlan.from_json(json.dumps(json.loads(made.to_json()) | {"format_version": 1}))
+    channels = json.loads(made.to_json())["channels"]
+    channels["kept"][0].pop()
+    with pytest.raises(PlanFileError, match="channels: expected those of every expert that is kept"):
+        PruningPlan.from_json(json.dumps(json.loads(made.to_json()) | {"channels": channels}))
+
+
+@pytest.mark.parametrize(
+    ("stats", "options", "message"),
+    [
+        (statistics(), {}, "size: expected exactly one of size and channels, got size=None and channels=None"),
+        (statistics(), {"size": 0.5, "channels": 8}, "size: expected exactly one"),
+        (statistics(), {"size": 1.0}, r"size: expected a share in \(0, 1\), got 1.0"),
+        (statistics(), {"size": 0.5}, "leaves fewer than 64 of 16 channels"),
+        (statistics(), {"size": 0.7, "plan": FEWER, "multiple": 1}, "no less than what the kept experts have, 0.625"),
+        (statistics(), {"channels": 6, "multiple": 4}, "channels: expected a multiple of 4 .* below 16, got 6"),
+        (statistics(), {"channels": 16, "multiple": 4}, "below 16, got 16"),
+        (statistics(), {"channels": True, "multiple": 1}, "below 16, got True"),
+        (statistics(), {"size": 0.5, "multiple": 0}, "multiple: expected 1 or more, got 0"),
+        (
+            replace(statistics(), channel_errors=None, channel_norms=None),
+            {"size": 0.5},
+            "stats: hold no sums over channels; calibrate",
+        ),
+        (statistics(), {"size": 0.5, "plan": replace(FEWER, top_k=1)}, "plan: is for another model .*: top_k 1 and 2"),
+        (
+            statistics(),
+            {"size": 0.5, "plan": thin_plan(statistics(), channels=6, multiple=2)},
+            "plan: says already which channels are kept",
+        ),
+    ],
+)
+def test_what_makes_no_plan_is_refused(stats: ExpertStatistics, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        thin_plan(stats, **options)
+
+
+def test_a_layer_that_lost_experts_already_is_refused() -> None:
+    stats = ExpertStatistics.zeros("mixtral", LAYERS, (4, 3), 2, "softmax", width=16)
+    with pytest.raises(ValueError, match="the layers differ in experts already"):
+        thin_plan(stats, size=0.5, multiple=1)
