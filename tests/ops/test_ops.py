@@ -1,7 +1,9 @@
 """The operators against float64 brute force and transformers' own modules."""
 
+import os
 from typing import Any
 
+from unittest.mock import patch
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +13,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 
 from moe_ext import ops
 from moe_ext.binary import _C
-from tests.support.operators import BAD_EXPERTS, RUNNABLE_VARIANTS
+from tests.support.operators import BAD_EXPERTS, RUNNABLE_VARIANTS, gram_of
 from tests.support.reference import (
     ACTIVATIONS,
     DEVICES,
@@ -19,6 +21,7 @@ from tests.support.reference import (
     Arithmetic,
     arithmetic_of,
     assert_moments_within,
+    ExpertsCase,
     assert_within,
     experts_case,
     experts_reference,
@@ -222,6 +225,64 @@ def test_a_row_has_the_same_bits_in_any_batch_and_for_any_number_of_threads() ->
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
+@st.composite
+def odd_cases(draw: st.DrawFn) -> ExpertsCase:
+    """H and I of every remainder of a vector, batches that fill tiles of every height."""
+    num_experts = draw(st.integers(1, 8))
+    return experts_case(
+        draw(st.integers(2, 45)),
+        num_experts,
+        draw(st.integers(1, num_experts)),
+        draw(st.integers(1, 70)),
+        draw(st.integers(1, 70)),
+        dtype=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 1000)),
+        sentinels=draw(st.sampled_from([0.0, 0.3])),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+    )
+
+
+@pytest.mark.parametrize("variant", RUNNABLE_VARIANTS)
+@given(case=odd_cases(), height=st.integers(2, 7))
+def test_a_tokens_bits_do_not_depend_on_its_batch(variant: str, case: ExpertsCase, height: int) -> None:
+    tokens, num_experts = case.x.shape[0], case.down.shape[0]
+    with patch.dict(os.environ, MOE_EXT_ISA=variant):
+        moments, of_tokens = torch.zeros(2, num_experts, 3, 3, dtype=torch.float64)
+        out = ops.experts_observed(*case.arguments(), moments)
+        gram = gram_of(case)
+        for token in range(tokens):
+            one, of_token = case.tokens(slice(token, token + 1)), torch.zeros_like(moments)
+            assert torch.equal(ops.experts_observed(*one.arguments(), of_token)[0], out[token])
+            assert torch.equal(gram_of(one)[0], gram[token])
+            of_tokens += of_token  # in the order of the tokens, as within a batch
+        assert torch.equal(of_tokens, moments)
+        for first in range(0, tokens, height):
+            rows = slice(first, first + height)
+            assert torch.equal(ops.experts(*case.tokens(rows).arguments()), out[rows])
+
+
+@given(
+    tokens=st.integers(2, 130),
+    num_experts=st.sampled_from([1, 2, 8, 60, 257]),
+    top_k=st.integers(1, 9),
+    dtype=st.sampled_from(DTYPES),
+    renormalise=st.booleans(),
+    skipping=st.booleans(),
+)
+def test_a_tokens_routing_does_not_depend_on_its_batch(
+    tokens: int, num_experts: int, top_k: int, dtype: torch.dtype, renormalise: bool, skipping: bool
+) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    top_k = min(top_k, num_experts)
+    logits = torch.randn(tokens, num_experts, generator=generator).to(dtype)
+    thresholds = torch.rand(top_k - 1, generator=generator) if skipping else None
+    weights, experts = ops.route(logits, top_k, thresholds, renormalise)
+    for token in range(tokens):
+        one = ops.route(logits[token : token + 1], top_k, thresholds, renormalise)
+        assert torch.equal(one[0][0], weights[token])
+        assert torch.equal(one[1][0], experts[token])
+
+
 @pytest.mark.parametrize("tokens", [12, 24])
 def test_nan_and_infinity_in_x_reach_their_own_rows_only(device: str, dtype: torch.dtype, tokens: int) -> None:
     case = experts_case(tokens, 3, 2, 40, 24, dtype=dtype)
@@ -314,6 +375,22 @@ def test_route_equals_brute_force(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_route_over_hundreds_of_experts_loses_no_more_than_over_a_few(device: str, renormalise: bool) -> None:
+    num_experts = 600 if device == "cpu" else 512
+    for top_k in (8, num_experts):
+        # Multiples of 1/64, of which float32 takes differences exactly.
+        logits = torch.randint(-128, 128, (3, num_experts), generator=torch.Generator().manual_seed(top_k)) / 64
+        weights, experts = ops.route(logits.to(device), top_k, None, renormalise)
+        expected = logits.double().softmax(-1).gather(1, experts.cpu())
+        if renormalise:
+            expected /= expected.sum(-1, keepdim=True)
+        # exp to 2 ulp in up to four places and four roundings; CUDA sums 16 of a lane and then 32 lanes in float32.
+        rounding = (20 if device == "cpu" else 20 + 2 * 21) * 2.0**-24
+        torch.testing.assert_close(weights.cpu().double(), expected, rtol=rounding, atol=0)
+
+
 def test_route_equals_transformers_router(device: str, dtype: torch.dtype) -> None:
     config = MixtralConfig(hidden_size=48, num_local_experts=8, num_experts_per_tok=2)
     router = MixtralTopKRouter(config).to(device).to(dtype)
