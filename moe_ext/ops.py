@@ -3,24 +3,84 @@
 T tokens, E experts, K slots a token, H hidden size, I expert intermediate size. A slot with expert index E (the
 sentinel) has no expert: it costs nothing and adds nothing. Results are the same bits from run to run; on the CPU they
 depend neither on the number of threads nor on the other tokens of the batch. On CUDA the operators run on the current
-stream, never wait for the device, and can be captured in a CUDA graph. They have no backward: a patched model runs
-transformers' own differentiable path when gradients are required.
+stream, never wait for the device, and can be captured in a CUDA graph. They compute no gradients, backward or forward,
+and say so where some are required: a patched model runs transformers' own differentiable path there.
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moe_ext.binary import _C  # noqa: F401  registers torch.ops.moe_ext
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
-def _refuse_gradients(op: str, *tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise RuntimeError(
-            f"{op}: an input requires gradients, and this operator has no backward. Call it under torch.no_grad(), "
-            "or use moe_ext.patch(model), which runs transformers' differentiable path where gradients are required."
-        )
+# ---- gradients
+
+
+def gradients_required(*tensors: Any) -> bool:
+    """Whether autograd would differentiate an operation on these: one requires gradients while they are recorded, or
+    carries a tangent of forward mode (``torch.func.jvp`` and ``torch.autograd.forward_ad``, which no_grad leaves on).
+    What is no tensor requires none."""
+    if torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors):
+        return True
+    return forward_ad._current_level >= 0 and any(isinstance(tensor, Tensor) and _tangent(tensor) for tensor in tensors)
+
+
+def _tangent(tensor: Tensor) -> bool:
+    """Whether a tensor carries a tangent; also where torch cannot say, which is a vmap within a jvp."""
+    try:
+        return forward_ad.unpack_dual(tensor).tangent is not None
+    except RuntimeError:
+        return True
+
+
+def _register_autograd(name: str) -> Callable[..., Any]:
+    """The kernel of an operator's Autograd key: it refuses gradients, of which torch would otherwise say None or 0.
+    Returns the operator."""
+    operator = getattr(torch.ops.moe_ext, name).default
+
+    def autograd(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        if gradients_required(*args, *kwargs.values()):
+            raise NotImplementedError(
+                f"{name}: an input requires gradients or carries a tangent, and this operator computes neither. Call "
+                "it under torch.no_grad() and without tangents, or use moe_ext.patch(model), which runs transformers' "
+                "differentiable path where gradients are required."
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keys & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    return operator
+
+
+_LIBRARY = torch.library.Library("moe_ext", "FRAGMENT")
+_ROUTE = _register_autograd("route")
+_EXPERTS = _register_autograd("experts")
+_EXPERTS_OBSERVED = _register_autograd("experts_observed")
+_EXPERT_GRAM = _register_autograd("expert_gram")
+_SUBSET_ERRORS = _register_autograd("subset_errors")
+
+
+def _call(operator: Any, *args: Any) -> Any:
+    """Calls an operator; where no gradients can be required without its Autograd kernel, whose Python takes a few
+    microseconds."""
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
+# ---- the operators
 
 
 def route(
@@ -43,10 +103,10 @@ def route(
         slots.
 
     Raises:
-        RuntimeError: a shape, dtype, device or value is not as above; the argument is named.
+        RuntimeError: a shape, dtype, device or value is not as above; the argument is named. Not enough memory.
+        NotImplementedError: gradients are required, of either mode.
     """
-    _refuse_gradients("route", logits)
-    weights, experts = torch.ops.moe_ext.route(logits, top_k, thresholds, renormalise)
+    weights, experts = _call(_ROUTE, logits, top_k, thresholds, renormalise)
     return weights, experts
 
 
@@ -70,10 +130,9 @@ def experts(x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: 
         more than 16 tokens, each expert's output. transformers rounds all of these.
 
     Raises:
-        RuntimeError: a shape, dtype, device, contiguity or value is not as above; the argument is named.
+        RuntimeError, NotImplementedError: as :func:`route`; or a tensor is not contiguous that has to be.
     """
-    _refuse_gradients("experts", x, gate_up, down, weights)
-    out: Tensor = torch.ops.moe_ext.experts(x, gate_up, down, experts, weights, activation)
+    out: Tensor = _call(_EXPERTS, x, gate_up, down, experts, weights, activation)
     return out
 
 
@@ -103,12 +162,14 @@ def experts_observed(
         The same bits as :func:`experts`.
 
     Raises:
-        RuntimeError: as :func:`experts`.
+        RuntimeError, NotImplementedError: as :func:`experts`; or ``moments`` is a tensor of torch.func.functionalize.
     """
-    _refuse_gradients("experts_observed", x, gate_up, down, weights)
-    out: Tensor = torch.ops.moe_ext.experts_observed(
-        x, gate_up, down, experts, weights, activation, moments, counted, channels
-    )
+    if not torch.compiler.is_compiling() and torch._is_functional_tensor(moments):
+        raise NotImplementedError(
+            "experts_observed: 'moments' is updated in place, which torch.func.functionalize cannot express for this "
+            "operator. Call it outside; torch.compile does express it."
+        )
+    out: Tensor = _call(_EXPERTS_OBSERVED, x, gate_up, down, experts, weights, activation, moments, counted, channels)
     return out
 
 
@@ -129,10 +190,9 @@ def expert_gram(x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Te
         (T, E, E) float64, symmetric to the bit: ``d^T gram d`` cancels. Products and sums are float64.
 
     Raises:
-        RuntimeError: a shape, dtype, device, contiguity or value is not as above; the argument is named.
+        RuntimeError, NotImplementedError: as :func:`route`; or a tensor is not contiguous that has to be.
     """
-    _refuse_gradients("expert_gram", x, gate_up, down)
-    gram: Tensor = torch.ops.moe_ext.expert_gram(x, gate_up, down, activation)
+    gram: Tensor = _call(_EXPERT_GRAM, x, gate_up, down, activation)
     return gram
 
 
@@ -158,16 +218,106 @@ def subset_errors(
         (S,) float64; the same bits for any number of threads.
 
     Raises:
-        RuntimeError: a shape, dtype or value is not as above; the argument is named.
+        RuntimeError, NotImplementedError: as :func:`route`.
     """
-    errors: Tensor = torch.ops.moe_ext.subset_errors(distances, ranks, scores, keep, top_k, thresholds)
+    errors: Tensor = _call(_SUBSET_ERRORS, distances, ranks, scores, keep, top_k, thresholds)
     return errors
+
+
+# ---- fake kernels: what a call would return, or refuse, by the shapes, dtypes and devices of its arguments alone.
+# Where tensors of the meta device and others are mixed, torch calls them, too.
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class _Arguments:
+    """Checks of an operator's arguments with the words of csrc/torch/arguments.h; ``first`` is the one whose device the
+    others share."""
+
+    def __init__(self, op: str, first_name: str, first: Tensor) -> None:
+        self.op, self.first_name, self.first = op, first_name, first
+
+    def require(self, condition: Any, message: str) -> None:
+        torch._check(condition, lambda: f"{self.op}: {message}")
+
+    def dims(self, name: str, tensor: Tensor, dims: int, meaning: str) -> None:
+        shape = tuple(tensor.shape)
+        self.require(tensor.dim() == dims, f"'{name}' has shape {shape}; expected {dims} dimensions {meaning}")
+
+    def like(
+        self, name: str, tensor: Tensor | None, shape: Sequence[int], meaning: str, dtypes: Sequence[torch.dtype]
+    ) -> None:
+        if tensor is None:
+            return
+        got = tuple(tensor.shape)
+        message = f"'{name}' has shape {got}; expected {tuple(shape)} = {meaning}"
+        self.require(len(got) == len(shape), message)
+        for size, expected in zip(got, shape, strict=True):
+            self.require(size == expected, message)
+        self.typed(name, tensor, dtypes)
+        expected_device = self.first.device
+        self.require(
+            tensor.device == expected_device,
+            f"'{name}' is on {tensor.device}; expected {expected_device} like '{self.first_name}'",
+        )
+
+    def typed(self, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+        expected = " or ".join(map(_name, dtypes))
+        self.require(tensor.dtype in dtypes, f"'{name}' has dtype {_name(tensor.dtype)}; expected {expected}")
+
+    def contiguous(self, name: str, tensor: Tensor) -> None:
+        self.require(tensor.is_contiguous(), f"'{name}' is not contiguous; pass {name}.contiguous()")
+
+    def top_k(self, top_k: int, most: int, meaning: str) -> None:
+        self.require(top_k >= 1, f"'top_k' is {top_k}; expected 1 to {most}, {meaning}")
+        self.require(top_k <= most, f"'top_k' is {top_k}; expected 1 to {most}, {meaning}")
+
+
+def _check_layer(op: str, x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> _Arguments:
+    check = _Arguments(op, "x", x)
+    check.dims("x", x, 2, "(T, H)")
+    check.dims("gate_up", gate_up, 3, "(E, 2I, H)")
+    hidden, (num_experts, both, _) = x.shape[1], gate_up.shape
+    even = "expected (E, 2I, H) with an even second dimension and none of them 0"
+    even = f"'gate_up' has shape {tuple(gate_up.shape)}; {even}"
+    for size in (num_experts, both, hidden):
+        check.require(size >= 1, even)
+    check.require(both % 2 == 0, even)
+    check.typed("x", x, _FLOATS)
+    check.like("gate_up", gate_up, (num_experts, both, hidden), "(E, 2I, H) with H from 'x'", (x.dtype,))
+    check.like("down", down, (num_experts, hidden, both // 2), "(E, H, I) from 'gate_up'", (x.dtype,))
+    check.contiguous("gate_up", gate_up)
+    check.contiguous("down", down)
+    names = ", ".join(f'"{known}"' for known in ACTIVATIONS[:-1]) + f' or "{ACTIVATIONS[-1]}"'
+    check.require(activation in ACTIVATIONS, f"'activation' is \"{activation}\"; expected {names}")
+    return check
+
+
+def _check_experts(
+    op: str, x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
+) -> _Arguments:
+    check = _check_layer(op, x, gate_up, down, activation)
+    check.dims("experts", experts, 2, "(T, K)")
+    shape = (x.shape[0], experts.shape[1])
+    check.like("experts", experts, shape, "(T, K) with T from 'x'", (torch.int32, torch.int64))
+    weights_dtypes = (torch.float32,) if x.dtype == torch.float32 else (torch.float32, x.dtype)
+    check.like("weights", weights, shape, "(T, K) from 'experts'", weights_dtypes)
+    return check
 
 
 @torch.library.register_fake("moe_ext::route")
 def _route_fake(
     logits: Tensor, top_k: int, thresholds: Tensor | None = None, renormalise: bool = True
 ) -> tuple[Tensor, Tensor]:
+    check = _Arguments("route", "logits", logits)
+    check.dims("logits", logits, 2, "(T, E)")
+    check.top_k(top_k, logits.shape[1], "the number of experts in 'logits'")
+    check.typed("logits", logits, _FLOATS)
+    check.like("thresholds", thresholds, (top_k - 1,), "(top_k - 1,)", (torch.float32,))
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
 
@@ -176,6 +326,7 @@ def _route_fake(
 def _experts_fake(
     x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
 ) -> Tensor:
+    _check_experts("experts", x, gate_up, down, experts, weights, activation)
     return x.new_empty(x.shape)
 
 
@@ -191,11 +342,20 @@ def _experts_observed_fake(
     counted: Tensor | None = None,
     channels: Tensor | None = None,
 ) -> Tensor:
+    check = _check_experts("experts_observed", x, gate_up, down, experts, weights, activation)
+    shape = (gate_up.shape[0], 3, 3)
+    check.like("moments", moments, shape, "(E, 3, 3) with E from 'gate_up'", (torch.float64,))
+    check.contiguous("moments", moments)
+    if channels is not None:
+        check.like("channels", channels, tuple(down.shape[::2]), "(E, I) from 'gate_up'", (torch.float64,))
+        check.contiguous("channels", channels)
+    check.like("counted", counted, (x.shape[0],), "(T,) with T from 'x'", (torch.bool,))
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("moe_ext::expert_gram")
 def _expert_gram_fake(x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+    _check_layer("expert_gram", x, gate_up, down, activation)
     num_experts = gate_up.shape[0]
     return x.new_empty((x.shape[0], num_experts, num_experts), dtype=torch.float64)
 
@@ -204,4 +364,19 @@ def _expert_gram_fake(x: Tensor, gate_up: Tensor, down: Tensor, activation: str)
 def _subset_errors_fake(
     distances: Tensor, ranks: Tensor, scores: Tensor, keep: Tensor, top_k: int, thresholds: Tensor | None = None
 ) -> Tensor:
-    return scores.new_empty((keep.shape[0],))
+    check = _Arguments("subset_errors", "ranks", ranks)
+    check.dims("ranks", ranks, 2, "(T, N)")
+    check.dims("keep", keep, 2, "(S, E)")
+    (tokens, depth), (subsets, num_experts) = ranks.shape, keep.shape
+    check.typed("ranks", ranks, (torch.int64,))
+    pairs = "(T, N (N - 1) / 2) with T and N from 'ranks'"
+    check.like("distances", distances, (tokens, depth * (depth - 1) // 2), pairs, (torch.float64,))
+    check.like("scores", scores, (tokens, depth), "(T, N) from 'ranks'", (torch.float64,))
+    check.like("keep", keep, (subsets, num_experts), "(S, E)", (torch.bool,))
+    check.require(
+        depth <= num_experts,
+        f"'ranks' has N = {depth} ranks a token; expected at most {num_experts}, the number of experts in 'keep'",
+    )
+    check.top_k(top_k, depth, "the number of ranks in 'ranks'")
+    check.like("thresholds", thresholds, (top_k - 1,), "(top_k - 1,)", (torch.float32,))
+    return scores.new_empty((subsets,))

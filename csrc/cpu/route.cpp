@@ -4,7 +4,8 @@
 // index first; NaN counts as largest, as in torch.topk, so that a NaN reaches the output). Only then are exponentials
 // taken: of the K selected logits if weights are renormalised, of all E otherwise. With thresholds (arXiv 2402.14800,
 // section 3.3) the slot of rank j >= 2 is skipped when w_j < thresholds[j - 2] * w_1: it gets expert E and weight 0,
-// and the kept weights are scaled so that they sum to what all K summed to.
+// and the kept weights are scaled so that they sum to what all K summed to. Sums are float64: in float32 those of
+// hundreds of experts would lose a few 1e-6.
 //
 // Cost per token: reads E logits, at most E * K comparisons (E + K in the usual case), K or E exponentials.
 #include <algorithm>
@@ -47,15 +48,14 @@ void route_token(const RouteParams& p, int64_t token) {
   select_top_k(logits, p, weights, experts);
 
   const float largest = weights[0];
-  float denominator = 0.0f;
+  double denominator = 0.0;
   if (!p.renormalise) {
     for (int64_t e = 0; e < p.num_experts; ++e) denominator += std::exp(to_float(logits[e]) - largest);
   }
-  float selected = 0.0f;
+  double selected = 0.0;
   for (int64_t j = 0; j < p.top_k; ++j) selected += weights[j] = std::exp(weights[j] - largest);
-  if (p.renormalise) denominator = selected;
 
-  float kept = selected;
+  double kept = selected;
   if (p.thresholds != nullptr) {
     kept = weights[0];
     for (int64_t j = 1; j < p.top_k; ++j) {
@@ -66,7 +66,8 @@ void route_token(const RouteParams& p, int64_t token) {
       kept += weights[j];
     }
   }
-  const float scale = (p.renormalise ? 1.0f : selected / denominator) / kept;
+  const float share = p.renormalise ? 1.0f : static_cast<float>(selected / denominator);
+  const float scale = share / static_cast<float>(kept);
   for (int64_t j = 0; j < p.top_k; ++j) weights[j] *= scale;
 }
 

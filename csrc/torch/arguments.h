@@ -16,20 +16,30 @@ namespace moe_ext {
 
 // Activations and routing are small: a strided one is copied. Weights are not: they must be contiguous
 // (check_contiguous).
-inline Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+inline Tensor dense(const char* op, const char* name, const Tensor& tensor) {
+  if (tensor.is_contiguous()) return tensor;
+  return with_memory([&] { return torch::stable::contiguous(tensor); }, op, "a contiguous copy of '", name,
+                     "' of shape ", text_of(shape_of(tensor)));
 }
 
-// x at an odd offset of its storage is copied, so that rows can be read 16 bytes at a time. (Weights are not: odd ones
-// take the kernels that read element by element.)
-inline Tensor aligned(const Tensor& tensor) {
-  const bool odd = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 != 0;
-  return odd ? torch::stable::clone(tensor) : tensor;
-}
-
-inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
+inline std::optional<Tensor> dense(const char* op, const char* name, const std::optional<Tensor>& tensor) {
   if (!tensor.has_value()) return std::nullopt;
-  return dense(*tensor);
+  return dense(op, name, *tensor);
+}
+
+// Dense, and on CUDA a copy if it starts at an odd offset of its storage, so that rows can be read 16 bytes at a time.
+// (Weights are not copied: odd ones take the kernels that read element by element.)
+inline Tensor aligned(const char* op, const char* name, const Tensor& tensor) {
+  const Tensor whole = dense(op, name, tensor);
+  if (!whole.is_cuda() || reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 == 0) return whole;
+  return with_memory([&] { return torch::stable::clone(whole); }, op, "an aligned copy of '", name, "' of shape ",
+                     text_of(shape_of(tensor)));
+}
+
+// The output of an operator: uninitialised, on the device of `like`.
+inline Tensor output(const char* op, const Tensor& like, const Shape& shape, ScalarType type) {
+  return with_memory([&] { return torch::stable::new_empty(like, shape, type); }, op, "an output of shape ",
+                     text_of(shape));
 }
 
 // Null for an argument that was left out.
@@ -181,6 +191,10 @@ inline SubsetsParams check_subsets(const Tensor& distances, const Tensor& ranks,
   check_type(op, "ranks", ranks, {ScalarType::Long});
   check_type(op, "scores", scores, {ScalarType::Double});
   check_type(op, "keep", keep, {ScalarType::Bool});
+  if (p.depth > p.num_experts) {
+    refuse(op, "'ranks' has N = ", p.depth, " ranks a token; expected at most ", p.num_experts,
+           ", the number of experts in 'keep'");
+  }
   if (top_k < 1 || top_k > p.depth) {
     refuse(op, "'top_k' is ", top_k, "; expected 1 to ", p.depth, ", the number of ranks in 'ranks'");
   }

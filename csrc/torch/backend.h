@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 #include <vector>
 
 #include "moe.h"
+#include "torch/checks.h"
 #include "torch/stable_torch.h"
 
 namespace moe_ext {
@@ -61,7 +63,8 @@ class TorchScratch {
 // Runs an operator where `tensor` lives: on_cuda(scratch, stream) or on_cpu(threads). on_cuda is a generic lambda, so
 // that a build without CUDA kernels does not ask for them.
 template <typename OnCpu, typename OnCuda>
-void dispatch([[maybe_unused]] const Tensor& tensor, const OnCpu& on_cpu, [[maybe_unused]] const OnCuda& on_cuda) {
+void dispatch(const char* op, [[maybe_unused]] const Tensor& tensor, const OnCpu& on_cpu,
+              [[maybe_unused]] const OnCuda& on_cuda) {
 #ifdef MOE_EXT_WITH_CUDA
   if (tensor.is_cuda()) {
     const OnDeviceOf device(tensor);
@@ -69,7 +72,11 @@ void dispatch([[maybe_unused]] const Tensor& tensor, const OnCpu& on_cpu, [[mayb
     return on_cuda(memory.scratch(), device.stream());
   }
 #endif
-  on_cpu(torch_threads());
+  try {
+    on_cpu(torch_threads());
+  } catch (const std::bad_alloc&) {
+    refuse(op, "there is not enough memory to compute in");
+  }
 }
 
 }  // namespace moe_ext

@@ -59,6 +59,17 @@ inline Shape shape_of(const Tensor& tensor) {
   return Shape(sizes.begin(), sizes.end());
 }
 
+// make(), which does nothing but take memory from torch and fill it; refused with what it was for where there is none.
+// torch's ABI-stable API gives no reason of a failure.
+template <typename Make, typename... Parts>
+Tensor with_memory(const Make& make, const char* op, const Parts&... what) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    refuse(op, "torch gave no memory for ", what...);
+  }
+}
+
 // ---- checks
 
 inline void check_dims(const char* op, const char* name, const Tensor& tensor, int64_t dims, const char* meaning) {

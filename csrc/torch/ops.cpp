@@ -15,17 +15,18 @@ namespace {
 
 std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, std::optional<Tensor> thresholds,
                                  bool renormalise) {
+  constexpr const char* op = "route";
   RouteParams p = check_route(logits, top_k, thresholds, renormalise);
-  const Tensor dense_logits = dense(logits);
-  const std::optional<Tensor> dense_thresholds = dense(thresholds);
-  const Tensor weights = torch::stable::new_empty(logits, {p.tokens, top_k}, ScalarType::Float);
-  const Tensor experts = torch::stable::new_empty(logits, {p.tokens, top_k}, ScalarType::Long);
+  const Tensor dense_logits = dense(op, "logits", logits);
+  const std::optional<Tensor> dense_thresholds = dense(op, "thresholds", thresholds);
+  const Tensor weights = output(op, logits, {p.tokens, top_k}, ScalarType::Float);
+  const Tensor experts = output(op, logits, {p.tokens, top_k}, ScalarType::Long);
   p.logits = dense_logits.const_data_ptr();
   p.thresholds = data_of<float>(dense_thresholds);
   p.weights = static_cast<float*>(weights.mutable_data_ptr());
   p.experts = static_cast<int64_t*>(experts.mutable_data_ptr());
   dispatch(
-      logits, [&](const Threads& threads) { cpu::route(p, threads); },
+      op, logits, [&](const Threads& threads) { cpu::route(p, threads); },
       [&](const auto&, auto* stream) { cuda::route(p, stream); });
   return {weights, experts};
 }
@@ -37,10 +38,10 @@ Tensor run_experts(const char* op, const Tensor& x, const Tensor& gate_up, const
   ExpertsParams p = check_experts(op, x, gate_up, down, experts, weights, activation);
   if (moments != nullptr) check_observation(op, p, *moments, counted, channels, x);
 
-  const Tensor dense_x = x.is_cuda() ? aligned(dense(x)) : dense(x);
-  const Tensor dense_experts = dense(experts);
-  const Tensor dense_weights = dense(weights);
-  const std::optional<Tensor> dense_counted = dense(counted);
+  const Tensor dense_x = aligned(op, "x", x);
+  const Tensor dense_experts = dense(op, "experts", experts);
+  const Tensor dense_weights = dense(op, "weights", weights);
+  const std::optional<Tensor> dense_counted = dense(op, "counted", counted);
   p.x = dense_x.const_data_ptr();
   p.gate_up = gate_up.const_data_ptr();
   p.down = down.const_data_ptr();
@@ -51,10 +52,10 @@ Tensor run_experts(const char* op, const Tensor& x, const Tensor& gate_up, const
   p.counted = data_of<bool>(dense_counted);
   if (x.is_cpu()) check_expert_range(op, p);  // on CUDA the kernels assert it: the host does not wait for them
 
-  const Tensor out = torch::stable::new_empty(x, {p.tokens, p.hidden});
+  const Tensor out = output(op, x, {p.tokens, p.hidden}, x.scalar_type());
   p.out = out.mutable_data_ptr();
   dispatch(
-      x, [&](const Threads& threads) { cpu::experts(p, threads); },
+      op, x, [&](const Threads& threads) { cpu::experts(p, threads); },
       [&](const auto& scratch, auto* stream) { cuda::experts(p, scratch, stream); });
   return out;
 }
@@ -71,25 +72,29 @@ Tensor experts_observed(const Tensor& x, const Tensor& gate_up, const Tensor& do
 }
 
 Tensor expert_gram(const Tensor& x, const Tensor& gate_up, const Tensor& down, std::string activation) {
+  constexpr const char* op = "expert_gram";
   GramParams p = check_gram(x, gate_up, down, activation);
-  const Tensor dense_x = x.is_cuda() ? aligned(dense(x)) : dense(x);
-  const Tensor gram = torch::stable::new_empty(x, {p.tokens, p.num_experts, p.num_experts}, ScalarType::Double);
+  const Tensor dense_x = aligned(op, "x", x);
+  const Tensor gram = output(op, x, {p.tokens, p.num_experts, p.num_experts}, ScalarType::Double);
   p.x = dense_x.const_data_ptr();
   p.gate_up = gate_up.const_data_ptr();
   p.down = down.const_data_ptr();
   p.gram = static_cast<double*>(gram.mutable_data_ptr());
   dispatch(
-      x, [&](const Threads& threads) { cpu::gram(p, threads); },
+      op, x, [&](const Threads& threads) { cpu::gram(p, threads); },
       [&](const auto& scratch, auto* stream) { cuda::gram(p, scratch, stream); });
   return gram;
 }
 
 Tensor subset_errors(const Tensor& distances, const Tensor& ranks, const Tensor& scores, const Tensor& keep,
                      int64_t top_k, std::optional<Tensor> thresholds) {
+  constexpr const char* op = "subset_errors";
   SubsetsParams p = check_subsets(distances, ranks, scores, keep, top_k, thresholds);
-  const Tensor dense_distances = dense(distances), dense_ranks = dense(ranks), dense_scores = dense(scores);
-  const Tensor dense_keep = dense(keep);
-  const std::optional<Tensor> dense_thresholds = dense(thresholds);
+  const Tensor dense_distances = dense(op, "distances", distances);
+  const Tensor dense_ranks = dense(op, "ranks", ranks);
+  const Tensor dense_scores = dense(op, "scores", scores);
+  const Tensor dense_keep = dense(op, "keep", keep);
+  const std::optional<Tensor> dense_thresholds = dense(op, "thresholds", thresholds);
   p.distances = static_cast<const double*>(dense_distances.const_data_ptr());
   p.ranks = static_cast<const int64_t*>(dense_ranks.const_data_ptr());
   p.scores = static_cast<const double*>(dense_scores.const_data_ptr());
@@ -97,9 +102,9 @@ Tensor subset_errors(const Tensor& distances, const Tensor& ranks, const Tensor&
   p.thresholds = data_of<float>(dense_thresholds);
   check_subset_values(p);
 
-  const Tensor errors = torch::stable::new_empty(scores, {p.subsets});
+  const Tensor errors = output(op, scores, {p.subsets}, ScalarType::Double);
   p.errors = static_cast<double*>(errors.mutable_data_ptr());
-  cpu::subset_errors(p, torch_threads());
+  dispatch(op, scores, [&](const Threads& threads) { cpu::subset_errors(p, threads); }, [](const auto&, auto*) {});
   return errors;
 }
 

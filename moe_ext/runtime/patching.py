@@ -15,7 +15,6 @@ from functools import partial
 from types import MethodType
 from typing import Any, Literal, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -212,10 +211,6 @@ def _restore_config_entry(model: PreTrainedModel, state: _ModelState) -> None:
         delattr(model.config, CONFIG_KEY)
 
 
-def _gradients_required(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
 def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts implementation ``moe_ext`` of transformers' interface: (T, H), (T, K), (T, K) -> (T, H)."""
     state: LayerState | None = getattr(self, STATE, None)  # None: selected by name, without patch
@@ -227,7 +222,7 @@ def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor
         top_k_index = top_k_index.masked_fill(top_k_index == cast(int, self.num_experts), 0)
         return cast(Tensor, _stock_forward(self, state)(self, hidden_states, top_k_index, top_k_weights))
     gate_up, down = cast(Tensor, self.gate_up_proj), cast(Tensor, self.down_proj)
-    if _gradients_required(hidden_states, top_k_weights, gate_up, down):
+    if ops.gradients_required(hidden_states, top_k_weights, gate_up, down):
         return cast(Tensor, _stock_forward(self, state)(self, hidden_states, top_k_index, top_k_weights))
     if state is None:  # nobody has checked this module
         check_experts("experts", self)
@@ -252,7 +247,7 @@ def _router_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     thresholds, renormalise = state.thresholds, state.renormalise
     if thresholds is not None and thresholds.device != hidden_states.device:
         thresholds = state.thresholds = thresholds.to(hidden_states.device)
-    if renormalise is None or _gradients_required(hidden_states, cast(Tensor, self.weight)):
+    if renormalise is None or ops.gradients_required(hidden_states, self.weight, getattr(self, "bias", None)):
         output: tuple[Tensor, ...] = type(self).forward(self, hidden_states, *args, **kwargs)
         if thresholds is None:
             return output

@@ -378,7 +378,10 @@ TEST("experts gives the same bits for 1, 2 and 7 threads and for a pool that giv
 TEST("a token has the same bits alone as in any batch") {
   with_every_isa([](const char* isa) {
     for (const DType dtype : kDTypes) {
-      for (const Shape& shape : {Shape{31, 3, 2, 75, 43}, Shape{31, 3, 2, 64, 48}}) {
+      // Whole vectors, and every remainder of them in H and I, in tiles of every height.
+      std::vector<Shape> shapes = {{31, 3, 2, 64, 48}, {31, 3, 2, 75, 43}};
+      for (int64_t i = 1; i < 32; ++i) shapes.push_back({1 + i * 5 % 33, 1 + i % 3, 1, 32 + i, 63 - i});
+      for (const Shape& shape : shapes) {
         const Case c(shape, dtype);
         const Result batch = run(c, serial());
         for (int64_t token = 0; token < shape.tokens; ++token) {

@@ -1,22 +1,27 @@
 """The operators against float64 brute force and transformers' own modules."""
 
+import os
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 
 from moe_ext import ops
 from moe_ext.binary import _C
-from tests.support.operators import BAD_EXPERTS, RUNNABLE_VARIANTS
+from tests.support.operators import BAD_EXPERTS, RUNNABLE_VARIANTS, gram_of
 from tests.support.reference import (
     ACTIVATIONS,
     DEVICES,
     DTYPES,
     Arithmetic,
+    ExpertsCase,
     arithmetic_of,
     assert_channels_within,
     assert_moments_within,
@@ -221,6 +226,64 @@ def test_a_row_has_the_same_bits_in_any_batch_and_for_any_number_of_threads() ->
         assert torch.equal(one[0], expected[row])
 
 
+@st.composite
+def odd_cases(draw: st.DrawFn) -> ExpertsCase:
+    """H and I of every remainder of a vector, batches that fill tiles of every height."""
+    num_experts = draw(st.integers(1, 8))
+    return experts_case(
+        draw(st.integers(2, 45)),
+        num_experts,
+        draw(st.integers(1, num_experts)),
+        draw(st.integers(1, 70)),
+        draw(st.integers(1, 70)),
+        dtype=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 1000)),
+        sentinels=draw(st.sampled_from([0.0, 0.3])),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+    )
+
+
+@pytest.mark.parametrize("variant", RUNNABLE_VARIANTS)
+@given(case=odd_cases(), height=st.integers(2, 7))
+def test_a_tokens_bits_do_not_depend_on_its_batch(variant: str, case: ExpertsCase, height: int) -> None:
+    tokens, num_experts = case.x.shape[0], case.down.shape[0]
+    with patch.dict(os.environ, MOE_EXT_ISA=variant):
+        moments, of_tokens = torch.zeros(2, num_experts, 3, 3, dtype=torch.float64)
+        out = ops.experts_observed(*case.arguments(), moments)
+        gram = gram_of(case)
+        for token in range(tokens):
+            one, of_token = case.tokens(slice(token, token + 1)), torch.zeros_like(moments)
+            assert torch.equal(ops.experts_observed(*one.arguments(), of_token)[0], out[token])
+            assert torch.equal(gram_of(one)[0], gram[token])
+            of_tokens += of_token  # in the order of the tokens, as within a batch
+        assert torch.equal(of_tokens, moments)
+        for first in range(0, tokens, height):
+            rows = slice(first, first + height)
+            assert torch.equal(ops.experts(*case.tokens(rows).arguments()), out[rows])
+
+
+@given(
+    tokens=st.integers(2, 130),
+    num_experts=st.sampled_from([1, 2, 8, 60, 257]),
+    top_k=st.integers(1, 9),
+    dtype=st.sampled_from(DTYPES),
+    renormalise=st.booleans(),
+    skipping=st.booleans(),
+)
+def test_a_tokens_routing_does_not_depend_on_its_batch(
+    tokens: int, num_experts: int, top_k: int, dtype: torch.dtype, renormalise: bool, skipping: bool
+) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    top_k = min(top_k, num_experts)
+    logits = torch.randn(tokens, num_experts, generator=generator).to(dtype)
+    thresholds = torch.rand(top_k - 1, generator=generator) if skipping else None
+    weights, experts = ops.route(logits, top_k, thresholds, renormalise)
+    for token in range(tokens):
+        one = ops.route(logits[token : token + 1], top_k, thresholds, renormalise)
+        assert torch.equal(one[0][0], weights[token])
+        assert torch.equal(one[1][0], experts[token])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [12, 24])
@@ -353,6 +416,22 @@ def test_route_equals_brute_force(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_route_over_hundreds_of_experts_loses_no_more_than_over_a_few(device: str, renormalise: bool) -> None:
+    num_experts = 600 if device == "cpu" else 512
+    for top_k in (8, num_experts):
+        # Multiples of 1/64, of which float32 takes differences exactly.
+        logits = torch.randint(-128, 128, (3, num_experts), generator=torch.Generator().manual_seed(top_k)) / 64
+        weights, experts = ops.route(logits.to(device), top_k, None, renormalise)
+        expected = logits.double().softmax(-1).gather(1, experts.cpu())
+        if renormalise:
+            expected /= expected.sum(-1, keepdim=True)
+        # exp to 2 ulp in up to four places and four roundings; CUDA sums 16 of a lane and then 32 lanes in float32.
+        rounding = (20 if device == "cpu" else 20 + 2 * 21) * 2.0**-24
+        torch.testing.assert_close(weights.cpu().double(), expected, rtol=rounding, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_route_equals_transformers_router(device: str, dtype: torch.dtype) -> None:
     config = MixtralConfig(hidden_size=48, num_local_experts=8, num_experts_per_tok=2)
@@ -458,15 +537,108 @@ def test_operators_compile_without_graph_breaks(device: str, dtype: torch.dtype)
     assert float(moments[1].cpu()[:, 0, 0].sum()) >= 6
 
 
-def test_an_input_that_requires_gradients_is_refused() -> None:
+def differentiated(namespace: Any) -> list[tuple[str, Callable[[torch.Tensor], Any], torch.Tensor]]:
+    """Every operator of moe_ext.ops or of torch.ops.moe_ext as a function of one of its inputs, and that input."""
     case = experts_case(3, 2, 1, 8, 8)
-    case.x.requires_grad_()
-    with pytest.raises(RuntimeError, match="experts: an input requires gradients, and this operator has no backward"):
+    x, gate_up, down, experts, weights, activation = case.arguments()
+    moments = torch.zeros(2, 3, 3, dtype=torch.float64)
+    ranks, keep = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool)
+    scores, distances = torch.ones(1, 2, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    return [
+        ("route", lambda logits: namespace.route(logits, 2)[0], torch.ones(3, 4)),
+        ("experts", lambda x: namespace.experts(x, gate_up, down, experts, weights, activation), x),
+        ("experts", lambda gate_up: namespace.experts(x, gate_up, down, experts, weights, activation), gate_up),
+        ("experts", lambda weights: namespace.experts(x, gate_up, down, experts, weights, activation), weights),
+        (
+            "experts_observed",
+            lambda down: namespace.experts_observed(x, gate_up, down, experts, weights, activation, moments),
+            down,
+        ),
+        ("expert_gram", lambda x: namespace.expert_gram(x, gate_up, down, activation), x),
+        ("subset_errors", lambda distances: namespace.subset_errors(distances, ranks, scores, keep, 1), distances),
+    ]
+
+
+@pytest.mark.parametrize("namespace", [ops, torch.ops.moe_ext], ids=["ops", "torch.ops"])
+def test_gradients_and_tangents_are_refused_where_they_are_required(namespace: Any) -> None:
+    for name, function, value in differentiated(namespace):
+        refused = pytest.raises(NotImplementedError, match=f"{name}: an input requires gradients or carries a tangent")
+        tangent = torch.ones_like(value)
+        expected = function(value)
+        with refused:
+            function(value.clone().requires_grad_())
+        with refused:
+            torch.func.grad(lambda value, f=function: f(value).sum())(value)
+        with refused:
+            torch.func.jvp(function, (value,), (tangent,))
+        if name != "experts_observed":  # torch refuses to run what writes into its arguments under vmap
+            with refused:
+                torch.func.jvp(torch.func.vmap(function), (value[None],), (tangent[None],))
+            with refused:
+                torch.func.jacfwd(function)(value)
+        with forward_ad.dual_level():
+            assert torch.equal(function(value), expected)
+            with refused, torch.no_grad():  # which forward mode does not heed
+                function(forward_ad.make_dual(value, tangent))
+        with torch.no_grad():
+            assert torch.equal(function(value.clone().requires_grad_()), expected)
+        with torch.inference_mode():
+            assert torch.equal(function(value), expected)
+
+
+def test_in_place_moments_of_functionalize_are_refused() -> None:
+    arguments = experts_case(3, 2, 1, 8, 8).arguments()
+    moments = torch.zeros(2, 3, 3, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="experts_observed: 'moments' is updated in place"):
+        torch.func.functionalize(lambda moments: ops.experts_observed(*arguments, moments))(moments)
+    assert not bool(moments.any())
+    functional = torch.func.functionalize(lambda x: ops.experts(x, *arguments[1:]))(arguments[0])
+    assert torch.equal(functional, ops.experts(*arguments))
+
+
+# ---- fake kernels
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_EXPERTS)
+def test_fake_kernels_refuse_what_the_kernels_refuse(change: dict[str, Any], message: str) -> None:
+    case = experts_case(5, 4, 2, 16, 24)
+    for name, value in change.items():
+        setattr(case, name, value)
+    case = case.to("meta")
+    with pytest.raises(RuntimeError, match="experts: " + message):
         ops.experts(*case.arguments())
-    with torch.no_grad():
-        ops.experts(*case.arguments())
-    with pytest.raises(RuntimeError, match="route: an input requires gradients"):
-        ops.route(torch.randn(3, 4, requires_grad=True), 2)
+    with pytest.raises(RuntimeError, match="experts_observed: " + message):
+        ops.experts_observed(*case.arguments(), torch.zeros(4, 3, 3, dtype=torch.float64, device="meta"))
+
+
+@pytest.mark.parametrize("inputs", ["first", "second"])
+def test_meta_tensors_and_others_do_not_mix(inputs: str) -> None:
+    case = experts_case(5, 4, 2, 16, 24)
+    x, gate_up, down, experts, weights, activation = case.arguments()
+    moments, counted = torch.zeros(4, 3, 3, dtype=torch.float64), torch.ones(5, dtype=torch.bool)
+    ranks, keep = torch.tensor([[0, 1, 2]]), torch.ones(1, 4, dtype=torch.bool)
+    scores = torch.ones(1, 3, dtype=torch.float64)
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+        (ops.route, (torch.ones(5, 4), 2, torch.ones(1))),
+        (ops.experts, (x, gate_up, down, experts, weights, activation)),
+        (ops.experts_observed, (x, gate_up, down, experts, weights, activation, moments, counted)),
+        (ops.expert_gram, (x, gate_up, down, activation)),
+        (ops.subset_errors, (scores, ranks, scores, keep, 2, torch.ones(1))),
+    ]
+    for operator, arguments in calls:
+        tensors = [index for index, argument in enumerate(arguments) if isinstance(argument, torch.Tensor)]
+        for moved in tensors:
+            chosen = [moved] if inputs == "first" else [index for index in tensors if index != moved]
+            mixed = [arg.to("meta") if index in chosen else arg for index, arg in enumerate(arguments)]
+            message = rf"{operator.__name__}: '\w+' is on (cpu|meta); expected (cpu|meta) like"
+            with pytest.raises(RuntimeError, match=message):
+                operator(*mixed)
+        meta = operator(*(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in arguments))
+        real = operator(*arguments)
+        pairs = zip(meta, real, strict=True) if isinstance(meta, tuple) else [(meta, real)]
+        for got, expected in pairs:
+            assert got.device.type == "meta"
+            assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
 
 
 # ---- bad input: a message that names the argument, and nothing changed
@@ -548,3 +720,21 @@ def test_route_refuses_bad_input(
 ) -> None:
     with pytest.raises(RuntimeError, match="route: " + message):
         ops.route(logits.to(device), top_k, None if thresholds is None else thresholds.to(device))
+
+
+def test_sizes_beyond_memory_are_refused() -> None:
+    many = 2**40
+    case = experts_case(1, 2, 1, 8, 8)
+    x, experts, weights = (tensor.expand(many, -1) for tensor in (case.x, case.experts, case.weights))
+    with pytest.raises(RuntimeError, match=rf"route: torch gave no memory for .* 'logits' of shape \({many}, 8\)"):
+        ops.route(x, 2)
+    with pytest.raises(RuntimeError, match=rf"experts: torch gave no memory for .* 'x' of shape \({many}, 8\)"):
+        ops.experts(x, case.gate_up, case.down, experts, weights, "silu")
+    with pytest.raises(RuntimeError, match=rf"experts: torch gave no memory for .* 'experts' of shape \(1, {many}\)"):
+        ops.experts(case.x, case.gate_up, case.down, experts.T, weights.T, "silu")
+    with pytest.raises(RuntimeError, match=r"expert_gram: torch gave no memory for .* 'x'"):
+        ops.expert_gram(x, case.gate_up, case.down, "silu")
+    one, keep = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool)
+    ranks, none = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 0, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"subset_errors: torch gave no memory for .* 'keep'"):
+        ops.subset_errors(none, ranks, one, keep.expand(many, -1), 1)

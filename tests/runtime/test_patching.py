@@ -226,6 +226,31 @@ def test_gradients_of_a_skipping_model_equal_the_rule_on_the_stock_model(
         assert bool(((got.grad - expected.grad).abs() <= 1e-4 * expected.grad.abs() + 1e-6).all()), name
 
 
+def test_forward_mode_gradients_equal_the_unpatched_models(tiny_mixtral: MixtralFactory) -> None:
+    stock, patched = tiny_mixtral(), tiny_mixtral()
+    for model in (stock, patched):  # torch's fused attention and grouped products have no forward mode, and say so
+        model.set_attn_implementation("eager")
+        model.set_experts_implementation("eager")
+    moe_ext.patch(patched)
+    embedded = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
+    router = "model.layers.1.mlp.gate.weight"
+
+    def derivative(model: MixtralForCausalLM, of: str) -> torch.Tensor:
+        weight = model.get_parameter(router).detach()
+
+        def logits(embedded: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return torch.func.functional_call(model, {router: weight}, (), {"inputs_embeds": embedded}).logits
+
+        tangents = tuple(torch.ones_like(value) * (of == name) for name, value in (("x", embedded), ("w", weight)))
+        with torch.no_grad():
+            return torch.func.jvp(logits, (embedded, weight), tangents)[1]
+
+    for of in ("x", "w"):
+        expected = derivative(stock, of)
+        assert float(expected.abs().max()) > 0
+        torch.testing.assert_close(derivative(patched, of), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_frozen_router_below_trained_experts_has_gradients(tiny_mixtral: MixtralFactory) -> None:
     stock, patched = tiny_mixtral(), moe_ext.patch(tiny_mixtral())
     for model in (stock, patched):

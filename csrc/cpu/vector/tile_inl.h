@@ -1,8 +1,9 @@
 // A tile of a product: y[m, n] = or += a[m] . b[n] for M activation rows and N weight rows, over a chunk of k elements.
 //
 // Every element of the tile has one vector accumulator, which walks the chunk in order, a vector a step; then its lanes
-// are summed in a fixed order, and what is left of the chunk is added by scalars. Every step prefetches one cache line
-// of each of N weight rows, and one of an activation row, that are multiplied later. Cost: M + N loads for M * N fused
+// are summed in a fixed order, and what is left of the chunk is added by scalars, a product and a sum each: built with
+// -ffp-contract=off, or the compiler would fuse them in some tiles only. Every step prefetches one cache line of each
+// of N weight rows, and one of an activation row, that are multiplied later. Cost: M + N loads for M * N fused
 // multiply-adds a step.
 #pragma once
 

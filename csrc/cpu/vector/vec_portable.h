@@ -56,7 +56,16 @@ MOE_EXT_LANEWISE(-)
 MOE_EXT_LANEWISE(*)
 MOE_EXT_LANEWISE(/)
 #undef MOE_EXT_LANEWISE
-static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+// Fused where the target has it (ARM, POWER); elsewhere a library call each, and twice rounded instead.
+static inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__FP_FAST_FMAF)
+  Vec r;
+  for (int i = 0; i < Vec::kLanes; ++i) r.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+  return r;
+#else
+  return a * b + c;
+#endif
+}
 
 // sums[0..3] = the sums of a, b, c, d.
 static inline void sums_of(Vec a, Vec b, Vec c, Vec d, float* sums) {
