@@ -60,6 +60,7 @@ def calibrate(
     scratch: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
     read_ahead: bool | None = None,
+    trust_remote_code: bool | None = None,
 ) -> ExpertStatistics:
     """Statistics of a model's experts over text, in one forward pass per batch.
 
@@ -78,7 +79,7 @@ def calibrate(
         shard: label of this run, kept in the statistics; files with the same one do not merge.
         distributed: whether the batches are shared among the processes of torch.distributed's default group, every
             N-th whole batch to each, and the sums added up; all of them return the same statistics.
-        dtype, device, scratch, resume, read_ahead: for a checkpoint folder only: the fields of
+        dtype, device, scratch, resume, read_ahead, trust_remote_code: for a checkpoint folder only: the fields of
             :class:`moe_ext.runtime.hidden_states.FolderOptions`, which has what holds where one is None.
 
     Returns:
@@ -91,6 +92,7 @@ def calibrate(
         MemoryError, OSError: hidden states for which there is no room, or a checkpoint that cannot be read.
     """
     in_folder = {"dtype": dtype, "device": device, "scratch": scratch, "resume": resume, "read_ahead": read_ahead}
+    in_folder["trust_remote_code"] = trust_remote_code
     if not isinstance(model, str | os.PathLike):
         FolderOptions.refuse(**in_folder)
         blocks = moe_blocks(model)
