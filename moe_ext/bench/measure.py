@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from moe_ext.bench import cpu, gpu
 from moe_ext.bench.layer import Layer
 from moe_ext.binary import _C
+from moe_ext.checkpoints.read_config import model_class, read_config
 from moe_ext.models.blocks import moe_blocks
 from moe_ext.storage.machine import processor
 
@@ -53,9 +54,10 @@ class Shape:
             OSError: no such model.
             ValueError, TypeError: it has no MoE layer, or experts that are not of the form which the operators run.
         """
-        config = AutoConfig.from_pretrained(checkpoint)
+        config = read_config(checkpoint)
+        named = model_class(config)
         with torch.device("meta"):
-            block = moe_blocks(AutoModelForCausalLM.from_config(config))[0]
+            block = moe_blocks(named.from_config(config) if named is AutoModelForCausalLM else named(config))[0]
         down = dict(block.experts.named_parameters()).get("down_proj")
         if down is None or down.ndim != 3 or not getattr(block.experts, "has_gate", True):
             raise ValueError(f"{checkpoint}: the experts of {block.name} are not of the form that the operators run")

@@ -65,6 +65,7 @@ def calibrate(
     scratch: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
     read_ahead: bool | None = None,
+    trust_remote_code: bool | None = None,
 ) -> ExpertStatistics:
     """Statistics of a model's experts over text, in one forward pass per batch.
 
@@ -86,7 +87,7 @@ def calibrate(
         distributed: whether the batches are shared among the processes of torch.distributed's default group, every
             N-th whole batch to each, and the sums added up; all of them are given all batches, the same model and the
             same options, and return the same statistics.
-        dtype, device, scratch, resume, read_ahead: for a checkpoint folder only: the fields of
+        dtype, device, scratch, resume, read_ahead, trust_remote_code: for a checkpoint folder only: the fields of
             :class:`moe_ext.runtime.hidden_states.FolderOptions`, which has what holds where one is None.
 
     Returns:
@@ -100,6 +101,7 @@ def calibrate(
         MemoryError, OSError: hidden states for which there is no room, or a checkpoint that cannot be read.
     """
     in_folder = {"dtype": dtype, "device": device, "scratch": scratch, "resume": resume, "read_ahead": read_ahead}
+    in_folder["trust_remote_code"] = trust_remote_code
     asked = {"dataset": dataset, "outputs": outputs, "channels": channels, "strict": strict, "shard": shard}
     if not isinstance(model, str | os.PathLike):
         FolderOptions.refuse(**in_folder)

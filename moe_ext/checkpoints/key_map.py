@@ -5,9 +5,10 @@ projections one by one, the models all experts in one tensor.
 """
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -18,6 +19,8 @@ from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
 )
+
+from moe_ext.checkpoints.stored_tensors import StoredTensor, same_bytes
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Source:
         part: where the tensor goes among those of its expert, which lie one above the other in the parameter's
             slice of that expert; None if transformers' conversion is another one.
         scales: key of the tensor's scales, if it is float8; they have a source of their own, as converted.
+        stands_in: whether the tensor is stored under the name of another parameter, which is tied to this one.
     """
 
     target: str
@@ -40,6 +44,7 @@ class Source:
     converted: bool = False
     part: int | None = None
     scales: str | None = None
+    stands_in: bool = False
 
 
 def sources_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Source]:
@@ -80,6 +85,23 @@ def _part(converter: WeightConverter, pattern: str) -> int | None:
 def tied(model: PreTrainedModel) -> set[str]:
     """Parameters that are another one's, and in no checkpoint that transformers saves."""
     return set(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def settle_ties(model: PreTrainedModel, sources: dict[str, Source], stored: Mapping[str, StoredTensor]) -> None:
+    """Ties what transformers ties once it has loaded those tensors, in place: of a pair that is stored with different
+    numbers none, whatever the config says; of a pair of which one is stored, that one feeds both."""
+    fed = {source.target: name for name, source in sources.items() if not source.converted}
+    for target, origin in list(model.all_tied_weights_keys.items()):
+        if target not in fed:
+            continue
+        if origin not in fed:
+            sources[fed[target]] = replace(sources[fed[target]], target=origin, stands_in=True)
+            fed[origin] = fed[target]
+        elif not same_bytes(stored[fed[target]], stored[fed[origin]]):
+            del model.all_tied_weights_keys[target]
+            owner, _, key = target.rpartition(".")
+            weight = model.get_parameter(target)
+            setattr(model.get_submodule(owner), key, nn.Parameter(torch.empty_like(weight), weight.requires_grad))
 
 
 def names_of(model: nn.Module) -> dict[int, str]:

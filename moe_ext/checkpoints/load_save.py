@@ -1,27 +1,42 @@
 """Checkpoints on disk: loads a model with its tokenizer, and saves both as a folder that is either whole or absent."""
 
-import json
+import copy
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from moe_ext.models.config_section import CONFIG_KEY, section_with
+from moe_ext.checkpoints.faults import check_loaded, say_ignored
+from moe_ext.checkpoints.finite import check_finite
+from moe_ext.checkpoints.meta_model import check_fits
+from moe_ext.checkpoints.other_files import copy_other_files
+from moe_ext.checkpoints.read_config import model_class, read_config
+from moe_ext.checkpoints.stored_tensors import stored_tensors
+from moe_ext.checkpoints.written_config import CONFIG, changed_content, read_content, write_content
+from moe_ext.models.config_section import section_of, section_with, set_section
 from moe_ext.models.dtypes import DTYPES
 from moe_ext.models.uneven_layers import built
-from moe_ext.storage.files import replace_file, replace_folder
+from moe_ext.storage.files import replace_folder
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # "model" or "owner/model"
 _DTYPES = {"auto": "auto", **DTYPES}
 
 # Arguments of from_pretrained that say where a checkpoint is, for its config as for its weights.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+_ELSEWHERE = {"gguf_file", "variant", "state_dict"}  # and these, that weights are in other files than the usual
 
 
-def from_pretrained(checkpoint: str | Path, *, auto_class: Any = AutoModelForCausalLM, **options: Any) -> Any:
+def from_pretrained(
+    checkpoint: str | Path, *, auto_class: Any = None, allow_missing: bool = False, **options: Any
+) -> Any:
     """Loads any checkpoint that transformers loads, and also those that pruning makes and it does not load.
+
+    Tensors that the checkpoint lacks, or that have another shape than the model's, are an error; transformers fills
+    them with random numbers. No code of the checkpoint runs without ``trust_remote_code=True``, and weights are read
+    from safetensors files only.
 
     Layers that differ in their number of experts say so in transformers' ``per_layer_config``. Most families' modeling
     code of transformers 5.23 reads the one global field instead, and stock ``from_pretrained`` stops with
@@ -32,48 +47,87 @@ def from_pretrained(checkpoint: str | Path, *, auto_class: Any = AutoModelForCau
 
     Args:
         checkpoint: a folder, or a name on the Hugging Face Hub.
-        auto_class: which of transformers' classes to load, with a ``from_pretrained`` of its own.
+        auto_class: which of transformers' classes to load, with a ``from_pretrained`` of its own; the class that saved
+            the checkpoint if absent, AutoModelForCausalLM if that is none of transformers'.
+        allow_missing: whether such tensors may be filled with random numbers; a warning then names them.
         **options: passed on to it.
 
     Returns:
         What that ``from_pretrained`` returns: the model.
 
     Raises:
-        ValueError: such a checkpoint of a family whose decoder layers cannot be told, or a wrong ``config.moe_ext``.
+        CheckpointError: the weight files are not whole, not what their index says, or not what the model needs.
+        ValueError: such a checkpoint of a family whose decoder layers cannot be told, a wrong ``config.moe_ext``, or
+            code that is not trusted.
         OSError: no such checkpoint, or a broken one.
     """
-    config = options.get("config")
+    options = {"trust_remote_code": False, "use_safetensors": True, **options}
+    config, where = options.get("config"), {name: options[name] for name in _WHERE if name in options}
     if not isinstance(config, PreTrainedConfig):  # it may be a name or a folder
-        where = {name: value for name, value in options.items() if name in _WHERE}
-        config = AutoConfig.from_pretrained(config or checkpoint, **where)
-    return built(config, lambda: auto_class.from_pretrained(checkpoint, **options))
+        config = read_config(config or checkpoint, **where)
+    folder = Path(checkpoint, options.get("subfolder") or "")
+    if folder.is_dir() and options["use_safetensors"] and not _ELSEWHERE & options.keys():
+        stored = stored_tensors(folder)  # its files are whole, and none is outside the folder
+        if auto_class is None and not allow_missing:
+            check_fits(folder, stored, config, trust_remote_code=options["trust_remote_code"])
+    asked = options.pop("output_loading_info", False)
+    if allow_missing:
+        options["ignore_mismatched_sizes"] = True
+    loading = auto_class or model_class(config)
+    loaded = built(config, lambda: loading.from_pretrained(checkpoint, output_loading_info=True, **options))
+    model, info = loaded
+    check_loaded(checkpoint, info["missing_keys"], info["mismatched_keys"], allowed=allow_missing)
+    say_ignored(checkpoint, info["unexpected_keys"])
+    return loaded if asked else model
 
 
-def load_checkpoint(checkpoint: str | Path, *, dtype: str = "auto", device: str = "cpu") -> tuple[PreTrainedModel, Any]:
+def read_tokenizer(checkpoint: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint; no code of the checkpoint runs unless it is trusted."""
+    return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+
+
+def load_checkpoint(
+    checkpoint: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    allow_missing: bool = False,
+    allow_not_finite: bool = False,
+) -> tuple[PreTrainedModel, Any]:
     """Loads a causal language model and its tokenizer.
 
     Args:
         checkpoint: a folder, or a name on the Hugging Face Hub.
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
         device: where the model goes.
+        trust_remote_code, allow_missing: as for :func:`from_pretrained`.
+        allow_not_finite: whether weights may be infinite or no numbers, which a warning then names.
 
     Returns:
         The model in evaluation mode, and the tokenizer.
 
     Raises:
-        ValueError: unknown dtype.
+        CheckpointError: weights that are not finite, or as :func:`from_pretrained`.
+        ValueError: unknown dtype, or as :func:`from_pretrained`.
         OSError: no such checkpoint, or a broken one.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected {', '.join(_DTYPES)}")
     if not Path(checkpoint).is_dir() and not HUB_NAME.fullmatch(str(checkpoint)):
         raise FileNotFoundError(f"there is no checkpoint folder {checkpoint}")
-    model = from_pretrained(checkpoint, dtype=_DTYPES[dtype])
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(checkpoint)
+    model = from_pretrained(
+        checkpoint, dtype=_DTYPES[dtype], trust_remote_code=trust_remote_code, allow_missing=allow_missing
+    )
+    check_finite(checkpoint, model, allowed=allow_not_finite)
+    return model.to(device).eval(), read_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> None:
     """Writes a checkpoint that :func:`load_checkpoint` reads. The folder appears when it is complete.
+
+    Of a model that was loaded from a folder, the config is that folder's, with what is different in the model changed,
+    and everything beside the weights is copied from there, the tokenizer included.
 
     Args:
         folder: must not exist yet, or be empty.
@@ -82,22 +136,55 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: Any, folder: str | Path) 
         FileExistsError: the folder holds something.
         OSError: it cannot be written.
     """
+    source = _source_of(model)
     with replace_folder(folder) as temporary:
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        if source is None:
+            tokenizer.save_pretrained(temporary)
+            return
+        known, before = source
+        content = changed_content(
+            read_content(known),
+            before,
+            model.config,
+            dtype=None if before.dtype in (None, model.dtype) else model.dtype,
+            architecture=type(model).__name__,
+        )
+        write_content(temporary, content)
+        copy_other_files(known, temporary)
 
 
-def write_thresholds(checkpoint: str | Path, thresholds: Tensor) -> None:
-    """Stores skip thresholds (L, K - 1) in a checkpoint folder's ``config.json``, replacing that one file.
+def _source_of(model: PreTrainedModel) -> tuple[Path, PreTrainedConfig] | None:
+    """The folder that a model was loaded from and its config, if it is there and the model is of that class."""
+    folder = Path(model.config.name_or_path or "")
+    if not model.config.name_or_path or not (folder / CONFIG).is_file():
+        return None
+    trusted = not type(model.config).__module__.startswith("transformers.")
+    config = read_config(folder, trust_remote_code=trusted)
+    return (folder, config) if type(config) is type(model.config) else None
+
+
+def check_config_file(checkpoint: str | Path) -> None:
+    """OSError unless a checkpoint is a folder with a ``config.json`` of its own, which can be replaced."""
+    path = Path(checkpoint) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a checkpoint folder, to write into; {checkpoint} has no {CONFIG}")
+    if path.is_symlink():
+        raise OSError(f"{path} is a link to {os.path.realpath(path)}, which is not changed: write a copy instead")
+
+
+def write_thresholds(checkpoint: str | Path, thresholds: Tensor, *, trust_remote_code: bool = False) -> None:
+    """Stores skip thresholds (L, K - 1) in a checkpoint folder's ``config.json``, replacing that one file: in the part
+    that is of the text decoder, where every class that loads the folder finds it.
 
     Raises:
-        OSError: there is no ``config.json``, or it cannot be written.
+        OSError: there is no ``config.json``, it cannot be written, or it is a link, whose target is not touched.
     """
-    path = Path(checkpoint) / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config[CONFIG_KEY] = section_with(thresholds, config.get(CONFIG_KEY))
-    with replace_file(path) as temporary:
-        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    check_config_file(checkpoint)
+    before = read_config(checkpoint, trust_remote_code=trust_remote_code)
+    after = copy.deepcopy(before)
+    set_section(after, section_with(thresholds, section_of(after)))
+    write_content(checkpoint, changed_content(read_content(checkpoint), before, after))
 
 
 def size_on_disk(checkpoint: str | Path) -> int:

@@ -1,21 +1,32 @@
 """A checkpoint's model without its weights: built on the meta device, with the way from every key to a parameter."""
 
 import re
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+from transformers.utils.loading_report import LoadStateDictInfo
 
+from moe_ext.checkpoints.faults import check_loaded, say_ignored
 from moe_ext.checkpoints.float8 import DTYPES as FLOAT8
 from moe_ext.checkpoints.float8 import SCALES
-from moe_ext.checkpoints.key_map import Source, sources_of, tied
-from moe_ext.checkpoints.stored_tensors import StoredTensor
+from moe_ext.checkpoints.key_map import Source, settle_ties, sources_of, tied
+from moe_ext.checkpoints.read_config import model_class, read_config
+from moe_ext.checkpoints.stored_tensors import CheckpointError, StoredTensor
 from moe_ext.models.blocks import LOADED_LATER
 from moe_ext.models.dtypes import DTYPES
 from moe_ext.models.uneven_layers import built
+
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,12 @@ class Skeleton:
 
 
 def skeleton_of(
-    folder: str | Path, stored: dict[str, StoredTensor], *, dtype: str = "auto", device: str = "cpu"
+    folder: str | Path,
+    stored: dict[str, StoredTensor],
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Skeleton:
     """The model of a checkpoint folder, without reading a weight.
 
@@ -52,29 +68,60 @@ def skeleton_of(
         stored: its tensors.
         dtype: "auto" (as ``from_pretrained`` would choose it), "float32", "bfloat16" or "float16".
         device: where the weights will go.
+        trust_remote_code: as for :func:`moe_ext.from_pretrained`.
 
     Raises:
-        ValueError: unknown dtype, a checkpoint quantised other than to float8 with a scale a block, a tensor that the
-            model needs and the checkpoint has not, or a model that cannot be built.
+        CheckpointError: a tensor that the model needs and the checkpoint has not, or has in another shape.
+        ValueError: unknown dtype, a checkpoint quantised other than to float8 with a scale a block, an adapter, or a
+            model that cannot be built.
         OSError: no config, or a broken one.
     """
-    config = AutoConfig.from_pretrained(str(folder))
+    if Path(folder, ADAPTER).exists():
+        raise ValueError(f"{folder} holds an adapter ({ADAPTER}): merge it into the weights first")
+    config = read_config(str(folder), trust_remote_code=trust_remote_code)
     quantisation = getattr(config, "quantization_config", None)
     block = None
     if quantisation is not None:
         block = _block(folder, quantisation, dtype)
         del config.quantization_config  # the model is built as if its weights were what they stand for
-    wanted = _dtype(config, stored, dtype)
-    with torch.device("meta"):
-        model = built(config, lambda: _class_of(config)(config, dtype=wanted)).eval()
-    model.config.name_or_path = str(folder)
-    for tensor in (*model.parameters(), *model.buffers()):
+    skeleton = _built(config, stored, dtype, block, trust_remote_code)
+    _check_fits(folder, skeleton, stored)
+    skeleton.model.config.name_or_path = str(folder)
+    for tensor in (*skeleton.model.parameters(), *skeleton.model.buffers()):
         setattr(tensor, LOADED_LATER, torch.device(device))
-    skeleton = Skeleton(model, wanted, sources_of(model, stored), block)
-    _check_complete(folder, skeleton, stored)
     if quantisation is not None:
-        model.config.quantization_config = quantisation
+        skeleton.model.config.quantization_config = quantisation
         skeleton.sources.update(_with_scales(folder, skeleton.sources, stored))
+    scales = {source.scales for source in skeleton.sources.values()}
+    say_ignored(folder, _unexpected(skeleton.model, stored.keys() - skeleton.sources.keys() - scales))
+    return skeleton
+
+
+def check_fits(
+    folder: str | Path, stored: dict[str, StoredTensor], config: PreTrainedConfig, *, trust_remote_code: bool
+) -> None:
+    """CheckpointError, with names, if a folder's tensors are not those of its config's model, before one is read; says
+    nothing of a model that is quantised."""
+    if getattr(config, "quantization_config", None) is None:
+        _check_fits(folder, _built(config, stored, "auto", None, trust_remote_code), stored)
+
+
+def _built(
+    config: PreTrainedConfig,
+    stored: dict[str, StoredTensor],
+    dtype: str,
+    block: tuple[int, int] | None,
+    trust_remote_code: bool,
+) -> Skeleton:
+    wanted, cls = _dtype(config, stored, dtype), model_class(config)
+    if cls is AutoModelForCausalLM:
+        make = partial(cls.from_config, config, dtype=wanted, trust_remote_code=trust_remote_code)
+    else:
+        make = partial(cls._from_config, config, dtype=wanted)
+    with torch.device("meta"):
+        model = built(config, make).eval()
+    skeleton = Skeleton(model, wanted, sources_of(model, stored), block)
+    settle_ties(model, skeleton.sources, stored)
     return skeleton
 
 
@@ -107,12 +154,6 @@ def _with_scales(folder: str | Path, sources: dict[str, Source], stored: dict[st
     return found
 
 
-def _class_of(config: Any) -> Any:
-    """What builds the model: of the class that saved the checkpoint if it is one of transformers'."""
-    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
-    return AutoModelForCausalLM.from_config if named is None else named._from_config
-
-
 def _dtype(config: Any, stored: dict[str, StoredTensor], dtype: str) -> torch.dtype:
     if dtype != "auto":
         if dtype not in DTYPES:
@@ -127,15 +168,49 @@ def _dtype(config: Any, stored: dict[str, StoredTensor], dtype: str) -> torch.dt
     return named
 
 
-def _check_complete(folder: str | Path, skeleton: Skeleton, stored: dict[str, StoredTensor]) -> None:
-    fed: dict[str, int] = {}
-    for name, source in skeleton.sources.items():
-        fed[source.target] = fed.get(source.target, 0) + stored[name].size // stored[name].dtype.itemsize
-    for target, place in skeleton.model.state_dict().items():
-        if target in tied(skeleton.model):
-            continue
-        if fed.get(target, 0) != place.numel():
-            raise ValueError(
-                f"{folder} has {fed.get(target, 0)} numbers for {target}; the model needs {place.numel()} "
-                f"= {tuple(place.shape)}"
-            )
+def _check_fits(folder: str | Path, skeleton: Skeleton, stored: dict[str, StoredTensor]) -> None:
+    """CheckpointError unless transformers can make every tensor of the model from the checkpoint's: its own code does,
+    without a number in them."""
+    model, left_out = skeleton.model, tied(skeleton.model)
+    places = model.state_dict()
+    for name, source in skeleton.sources.items():  # it stacks experts in their order, whatever their numbers
+        if source.expert is not None and source.expert >= (experts := places[source.target].shape[0]):
+            raise CheckpointError(f"{folder}: {name!r} is of expert {source.expert} of {experts}")
+    state = {
+        source.target if source.stands_in else name: torch.empty(
+            stored[name].shape, dtype=stored[name].dtype, device="meta"
+        )
+        for name, source in skeleton.sources.items()
+        if source.target not in left_out
+    }
+    config = LoadStateDictConfig(
+        device_map={"": "meta"},
+        dtype=skeleton.dtype,
+        dtype_plan=model._get_dtype_plan(skeleton.dtype),
+        weight_mapping=get_model_conversion_mapping(model),
+    )
+    with without_bar():
+        info, _ = convert_and_load_state_dict_in_model(model, state, config)
+    info.missing_keys -= left_out
+    model.tie_weights(recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(info)
+    check_loaded(folder, info.missing_keys, info.mismatched_keys, info.conversion_errors)
+
+
+def _unexpected(model: PreTrainedModel, names: Set[str]) -> set[str]:
+    """Names of tensors that the model has no place for, less those that its class says it leaves out."""
+    info = LoadStateDictInfo(set(), set(names), set(), [], {}, set())
+    model._adjust_missing_and_unexpected_keys(info)
+    return set(info.unexpected_keys)
+
+
+@contextmanager
+def without_bar() -> Iterator[None]:
+    """Without transformers' bar, which would appear anew for every layer."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -7,8 +7,8 @@ Reading ahead goes into the system's page cache and takes no memory of this proc
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging
 
+from moe_ext.checkpoints.finite import is_finite
 from moe_ext.checkpoints.float8 import dequantised
-from moe_ext.checkpoints.meta_model import skeleton_of
+from moe_ext.checkpoints.meta_model import skeleton_of, without_bar
 from moe_ext.checkpoints.stored_tensors import CheckpointError, StoredTensor, stored_tensors
 from moe_ext.models.blocks import decoder_layers, moe_blocks
 
@@ -40,6 +40,7 @@ class LayersOnDisk:
         dtype: "auto" (as ``from_pretrained`` would choose it), "float32", "bfloat16" or "float16".
         device: where weights go.
         read_ahead: whether the next layer is read while one computes.
+        trust_remote_code: as for :func:`moe_ext.from_pretrained`.
 
     Raises:
         FileNotFoundError, CheckpointError, ValueError: as :func:`moe_ext.checkpoints.meta_model.skeleton_of` and
@@ -47,10 +48,16 @@ class LayersOnDisk:
     """
 
     def __init__(
-        self, folder: str | Path, *, dtype: str = "auto", device: str = "cpu", read_ahead: bool = True
+        self,
+        folder: str | Path,
+        *,
+        dtype: str = "auto",
+        device: str = "cpu",
+        read_ahead: bool = True,
+        trust_remote_code: bool = False,
     ) -> None:
         self._stored = stored_tensors(folder)
-        skeleton = skeleton_of(folder, self._stored, dtype=dtype, device=device)
+        skeleton = skeleton_of(folder, self._stored, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         self._skeleton = skeleton
         self.model: PreTrainedModel = skeleton.model
         self.folder, self._device = Path(folder), torch.device(device)
@@ -149,21 +156,25 @@ class LayersOnDisk:
                 stacked.setdefault(source.target, []).append(name)
         for target, parts in stacked.items():
             self._load_stacked(target, parts)
-        with ExitStack() as stack, _without_bar():
+        with ExitStack() as stack, without_bar():
             files = {
                 file: stack.enter_context(safe_open(file, framework="pt", device="cpu"))
                 for file in {self._stored[name].file for name in others}
             }
             state = {
-                name: files[self._stored[name].file].get_slice(name)
-                if self._skeleton.sources[name].scales is None
+                source.target if source.stands_in else name: files[self._stored[name].file].get_slice(name)
+                if source.scales is None
                 else self._dequantised(name)
-                for name in others
+                for name, source in ((name, self._skeleton.sources[name]) for name in others)
             }
             info, _ = convert_and_load_state_dict_in_model(self.model, state, self._config)
         if problems := {**info.conversion_errors, **dict.fromkeys(map(str, info.mismatched_keys), "has another shape")}:
             name, problem = next(iter(problems.items()))
             raise ValueError(f"{self.folder}: {name}: {problem}")
+        for target in sorted({self._skeleton.sources[name].target for name in names}):
+            owner, _, key = target.rpartition(".")
+            if not is_finite(getattr(self.model.get_submodule(owner), key)):
+                raise CheckpointError(f"{self.folder}: not all numbers are finite in {target}")
 
     def _load_stacked(self, target: str, names: list[str]) -> None:
         """Reads a parameter (E, R, C) from tensors (R', C) that fill an expert's rows one above the other, with one of
@@ -220,18 +231,6 @@ def _of(tensors: Mapping[str, Tensor | None], key: str) -> Tensor:
     tensor = tensors[key]
     assert tensor is not None
     return tensor
-
-
-@contextmanager
-def _without_bar() -> Iterator[None]:
-    """Without transformers' bar, which would appear anew for every layer."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _read(stored: StoredTensor) -> Tensor:

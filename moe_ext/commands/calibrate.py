@@ -9,6 +9,7 @@ import typer
 from moe_ext.calibration.calibrate import calibrate as run_calibration
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.commands.options import (
+    AllowMissing,
     BatchSize,
     Device,
     Dtype,
@@ -19,6 +20,7 @@ from moe_ext.commands.options import (
     Strict,
     Text,
     Timeout,
+    TrustRemoteCode,
     Window,
     destination,
 )
@@ -49,6 +51,8 @@ def calibrate(
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    allow_missing: AllowMissing = False,
     strict: Strict = True,
     as_json: Json = False,
 ) -> None:
@@ -63,7 +67,9 @@ def calibrate(
     texts = read_domains(text)
     several = started_by_torchrun()
     with process_group(device, timeout) if several else nullcontext(device) as place:
-        source, tokenizer, options = source_of(model, sequential, scratch, dtype, place)
+        source, tokenizer, options = source_of(
+            model, sequential, scratch, dtype, place, trust_remote_code, allow_missing
+        )
         partial = save_to.with_name(f".{save_to.name}.{rank()}.partial")
         if sequential:
             options["resume"] = partial

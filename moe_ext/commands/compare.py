@@ -8,7 +8,18 @@ import torch
 import typer
 from rich.table import Table
 
-from moe_ext.commands.options import BatchSize, Device, Dtype, Json, Strict, Text, Window, destination
+from moe_ext.commands.options import (
+    AllowMissing,
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    Strict,
+    Text,
+    TrustRemoteCode,
+    Window,
+    destination,
+)
 from moe_ext.commands.output import errors, out, print_json
 from moe_ext.evaluation.compare import Compared, Setting
 from moe_ext.evaluation.compare import compare as run_comparison
@@ -31,6 +42,8 @@ def compare(
     decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode for the speed.")] = 64,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    allow_missing: AllowMissing = False,
     strict: Strict = True,
     as_json: Json = False,
 ) -> None:
@@ -42,7 +55,18 @@ def compare(
     if save_to is not None:
         file_destination(save_to)
     setting = Setting(
-        skip, stock, window, stride, batch_size, decode_tokens, dtype, device, strict, torch.get_num_threads()
+        skip,
+        stock,
+        window,
+        stride,
+        batch_size,
+        decode_tokens,
+        dtype,
+        device,
+        strict,
+        torch.get_num_threads(),
+        trust_remote_code,
+        allow_missing,
     )
     rows: list[Compared] = []
     for row in run_comparison(models, texts, setting):

@@ -1,12 +1,22 @@
 """``moe-ext eval``: perplexity and skip rates of a checkpoint, or lm-eval's tasks."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from moe_ext.commands.options import BatchSize, Device, Dtype, Json, Model, Strict, Window
+from moe_ext.commands.options import (
+    AllowMissing,
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Strict,
+    TrustRemoteCode,
+    Window,
+)
 from moe_ext.commands.output import out, print_json
 from moe_ext.commands.shared import load
 from moe_ext.evaluation.compare import weight_bytes
@@ -32,6 +42,8 @@ def evaluate(
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    allow_missing: AllowMissing = False,
     strict: Strict = True,
     as_json: Json = False,
 ) -> None:
@@ -42,10 +54,13 @@ def evaluate(
     if (text is None) == (tasks is None):
         raise typer.BadParameter("give --text or --tasks, one of them")
     if tasks is not None:
-        evaluate_on_tasks(model, tasks, include, limit, skip, stock, batch_size, dtype, device, strict, as_json)
+        loading = {"trust_remote_code": trust_remote_code, "allow_missing": allow_missing}
+        evaluate_on_tasks(
+            model, tasks, include, limit, skip, stock, batch_size, dtype, device, strict, loading, as_json
+        )
         return
     texts = read_domains(text or [])
-    loaded, tokenizer = load(model, dtype, device)
+    loaded, tokenizer = load(model, dtype, device, trust_remote_code, allow_missing)
     if not stock:
         patch(loaded, skip="config" if skip else None, strict=strict)
     with count_skips(loaded) as count:
@@ -86,6 +101,7 @@ def evaluate_on_tasks(
     dtype: str,
     device: str,
     strict: bool,
+    loading: dict[str, Any],
     as_json: bool,
 ) -> None:
     from moe_ext.evaluation.harness import evaluate_tasks
@@ -93,13 +109,15 @@ def evaluate_on_tasks(
     found = evaluate_tasks(
         model,
         [name.strip() for name in tasks.split(",")],
-        model="hf" if stock else "moe_ext",
+        stock=stock,
         include=include,
         limit=limit,
         batch_size=batch_size,
         device=device,
         dtype=dtype,
-        **({} if stock else {"skip": "auto" if skip else "none", "strict": strict}),
+        skip="auto" if skip and not stock else "none",
+        strict=strict,
+        **loading,
     )
     if as_json:
         print_json({"checkpoint": model, "tasks": found})

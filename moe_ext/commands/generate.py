@@ -6,7 +6,7 @@ import torch
 import transformers
 import typer
 
-from moe_ext.commands.options import Device, Dtype, Json, Model, Strict
+from moe_ext.commands.options import AllowMissing, Device, Dtype, Json, Model, Strict, TrustRemoteCode
 from moe_ext.commands.output import print_json
 from moe_ext.commands.shared import load
 from moe_ext.runtime.patching import patch
@@ -21,11 +21,13 @@ def generate(
     skip: Annotated[bool, typer.Option(help="Apply the skip thresholds that the checkpoint holds.")] = True,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    allow_missing: AllowMissing = False,
     strict: Strict = True,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with a patched model."""
-    loaded, tokenizer = load(model, dtype, device)
+    loaded, tokenizer = load(model, dtype, device, trust_remote_code, allow_missing)
     patch(loaded, skip="config" if skip else None, strict=strict)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

@@ -43,6 +43,13 @@ Window = Annotated[int, typer.Option(min=2, help="Tokens a sequence.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences a batch.")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as saved.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda where the CUDA kernels were built.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that the checkpoint brings or names.")
+]
+AllowMissing = Annotated[
+    bool,
+    typer.Option("--allow-missing", help="Fill tensors that the checkpoint lacks with random numbers."),
+]
 Criterion = Annotated[
     str | None,
     typer.Option(

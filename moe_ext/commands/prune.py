@@ -7,7 +7,7 @@ import typer
 
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import save_checkpoint, size_on_disk
-from moe_ext.commands.options import Dtype, Json, Model, destination
+from moe_ext.commands.options import Dtype, Json, Model, TrustRemoteCode, destination
 from moe_ext.commands.output import out, print_json, working
 from moe_ext.commands.shared import load
 from moe_ext.decision.pruning_plan import PruningPlan
@@ -28,6 +28,7 @@ def prune(
     ] = None,
     shard_size: Annotated[float, typer.Option(min=1e-6, help="Gigabytes of weights a file.")] = 5.0,
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Remove the experts that a plan does not keep and write a checkpoint.
@@ -42,12 +43,18 @@ def prune(
     folder_destination(save_to)
     if novices is None and Path(model).is_dir():
         written = prune_checkpoint(
-            model, made, save_to, shard_size=int(shard_size * 1e9), dtype=dtype, progress=not as_json
+            model,
+            made,
+            save_to,
+            shard_size=int(shard_size * 1e9),
+            dtype=dtype,
+            progress=not as_json,
+            trust_remote_code=trust_remote_code,
         )
         before, after, size = written.parameters_before, written.parameters, written.weight_bytes
     else:
         means = None if novices is None else ExpertStatistics.load(novices)
-        loaded, tokenizer = load(model, dtype, "cpu")
+        loaded, tokenizer = load(model, dtype, "cpu", trust_remote_code, allow_not_finite=True)
         before = loaded.num_parameters()
         apply_plan(loaded, made, novices=means)
         with working(f"writing {save_to}"):

@@ -8,6 +8,7 @@ import typer
 
 from moe_ext.commands.destinations import check_places
 from moe_ext.commands.options import (
+    AllowMissing,
     BatchSize,
     Device,
     Dtype,
@@ -18,6 +19,7 @@ from moe_ext.commands.options import (
     Sequential,
     Text,
     Timeout,
+    TrustRemoteCode,
     Window,
     counts_in,
     destination,
@@ -63,6 +65,8 @@ def search(
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    allow_missing: AllowMissing = False,
     as_json: Json = False,
 ) -> None:
     """Find the experts whose removal changes the layers' outputs least (NAEE).
@@ -81,7 +85,9 @@ def search(
     texts = read_domains(text)
     several = started_by_torchrun()
     with process_group(device, timeout) if several else nullcontext(device) as place:
-        source, tokenizer, options = source_of(model, sequential, scratch, dtype, place)
+        source, tokenizer, options = source_of(
+            model, sequential, scratch, dtype, place, trust_remote_code, allow_missing
+        )
         result = run_search(
             source,
             token_batches(texts, tokenizer, window=window, batch_size=batch_size),

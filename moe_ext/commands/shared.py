@@ -4,29 +4,48 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+import typer
 from rich.table import Table
 
 from moe_ext.calibration.statistics import ExpertStatistics
-from moe_ext.checkpoints.load_save import load_checkpoint
+from moe_ext.checkpoints.load_save import load_checkpoint, read_tokenizer
 from moe_ext.commands.output import out, print_json, working
 from moe_ext.decision.pruning_plan import PruningPlan
 
 
-def load(model: str, dtype: str, device: str) -> tuple[transformers.PreTrainedModel, Any]:
+def load(
+    model: str, dtype: str, device: str, trust_remote_code: bool, allow_missing: bool = False, **options: bool
+) -> tuple[transformers.PreTrainedModel, Any]:
     with working(f"loading {model}"):
-        return load_checkpoint(model, dtype=dtype, device=device)
+        return load_checkpoint(
+            model,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            allow_missing=allow_missing,
+            **options,
+        )
 
 
 def source_of(
-    model: str, sequential: bool, scratch: Path | None, dtype: str, device: str
+    model: str,
+    sequential: bool,
+    scratch: Path | None,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    allow_missing: bool,
 ) -> tuple[Any, Any, dict[str, Any]]:
     """What calibrate and search take as the model, its tokenizer, and the options that go with it."""
     if not sequential:
-        return *load(model, dtype, device), {}
+        return *load(model, dtype, device, trust_remote_code, allow_missing), {}
+    if allow_missing:
+        raise typer.BadParameter("--allow-missing takes the model into memory: not with --sequential")
     if not Path(model).is_dir():
         raise FileNotFoundError(f"--sequential needs a checkpoint folder; there is none at {model}")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    return Path(model), tokenizer, {"dtype": dtype, "device": device, "scratch": scratch}
+    tokenizer = read_tokenizer(model, trust_remote_code=trust_remote_code)
+    options = {"dtype": dtype, "device": device, "scratch": scratch, "trust_remote_code": trust_remote_code}
+    return Path(model), tokenizer, options
 
 
 def show_statistics(stats: ExpertStatistics, path: Path, as_json: bool) -> None:

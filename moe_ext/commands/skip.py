@@ -8,8 +8,20 @@ import typer
 from rich.table import Table
 
 from moe_ext.calibration.statistics import ExpertStatistics
-from moe_ext.checkpoints.load_save import save_checkpoint, write_thresholds
-from moe_ext.commands.options import BatchSize, Device, Dtype, Json, Model, Statistics, Strict, Window, destination
+from moe_ext.checkpoints.load_save import check_config_file, save_checkpoint, write_thresholds
+from moe_ext.commands.options import (
+    AllowMissing,
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Statistics,
+    Strict,
+    TrustRemoteCode,
+    Window,
+    destination,
+)
 from moe_ext.commands.output import out, print_json
 from moe_ext.commands.shared import load
 from moe_ext.decision.thresholds import skip_thresholds
@@ -32,6 +44,8 @@ def skip(
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    allow_missing: AllowMissing = False,
     strict: Strict = True,
     as_json: Json = False,
 ) -> None:
@@ -42,9 +56,9 @@ def skip(
     texts = read_domains(text) if text else {}
     if save_to is not None:
         folder_destination(save_to)
-    elif not (Path(model) / "config.json").is_file():
-        raise FileNotFoundError(f"--in-place needs a checkpoint folder; {model} has no config.json")
-    loaded, tokenizer = load(model, dtype, device)
+    else:
+        check_config_file(model)
+    loaded, tokenizer = load(model, dtype, device, trust_remote_code, allow_missing)
     blocks = moe_blocks(loaded)
     routed = replace(layout_of(loaded, blocks), experts=tuple(block.num_routed for block in blocks))
     if (different := stats.layout.difference(routed)) is not None:
@@ -57,7 +71,7 @@ def skip(
     if save_to is not None:
         save_checkpoint(loaded, tokenizer, save_to)
     else:
-        write_thresholds(model, thresholds)
+        write_thresholds(model, thresholds, trust_remote_code=trust_remote_code)
     if as_json:
         print_json({"layers": list(stats.layers), "thresholds": thresholds.tolist(), "skip_rates": rates})
         return

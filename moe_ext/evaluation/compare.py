@@ -64,6 +64,8 @@ class Setting:
     device: str = "cpu"
     strict: bool = True
     threads: int = 0  # 0: as many as torch takes
+    trust_remote_code: bool = False
+    allow_missing: bool = False
 
 
 def compare(checkpoints: Sequence[str], texts: Mapping[str, str], setting: Setting) -> Iterator[Compared]:
@@ -105,7 +107,13 @@ def measure(name: str, texts: Mapping[str, str], setting: Setting) -> Compared:
     """Measures one checkpoint in this process, whose largest memory is reported."""
     if setting.threads:
         torch.set_num_threads(setting.threads)
-    model, tokenizer = load_checkpoint(name, dtype=setting.dtype, device=setting.device)
+    model, tokenizer = load_checkpoint(
+        name,
+        dtype=setting.dtype,
+        device=setting.device,
+        trust_remote_code=setting.trust_remote_code,
+        allow_missing=setting.allow_missing,
+    )
     if not setting.stock:
         patch(model, skip="config" if setting.skip else None, strict=setting.strict)
     with count_skips(model) as count:

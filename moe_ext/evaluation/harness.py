@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from moe_ext.checkpoints.finite import check_finite
 from moe_ext.checkpoints.load_save import from_pretrained
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.pruning.prune import prune
@@ -42,35 +43,50 @@ class PatchedModel(HFLM):
         skip: "auto" applies the skip thresholds that the checkpoint's config holds, if any; "none" skips nothing.
         plan: a plan file; the model is pruned by it once it is loaded.
         strict: as for :func:`moe_ext.patch`.
+        stock: whether to run transformers' own code, on what is loaded with the same care.
+        allow_missing: as for :func:`moe_ext.from_pretrained`, which loads the model.
         **options: those of lm-eval's ``hf`` model.
 
     Raises:
+        CheckpointError: the checkpoint is not what the model needs.
         ValueError: another ``skip``, a live model as ``pretrained``, or as :func:`moe_ext.prune` and
             :func:`moe_ext.patch`.
     """
 
     def __init__(
-        self, pretrained: str, *, skip: str = "auto", plan: str | None = None, strict: bool = True, **options: Any
+        self,
+        pretrained: str,
+        *,
+        skip: str = "auto",
+        plan: str | None = None,
+        strict: bool = True,
+        stock: bool = False,
+        allow_missing: bool = False,
+        **options: Any,
     ) -> None:
         if skip not in SKIPS:
             raise ValueError(f"skip: expected one of {', '.join(SKIPS)}, got {skip!r}")
         if not isinstance(pretrained, str):
             raise ValueError(f"pretrained: expected a folder or a name on the Hub, got {type(pretrained).__name__}")
         self._skip: Literal["config"] | None = "config" if skip == "auto" else None
-        self._strict = strict
+        self._strict, self._stock, self._allow_missing = strict, stock, allow_missing
         self._plan = None if plan is None else PruningPlan.load(plan)
         super().__init__(pretrained, **options)
 
     def _create_model(self, *args: Any, **options: Any) -> None:
         stock: Any = self.AUTO_MODEL_CLASS  # type: ignore[has-type]
-        self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=partial(from_pretrained, auto_class=stock))
+        # The class that the checkpoint names, as every job of this package: layers have one name.
+        load = partial(from_pretrained, allow_missing=self._allow_missing)
+        self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=load)
         try:
             super()._create_model(*args, **options)
         finally:
             self.AUTO_MODEL_CLASS = stock
+        check_finite(self._model.name_or_path, self._model)
         if self._plan is not None:
             prune(self._model, self._plan)
-        patch(self._model, skip=self._skip, strict=self._strict)
+        if not self._stock:
+            patch(self._model, skip=self._skip, strict=self._strict)
 
 
 def evaluate_tasks(

@@ -182,7 +182,7 @@ def moe_blocks(model: PreTrainedModel) -> list[MoeBlock]:
 
     Raises:
         TypeError, ValueError: as :func:`family_of`; ValueError too if there are none, or not one in each decoder layer
-            of a family that has them there.
+            of a family that has them there, or if a token has no expert or more than there are.
     """
     family, config = family_of(model), text_config(model)
     groups = _groups(config, family)
@@ -197,6 +197,9 @@ def moe_blocks(model: PreTrainedModel) -> list[MoeBlock]:
             f"{type(model).__name__} has {len(blocks)} MoE layers ({family.block}); "
             f"its config says {config.num_hidden_layers if family.every_layer else 'one or more'}"
         )
+    for block in blocks:
+        if not 1 <= block.top_k <= block.num_routed:
+            raise ValueError(f"{block.name}: top_k is {block.top_k}; expected 1 to {block.num_routed} experts a token")
     return blocks
 
 

@@ -1,4 +1,7 @@
-"""The ``moe_ext`` section of a model's config: skip thresholds, and experts left beside means."""
+"""The ``moe_ext`` section of a model's config: skip thresholds, and experts left beside means.
+
+It is in the part of the text decoder, which every class has that loads the checkpoint.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,8 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CONFIG_KEY = "moe_ext"
 LEFT_KEY = "experts_left"
 """Entry of a config's ``moe_ext`` section: decoder layer (as a string) to its number of experts beside the means."""
+
+
+def section_of(config: Any) -> Any:
+    """What a model's config has under ``moe_ext``, of whatever type; None if nothing. Earlier versions wrote it beside
+    the text decoder's part."""
+    return getattr(config.get_text_config(decoder=True), CONFIG_KEY, getattr(config, CONFIG_KEY, None))
+
+
+def set_section(config: Any, section: dict[str, Any] | None) -> None:
+    """Puts a ``moe_ext`` section into a model's config; None: takes it out."""
+    text = config.get_text_config(decoder=True)
+    if section is not None:
+        setattr(text, CONFIG_KEY, section)
+    elif hasattr(text, CONFIG_KEY):
+        delattr(text, CONFIG_KEY)
 
 
 def section_with_novices(left: dict[str, int], section: dict[str, Any] | None) -> dict[str, Any]:
@@ -31,7 +50,6 @@ def experts_left(section: object, layers: int) -> dict[int, int]:
     return {int(layer): count for layer, count in stored.items()}
 
 
-CONFIG_KEY = "moe_ext"
 THRESHOLDS_KEY = "skip_thresholds"
 
 
@@ -61,13 +79,13 @@ def thresholds_in_config(config: Any, layers: int, top_k: int) -> Tensor | None:
     Raises:
         ValueError: what is stored does not fit the model.
     """
-    ours = getattr(config, CONFIG_KEY, None)
+    ours = section_of(config)
     if ours is not None:
         if not isinstance(ours, dict):
             raise ValueError(f"config.{CONFIG_KEY} is {ours!r}; expected a dict")
         if THRESHOLDS_KEY in ours:
             return check_thresholds(ours[THRESHOLDS_KEY], layers, top_k)
-    betas = getattr(config, "betas", None)
+    betas = getattr(config.get_text_config(decoder=True), "betas", getattr(config, "betas", None))
     if betas is None:
         return None
     if not isinstance(betas, dict) or {str(key) for key in betas} != {str(layer) for layer in range(layers)}:

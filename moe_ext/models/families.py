@@ -11,6 +11,16 @@ from typing import Literal
 # Names under which the families' configs count experts; the generic path looks for them.
 NUM_EXPERTS_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
+# Names under which they count layers for multi-token prediction, or say that there are some.
+FURTHER_LAYERS_FIELDS = (
+    "num_nextn_predict_layers",
+    "mtp_num_hidden_layers",
+    "mtp_num_layers",
+    "num_mtp_layers",
+    "num_mtp_modules",
+    "use_mtp",
+)
+
 
 @dataclass(frozen=True)
 class Family:

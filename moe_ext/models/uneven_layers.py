@@ -11,7 +11,7 @@ from torch import nn
 from transformers import MODEL_MAPPING
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from moe_ext.models.config_section import CONFIG_KEY, experts_left
+from moe_ext.models.config_section import experts_left, section_of
 from moe_ext.models.novices import make_room
 
 _ALLOWED = "allow_global_per_layer_attribute_access"  # property of transformers' configs
@@ -26,7 +26,7 @@ def built(config: Any, make: Callable[[], Any]) -> Any:
         ValueError: such a config of a family whose decoder layers cannot be told, or a wrong ``config.moe_ext``.
     """
     text = config.get_text_config(decoder=True)
-    left = experts_left(getattr(config, CONFIG_KEY, None), text.num_hidden_layers)
+    left = experts_left(section_of(config), text.num_hidden_layers)
     if not text.is_heterogeneous and not left:
         return make()
     with _layers_built_one_by_one(text, left):

@@ -23,8 +23,8 @@ from moe_ext.models.blocks import (
     refuse_offloaded,
     text_config,
 )
-from moe_ext.models.config_section import CONFIG_KEY, section_with_novices
-from moe_ext.models.families import NUM_EXPERTS_FIELDS
+from moe_ext.models.config_section import section_of, section_with_novices, set_section
+from moe_ext.models.families import FURTHER_LAYERS_FIELDS, NUM_EXPERTS_FIELDS
 from moe_ext.models.novices import add_novices
 from moe_ext.pruning.replace import replace_tensor
 from moe_ext.pruning.thin import Thinning
@@ -89,8 +89,9 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
     """Removes the experts and channels that a plan does not keep, in place; patched or not, the model stays so.
 
     With the experts go their rows of the router, its correction biases and every count of experts in the model and its
-    config. Where layers keep different numbers, the config says so in transformers' ``per_layer_config``; it then
-    refuses reading the one global count, so that code which needs it (the auxiliary loss of training) fails clearly.
+    config, which counts no layers for multi-token prediction either: transformers has left them out. Where layers keep
+    different numbers, the config says so in transformers' ``per_layer_config``; it then refuses reading the one global
+    count, so that code which needs it (the auxiliary loss of training) fails clearly.
 
     At most one layer's experts are held twice at any moment. Skip thresholds in the config stay as they are; calibrate
     the pruned model for thresholds of its own. Should memory run out, every layer is either pruned or as it was, but
@@ -127,6 +128,7 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
                 if hasattr(module, "num_experts"):
                     module.num_experts = len(keep)  # type: ignore[assignment]
     _write_counts(text_config(model), fields, blocks)
+    _announce_no_further_layers(model)
     if thinning is not None:
         thinning.apply(model, blocks)
     if hasattr(model, "num_experts"):  # the language model head's copy, for the auxiliary loss
@@ -162,6 +164,15 @@ def _write_counts(config: Any, counts: list[str], blocks: list[MoeBlock]) -> Non
         config.per_layer_config = overrides
 
 
+def _announce_no_further_layers(model: PreTrainedModel) -> None:
+    """Layers that predict several tokens ahead come after the decoder's, in checkpoints only: transformers leaves them
+    out, and nothing says which of their experts to keep. What is saved has none, and its config does not count them."""
+    config = text_config(model)
+    for name in FURTHER_LAYERS_FIELDS:
+        if getattr(config, name, None):
+            setattr(config, name, type(getattr(config, name))())
+
+
 def _put_novices(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan, stats: ExpertStatistics) -> None:
     """Leaves the routers as they are, compacts the experts, and puts means in the place of the others."""
     if stats.output_sum is None:
@@ -175,7 +186,7 @@ def _put_novices(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPl
         )
     section = section_with_novices(
         {str(block.layer): len(keep) for block, keep in zip(blocks, plan.keep, strict=True)},
-        getattr(model.config, CONFIG_KEY, None),
+        section_of(model.config),
     )
     with torch.no_grad():
         for layer, (block, keep) in enumerate(zip(blocks, plan.keep, strict=True)):
@@ -189,7 +200,7 @@ def _put_novices(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPl
             _keep_slices(keep, _expert_parts(block))
             block.experts.num_experts = len(keep)  # type: ignore[assignment]
             add_novices(block.experts, places, mean)
-    setattr(model.config, CONFIG_KEY, section)
+    set_section(model.config, section)
 
 
 _Part = tuple[nn.Module, str, Tensor, int]  # module, name of a tensor of it, the tensor, its dimension of experts

@@ -5,20 +5,26 @@ The new folder grows under a hidden name beside its place, one whole shard after
 rename when all is there. A run that was interrupted goes on with the shards that are there.
 """
 
+import copy
 import json
 import math
 import re
-import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
+from transformers import PreTrainedConfig
 from transformers.core_model_loading import dot_natural_key
 
+from moe_ext.checkpoints.faults import few
 from moe_ext.checkpoints.key_map import Source, names_of, tied
 from moe_ext.checkpoints.meta_model import Skeleton, skeleton_of
+from moe_ext.checkpoints.other_files import copy_other_files
 from moe_ext.checkpoints.stored_tensors import INDEX, CheckpointError, StoredTensor, stored_tensors
+from moe_ext.checkpoints.written_config import changed_content, read_content, write_content
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import MoeBlock, expert_tensors, moe_blocks, refuse_novices, text_config
 from moe_ext.pruning.prune import prune
@@ -28,21 +34,6 @@ from moe_ext.storage.files import flush_to_disk, folder_destination, put_in_plac
 
 SHARD_SIZE = 5_000_000_000
 """Bytes of weights a file, at most, unless one tensor alone is larger."""
-
-# What goes along as it is: a model card would describe the unpruned model.
-_COPIED = (
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "special_tokens_map.json",
-    "spiece.model",
-    "*.tiktoken",
-    "tokenizer*",
-    "vocab*",
-)
 
 
 @dataclass(frozen=True)
@@ -63,12 +54,13 @@ def prune_checkpoint(
     shard_size: int = SHARD_SIZE,
     dtype: str = "auto",
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> PrunedCheckpoint:
     """Writes a checkpoint folder without the experts that a plan does not keep, whatever the model's size.
 
     The tensors are those of :func:`moe_ext.prune` and ``save_pretrained`` on the loaded model, byte by byte and under
-    the same names; the config, too. Tokenizer and generation files are copied. Weights are read through a memory map of
-    64 MB at most.
+    the same names. The config is the source's, with only those fields changed that pruning changes; everything beside
+    weights, config and model card is copied. Weights are read through a memory map of 64 MB at most.
 
     Until it is complete the result is ``.OUT.partial`` beside ``out``. Interrupted in whatever way, the same call goes
     on with it; another call for ``out`` begins anew.
@@ -83,11 +75,14 @@ def prune_checkpoint(
             type to convert to. Float8 weights with scales (``weight_scale_inv``, DeepSeek-V3's own format) stay as they
             are: their scales go and stay with them.
         progress: whether to show a progress bar.
+        trust_remote_code: as for :func:`moe_ext.from_pretrained`.
+
+    Tensors that hold numbers which are not finite are copied with a warning that names them.
 
     Raises:
         FileExistsError: ``out`` holds something, from the beginning or since another process finished.
         BlockingIOError: another process is writing ``out``.
-        CheckpointError: the weight files are not whole, or not what their index says.
+        CheckpointError: the weight files are not whole, not what their index says, or not what the model needs.
         ValueError: the plan does not fit, the model was pruned already, shard_size is not positive, or a tensor of the
             experts is not as the family's record says.
         OSError: a file is missing, or the disk is too small: found before anything is written.
@@ -98,14 +93,14 @@ def prune_checkpoint(
         raise ValueError(f"shard_size is {shard_size}; expected a number of bytes")
     target = folder_destination(out)
     stored = stored_tensors(checkpoint)
-    skeleton = skeleton_of(checkpoint, stored, dtype=dtype)
+    skeleton = skeleton_of(checkpoint, stored, dtype=dtype, trust_remote_code=trust_remote_code)
     if text_config(skeleton.model).is_heterogeneous:
         raise ValueError(f"{checkpoint}: its layers differ already; prune the model that it was made of")
     blocks = moe_blocks(skeleton.model)
     refuse_novices(blocks, "prune")
     if skeleton.block is not None:
         _check_names_in_quantisation(skeleton.model.config.quantization_config)
-    before = skeleton.model.num_parameters()
+    before, config = skeleton.model.num_parameters(), copy.deepcopy(skeleton.model.config)
     slices = _slices(skeleton, blocks, plan)
     prune(skeleton.model, plan)  # checks the plan, writes the config, and gives the shapes to arrive at
     parts = _parts(skeleton, stored, slices)
@@ -116,19 +111,20 @@ def prune_checkpoint(
     with locked(work, target):
         finished = begin(work, fingerprint(checkpoint, stored, plan, shard_size, dtype), shards)
         check_space(work, sum(part.size for name, parts in shards.items() if name not in finished for part in parts))
-        total = sum(part.size for part in parts)
+        total, strange = sum(part.size for part in parts), list[str]()
         with tqdm(total=total, desc="prune", unit="B", unit_scale=True, disable=not progress) as bar:
             for name, content in shards.items():
                 if name in finished:
                     bar.update(sum(part.size for part in content))
                 else:
-                    write_shard(work / name, content, bar)
-        _write_rest(Path(checkpoint), work, skeleton, shards)
+                    strange += write_shard(work / name, content, bar)
+        _write_rest(Path(checkpoint), work, skeleton, config, None if dtype == "auto" else skeleton.dtype, shards)
         (work / PROGRESS).unlink()
-        for file in work.iterdir():
-            flush_to_disk(file)
-        flush_to_disk(work)
+        for path in (*work.rglob("*"), work):
+            flush_to_disk(path)
         put_in_place(work, target)
+    if strange:
+        warnings.warn(f"{target}: copied as they are, with numbers that are not finite: {few(strange)}", stacklevel=2)
     return PrunedCheckpoint(target, before, skeleton.model.num_parameters(), total)
 
 
@@ -204,24 +200,25 @@ def _sliced(
     return name, (*tensor.shape[:dim], len(keep), *tensor.shape[dim + 1 :]), tuple(ranges)
 
 
-def _write_rest(checkpoint: Path, work: Path, skeleton: Skeleton, shards: dict[str, list[Part]]) -> None:
-    """Index, config, tokenizer and generation files."""
+def _write_rest(
+    checkpoint: Path,
+    work: Path,
+    skeleton: Skeleton,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None,
+    shards: dict[str, list[Part]],
+) -> None:
+    """Index, config, and what else the source holds."""
+    model = skeleton.model
     if len(shards) > 1:
         index = {
             "metadata": {
-                "total_parameters": skeleton.model.num_parameters(),
+                "total_parameters": model.num_parameters(),
                 "total_size": sum(part.size for parts in shards.values() for part in parts),
             },
             "weight_map": {part.name: shard for shard, parts in shards.items() for part in parts},
         }
         (work / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    model = skeleton.model
-    model.config.dtype = str(skeleton.dtype).removeprefix("torch.")  # these two as save_pretrained
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(work)
-    if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(work)
-    for pattern in _COPIED:
-        for file in checkpoint.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, work / file.name)
+    content = read_content(checkpoint)
+    write_content(work, changed_content(content, config, model.config, dtype=dtype, architecture=type(model).__name__))
+    copy_other_files(checkpoint, work)

@@ -14,6 +14,7 @@ from typing import IO, Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from moe_ext.checkpoints.finite import is_finite
 from moe_ext.checkpoints.stored_tensors import DTYPES, StoredTensor
 from moe_ext.storage.files import replace_file
 
@@ -50,8 +51,10 @@ def shards_of(parts: list[Part], shard_size: int) -> dict[str, list[Part]]:
     return {file: [by_name[name] for name in names] for file, names in split.filename_to_tensors.items()}
 
 
-def write_shard(path: Path, parts: list[Part], bar: Any) -> None:
-    """A safetensors file: length and text of the header, then the tensors in its order."""
+def write_shard(path: Path, parts: list[Part], bar: Any) -> list[str]:
+    """A safetensors file: length and text of the header, then the tensors in its order. Returns the names of those that
+    hold a number which is not finite."""
+    strange = []
     # Larger elements first, as safetensors does: then every tensor is aligned to its elements.
     parts = sorted(parts, key=lambda part: -part.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -64,24 +67,31 @@ def write_shard(path: Path, parts: list[Part], bar: Any) -> None:
     with replace_file(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for part in parts:
-            _write_part(file, part)
+            if not _write_part(file, part):
+                strange.append(part.name)
             bar.update(part.size)
+    return strange
 
 
-def _write_part(file: IO[bytes], part: Part) -> None:
+def _write_part(file: IO[bytes], part: Part) -> bool:
+    """Whether all numbers are finite."""
+    finite = True
     with part.source.file.open("rb") as source:
         for begin, end in part.ranges:
             for start in range(begin, end, _WINDOW):
                 stop = min(start + _WINDOW, end)
                 at, length = part.source.offset + start, stop - start
-                if part.dtype == part.source.dtype and _copied(source, file, at, length):
-                    continue
+                copied = part.dtype == part.source.dtype and _copied(source, file, at, length)
                 with _mapped(source, at, length) as window:
+                    finite = finite and is_finite(torch.frombuffer(window, dtype=part.source.dtype))
+                    if copied:
+                        continue
                     if part.dtype != part.source.dtype:
                         values = torch.frombuffer(bytearray(window), dtype=part.source.dtype).to(part.dtype)
                         file.write(values.view(torch.uint8).numpy().data)
                     else:
                         file.write(window)
+    return finite
 
 
 def _copied(source: IO[bytes], file: IO[bytes], offset: int, length: int) -> bool:
@@ -109,10 +119,11 @@ def _copied(source: IO[bytes], file: IO[bytes], offset: int, length: int) -> boo
 
 @contextmanager
 def _mapped(file: IO[bytes], offset: int, length: int) -> Iterator[memoryview]:
-    """A window of a file; unmapped on the way out, so that its pages count as this process's for no longer."""
+    """A window of a file; unmapped on the way out, so that its pages count as this process's for no longer. Torch wants
+    it writable; the file would not change."""
     begin = offset - offset % mmap.ALLOCATIONGRANULARITY
     with (
-        mmap.mmap(file.fileno(), offset + length - begin, offset=begin, access=mmap.ACCESS_READ) as mapping,
+        mmap.mmap(file.fileno(), offset + length - begin, offset=begin, access=mmap.ACCESS_COPY) as mapping,
         memoryview(mapping) as whole,
         whole[offset - begin :] as window,
     ):

@@ -50,6 +50,7 @@ def search(
     device: str | None = None,
     scratch: str | os.PathLike[str] | None = None,
     read_ahead: bool | None = None,
+    trust_remote_code: bool | None = None,
 ) -> SearchResult:
     """The experts to keep by reconstruction loss (arXiv 2402.14800, section 3.2).
 
@@ -91,7 +92,7 @@ def search(
         distributed: whether the batches are shared among the processes of torch.distributed's default group, every
             N-th whole batch to each, and the losses added up; all of them are given all batches and return the same
             result. The first one reads and writes ``resume``.
-        dtype, device, scratch, read_ahead: for a checkpoint folder only: the fields of
+        dtype, device, scratch, read_ahead, trust_remote_code: for a checkpoint folder only: the fields of
             :class:`moe_ext.runtime.hidden_states.FolderOptions`, which has what holds where one is None.
 
     Returns:
@@ -106,6 +107,7 @@ def search(
         RuntimeError: a process of the group is gone, or does not answer in time.
     """
     in_folder = {"dtype": dtype, "device": device, "scratch": scratch, "read_ahead": read_ahead}
+    in_folder["trust_remote_code"] = trust_remote_code
     request = SearchRequest(keep, ratio, method, budget, skip, max_subsets, dataset)
     if not isinstance(model, str | os.PathLike):
         FolderOptions.refuse(**in_folder)

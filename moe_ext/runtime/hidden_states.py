@@ -81,6 +81,7 @@ class FolderOptions:
             its result). If it is there already, from a run that was interrupted, that run goes on. With ``scratch`` at
             the layer that it had come to; without, the finished layers run again, but are not observed.
         read_ahead: whether the next layer is read while one computes.
+        trust_remote_code: as for :func:`moe_ext.from_pretrained`.
     """
 
     dtype: str = "auto"
@@ -88,6 +89,7 @@ class FolderOptions:
     scratch: str | os.PathLike[str] | None = None
     resume: str | os.PathLike[str] | None = None
     read_ahead: bool = True
+    trust_remote_code: bool = False
 
     @classmethod
     def given(cls, **options: Any) -> FolderOptions:
@@ -96,7 +98,13 @@ class FolderOptions:
 
     def opened(self, folder: str | os.PathLike[str]) -> LayersOnDisk:
         """The folder's model, a decoder layer at a time."""
-        return LayersOnDisk(Path(folder), dtype=self.dtype, device=self.device, read_ahead=self.read_ahead)
+        return LayersOnDisk(
+            Path(folder),
+            dtype=self.dtype,
+            device=self.device,
+            read_ahead=self.read_ahead,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     @staticmethod
     def refuse(**options: Any) -> None:

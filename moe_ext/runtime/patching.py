@@ -22,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_ext import ops
 from moe_ext.models.blocks import MoeBlock, eager_forward, evaluation_mode, moe_blocks
-from moe_ext.models.config_section import CONFIG_KEY, check_thresholds, section_with, thresholds_in_config
+from moe_ext.models.config_section import check_thresholds, section_of, section_with, set_section, thresholds_in_config
 from moe_ext.runtime.skipping import skip_weak
 from moe_ext.runtime.supported import activation_of, check_experts, check_tensors, reason_unsupported
 
@@ -127,7 +127,7 @@ def _patch_blocks(
     state = _state_of(model)
     if state is None:
         _check_unpatched(blocks)
-        entry = getattr(model.config, CONFIG_KEY, None)
+        entry = section_of(model.config)
         of_experts: str | None = cast(Any, blocks[0].experts).config._experts_implementation
         state = _ModelState(
             model.get_experts_implementation(), of_experts, None if entry is None else dict(entry), None
@@ -138,7 +138,7 @@ def _patch_blocks(
     if not isinstance(skip, str):
         _restore_config_entry(model, state)  # thresholds of an earlier patch are replaced, not kept
         if thresholds is not None:
-            setattr(model.config, CONFIG_KEY, section_with(thresholds, state.config_entry))
+            set_section(model.config, section_with(thresholds, state.config_entry))
     named = "eager" if state.of_experts in (None, IMPLEMENTATION) else state.of_experts
     for layer, block in enumerate(blocks):
         stock = block.name in unsupported
@@ -205,10 +205,7 @@ def patched(model: PreTrainedModel, blocks: list[MoeBlock], *, strict: bool = Tr
 
 
 def _restore_config_entry(model: PreTrainedModel, state: _ModelState) -> None:
-    if state.config_entry is not None:
-        setattr(model.config, CONFIG_KEY, dict(state.config_entry))
-    elif hasattr(model.config, CONFIG_KEY):
-        delattr(model.config, CONFIG_KEY)
+    set_section(model.config, None if state.config_entry is None else dict(state.config_entry))
 
 
 def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -179,11 +179,11 @@ def test_search_goes_on_from_its_losses_file(
 def test_skip_in_place_changes_the_config_alone(statistics: Path, tmp_path: Path) -> None:
     model, tokenizer = load_checkpoint(DEMO_MODEL)
     save_checkpoint(model, tokenizer, tmp_path / "copy")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
+    before = {path.name: path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()}
     result = moe("skip", tmp_path / "copy", statistics, "--in-place")
     assert result.returncode == 0, result.stderr
     assert "not measured" in result.stdout
-    after = {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
+    after = {path.name: path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()}
     assert {name for name in after if after[name] != before.get(name)} == {"config.json"}
 
 

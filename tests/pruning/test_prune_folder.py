@@ -15,10 +15,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 import moe_ext
 from moe_ext.checkpoints.stored_tensors import INDEX, CheckpointError
 from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.models.blocks import moe_blocks
+from moe_ext.models.families import FURTHER_LAYERS_FIELDS, NUM_EXPERTS_FIELDS
 from moe_ext.pruning import prune_folder, shard_writer, unfinished
 from tests.support.checkpoints import BLOCK, declare_float8, dequantised, plain_copy, quantise, rewritten, tensors_in
 from tests.support.families import ALL, build, keep_of, plan_for
@@ -42,7 +45,37 @@ def assert_same_checkpoint(got: Path, expected: Path) -> None:
     ours, theirs = tensors_in(got), tensors_in(expected)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if bits(ours[name]) != bits(theirs[name])] == []
-    assert json.loads((got / "config.json").read_text()) == json.loads((expected / "config.json").read_text())
+    assert loaded_config(got) == loaded_config(expected)
+
+
+def content_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return content
+
+
+def loaded_config(folder: Path) -> dict[str, Any]:
+    """What a folder's config loads to; save_pretrained fills in the types of a multimodal model's parts."""
+
+    def compared(content: dict[str, Any], *left_out: str) -> dict[str, Any]:
+        return {
+            key: compared(value, "dtype") if key.endswith("_config") and isinstance(value, dict) else value
+            for key, value in content.items()
+            if key not in ("_name_or_path", "quantization_config", *left_out)
+        }
+
+    return compared(AutoConfig.from_pretrained(folder).to_dict())
+
+
+def changed_fields(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    """Names of the fields in which two configs differ, of whatever part."""
+    found = set()
+    for key in before.keys() | after.keys():
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict) and key.endswith("_config"):
+            found |= changed_fields(old, new)
+        elif old != new or (key in before) != (key in after):
+            found.add(key)
+    return found
 
 
 @pytest.fixture
@@ -64,6 +97,9 @@ def test_the_result_is_that_of_prune_and_save_pretrained_byte_by_byte(family: st
     prune_in_memory(tmp_path / "source", plan, tmp_path / "expected")
     result = moe_ext.prune_checkpoint(tmp_path / "source", plan, tmp_path / "got", shard_size=SHARD, progress=False)
     assert_same_checkpoint(tmp_path / "got", tmp_path / "expected")
+    changed = changed_fields(content_of(tmp_path / "source"), content_of(tmp_path / "got"))
+    assert len(changed & set(NUM_EXPERTS_FIELDS)) == 1
+    assert changed <= {*NUM_EXPERTS_FIELDS, *FURTHER_LAYERS_FIELDS}
     assert result.parameters < result.parameters_before
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(tmp_path / "got").values())
     assert result.weight_bytes == weights
@@ -281,7 +317,12 @@ def with_header(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     file.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
 
 
+def edited_config(folder: Path, **fields: Any) -> None:
+    (folder / "config.json").write_text(json.dumps({**content_of(folder), **fields}))
+
+
 GATE = "model.layers.0.block_sparse_moe.gate.weight"
+W1 = GATE.replace("gate", "experts.3.w1")
 BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing shard": (lambda folder: next(folder.glob("model-00002*")).unlink(), "names model-00002.*not there"),
     "a truncated shard": (lambda folder: cut(next(folder.glob("model-00002*")), 7), "truncated or overlong"),
@@ -298,10 +339,9 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: edited_index(folder, lambda names: names.update({GATE: "/tmp/other.safetensors"})),
         "expected a .*file of the folder",
     ),
-    "an index without a tensor": (lambda folder: edited_index(folder, lambda names: names.pop(GATE)), "into no shard"),
-    "an index with one more": (
-        lambda folder: edited_index(folder, lambda names: names.update({"more": names[GATE]})),
-        "'more'.*which does not hold it",
+    "a tensor in another shard than the index says": (
+        lambda folder: edited_index(folder, lambda names: names.update({GATE: names["lm_head.weight"]})),
+        "which model.safetensors.index.json puts into",
     ),
     "an index that is no JSON": (lambda folder: (folder / INDEX).write_text("{"), "truncated, or not JSON"),
     "an index of something else": (lambda folder: (folder / INDEX).write_text("[]"), "has no 'weight_map'"),
@@ -314,7 +354,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an expert that is missing": (
         lambda folder: rewritten(folder, lambda tensors: tensors.pop(GATE.replace("gate", "experts.3.w1"))),
-        "has .* numbers for model.layers.0.mlp.experts.gate_up_proj",
+        "parts that do not fit together: 1 tensors, model.layers.0.mlp.experts.gate_up_proj",
     ),
     "an expert too many": (
         lambda folder: rewritten(
@@ -327,13 +367,33 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a router of another shape": (
         lambda folder: rewritten(folder, lambda tensors: tensors.update({GATE: tensors[GATE].T.contiguous()})),
-        r"has shape \(32, 8\); expected 8 in place 0",
+        r"model.layers.0.mlp.gate.weight has shape \(32, 8\), expected \(8, 32\)",
+    ),
+    "an expert's projection that is transposed": (
+        lambda folder: rewritten(folder, lambda tensors: tensors.update({W1: tensors[W1].T.contiguous()})),
+        "parts that do not fit together.*model.layers.0.mlp.experts.gate_up_proj",
+    ),
+    "all of a kind transposed": (
+        lambda folder: rewritten(
+            folder,
+            lambda tensors: tensors.update({
+                name: tensor.T.contiguous() for name, tensor in tensors.items() if ".w2." in name
+            }),
+        ),
+        r"model.layers.0.mlp.experts.down_proj has shape \(8, 24, 32\), expected \(8, 32, 24\)",
+    ),
+    "no norm": (
+        lambda folder: rewritten(folder, lambda tensors: tensors.pop("model.norm.weight")),
+        "lacks 1 tensors, model.norm.weight",
+    ),
+    "a token without experts": (
+        lambda folder: edited_config(folder, num_experts_per_tok=0), "model.layers.0.mlp: top_k is 0; expected 1 to 8",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", BREAKS)
-def test_a_broken_checkpoint_is_refused_and_nothing_written(
+def test_a_broken_checkpoint_is_refused_in_memory_too_and_nothing_written(
     fault: str, mixtral: tuple[Path, PruningPlan], tmp_path: Path
 ) -> None:
     source, plan = mixtral
@@ -342,6 +402,8 @@ def test_a_broken_checkpoint_is_refused_and_nothing_written(
     with pytest.raises((CheckpointError, ValueError, FileNotFoundError), match=message):
         moe_ext.prune_checkpoint(source, plan, tmp_path / "got", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    with pytest.raises((CheckpointError, ValueError, FileNotFoundError), match=message):
+        moe_blocks(moe_ext.from_pretrained(source))
 
 
 def test_keys_that_look_like_paths_are_only_names(mixtral: tuple[Path, PruningPlan], tmp_path: Path) -> None:
@@ -414,9 +476,10 @@ def test_float8_weights_and_their_scales_are_pruned_as_they_are(
             else:
                 before = name.replace(number[0], f"experts.{kept[int(number[1])]}.")
                 assert bits(got[name]) == bits(held[before])
-    configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "expected", source)]
-    expected_config = {**configs[0], "quantization_config": configs[1]["quantization_config"]}
-    assert json.loads((tmp_path / "got" / "config.json").read_text()) == expected_config
+    assert loaded_config(tmp_path / "got") == loaded_config(tmp_path / "expected")
+    assert changed_fields(content_of(source), content_of(tmp_path / "got")) == {
+        "n_routed_experts", "num_nextn_predict_layers",
+    }  # fmt: skip
 
 
 def test_float8_weights_are_not_converted_or_left_without_scales(

@@ -1,6 +1,7 @@
 """Models that accelerate dispatches: weights that are in memory only while their module runs."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def dispatched(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    where = {"device_map": MAPS[name], "offload_folder": str(folder / "offload")}
+    where: dict[str, Any] = {"device_map": MAPS[name], "offload_folder": str(folder / "offload")}
     return moe_ext.from_pretrained(folder, dtype=dtype, **where).eval()
 
 
