@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     rename_source_key,
@@ -32,6 +33,7 @@ class Source:
         expert: index of the expert, if the key is of one expert alone.
         expert_at: where its number stands in the key: first character and the one after the last.
         converted: whether transformers computes something on the way, beyond another name.
+        transposed: whether all that it computes is each expert's transpose, where the shape is not the model's.
         part: where the tensor goes among those of its expert, which lie one above the other in the parameter's
             slice of that expert; None if transformers' conversion is another one.
         scales: key of the tensor's scales, if it is float8; they have a source of their own, as converted.
@@ -42,6 +44,7 @@ class Source:
     expert: int | None = None
     expert_at: tuple[int, int] = (0, 0)
     converted: bool = False
+    transposed: bool = False
     part: int | None = None
     scales: str | None = None
     stands_in: bool = False
@@ -70,7 +73,11 @@ def sources_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Source
             part = _part(converter_of[pattern], pattern)
             found[name] = Source(target, int(number[1]), number.span(1), converted=True, part=part)
         else:
-            found[name] = Source(target, converted=True)
+            transposed = all(
+                isinstance(operation, Transpose) and {operation.dim0, operation.dim1} == {1, 2}
+                for operation in converter_of[pattern].operations
+            )
+            found[name] = Source(target, converted=True, transposed=transposed)
     return found
 
 

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
 
 from moe_ext.checkpoints.finite import is_finite
 from moe_ext.checkpoints.stored_tensors import DTYPES, StoredTensor
@@ -24,15 +25,39 @@ _CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Rows, or columns, of a matrix that is stored.
+
+    Attributes:
+        begin, end: bytes of the source tensor, from and to.
+        columns: elements of a row.
+        kept: ascending indices, int64.
+        dim: what they are of: 0 rows, 1 columns.
+    """
+
+    begin: int
+    end: int
+    columns: int
+    kept: Tensor
+    dim: int
+
+
 @dataclass(frozen=True)
 class Part:
-    """A tensor to write: slices of one that is stored."""
+    """A tensor to write: slices of one that is stored.
+
+    Attributes:
+        ranges: bytes of the source tensor, from and to, that are written one after the other.
+        selections: what is written instead, if there are any.
+    """
 
     name: str
     source: StoredTensor
     shape: tuple[int, ...]
     dtype: torch.dtype
-    ranges: tuple[tuple[int, int], ...]  # bytes of the source tensor, from and to
+    ranges: tuple[tuple[int, int], ...]
+    selections: tuple[Selection, ...] = ()
 
     @property
     def size(self) -> int:
@@ -77,7 +102,9 @@ def _write_part(file: IO[bytes], part: Part) -> bool:
     """Whether all numbers are finite."""
     finite = True
     with part.source.file.open("rb") as source:
-        for begin, end in part.ranges:
+        for selection in part.selections:
+            finite = _write_selection(file, source, part, selection) and finite
+        for begin, end in () if part.selections else part.ranges:
             for start in range(begin, end, _WINDOW):
                 stop = min(start + _WINDOW, end)
                 at, length = part.source.offset + start, stop - start
@@ -91,6 +118,26 @@ def _write_part(file: IO[bytes], part: Part) -> bool:
                         file.write(values.view(torch.uint8).numpy().data)
                     else:
                         file.write(window)
+    return finite
+
+
+def _write_selection(file: IO[bytes], source: IO[bytes], part: Part, selection: Selection) -> bool:
+    """Whether all numbers that were written are finite."""
+    finite = True
+    row = selection.columns * part.source.dtype.itemsize
+    rows = max(1, _WINDOW // row)
+    for first in range(0, (selection.end - selection.begin) // row, rows):
+        start = selection.begin + first * row
+        length = min(rows * row, selection.end - start)
+        with _mapped(source, part.source.offset + start, length) as window:
+            matrix = torch.frombuffer(window, dtype=part.source.dtype).view(-1, selection.columns)
+            kept = selection.kept
+            if selection.dim == 0:
+                kept = kept[(kept >= first) & (kept < first + matrix.shape[0])] - first
+            values = matrix.index_select(selection.dim, kept)
+            del matrix  # a view of the window
+        finite = finite and is_finite(values.view(-1))
+        file.write(values.to(part.dtype).view(-1).view(torch.uint8).numpy().data)
     return finite
 
 

@@ -12,8 +12,11 @@ import moe_ext
 from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.models.blocks import expert_tensors, moe_blocks, text_config
 from moe_ext.models.expert_width import SHARED_FIELDS, width_of
+from moe_ext.models.families import FURTHER_LAYERS_FIELDS
+from moe_ext.pruning import shard_writer
 from moe_ext.pruning.prune import prune
 from moe_ext.runtime.patching import patch
+from tests.support.checkpoints import BLOCK, declare_float8, quantise, rewritten, tensors_in
 from tests.support.families import ALL, STOCK_ONLY, build, keep_of, logits_of, plan_for, reloaded
 
 TOKENS = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -61,7 +64,7 @@ def test_a_thinned_model_is_the_one_whose_channels_are_silent_and_reloads_stock(
     assert not torch.equal(expected, logits_of(build(family), TOKENS))
     after = text_config(model).to_dict()
     fields = {name for name in before if before[name] != after[name]}
-    assert fields <= {"intermediate_size", "moe_intermediate_size", *SHARED_FIELDS}
+    assert fields <= {"intermediate_size", "moe_intermediate_size", *SHARED_FIELDS, *FURTHER_LAYERS_FIELDS}
     model.save_pretrained(tmp_path / "thin")
     again = reloaded(type(model).from_pretrained, tmp_path / "thin", dtype="auto")
     assert torch.equal(logits_of(again, TOKENS), logits_of(model, TOKENS))
@@ -123,3 +126,47 @@ def test_channels_of_another_model_are_refused(channels: KeptChannels, message: 
     assert all(
         tensor is before[name] or torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "dtype"),
+    [
+        *((name, layout, torch.bfloat16) for name in ALL if name not in NOT_THIN for layout in ("hub", "fused")),
+        *((name, layout, torch.float32) for name in ("mixtral", "gpt_oss") for layout in ("hub", "fused")),
+    ],
+)
+def test_a_folder_is_thinned_byte_by_byte_as_the_model_in_memory(
+    family: str, layout: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_writer, "_WINDOW", 700)  # a few rows
+    model = build(family, dtype=torch.bfloat16)
+    plan = plan_for(model, keep_of(model, family))
+    model.save_pretrained(tmp_path / "source", save_original_format=layout == "hub")
+    loaded = type(model).from_pretrained(tmp_path / "source", dtype=dtype)
+    fewer = prune(type(model).from_pretrained(tmp_path / "source", dtype=dtype), plan)
+    plan = replace(plan, channels=channels_for(fewer, 12 if family in HALVES else 16))
+    prune(loaded, plan).save_pretrained(tmp_path / "expected", save_original_format=layout == "hub")
+    wanted = str(dtype).removeprefix("torch.")
+    moe_ext.prune_checkpoint(tmp_path / "source", plan, tmp_path / "got", dtype=wanted, progress=False)
+    got, expected = tensors_in(tmp_path / "got"), tensors_in(tmp_path / "expected")
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
+        assert got[name].dtype == tensor.dtype, name
+    again = reloaded(type(model).from_pretrained, tmp_path / "got", dtype="auto")
+    if dtype == torch.float32:
+        assert torch.equal(logits_of(again, TOKENS), logits_of(loaded, TOKENS))
+
+
+def test_float8_blocks_are_not_thinned_from_a_folder(tmp_path: Path) -> None:
+    model = build("deepseek_v3", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    rewritten(tmp_path / "source", quantise)
+    declare_float8(tmp_path / "source", BLOCK)
+    plan = plan_for(model, keep_of(model, "deepseek_v3"))
+    fewer = prune(build("deepseek_v3"), plan)
+    with pytest.raises(ValueError, match="holds float8 blocks, which stay whole"):
+        moe_ext.prune_checkpoint(
+            tmp_path / "source", replace(plan, channels=channels_for(fewer, 12)), tmp_path / "got", progress=False
+        )
+    assert not (tmp_path / "got").exists()
