@@ -5,6 +5,9 @@
 #   make demo    the main job on the demo model
 #   make test    the C++ kernel tests, then the Python tests
 #   make lint    ruff, mypy, the wings (import-linter), clang-format
+#   make test-sanitized    the C++ tests with the address, undefined-behaviour and thread sanitizers, in every CPU
+#                variant, and the operators' Python tests with the first two
+#   make fuzz    calls the operators 10,000 times, rightly and wrongly; SEED is the day unless it is given
 #   make test-vllm    pruned checkpoints in vLLM, which gets an environment of its own in build/vllm
 #   make clean   removes all that the others made
 
@@ -16,8 +19,9 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 # Processes that run the Python tests, of one thread each.
 WORKERS ?= 2
-# Further flags for the C++ tests, such as -DMOE_EXT_SANITIZE=ON
+# Further flags for the C++ tests, such as -DCMAKE_COMPILE_WARNING_AS_ERROR=ON
 CMAKE_FLAGS ?=
+SEED ?= $(shell date -u +%Y%m%d)
 # One compiler for all parts: torch and CMake would each choose their own otherwise.
 ifeq ($(origin CXX),default)
 CXX := c++
@@ -31,7 +35,7 @@ VLLM_PIP := build/vllm/bin/pip --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml moe_ext/version.py $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/kernels -type f)
 
-.PHONY: help demo test test-kernels test-python test-vllm lint clean
+.PHONY: help demo test test-kernels test-python test-sanitized fuzz test-vllm lint clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -50,6 +54,32 @@ test-kernels: .venv/torch.stamp
 test-python: .venv/moe_ext.stamp
 	@echo "== Python tests"
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+# The sanitized extension stands in a copy of the package, where Python finds it before the installed one. Its sanitizer
+# must be loaded before anything else, and the C++ library with it, of which it wraps a part.
+SANITIZED := build/sanitized
+test-sanitized: .venv/moe_ext.stamp
+	@echo "== C++ tests with the address and undefined-behaviour sanitizers; beside them with that of threads"
+	@mkdir -p $(SANITIZED)
+	@export PATH="$(CURDIR)/$(BIN):$$PATH" && \
+	sanitized() { \
+	  cmake -S . -B $(SANITIZED)/$$1 -G Ninja -DMOE_EXT_SANITIZE=$$* $(CMAKE_FLAGS) >$(SANITIZED)/$$1.log 2>&1 && \
+	  cmake --build $(SANITIZED)/$$1 >>$(SANITIZED)/$$1.log 2>&1 && \
+	  ctest --test-dir $(SANITIZED)/$$1 --output-on-failure >>$(SANITIZED)/$$1.log 2>&1 || { cat $(SANITIZED)/$$1.log; exit 1; }; \
+	  tail -n 3 $(SANITIZED)/$$1.log; \
+	} && \
+	{ sanitized thread & } && sanitized address -DMOE_EXT_PYTHON=$(CURDIR)/$(BIN)/python && wait $$!
+	@echo "== operators with the address and undefined-behaviour sanitizers"
+	@rm -rf $(SANITIZED)/checkout && mkdir $(SANITIZED)/checkout && cp -r moe_ext tests pyproject.toml $(SANITIZED)/checkout
+	@rm -f $(SANITIZED)/checkout/moe_ext/*.so && cp $(SANITIZED)/address/_C*.so $(SANITIZED)/checkout/moe_ext
+	@cd $(SANITIZED)/checkout && \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	$(CURDIR)/$(BIN)/pytest tests/ops -k "not compile and not opcheck and not gram_of_more"
+
+fuzz: .venv/moe_ext.stamp
+	@echo "== seed $(SEED): make fuzz SEED=$(SEED) does the same again"
+	$(BIN)/pytest tests/fuzz/operators.py --hypothesis-seed=$(SEED)
 
 test-vllm: .venv/moe_ext.stamp build/vllm/done.stamp
 	MOE_EXT_VLLM_PYTHON=$(CURDIR)/build/vllm/bin/python $(BIN)/pytest tests/checkpoints/test_vllm.py

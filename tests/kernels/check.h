@@ -1,6 +1,7 @@
 // Tests without a framework. A test program is one .cpp that includes this header, which also holds main():
 //   TEST("two and two make four") { CHECK(2 + 2 == 4, "got ", 2 + 2); }
-// A failed CHECK ends its test with the condition, the place and the values given; the other tests still run.
+// A failed CHECK ends its test with the condition, the place and the values given; the other tests still run. The
+// program's argument, if it is given one, chooses the tests whose sentence has it.
 #pragma once
 
 #include <chrono>
@@ -54,9 +55,12 @@ template <typename... Values>
     if (!(condition)) check::fail(#condition, __FILE__, __LINE__, __VA_ARGS__); \
   } while (false)
 
-int main() {
-  int failed = 0, skipped = 0;
+int main(int argc, char** argv) {
+  const std::string wanted = argc > 1 ? argv[1] : "";
+  int run = 0, failed = 0, skipped = 0;
   for (const check::Test& test : check::tests()) {
+    if (std::string(test.sentence).find(wanted) == std::string::npos) continue;
+    ++run;
     const auto start = std::chrono::steady_clock::now();
     std::string problem;
     try {
@@ -73,6 +77,6 @@ int main() {
     if (!problem.empty()) std::printf("     %s\n", problem.c_str());
     failed += !problem.empty();
   }
-  std::printf("%d tests, %d failed, %d skipped\n", static_cast<int>(check::tests().size()), failed, skipped);
+  std::printf("%d tests, %d failed, %d skipped\n", run, failed, skipped);
   return failed > 0 ? 1 : skipped > 0 ? 77 : 0;
 }
