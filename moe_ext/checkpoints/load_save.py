@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +88,16 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: Any, folder: str | Path) 
         tokenizer.save_pretrained(temporary)
 
 
-def write_thresholds(checkpoint: str | Path, thresholds: Tensor) -> None:
-    """Stores skip thresholds (L, K - 1) in a checkpoint folder's ``config.json``, replacing that one file.
+def write_thresholds(checkpoint: str | Path, thresholds: Tensor, layers: Sequence[int]) -> None:
+    """Stores skip thresholds (L, K - 1) of those decoder layers in a checkpoint folder's ``config.json``, replacing
+    that one file.
 
     Raises:
         OSError: there is no ``config.json``, or it cannot be written.
     """
     path = Path(checkpoint) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config[CONFIG_KEY] = section_with(thresholds, config.get(CONFIG_KEY))
+    config[CONFIG_KEY] = section_with(thresholds, config.get(CONFIG_KEY), layers)
     with replace_file(path) as temporary:
         temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

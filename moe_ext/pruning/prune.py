@@ -21,11 +21,13 @@ from moe_ext.models.blocks import (
     moe_blocks,
     refuse_novices,
     refuse_offloaded,
+    refuse_shared_out,
     text_config,
 )
 from moe_ext.models.config_section import CONFIG_KEY, section_with_novices
 from moe_ext.models.families import NUM_EXPERTS_FIELDS
 from moe_ext.models.novices import add_novices
+from moe_ext.models.wrapped import unwrapped_to_change
 from moe_ext.storage.formats import shown
 
 
@@ -39,6 +41,7 @@ def check_plan(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan
         raise ValueError(f"the plan is for model type {shown(plan.model_type)}; this model is {model_type_of(model)!r}")
     refuse_novices(blocks, "prune")
     refuse_offloaded(blocks, "prune")
+    refuse_shared_out(blocks, "prune")
     names = tuple(block.name for block in blocks)
     if plan.layers != names:
         raise ValueError(
@@ -95,7 +98,7 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
     the model as a whole is neither: load it again.
 
     Args:
-        model: the model that the plan was made for.
+        model: the model that the plan was made for, compiled by ``torch.compile`` or not.
         plan: experts to keep per layer.
         novices: statistics of this model with an ``output_sum``. The mean output of a removed expert then takes its
             place (MoNE, arXiv 2507.00390) and the router stays whole: a token is routed as before. Such a
@@ -106,15 +109,16 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
         The same model, with ``len(plan.keep[layer])`` experts in every MoE layer.
 
     Raises:
-        TypeError, ValueError: the plan or the statistics do not fit the model (see :func:`check_plan`). The model is
-            left as it was.
+        TypeError, ValueError: the plan or the statistics do not fit the model (see :func:`check_plan`), or a wrapper
+            around it (DistributedDataParallel, PEFT) keeps account of its weights. The model is left as it was.
     """
+    given, model = model, unwrapped_to_change(model, "prune")
     blocks = moe_blocks(model)
     check_plan(model, blocks, plan)
     fields = _num_experts_fields(model, blocks[0])
     if novices is not None:
         _put_novices(model, blocks, plan, novices)
-        return model
+        return given
     with torch.no_grad():
         for block, keep in zip(blocks, plan.keep, strict=True):
             _keep_slices(keep, block.routing_tensors() + _expert_parts(block))
@@ -124,7 +128,7 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
     _write_counts(text_config(model), fields, blocks)
     if hasattr(model, "num_experts"):  # the language model head's copy, for the auxiliary loss
         model.num_experts = max(map(len, plan.keep))
-    return model
+    return given
 
 
 def _num_experts_fields(model: PreTrainedModel, block: MoeBlock) -> list[str]:

@@ -95,7 +95,7 @@ def test_thresholds_written_into_a_config_are_found_by_patch(tmp_path: Path) -> 
     before = json.loads((tmp_path / "copy" / "config.json").read_text())
     (tmp_path / "copy" / "config.json").write_text(json.dumps({**before, "moe_ext": {"note": "kept"}}))
     thresholds = torch.linspace(0.1, 0.9, len(model.model.layers)).unsqueeze(1)
-    write_thresholds(tmp_path / "copy", thresholds)
+    write_thresholds(tmp_path / "copy", thresholds, range(len(thresholds)))
     after = json.loads((tmp_path / "copy" / "config.json").read_text())
     assert {key: value for key, value in after.items() if key != "moe_ext"} == before
     assert after["moe_ext"]["note"] == "kept"
