@@ -13,6 +13,7 @@ from moe_ext.models.config_section import CONFIG_KEY, section_with
 from moe_ext.models.dtypes import DTYPES
 from moe_ext.models.uneven_layers import built
 from moe_ext.storage.files import replace_file, replace_folder
+from moe_ext.storage.formats import parse_json
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # "model" or "owner/model"
 _DTYPES = {"auto": "auto", **DTYPES}
@@ -93,10 +94,16 @@ def write_thresholds(checkpoint: str | Path, thresholds: Tensor, layers: Sequenc
     that one file.
 
     Raises:
+        ValueError: ``config.json`` holds no JSON object, or a section that is none.
         OSError: there is no ``config.json``, or it cannot be written.
     """
     path = Path(checkpoint) / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get(CONFIG_KEY, {}), dict):
+        raise ValueError(f"{path}: expected a JSON object, and one under {CONFIG_KEY!r} if there is that")
     config[CONFIG_KEY] = section_with(thresholds, config.get(CONFIG_KEY), layers)
     with replace_file(path) as temporary:
         temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

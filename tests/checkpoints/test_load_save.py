@@ -104,6 +104,14 @@ def test_thresholds_written_into_a_config_are_found_by_patch(tmp_path: Path) -> 
     assert active_thresholds(unpatch(loaded)) is None
 
 
+@pytest.mark.parametrize("config", ["[]", "{", '{"moe_ext": 3}', '{"a": 1, "a": 2}'])
+def test_thresholds_are_not_written_into_something_else(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"config\.json: "):
+        write_thresholds(tmp_path, torch.zeros(1, 1), [0])
+    assert (tmp_path / "config.json").read_text() == config
+
+
 # ---- from_pretrained
 
 
