@@ -129,10 +129,10 @@ def vocabulary_of(model: Any) -> int:
 
 
 def check_tokens(where: str, tokens: Tensor, vocabulary: int) -> None:
-    """ValueError, beginning with ``where``, unless all are integers that a model with such a vocabulary has: on a GPU
-    the embedding's own check would take the whole CUDA context down."""
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise ValueError(f"{where}: has tokens of {tokens.dtype}; expected integers")
+    """ValueError, beginning with ``where``, unless all are int32 or int64 and a model with that vocabulary has them: on
+    a GPU the embedding's own check would take the whole CUDA context down."""
+    if tokens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{where}: has tokens of {tokens.dtype}; expected int32 or int64")
     if tokens.numel() == 0:
         return
     least, most = (int(bound) for bound in tokens.aminmax())

@@ -1,6 +1,5 @@
 """Skip thresholds, their rule and their rate, against plain Python."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from moe_ext.models.config_section import section_with, thresholds_in_config
 from moe_ext.runtime.skipping import skip_weak
 from tests.support.batches import random_tokens
 from tests.support.families import build
+from tests.support.malformed import StoredConfig
 from tests.support.mixtral import MixtralFactory
 from tests.support.reference import DEVICES, route_reference
 
@@ -187,7 +187,7 @@ def test_thresholds_name_the_decoder_layers_that_they_are_of() -> None:
         assert found is not None
         assert torch.equal(found, thresholds)
     with pytest.raises(ValueError, match=r"moe_ext.skip_thresholds is .*; expected a dict with the keys 0, 1$"):
-        thresholds_in_config(SimpleNamespace(moe_ext={"skip_thresholds": stored}), [0, 1], 4)
+        thresholds_in_config(StoredConfig(moe_ext={"skip_thresholds": stored}), [0, 1], 4)
 
 
 @pytest.mark.parametrize(
@@ -196,13 +196,13 @@ def test_thresholds_name_the_decoder_layers_that_they_are_of() -> None:
 )
 def test_stored_thresholds_that_are_no_numbers_are_refused(stored: Any) -> None:
     with pytest.raises(ValueError, match=r"skip_thresholds is|skip thresholds"):
-        thresholds_in_config(SimpleNamespace(moe_ext={"skip_thresholds": stored}), [0, 1], 2)
+        thresholds_in_config(StoredConfig(moe_ext={"skip_thresholds": stored}), [0, 1], 2)
 
 
 @pytest.mark.parametrize("betas", [{"0": "x"}, {"0": None}, {"0": True}, {"0": 2.0}])
 def test_stored_betas_that_are_no_numbers_are_refused(betas: Any) -> None:
     with pytest.raises(ValueError, match=r"config.betas is|from 0 to 1"):
-        thresholds_in_config(SimpleNamespace(betas=betas), [3], 2)
+        thresholds_in_config(StoredConfig(betas=betas), [3], 2)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

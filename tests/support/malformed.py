@@ -105,12 +105,19 @@ def _weights(file: Path, name: str) -> None:
     save_file({f"{name}.weight": torch.ones(2, 3), f"{name}.bias": torch.ones(2).bfloat16()}, file, {"format": "pt"})
 
 
+class StoredConfig(SimpleNamespace):
+    """A config of entries alone, which any JSON may be."""
+
+    def get_text_config(self, decoder: bool = True) -> "StoredConfig":
+        return self
+
+
 def _read_config(file: Path, elsewhere: Path) -> None:
     config = parse_json(file.read_bytes())
     if not isinstance(config, dict):
         raise ValueError("no object")
     experts_left(config.get("moe_ext"), 3)
-    thresholds_in_config(SimpleNamespace(**{name: value for name, value in config.items() if name}), [0, 2], 2)
+    thresholds_in_config(StoredConfig(**{name: value for name, value in config.items() if name}), [0, 2], 2)
 
 
 _SECTION = section_with(torch.tensor([[0.5], [0.25]]), section_with_novices({"0": 3, "2": 2}, None), [0, 2])
