@@ -23,10 +23,12 @@ from moe_ext.models.blocks import (
     input_device,
     moe_blocks,
     refuse_novices,
+    refuse_shared_out,
     router_digest,
     text_config,
 )
 from moe_ext.models.layout import layout_of
+from moe_ext.models.wrapped import unwrapped
 from moe_ext.runtime.batches import check_batch
 from moe_ext.runtime.hidden_states import FolderOptions
 from moe_ext.runtime.layer_walk import LayerInputs
@@ -70,11 +72,12 @@ def calibrate(
     """Statistics of a model's experts over text, in one forward pass per batch.
 
     Args:
-        model: a model that :func:`moe_ext.patch` supports. Patched or not, it is left as it was. Or a checkpoint
-            folder: its decoder layers are then in memory one at a time, each with all batches before the next, and the
-            statistics are those of the loaded model, bit by bit.
+        model: a model that :func:`moe_ext.patch` supports, compiled or wrapped (see there) or not. Patched or not, it
+            is left as it was. Or a checkpoint folder: its decoder layers are then in memory one at a time, each with
+            all batches before the next, and the statistics are those of the loaded model, bit by bit.
         batches: mappings with ``input_ids`` (B, S) and optionally ``attention_mask`` (B, S); tokens whose mask is 0 are
-            padding and count in nothing.
+            padding and count in nothing. What tokenizers give beside them, such as ``token_type_ids``, is left out
+            where the model does not take it.
         progress: whether to show a progress bar.
         dataset: a label for the text, kept in the statistics.
         outputs: also sum every expert's outputs, for the criterion ``mone``. Slower: the experts run twice, the second
@@ -95,9 +98,9 @@ def calibrate(
 
     Raises:
         TypeError: an option for folders with a model in memory.
-        ValueError: processes that differ in text, options or model (says which and in what), a malformed batch, no
-            counted token, a model that :func:`moe_ext.patch` refuses or that is skipping
-            (its routing would bias the statistics), or activations that are not finite (the layer is named).
+        ValueError: processes that differ in text, options or model (says which and in what), a malformed batch, a token
+            that the model does not have, no counted token, a model that :func:`moe_ext.patch` refuses or that is
+            skipping (its routing would bias the statistics), or activations that are not finite (the layer is named).
         MemoryError, OSError: hidden states for which there is no room, or a checkpoint that cannot be read.
     """
     in_folder = {"dtype": dtype, "device": device, "scratch": scratch, "resume": resume, "read_ahead": read_ahead}
@@ -105,10 +108,11 @@ def calibrate(
     asked = {"dataset": dataset, "outputs": outputs, "channels": channels, "strict": strict, "shard": shard}
     if not isinstance(model, str | os.PathLike):
         FolderOptions.refuse(**in_folder)
-        blocks = moe_blocks(model)
-        stats = _start(model, blocks, dataset, outputs, channels, shard)
-        mine = _share(batches, model, None, asked) if distributed else batches
-        _run(model, blocks, mine, stats, progress, outputs, strict)
+        inside: PreTrainedModel = unwrapped(model)
+        blocks = moe_blocks(inside)
+        stats = _start(inside, blocks, dataset, outputs, channels, shard)
+        mine = _share(batches, inside, None, asked) if distributed else batches
+        _run(inside, blocks, mine, stats, progress, outputs, strict)
     else:
         options = FolderOptions.given(**in_folder)
         with options.opened(model) as layers:
@@ -134,6 +138,7 @@ def _start(
             "the model skips experts, which would bias its statistics; patch(model, skip=None) before calibrating"
         )
     refuse_novices(blocks, "calibrate")
+    refuse_shared_out(blocks, "calibrate")
     hidden_size = text_config(model).hidden_size if outputs else None
     width = check_channels(channels, blocks)
     stats = ExpertStatistics.empty(layout_of(model, blocks), family_of(model).gate, dataset, hidden_size, width)
@@ -147,7 +152,7 @@ def _share(
     """This process's batches, once all processes are known to do the same job; ValueError if they do not."""
     listed = list(batches)
     for index, batch in enumerate(listed):
-        check_batch(index, batch)
+        check_batch(index, batch, model)
     check_same_job(listed, model, layers, asked)
     return list(share_of(listed))
 
@@ -164,10 +169,10 @@ def _run(
     """Fills the statistics of a model in memory."""
     with torch.no_grad(), observing(model, blocks, outputs, strict, stats.width) as observers:
         for index, batch in enumerate(tqdm(batches, desc="calibrate", unit="batch", disable=not progress)):
-            counted = check_batch(index, batch)
+            inputs, counted = check_batch(index, batch, model)
             for observer in observers:
                 observer.counted = None if counted is None else counted.to(observer.moments.device)
-            inputs = {name: tensor.to(input_device(model)) for name, tensor in batch.items()}
+            inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
             # The decoder without the language model head: statistics need no logits.
             model.base_model(**inputs, use_cache=False)
     digests = [router_digest(block) for block in blocks]
@@ -188,16 +193,17 @@ def _run_layers(
     """Fills the statistics of a model one decoder layer at a time."""
     model, blocks = layers.model, layers.blocks
     _, _, of_block = decoder_layers(model, blocks)
-    counted = [check_batch(index, batch) for index, batch in enumerate(batches)]
-    record = CalibrationProgress(layers, batches, stats, options, outputs, show=progress)
+    checked = [check_batch(index, batch, model) for index, batch in enumerate(batches)]
+    given, counted = [each.inputs for each in checked], [each.counted for each in checked]
+    record = CalibrationProgress(layers, given, stats, options, outputs, show=progress)
     done = len(record.digests) == len(blocks)
     left = range(record.position, record.position if done else of_block[-1] + 1)
-    bar = tqdm(total=len(left) * len(batches), desc="calibrate", unit="batch", disable=not progress)
+    bar = tqdm(total=len(left) * len(given), desc="calibrate", unit="batch", disable=not progress)
     with (
         bar,
         torch.no_grad(),
         observing(model, blocks, outputs, strict, stats.width) as observers,
-        LayerInputs(model, blocks, batches, states=record.states, need=layers.need, position=record.position) as inputs,
+        LayerInputs(model, blocks, given, states=record.states, need=layers.need, position=record.position) as inputs,
     ):
         for layer in left:
             bar.set_description(f"calibrate layer {layer}")

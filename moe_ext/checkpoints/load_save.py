@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from moe_ext.checkpoints.other_files import copy_other_files
 from moe_ext.checkpoints.read_config import model_class, read_config
 from moe_ext.checkpoints.stored_tensors import stored_tensors
 from moe_ext.checkpoints.written_config import CONFIG, changed_content, read_content, write_content
-from moe_ext.models.config_section import section_of, section_with, set_section
+from moe_ext.models.config_section import CONFIG_KEY, section_of, section_with, set_section
 from moe_ext.models.dtypes import DTYPES
 from moe_ext.models.uneven_layers import built
 from moe_ext.storage.files import replace_folder
@@ -173,17 +174,23 @@ def check_config_file(checkpoint: str | Path) -> None:
         raise OSError(f"{path} is a link to {os.path.realpath(path)}, which is not changed: write a copy instead")
 
 
-def write_thresholds(checkpoint: str | Path, thresholds: Tensor, *, trust_remote_code: bool = False) -> None:
-    """Stores skip thresholds (L, K - 1) in a checkpoint folder's ``config.json``, replacing that one file: in the part
-    that is of the text decoder, where every class that loads the folder finds it.
+def write_thresholds(
+    checkpoint: str | Path, thresholds: Tensor, layers: Sequence[int], *, trust_remote_code: bool = False
+) -> None:
+    """Stores skip thresholds (L, K - 1) of those decoder layers in a checkpoint folder's ``config.json``, replacing
+    that one file: in the part that is of the text decoder, where every class that loads the folder finds it.
 
     Raises:
+        ValueError: ``config.json`` holds no JSON object, or a section that is none.
         OSError: there is no ``config.json``, it cannot be written, or it is a link, whose target is not touched.
     """
     check_config_file(checkpoint)
     before = read_config(checkpoint, trust_remote_code=trust_remote_code)
     after = copy.deepcopy(before)
-    set_section(after, section_with(thresholds, section_of(after)))
+    section = section_of(after)
+    if section is not None and not isinstance(section, dict):
+        raise ValueError(f"{Path(checkpoint) / CONFIG}: expected a JSON object under {CONFIG_KEY!r}")
+    set_section(after, section_with(thresholds, section, layers))
     write_content(checkpoint, changed_content(read_content(checkpoint), before, after))
 
 

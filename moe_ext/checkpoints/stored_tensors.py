@@ -130,7 +130,12 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: has no 'weight_map' of tensors to files")
     for name, shard in weight_map.items():
         # A plain name: no folder before it, in either system's writing.
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\:\0"):
+        if (
+            not isinstance(shard, str)
+            or not shard.endswith(".safetensors")
+            or set(shard) & set("/\\:\0")
+            or len(shard) > 255
+        ):
             raise CheckpointError(
                 f"{path}: puts {shown(name)} into {shown(shard)}; expected a *.safetensors file of the folder"
             )

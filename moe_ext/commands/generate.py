@@ -9,6 +9,7 @@ import typer
 from moe_ext.commands.options import AllowMissing, Device, Dtype, Json, Model, Strict, TrustRemoteCode
 from moe_ext.commands.output import print_json
 from moe_ext.commands.shared import load
+from moe_ext.runtime.batches import prompt_batch
 from moe_ext.runtime.patching import patch
 
 
@@ -29,7 +30,7 @@ def generate(
     """Continue a prompt with a patched model."""
     loaded, tokenizer = load(model, dtype, device, trust_remote_code, allow_missing)
     patch(loaded, skip="config" if skip else None, strict=strict)
-    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    inputs: Any = {name: tensor.to(device) for name, tensor in prompt_batch(prompt, tokenizer, loaded).items()}
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = None if as_json else transformers.TextStreamer(tokenizer, skip_special_tokens=True)
     torch.manual_seed(seed)

@@ -26,7 +26,7 @@ from moe_ext.commands.output import out, print_json
 from moe_ext.commands.shared import load
 from moe_ext.decision.thresholds import skip_thresholds
 from moe_ext.evaluation.skip_rates import skip_rates
-from moe_ext.models.blocks import moe_blocks
+from moe_ext.models.blocks import layer_numbers, moe_blocks
 from moe_ext.models.layout import layout_of
 from moe_ext.runtime.batches import read_domains, token_batches
 from moe_ext.runtime.patching import patch
@@ -71,7 +71,7 @@ def skip(
     if save_to is not None:
         save_checkpoint(loaded, tokenizer, save_to)
     else:
-        write_thresholds(model, thresholds, trust_remote_code=trust_remote_code)
+        write_thresholds(model, thresholds, layer_numbers(blocks), trust_remote_code=trust_remote_code)
     if as_json:
         print_json({"layers": list(stats.layers), "thresholds": thresholds.tolist(), "skip_rates": rates})
         return

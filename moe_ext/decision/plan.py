@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_ext.decision.criteria import Scores
 from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.storage.formats import shown
 from moe_ext.version import __version__
 
 
@@ -51,7 +52,8 @@ def plan(
     Raises:
         ValueError: neither or both of keep and ratio, a ``keep`` that is no integer, fewer than K or more than E
             experts to keep, a number that the groups do not share equally, layers that differ in their number of
-            experts already, an unknown scope or normalisation, or a NaN score (the layer and expert are named).
+            experts already, an unknown scope or normalisation, or a score that is NaN, or infinite in one ranking
+            of all layers (the layer and expert are named).
     """
     layers, experts = scores.values.shape
     if len(set(scores.experts)) > 1:
@@ -86,9 +88,12 @@ def plan(
         )
     if scope == "layer" and kept % scores.groups:
         raise ValueError(f"{name}: {asked!r} keeps {kept} experts, which {scores.groups} groups do not share equally")
-    if scores.values.isnan().any():
-        layer, expert = scores.values.isnan().nonzero()[0].tolist()
-        raise ValueError(f"scores: layer {scores.layers[layer]!r} has a NaN score for expert {expert}")
+    # Within a layer infinite scores have an order; over layers they leave none to the others.
+    useless = scores.values.isnan() if scope == "layer" else ~scores.values.isfinite()
+    if useless.any():
+        layer, expert = useless.nonzero()[0].tolist()
+        kind = "a NaN" if scores.values[layer, expert].isnan() else "an infinite"
+        raise ValueError(f"scores: layer {shown(scores.layers[layer])} has {kind} score for expert {expert}")
     if scope == "model":
         normalise = normalise or "sum"
         made_by |= {"scope": "model", "normalise": normalise}

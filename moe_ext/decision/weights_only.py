@@ -8,8 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_ext.decision.criteria import Scores
-from moe_ext.models.blocks import expert_tensors, moe_blocks, refuse_offloaded
+from moe_ext.models.blocks import expert_tensors, moe_blocks, refuse_offloaded, refuse_shared_out
 from moe_ext.models.layout import layout_of
+from moe_ext.models.wrapped import unwrapped
 
 
 def aimer(model: PreTrainedModel) -> Scores:
@@ -29,8 +30,10 @@ def aimer(model: PreTrainedModel) -> Scores:
         TypeError, ValueError: as :func:`moe_ext.models.blocks.moe_blocks`; weights that are not plain or not in memory,
             or not finite (the layer and expert are named).
     """
+    model = unwrapped(model)
     blocks = moe_blocks(model)
     refuse_offloaded(blocks, "score")
+    refuse_shared_out(blocks, "score")
     layout = layout_of(model, blocks)
     values = torch.zeros(len(blocks), layout.num_experts, dtype=torch.float64)
     with torch.no_grad():

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from moe_ext.checkpoints.load_save import load_checkpoint
 from moe_ext.evaluation.perplexity import perplexity
+from moe_ext.runtime.batches import prompt_batch
 from moe_ext.runtime.patching import patch
 from moe_ext.runtime.skipping import count_skips
 from moe_ext.storage.machine import peak_resident_bytes
@@ -120,7 +121,8 @@ def measure(name: str, texts: Mapping[str, str], setting: Setting) -> Compared:
         quality = perplexity(
             model, texts, tokenizer, window=setting.window, stride=setting.stride, batch_size=setting.batch_size
         )
-    prompt = tokenizer(next(iter(texts.values()))[:PROMPT_CHARACTERS], return_tensors="pt").to(setting.device)
+    prompt = prompt_batch(next(iter(texts.values()))[:PROMPT_CHARACTERS], tokenizer, model)
+    prompt = {name: tensor.to(setting.device) for name, tensor in prompt.items()}
     seconds = _decode_seconds(model, prompt, setting.decode_tokens)
     return Compared(
         name,

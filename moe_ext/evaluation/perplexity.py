@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from moe_ext.models.blocks import evaluation_mode, input_device
+from moe_ext.models.wrapped import unwrapped
+from moe_ext.runtime.batches import check_tokens, token_ids, vocabulary_of
 from moe_ext.storage.formats import shown
 
 if TYPE_CHECKING:
@@ -61,9 +63,11 @@ def perplexity(
     the sums are float64.
 
     Args:
-        model: a causal language model, on any device in any dtype; its training modes are as before afterwards.
+        model: a causal language model, compiled or wrapped or not, on any device in any dtype; its training modes are
+            as before afterwards.
         texts: domain to text, or to several texts that are separate documents.
-        tokenizer: the model's; adds the special tokens that it adds by default.
+        tokenizer: the model's; adds the special tokens that it adds by default, but no second BOS token to a text that
+            begins with it.
         window: tokens the model sees at once.
         stride: tokens from one window's end to the next's, 1 to ``window``; ``window // 2`` when not given.
         batch_size: windows a forward pass.
@@ -76,6 +80,7 @@ def perplexity(
         ValueError: no texts, a document with fewer than two tokens, a token outside the model's vocabulary, a window
             longer than the model's positions, or a stride or batch size out of range.
     """
+    model = unwrapped(model)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window < 1 or (limit is not None and window > limit):
         raise ValueError(f"window: expected 1 to max_position_embeddings = {limit} tokens, got {window}")
@@ -88,7 +93,7 @@ def perplexity(
     # Everything is tokenised before the model runs: a bad document in the last domain costs no forward pass.
     windows = {
         domain: [part for tokens in documents for part in _windows(tokens, window, stride)]
-        for domain, documents in _tokenise(texts, tokenizer, model.config.get_text_config().vocab_size).items()
+        for domain, documents in _tokenise(texts, tokenizer, vocabulary_of(model)).items()
     }
     mean_loss, tokens = {}, {}
     bar = tqdm(total=sum(map(len, windows.values())), unit="window", desc="perplexity", disable=not progress)
@@ -137,17 +142,11 @@ def _tokenise(
         documents = [documents] if isinstance(documents, str) else documents
         if not documents:
             raise ValueError(f"texts: domain {domain!r} has no documents")
-        # Not verbose: that a document is longer than the model's window is what the windows are for.
-        tokenised[domain] = [tokenizer(document, verbose=False)["input_ids"] for document in documents]
+        tokenised[domain] = [token_ids(document, tokenizer) for document in documents]
         for index, tokens in enumerate(tokenised[domain]):
             if len(tokens) < 2:
                 raise ValueError(f"texts: {domain!r}, document {index}: expected 2 or more tokens, got {len(tokens)}")
-            if max(tokens) >= vocabulary:
-                # On a GPU the embedding's own check would take the whole CUDA context down.
-                raise ValueError(
-                    f"tokenizer: texts {domain!r}, document {index}: expected tokens below the model's vocabulary size "
-                    f"{vocabulary}, got {max(tokens)}"
-                )
+            check_tokens(f"tokenizer: texts {domain!r}, document {index}", torch.tensor(tokens), vocabulary)
     return tokenised
 
 

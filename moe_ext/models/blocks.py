@@ -135,6 +135,13 @@ class MoeBlock:
                 yield module, name, tensor, counting[0]
 
 
+def layer_numbers(blocks: Sequence[MoeBlock]) -> list[int]:
+    """Decoder layers of the MoE layers, as configs name them; where names do not tell them apart, their own order."""
+    found = [_DECODER_LAYER.search(block.name) for block in blocks]
+    numbers = [int(match[1]) for match in found if match is not None]
+    return numbers if len(set(numbers)) == len(blocks) else list(range(len(blocks)))
+
+
 def text_config(model: PreTrainedModel) -> Any:
     """The config of a model's text decoder: the model's own, or the part of it that a multimodal model keeps for it."""
     return model.config.get_text_config(decoder=True)
@@ -235,6 +242,16 @@ def refuse_offloaded(blocks: list[MoeBlock], job: str) -> None:
         for tensor in (*tensors_of(block.experts).values(), *tensors_of(block.router).values()):
             if tensor.is_meta and not hasattr(tensor, LOADED_LATER):
                 raise ValueError(f"{block.name} is offloaded by accelerate's hooks; {job} a model that is in memory")
+
+
+def refuse_shared_out(blocks: Sequence[MoeBlock], job: str) -> None:
+    """ValueError, naming the layer, if its experts are shared out among processes: each has some of them only."""
+    for block in blocks:
+        if getattr(block.experts, "_is_expert_parallel", False):
+            raise ValueError(
+                f"{block.name}: expert parallelism leaves this process {block.num_experts} of the layer's experts; "
+                f"{job} a model that is loaded without it"
+            )
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -347,6 +364,12 @@ def check_layout(block: MoeBlock) -> None:
 
 def check_plain(name: str, owner: nn.Module, key: str, tensor: Tensor) -> None:
     # A parametrized weight shows up under other names, a quantised one or an adapter as further or other types.
+    if type(tensor).__name__ == "DTensor":
+        raise ValueError(
+            f"{name}: {type(owner).__name__}'s {key} is a DTensor, shared out among processes; expected plain tensors. "
+            "Under tensor parallelism the operators run without patch, in a model from from_pretrained(..., "
+            "tp_plan='auto', experts_implementation='moe_ext')"
+        )
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
         raise ValueError(f"{name}: {type(owner).__name__}'s {key} is a {type(tensor).__name__}; expected plain tensors")
     if device_of(owner, tensor).type == "meta":

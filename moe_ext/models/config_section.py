@@ -3,11 +3,14 @@
 It is in the part of the text decoder, which every class has that loads the checkpoint.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from moe_ext.storage.formats import shortened, shown
 
 CONFIG_KEY = "moe_ext"
 LEFT_KEY = "experts_left"
@@ -44,9 +47,10 @@ def experts_left(section: object, layers: int) -> dict[int, int]:
     if stored is None:
         return {}
     if not isinstance(stored, dict) or not all(
-        layer.isdigit() and int(layer) < layers and type(count) is int and count > 0 for layer, count in stored.items()
+        re.fullmatch("[0-9]{1,6}", layer) and int(layer) < layers and type(count) is int and count > 0
+        for layer, count in stored.items()
     ):
-        raise ValueError(f"config.moe_ext.{LEFT_KEY} is {stored!r}; expected layers with their numbers of experts")
+        raise ValueError(f"config.moe_ext.{LEFT_KEY} is {shown(stored)}; expected layers with their numbers of experts")
     return {int(layer): count for layer, count in stored.items()}
 
 
@@ -59,7 +63,10 @@ def check_thresholds(thresholds: Tensor | Sequence[Sequence[float]], layers: int
     Raises:
         ValueError: wrong shape, or a value that is not a finite number in [0, 1].
     """
-    checked = torch.as_tensor(thresholds, dtype=torch.float32, device="cpu").detach().clone()
+    try:
+        checked = torch.as_tensor(thresholds, dtype=torch.float32, device="cpu").detach().clone()
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        raise ValueError(f"skip thresholds are {shown(thresholds)}; expected a table of numbers") from None
     if tuple(checked.shape) != (layers, top_k - 1):
         raise ValueError(
             f"skip thresholds have shape {tuple(checked.shape)}; "
@@ -70,8 +77,12 @@ def check_thresholds(thresholds: Tensor | Sequence[Sequence[float]], layers: int
     return checked
 
 
-def thresholds_in_config(config: Any, layers: int, top_k: int) -> Tensor | None:
-    """Thresholds stored in a model's config: ours under ``moe_ext``, or the ``betas`` of NAEE's published code.
+def thresholds_in_config(config: Any, layers: Sequence[int], top_k: int) -> Tensor | None:
+    """Thresholds stored in a model's config: ours under ``moe_ext``, by decoder layer or, in an older form, in a list
+    of the MoE layers; or the ``betas`` of NAEE's published code.
+
+    Args:
+        layers: decoder layers of the model's L MoE layers.
 
     Returns:
         (L, K - 1) float32, or None if the config has none.
@@ -82,18 +93,40 @@ def thresholds_in_config(config: Any, layers: int, top_k: int) -> Tensor | None:
     ours = section_of(config)
     if ours is not None:
         if not isinstance(ours, dict):
-            raise ValueError(f"config.{CONFIG_KEY} is {ours!r}; expected a dict")
+            raise ValueError(f"config.{CONFIG_KEY} is {shown(ours)}; expected a dict")
         if THRESHOLDS_KEY in ours:
-            return check_thresholds(ours[THRESHOLDS_KEY], layers, top_k)
+            stored = ours[THRESHOLDS_KEY]
+            if isinstance(stored, dict):
+                stored = _by_layer(f"{CONFIG_KEY}.{THRESHOLDS_KEY}", stored, layers)
+            if not isinstance(stored, list) or not all(isinstance(row, list) and _numbers(row) for row in stored):
+                raise ValueError(
+                    f"config.{CONFIG_KEY}.{THRESHOLDS_KEY} is {shown(stored)}; expected lists of numbers by layer"
+                )
+            return check_thresholds(stored, len(layers), top_k)
     betas = getattr(config.get_text_config(decoder=True), "betas", getattr(config, "betas", None))
     if betas is None:
         return None
-    if not isinstance(betas, dict) or {str(key) for key in betas} != {str(layer) for layer in range(layers)}:
-        raise ValueError(f"config.betas is {betas!r}; expected a dict with the keys '0' to '{layers - 1}'")
-    by_layer = {int(key): float(value) for key, value in betas.items()}
-    return check_thresholds([[by_layer[layer]] for layer in range(layers)], layers, top_k)
+    rows = _by_layer("betas", betas, range(len(layers)))
+    if not _numbers(rows):
+        raise ValueError(f"config.betas is {shown(betas)}; expected numbers")
+    return check_thresholds([[value] for value in rows], len(layers), top_k)
 
 
-def section_with(thresholds: Tensor, section: dict[str, Any] | None) -> dict[str, Any]:
-    """A config's ``moe_ext`` section with thresholds (L, K - 1) in it, whatever else it holds kept."""
-    return {**(section or {}), THRESHOLDS_KEY: thresholds.tolist()}
+def _by_layer(name: str, stored: object, layers: Sequence[int]) -> list[Any]:
+    """The values of a dict whose keys are the layers, in their order; ValueError for anything else."""
+    if not isinstance(stored, dict) or {str(key) for key in stored} != {str(layer) for layer in layers}:
+        expected = ", ".join(map(str, layers))
+        raise ValueError(f"config.{name} is {shown(stored)}; expected a dict with the keys {shortened(expected, 80)}")
+    values = {str(key): value for key, value in stored.items()}
+    return [values[str(layer)] for layer in layers]
+
+
+def _numbers(values: Sequence[object]) -> bool:
+    return all(type(value) in (int, float) for value in values)
+
+
+def section_with(thresholds: Tensor, section: dict[str, Any] | None, layers: Sequence[int]) -> dict[str, Any]:
+    """A config's ``moe_ext`` section with thresholds (L, K - 1) of those decoder layers in it, whatever else it holds
+    kept."""
+    by_layer = {str(layer): row for layer, row in zip(layers, thresholds.tolist(), strict=True)}
+    return {**(section or {}), THRESHOLDS_KEY: by_layer}

@@ -21,11 +21,13 @@ from moe_ext.models.blocks import (
     moe_blocks,
     refuse_novices,
     refuse_offloaded,
+    refuse_shared_out,
     text_config,
 )
 from moe_ext.models.config_section import section_of, section_with_novices, set_section
 from moe_ext.models.families import FURTHER_LAYERS_FIELDS, NUM_EXPERTS_FIELDS
 from moe_ext.models.novices import add_novices
+from moe_ext.models.wrapped import unwrapped_to_change
 from moe_ext.pruning.replace import replace_tensor
 from moe_ext.pruning.thin import Thinning
 from moe_ext.storage.formats import shown
@@ -41,6 +43,7 @@ def check_plan(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan
         raise ValueError(f"the plan is for model type {shown(plan.model_type)}; this model is {model_type_of(model)!r}")
     refuse_novices(blocks, "prune")
     refuse_offloaded(blocks, "prune")
+    refuse_shared_out(blocks, "prune")
     names = tuple(block.name for block in blocks)
     if plan.layers != names:
         raise ValueError(
@@ -98,7 +101,7 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
     the model as a whole is neither: load it again.
 
     Args:
-        model: the model that the plan was made for.
+        model: the model that the plan was made for, compiled by ``torch.compile`` or not.
         plan: experts to keep per layer, and of these the channels.
         novices: statistics of this model with an ``output_sum``. The mean output of a removed expert then takes its
             place (MoNE, arXiv 2507.00390) and the router stays whole: a token is routed as before. Such a
@@ -109,9 +112,10 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
         The same model, with ``len(plan.keep[layer])`` experts in every MoE layer.
 
     Raises:
-        TypeError, ValueError: the plan or the statistics do not fit the model (see :func:`check_plan`). The model is
-            left as it was.
+        TypeError, ValueError: the plan or the statistics do not fit the model (see :func:`check_plan`), or a wrapper
+            around it (DistributedDataParallel, PEFT) keeps account of its weights. The model is left as it was.
     """
+    given, model = model, unwrapped_to_change(model, "prune")
     blocks = moe_blocks(model)
     check_plan(model, blocks, plan)
     fields = _num_experts_fields(model, blocks[0])
@@ -119,7 +123,7 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
         if plan.channels is not None:
             raise ValueError("novices: go with experts that keep all their channels; this plan thins them")
         _put_novices(model, blocks, plan, novices)
-        return model
+        return given
     thinning = None if plan.channels is None else Thinning.of(model, blocks, plan.channels, list(map(len, plan.keep)))
     with torch.no_grad():
         for block, keep in zip(blocks, plan.keep, strict=True):
@@ -133,7 +137,7 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
         thinning.apply(model, blocks)
     if hasattr(model, "num_experts"):  # the language model head's copy, for the auxiliary loss
         model.num_experts = max(map(len, plan.keep))
-    return model
+    return given
 
 
 def _num_experts_fields(model: PreTrainedModel, block: MoeBlock) -> list[str]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from moe_ext.models.config_section import check_thresholds, thresholds_in_config
 from moe_ext.reconstruction.budgets import counts_per_layer
+from moe_ext.storage.formats import check_label
 
 Method = Literal["layerwise", "progressive", "greedy"]
 Budget = Literal["layer", "model"]
@@ -29,6 +30,9 @@ class SearchRequest:
     skip: Tensor | Literal["config"] | None
     max_subsets: int
     dataset: str
+
+    def __post_init__(self) -> None:
+        check_label("dataset", self.dataset)  # before the search, which ends with a file that names it
 
     def counts(self, layers: int, num_experts: int, top_k: int) -> list[int]:
         """Experts that every layer keeps, before a model-wide budget shares them out.
@@ -49,12 +53,12 @@ class SearchRequest:
             )
         return counts
 
-    def thresholds(self, model: PreTrainedModel, layers: int, top_k: int) -> Tensor | None:
+    def thresholds(self, model: PreTrainedModel, layers: Sequence[int], top_k: int) -> Tensor | None:
         """(L, K - 1) float32 skip thresholds or None; ValueError if they do not fit, or the config has none."""
         if self.skip is None:
             return None
         if not isinstance(self.skip, str):
-            return check_thresholds(self.skip, layers, top_k)
+            return check_thresholds(self.skip, len(layers), top_k)
         if self.skip != "config":
             raise ValueError(f"skip is {self.skip!r}; expected thresholds, 'config' or None")
         found = thresholds_in_config(model.config, layers, top_k)

@@ -15,8 +15,17 @@ from transformers import PreTrainedModel
 
 from moe_ext.checkpoints.streamed_model import LayersOnDisk
 from moe_ext.decision.pruning_plan import PruningPlan
-from moe_ext.models.blocks import MoeBlock, decoder_layers, model_type_of, moe_blocks, refuse_offloaded
+from moe_ext.models.blocks import (
+    MoeBlock,
+    decoder_layers,
+    layer_numbers,
+    model_type_of,
+    moe_blocks,
+    refuse_offloaded,
+    refuse_shared_out,
+)
 from moe_ext.models.layout import Layout, layout_of
+from moe_ext.models.wrapped import unwrapped
 from moe_ext.reconstruction.budgets import share_out
 from moe_ext.reconstruction.layer_search import LayerSearch, RouterMasks
 from moe_ext.reconstruction.progress import SearchProgress
@@ -100,9 +109,10 @@ def search(
         different numbers.
 
     Raises:
-        ValueError: an argument is not as above, a malformed batch, no counted token, a model that is skipping, losses
-            that are not finite (the layer is named), a ``resume`` file of another search (says what differs), or
-            processes that differ in text, options or model (says which and in what).
+        ValueError: an argument is not as above, a malformed batch, a token that the model does not have, no counted
+            one, a model that is skipping, losses that are not finite (the layer is named), a ``resume`` file of
+            another search (says what differs), or processes that differ in text, options or model (says which and in
+            what).
         MemoryError, OSError: hidden states for which there is no room, or a checkpoint that cannot be read.
         RuntimeError: a process of the group is gone, or does not answer in time.
     """
@@ -111,7 +121,8 @@ def search(
     request = SearchRequest(keep, ratio, method, budget, skip, max_subsets, dataset)
     if not isinstance(model, str | os.PathLike):
         FolderOptions.refuse(**in_folder)
-        return _search(model, moe_blocks(model), batches, request, None, None, resume, progress, distributed)
+        inside: PreTrainedModel = unwrapped(model)
+        return _search(inside, moe_blocks(inside), batches, request, None, None, resume, progress, distributed)
     options = FolderOptions.given(**in_folder)
     with options.opened(model) as layers:
         return _search(
@@ -134,8 +145,8 @@ def _search(
     _check_model(model, blocks)
     layout = layout_of(model, blocks)
     counts = request.counts(len(blocks), layout.num_experts, layout.top_k)
-    thresholds = request.thresholds(model, len(blocks), layout.top_k)
-    listed, counted, tokens = _listed(batches)
+    thresholds = request.thresholds(model, layer_numbers(blocks), layout.top_k)
+    listed, counted, tokens = _listed(batches, model)
     asked = request.as_json(counts, thresholds, tokens)
     text, of_model = text_digest(listed), _digest_of_model(model, blocks, on_disk)
     if distributed:
@@ -178,11 +189,12 @@ def _search(
 
 
 def _listed(
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Mapping[str, Tensor]], model: PreTrainedModel
 ) -> tuple[list[Mapping[str, Tensor]], list[Tensor | None], int]:
-    """The batches, which of their tokens count, and how many do; ValueError if none does."""
-    listed = list(batches)
-    counted = [check_batch(index, batch) for index, batch in enumerate(listed)]
+    """The model's inputs, which of their tokens count, and how many do; ValueError if none does."""
+    checked = [check_batch(index, batch, model) for index, batch in enumerate(batches)]
+    listed: list[Mapping[str, Tensor]] = [each.inputs for each in checked]
+    counted = [each.counted for each in checked]
     tokens = sum(
         batch["input_ids"].numel() if mask is None else int(mask.sum())
         for batch, mask in zip(listed, counted, strict=True)
@@ -214,6 +226,7 @@ def _check_model(model: PreTrainedModel, blocks: list[MoeBlock]) -> None:
     if active_thresholds(model) is not None:
         raise ValueError("the model skips experts; patch(model, skip=None) before searching, and pass skip=thresholds")
     refuse_offloaded(blocks, "search")
+    refuse_shared_out(blocks, "search")
     for block in blocks:
         if not block.family.fused or block.family.renormalise is not True or block.has_novices:
             raise ValueError(

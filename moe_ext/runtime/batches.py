@@ -1,12 +1,23 @@
 """What a model reads: text files by domain, batches of token windows made of them, and the check of any batch."""
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from moe_ext.models.blocks import text_config
+from moe_ext.storage.formats import parse_json, shown
+
+_NO_PROSE = (
+    *(".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".orc", ".avro"),
+    *(".npy", ".npz", ".pt", ".pth", ".pkl", ".bin", ".safetensors", ".gguf", ".pdf", ".docx", ".xlsx"),
+    *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz"),
+)
+_INSTEAD = "write the texts themselves into a *.txt file, one domain a file"
 
 
 def read_domains(paths: Iterable[Path]) -> dict[str, str]:
@@ -16,8 +27,9 @@ def read_domains(paths: Iterable[Path]) -> dict[str, str]:
         Domain name to text, in the order given (a folder's files by name).
 
     Raises:
-        ValueError: a path that does not exist, a folder without ``*.txt``, two files of one name, an empty file, or
-            text that is not UTF-8.
+        ValueError: a path that does not exist, a folder without ``*.txt``, two files of one name, an empty file, text
+            that is not UTF-8, or a file that is data and no prose: by its suffix, such as ``.jsonl``, or because every
+            line of it is a JSON object or list.
     """
     texts: dict[str, str] = {}
     for path in paths:
@@ -28,14 +40,55 @@ def read_domains(paths: Iterable[Path]) -> dict[str, str]:
             raise ValueError(f"folder {path} holds no *.txt file")
         for file in files:
             if file.stem in texts:
-                raise ValueError(f"two text files are named {file.stem!r}; a domain needs a name of its own")
+                raise ValueError(f"two text files are named {shown(file.stem)}; a domain needs a name of its own")
+            if file.suffix.lower() in _NO_PROSE:
+                raise ValueError(f"{file} is no prose but {file.suffix[1:]}: {_INSTEAD}")
             try:
                 texts[file.stem] = file.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file} is not UTF-8 text: {error}") from None
             if not texts[file.stem].strip():
                 raise ValueError(f"{file} is empty")
+            if _is_json_lines(texts[file.stem]):
+                raise ValueError(f"{file} is no prose but lines of JSON: {_INSTEAD}")
     return texts
+
+
+def _is_json_lines(text: str) -> bool:
+    """Whether every line that is not blank is a JSON object or list."""
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        if line.lstrip()[0] not in "{[":
+            return False
+        try:
+            parse_json(line)
+        except ValueError:
+            return False
+    return True
+
+
+def token_ids(text: str, tokenizer: Any) -> list[int]:
+    """A text's tokens with the special ones that the tokenizer adds. A text that begins with the BOS token itself, as
+    chat templates write it, gets no second one."""
+    tokens: list[int] = tokenizer(text, verbose=False)["input_ids"]  # not verbose: windows may be shorter than the text
+    first, number = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
+    if first and text.startswith(first) and tokens[:2] == [number, number]:
+        return tokens[1:]
+    return tokens
+
+
+def prompt_batch(text: str, tokenizer: Any, model: Any) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask``, both (1, S), of a text to continue.
+
+    Raises:
+        ValueError: no token, or one that the model does not have.
+    """
+    tokens = torch.tensor([token_ids(text, tokenizer)], dtype=torch.int64)
+    if tokens.numel() == 0:
+        raise ValueError("prompt: has no token")
+    check_tokens("prompt", tokens, vocabulary_of(model))
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
 def token_batches(
@@ -60,7 +113,7 @@ def token_batches(
     documents = texts.values() if isinstance(texts, Mapping) else texts
     windows: list[list[int]] = []
     for document in documents:
-        tokens = tokenizer(document, verbose=False)["input_ids"]
+        tokens = token_ids(document, tokenizer)
         windows += [tokens[start : start + window] for start in range(0, len(tokens), window)]
     for start in range(0, len(windows), batch_size):
         rows = windows[start : start + batch_size]
@@ -69,19 +122,73 @@ def token_batches(
         yield {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def check_batch(index: int, batch: Mapping[str, Tensor]) -> Tensor | None:
-    """The batch's counted tokens (B * S,) bool, or None if it has no attention mask; ValueError for a malformed one."""
+def vocabulary_of(model: Any) -> int:
+    """Rows of a model's token embedding: the tokens that it has."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return int(text_config(model).vocab_size if weight is None else weight.shape[0])
+
+
+def check_tokens(where: str, tokens: Tensor, vocabulary: int) -> None:
+    """ValueError, beginning with ``where``, unless all are int32 or int64 and a model with that vocabulary has them: on
+    a GPU the embedding's own check would take the whole CUDA context down."""
+    if tokens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{where}: has tokens of {tokens.dtype}; expected int32 or int64")
+    if tokens.numel() == 0:
+        return
+    least, most = (int(bound) for bound in tokens.aminmax())
+    if least < 0 or most >= vocabulary:
+        raise ValueError(
+            f"{where}: expected tokens from 0 and below the model's vocabulary size {vocabulary}, "
+            f"got {least if least < 0 else most}"
+        )
+
+
+class CheckedBatch(NamedTuple):
+    """A batch as the model takes it.
+
+    Attributes:
+        inputs: arguments of the forward of ``model.base_model``.
+        counted: (B * S,) bool, the tokens that are no padding; None: all.
+    """
+
+    inputs: dict[str, Tensor]
+    counted: Tensor | None
+
+
+# What tokenizers and collators give beside a decoder's inputs; a model without such an argument does not need it.
+_LEFT_OUT = frozenset(
+    ("token_type_ids", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "overflowing_tokens",
+     "num_truncated_tokens", "length", "labels")
+)  # fmt: skip
+_PASSED_ON = frozenset(("cu_seq_lens_q", "cu_seq_lens_k"))  # by every decoder to its attention, without naming them
+
+
+def check_batch(index: int, batch: Mapping[str, Tensor], model: Any) -> CheckedBatch:
+    """A batch for a model, without what tokenizers add and the model does not take.
+
+    Raises:
+        ValueError: a malformed batch, a token that the model does not have, or an input that it does not take and that
+            no tokenizer gives.
+    """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise ValueError(f"batch {index} is no mapping with 'input_ids'")
     shape = tuple(getattr(batch["input_ids"], "shape", ()))
     if len(shape) != 2:
         raise ValueError(f"batch {index}: 'input_ids' has shape {shape}; expected (sequences, tokens)")
+    taken = set(inspect.signature(model.base_model.forward).parameters)
+    inputs = {}
     for name, value in batch.items():
+        if name not in taken and name not in _PASSED_ON and "input_ids" in taken:
+            if name in _LEFT_OUT:
+                continue
+            raise ValueError(f"batch {index}: {type(model.base_model).__name__} takes no {shown(name)}")
         if not isinstance(value, Tensor):
-            raise ValueError(f"batch {index}: {name!r} is {type(value).__name__}; expected a tensor")
-    mask = batch.get("attention_mask")
+            raise ValueError(f"batch {index}: {shown(name)} is {type(value).__name__}; expected a tensor")
+        inputs[name] = value
+    check_tokens(f"batch {index}", inputs["input_ids"], vocabulary_of(model))
+    mask = inputs.get("attention_mask")
     if mask is None:
-        return None
+        return CheckedBatch(inputs, None)
     if tuple(mask.shape) != shape:
         raise ValueError(f"batch {index}: 'attention_mask' has shape {tuple(mask.shape)}; expected {shape}")
-    return mask.reshape(-1).bool()
+    return CheckedBatch(inputs, mask.reshape(-1).bool())

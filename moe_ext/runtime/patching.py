@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_ext import ops
-from moe_ext.models.blocks import MoeBlock, eager_forward, evaluation_mode, moe_blocks
+from moe_ext.models.blocks import MoeBlock, eager_forward, evaluation_mode, layer_numbers, moe_blocks
 from moe_ext.models.config_section import check_thresholds, section_of, section_with, set_section, thresholds_in_config
+from moe_ext.models.wrapped import unwrapped
 from moe_ext.runtime.skipping import skip_weak
 from moe_ext.runtime.supported import activation_of, check_experts, check_tensors, reason_unsupported
 
@@ -87,7 +88,8 @@ def patch(
     """Runs a model's MoE layers on moe_ext's operators, in place. Patching again replaces the skip thresholds.
 
     Args:
-        model: a supported transformers model (float32, bfloat16 or float16), on a device that has kernels.
+        model: a supported transformers model (float32, bfloat16 or float16), on a device that has kernels; compiled by
+            ``torch.compile``, wrapped by DistributedDataParallel or by PEFT or not.
         skip: thresholds (L, K - 1) for dynamic expert skipping, from :func:`moe_ext.skip_thresholds`; they are also
             written into ``model.config``, so that ``save_pretrained`` keeps them. "config" (default): those that the
             config holds, if it holds any. None: no skipping by this model object; thresholds that a checkpoint brought
@@ -104,7 +106,9 @@ def patch(
         ValueError: no MoE layers, an unsupported model type, weights that are not plain or not in memory, thresholds
             that do not fit or, if strict, experts that the operators cannot run. The model is left as it was.
     """
-    return _patch_blocks(model, moe_blocks(model), skip, strict)
+    inside = unwrapped(model)
+    _patch_blocks(inside, moe_blocks(inside), skip, strict)
+    return model
 
 
 def _patch_blocks(
@@ -120,7 +124,7 @@ def _patch_blocks(
     if isinstance(skip, str):
         if skip != "config":
             raise ValueError(f"skip is {skip!r}; expected thresholds, 'config' or None")
-        thresholds = thresholds_in_config(model.config, len(blocks), blocks[0].top_k)
+        thresholds = thresholds_in_config(model.config, layer_numbers(blocks), blocks[0].top_k)
     else:
         thresholds = None if skip is None else check_thresholds(skip, len(blocks), blocks[0].top_k)
 
@@ -138,7 +142,7 @@ def _patch_blocks(
     if not isinstance(skip, str):
         _restore_config_entry(model, state)  # thresholds of an earlier patch are replaced, not kept
         if thresholds is not None:
-            set_section(model.config, section_with(thresholds, state.config_entry))
+            set_section(model.config, section_with(thresholds, state.config_entry, layer_numbers(blocks)))
     named = "eager" if state.of_experts in (None, IMPLEMENTATION) else state.of_experts
     for layer, block in enumerate(blocks):
         stock = block.name in unsupported
@@ -172,7 +176,10 @@ def _check_unpatched(blocks: list[MoeBlock]) -> None:
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     """Undoes :func:`patch`, thresholds in the config included. A model that is not patched is returned as it is."""
-    return model if _state_of(model) is None else _unpatch_blocks(model, moe_blocks(model))
+    inside = unwrapped(model)
+    if _state_of(inside) is not None:
+        _unpatch_blocks(inside, moe_blocks(inside))
+    return model
 
 
 def _unpatch_blocks(model: PreTrainedModel, blocks: list[MoeBlock]) -> PreTrainedModel:

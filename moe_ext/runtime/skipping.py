@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_ext.models.blocks import moe_blocks
+from moe_ext.models.wrapped import unwrapped
 
 
 def skip_weak(weights: Tensor, experts: Tensor, thresholds: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -76,25 +77,37 @@ def count_skips(model: PreTrainedModel) -> Iterator[SkipCount]:
     """Counts routed and skipped slots of every forward inside the ``with`` block; padding is not counted.
 
     Padding is what the ``attention_mask`` of any forward of the model or its decoder marks: a 2-dimensional mask with
-    0, a 4-dimensional one, as ``generate`` makes for a static cache, where a token may not attend to itself. The counts
-    are read on the host, for which a compiled model (``torch.compile``) breaks its graph.
+    0, a 4-dimensional one, as ``generate`` makes for a static cache, where a token may not attend to itself. Under
+    continuous batching (``generate_batch``) it is what follows the packed sequences. The counts are read on the host,
+    for which a compiled model (``torch.compile``) breaks its graph; a captured CUDA graph is refused, and one that was
+    captured before counts nothing: ``ContinuousBatchingConfig(use_cuda_graph=False)``.
 
     Raises:
-        ValueError: in the forward, if its attention mask has another form.
+        ValueError: in the forward, if its attention mask has another form, or it is captured as a CUDA graph.
     """
+    model = unwrapped(model)
     blocks = moe_blocks(model)
     count = SkipCount([block.name for block in blocks], [0] * len(blocks), [0] * len(blocks))
     mask: Tensor | None = None  # of the forward under way
     past = 0
+    packed: int | None = None  # tokens of the forward under way, where it packs sequences without padding between them
     signature = inspect.signature(model.base_model.forward)
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        nonlocal mask, past
+        nonlocal mask, past, packed
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ValueError("count_skips reads counts on the host, which a CUDA graph cannot: run without graphs")
         arguments = signature.bind_partial(*args, **kwargs).arguments
         mask = arguments.get("attention_mask")
-        cache = arguments.get(
-            "cache", arguments.get("past_key_values")
-        )  # its name from transformers 5.24 on, and before
+        # The cache's name from transformers 5.24 on, and before.
+        cache = arguments.get("cache", arguments.get("past_key_values"))
+        queries = kwargs.get("cu_seq_lens_q")
+        packed = None if queries is None else int(queries[-1])
+        if (
+            packed is not None
+        ):  # continuous batching: sequences one after the other, told apart by the mask; then padding
+            mask, past = None, 0
+            return
         if isinstance(mask, dict):  # a model with several kinds of attention
             mask = mask.get("full_attention", next(iter(mask.values()), None))
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() in (2, 4)):
@@ -104,7 +117,9 @@ def count_skips(model: PreTrainedModel) -> Iterator[SkipCount]:
     def after(layer: int, num_experts: int) -> Any:
         def hook(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
             experts = output[2]  # (T, K)
-            if mask is not None:
+            if packed is not None:
+                experts = experts[:packed]
+            elif mask is not None:
                 experts = experts[_present(mask, past, experts.shape[0]).to(experts.device)]
             count.skipped[layer] += int((experts == num_experts).sum())
             count.slots[layer] += experts.numel()

@@ -96,13 +96,21 @@ def test_thresholds_written_into_a_config_are_found_by_patch(tmp_path: Path) -> 
     before = json.loads((tmp_path / "copy" / "config.json").read_text())
     (tmp_path / "copy" / "config.json").write_text(json.dumps({**before, "moe_ext": {"note": "kept"}}))
     thresholds = torch.linspace(0.1, 0.9, len(model.model.layers)).unsqueeze(1)
-    write_thresholds(tmp_path / "copy", thresholds)
+    write_thresholds(tmp_path / "copy", thresholds, range(len(thresholds)))
     after = json.loads((tmp_path / "copy" / "config.json").read_text())
     assert {key: value for key, value in after.items() if key != "moe_ext"} == before
     assert after["moe_ext"]["note"] == "kept"
     loaded, _ = load_checkpoint(tmp_path / "copy")
     torch.testing.assert_close(active_thresholds(patch(loaded)), thresholds)
     assert active_thresholds(unpatch(loaded)) is None
+
+
+@pytest.mark.parametrize("config", ["[]", "{", '{"moe_ext": 3}', '{"a": 1, "a": 2}'])
+def test_thresholds_are_not_written_into_something_else(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"config\.json: "):
+        write_thresholds(tmp_path, torch.zeros(1, 1), [0])
+    assert (tmp_path / "config.json").read_text() == config
 
 
 # ---- from_pretrained

@@ -233,13 +233,14 @@ def test_thresholds_of_a_multimodal_folder_are_found_by_the_text_decoder_alone(t
     source_of("qwen3_vl_moe_text", tmp_path)
     before = content_of(tmp_path)
     thresholds = torch.full((3, 2), 0.5)
-    write_thresholds(tmp_path, thresholds)
+    by_layer = {"0": [0.5, 0.5], "1": [0.5, 0.5], "2": [0.5, 0.5]}
+    write_thresholds(tmp_path, thresholds, range(3))
     after = content_of(tmp_path)
-    assert after["text_config"].pop("moe_ext") == {"skip_thresholds": thresholds.tolist()}
+    assert after["text_config"].pop("moe_ext") == {"skip_thresholds": by_layer}
     assert after == before
     whole = moe_ext.patch(moe_ext.from_pretrained(tmp_path), skip="config")
     torch.testing.assert_close(active_thresholds(whole), thresholds)
-    assert AutoConfig.from_pretrained(tmp_path).text_config.moe_ext == {"skip_thresholds": thresholds.tolist()}
+    assert AutoConfig.from_pretrained(tmp_path).text_config.moe_ext == {"skip_thresholds": by_layer}
     moe_ext.unpatch(whole)
 
 
@@ -252,5 +253,5 @@ def test_thresholds_are_not_written_through_a_link(tmp_path: Path) -> None:
     before = (tmp_path / "mine.json").read_bytes()
     (tmp_path / "m" / "config.json").symlink_to(tmp_path / "mine.json")
     with pytest.raises(OSError, match=r"config\.json is a link to .*mine\.json, which is not changed"):
-        write_thresholds(tmp_path / "m", torch.zeros(3, 1))
+        write_thresholds(tmp_path / "m", torch.zeros(3, 1), range(3))
     assert (tmp_path / "mine.json").read_bytes() == before

@@ -42,7 +42,7 @@ def write_checkpoints(folder: Path) -> dict[str, Path]:
     moe_ext.prune_checkpoint(
         DEMO_MODEL, moe_ext.plan(moe_ext.aimer(model), keep=6), folder / "demo, pruned", dtype="float32", progress=False
     )
-    write_thresholds(folder / "demo, pruned", torch.full((4, 1), 0.5))
+    write_thresholds(folder / "demo, pruned", torch.full((4, 1), 0.5), range(4))
     for family in FAMILIES:
         build(family, **SIZES).save_pretrained(folder / f"{family}, whole")
         model = build(family, **SIZES)

@@ -255,6 +255,19 @@ def test_redundancy_shows_pairs_that_the_library_finds(statistics: Path, capsys:
     assert f"{pairs[0].overlap:.1%}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("change", "message"), [({"top_k": 3}, "top_k 3 and 2"), ({"model_type": "olmoe"}, "'olmoe'")])
+def test_statistics_that_do_not_fit_the_model_are_refused_by_name(
+    change: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"model_type": "mixtral", "top_k": 2, **change}
+    layers = tuple(f"model.layers.{layer}.mlp" for layer in range(4))
+    stats = ExpertStatistics.zeros(layers=layers, num_experts=8, gate="softmax", **fields)
+    stats.save(tmp_path / "stats.safetensors")
+    assert inside("skip", MODEL, str(tmp_path / "stats.safetensors"), "--out", str(tmp_path / "out")) == 1
+    assert f"is of another model: {'model_type' if 'model_type' in change else 'top_k'}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_statistics_of_another_model_are_refused(
     statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -116,6 +116,8 @@ def test_an_impossible_number_of_experts_is_refused(arguments: dict[str, Any], m
 def test_a_nan_score_is_refused_with_its_layer() -> None:
     with pytest.raises(ValueError, match=r"layer 'layers.1' has a NaN score for expert 2"):
         plan(scored([[1.0, 2.0, 3.0], [1.0, 2.0, math.nan]]), keep=2)
+    with pytest.raises(ValueError, match=r"layer 'layers.0' has an infinite score for expert 0"):
+        plan(scored([[math.inf, 2.0, 3.0], [1.0, 2.0, 3.0]]), keep=2, scope="model")
 
 
 @given(made=plans())

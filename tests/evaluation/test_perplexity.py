@@ -283,5 +283,5 @@ def test_sizes_out_of_range_are_refused(sizes: dict[str, int], message: str) -> 
 def test_a_tokenizer_of_another_model_is_refused() -> None:
     model = small_mixtral()
     model.resize_token_embeddings(5)
-    with pytest.raises(ValueError, match="expected tokens below the model's vocabulary size 5, got 8"):
+    with pytest.raises(ValueError, match="expected tokens from 0 and below the model's vocabulary size 5, got 8"):
         perplexity(model, {"d": "abch"}, TOKENIZER, window=8)

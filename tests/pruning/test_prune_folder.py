@@ -343,6 +343,10 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: edited_index(folder, lambda names: names.update({GATE: names["lm_head.weight"]})),
         "which model.safetensors.index.json puts into",
     ),
+    "a name that no file system takes": (
+        lambda folder: edited_index(folder, lambda names: names.update({GATE: "x" * 300 + ".safetensors"})),
+        r"expected a \*.safetensors file of the folder",
+    ),
     "an index that is no JSON": (lambda folder: (folder / INDEX).write_text("{"), "truncated, or not JSON"),
     "an index of something else": (lambda folder: (folder / INDEX).write_text("[]"), "has no 'weight_map'"),
     "overlapping tensors": (

@@ -338,7 +338,7 @@ def test_a_search_finds_what_it_finds_in_the_loaded_model(
 
 def test_a_search_takes_skip_thresholds_from_the_config(mixtral: Path) -> None:
     thresholds = torch.tensor([[0.6], [0.3], [0.8]])
-    write_thresholds(mixtral, thresholds)
+    write_thresholds(mixtral, thresholds, range(len(thresholds)))
     options: dict[str, Any] = {"method": "progressive", "keep": 6, "progress": False}
     expected = moe_ext.search(moe_ext.from_pretrained(mixtral), ragged_batches(), skip=thresholds, **options)
     assert_same_search(moe_ext.search(mixtral, ragged_batches(), skip="config", **options), expected)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import moe_ext
 from moe_ext import ops
@@ -13,6 +14,8 @@ from moe_ext.calibration.statistics import RATIO_BINS, ExpertStatistics
 from moe_ext.models.config_section import section_with, thresholds_in_config
 from moe_ext.runtime.skipping import skip_weak
 from tests.support.batches import random_tokens
+from tests.support.families import build
+from tests.support.malformed import StoredConfig
 from tests.support.mixtral import MixtralFactory
 from tests.support.reference import DEVICES, route_reference
 
@@ -163,9 +166,65 @@ def test_weights_of_0_only_stay_0() -> None:
 def test_other_entries_of_the_configs_section_survive(tiny_mixtral: MixtralFactory) -> None:
     model = tiny_mixtral()
     model.config.moe_ext = {"note": "kept"}
-    assert thresholds_in_config(model.config, 3, 2) is None
+    assert thresholds_in_config(model.config, range(3), 2) is None
     moe_ext.patch(model, skip=torch.full((3, 1), 0.5))
-    assert model.config.moe_ext == {"note": "kept", "skip_thresholds": [[0.5]] * 3}
+    assert model.config.moe_ext == {"note": "kept", "skip_thresholds": {str(layer): [0.5] for layer in range(3)}}
     moe_ext.patch(model, skip=None)
     assert model.config.moe_ext == {"note": "kept"}
-    assert section_with(torch.zeros(1, 1), None) == {"skip_thresholds": [[0.0]]}
+    assert section_with(torch.zeros(1, 1), None, [4]) == {"skip_thresholds": {"4": [0.0]}}
+
+
+def test_thresholds_name_the_decoder_layers_that_they_are_of() -> None:
+    model = build("qwen2_moe")  # its layer 1 is dense
+    thresholds = torch.tensor([[0.125, 0.25, 0.5], [0.75, 0.25, 0.0]])
+    moe_ext.patch(model, skip=thresholds)
+    stored = {"0": [0.125, 0.25, 0.5], "2": [0.75, 0.25, 0.0]}
+    assert model.config.moe_ext == {"skip_thresholds": stored}
+    moe_ext.unpatch(model)
+    for written in (stored, thresholds.tolist()):  # the older form is read, too
+        model.config.moe_ext = {"skip_thresholds": written}
+        found = thresholds_in_config(model.config, [0, 2], 4)
+        assert found is not None
+        assert torch.equal(found, thresholds)
+    with pytest.raises(ValueError, match=r"moe_ext.skip_thresholds is .*; expected a dict with the keys 0, 1$"):
+        thresholds_in_config(StoredConfig(moe_ext={"skip_thresholds": stored}), [0, 1], 4)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [{"0": [0.5], "1": [True]}, [[0.5], ["x"]], [[0.5], None], "0.5", {"0": 0.5, "1": 0.5}, [[0.5], [10**400]]],
+)
+def test_stored_thresholds_that_are_no_numbers_are_refused(stored: Any) -> None:
+    with pytest.raises(ValueError, match=r"skip_thresholds is|skip thresholds"):
+        thresholds_in_config(StoredConfig(moe_ext={"skip_thresholds": stored}), [0, 1], 2)
+
+
+@pytest.mark.parametrize("betas", [{"0": "x"}, {"0": None}, {"0": True}, {"0": 2.0}])
+def test_stored_betas_that_are_no_numbers_are_refused(betas: Any) -> None:
+    with pytest.raises(ValueError, match=r"config.betas is|from 0 to 1"):
+        thresholds_in_config(StoredConfig(betas=betas), [3], 2)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_continuous_batching_counts_every_token_that_ran(tiny_mixtral: MixtralFactory, attention: str) -> None:
+    model = moe_ext.patch(tiny_mixtral(attn_implementation=attention), skip=torch.full((3, 1), 0.5))
+    prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (3, 9, 5)]
+    settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    # Small: by default the cache takes most of the machine's memory.
+    small = ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=32)
+    with moe_ext.count_skips(model) as count:
+        generated = model.generate_batch(prompts, settings, continuous_batching_config=small, warmup=False)
+    assert [len(each.generated_tokens) for each in generated.values()] == [4, 4, 4]
+    with moe_ext.count_skips(model) as expected:
+        for prompt in prompts:
+            model.generate(torch.tensor([prompt]), generation_config=settings)
+    assert count.slots == expected.slots == [(3 + 9 + 5 + 3 * 3) * 2] * 3
+    assert count.skipped == pytest.approx(expected.skipped, abs=2)  # attention rounds otherwise
+    assert sum(count.skipped) > 0
+
+
+def test_what_follows_packed_sequences_is_no_token(tiny_mixtral: MixtralFactory) -> None:
+    model = tiny_mixtral()
+    with moe_ext.count_skips(model) as count, torch.no_grad():
+        model(random_tokens(1, 8), cu_seq_lens_q=torch.tensor([0, 2, 5, 5]))
+    assert count.slots == [10] * 3

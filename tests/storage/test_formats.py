@@ -1,12 +1,14 @@
 """JSON is read strictly, values are quoted briefly, and a file's message never exceeds its bound."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_ext.storage.dated_results import write_result
 from moe_ext.storage.formats import MOST_CHARACTERS, FileFormatError, parse_json, shortened, shown
 
 
@@ -40,6 +42,11 @@ def test_json_that_readers_take_differently_is_refused(text: str | bytes, messag
     with pytest.raises(ValueError, match=message) as refused:
         parse_json(text)
     assert len(str(refused.value)) <= 200
+
+
+def test_a_result_has_null_where_a_number_is_none(tmp_path: Path) -> None:
+    write_result(tmp_path / "r.json", "numbers", rows=[{"mean": float("nan"), "of": (1.5, float("inf"), 2, "NaN")}])
+    assert parse_json((tmp_path / "r.json").read_bytes())["rows"] == [{"mean": None, "of": [1.5, None, 2, "NaN"]}]
 
 
 def test_values_and_messages_are_short_and_keep_both_ends() -> None:
