@@ -1,5 +1,6 @@
 """``moe-ext calibrate`` and ``moe-ext merge``: statistics."""
 
+import glob
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
@@ -88,6 +89,9 @@ def calibrate(
         )
         if rank() == 0:
             stats.save(save_to)
+            # Also what an interrupted run of more processes left: the result is there.
+            for left in save_to.parent.glob(f".{glob.escape(save_to.name)}.[0-9]*.partial"):
+                left.unlink(missing_ok=True)
         partial.unlink(missing_ok=True)
         first = rank() == 0
     if first:

@@ -86,7 +86,8 @@ def _check_apart(option: str, output: Path, name: str, given: Path) -> None:
         if name == "text":  # of such a folder *.txt is read
             inside, files = output.parent == given and output.suffix == ".txt", given.glob("*.txt")
         else:
-            inside, files = output.is_relative_to(given), given.iterdir()
+            inside = output.is_relative_to(given) and (given / "config.json").exists()  # else it is no checkpoint
+            files = given.iterdir()
         if inside or any(_same(output, file) for file in files):
             raise typer.BadParameter(f"{option} {output} is in the folder that the command reads ({name}: {given})")
 

@@ -4,10 +4,12 @@ memory, in a temporary file, or in files that are mapped into memory and outlive
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import shutil
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from tqdm import tqdm
 
 from moe_ext.checkpoints.streamed_model import LayersOnDisk
 from moe_ext.models.blocks import text_config
-from moe_ext.storage.files import allocate, flush_to_disk
+from moe_ext.storage.files import allocate, flush_to_disk, locked_file
 from moe_ext.storage.spilled_tensors import SpillingList
 
 MEMORY = 128 << 20
@@ -129,10 +131,18 @@ class MappedStates:
         sizes: bytes of every batch.
         layer: decoder layer that the states are before; its file is there, or the layer is the first.
         hold: whether the states before a layer stay, once those after it are there, until :meth:`forget_earlier`.
+
+    Raises:
+        BlockingIOError: another process has hidden states of that name in the folder.
     """
 
     def __init__(self, folder: Path, name: str, sizes: Sequence[int], layer: int, *, hold: bool) -> None:
         self._folder, self._name, self._layer, self._hold = folder, name, layer, hold
+        try:
+            self._unlock = weakref.finalize(self, os.close, locked_file(self._lock_file))
+        except BlockingIOError:
+            message = f"scratch: another process is doing the same job in {folder}"
+            raise BlockingIOError(errno.EWOULDBLOCK, message) from None
         self._sizes = list(sizes)
         self._offsets = [sum(self._sizes[:batch]) for batch in range(len(self._sizes))]
         self._shapes: dict[int, tuple[torch.Size, torch.dtype]] = {}
@@ -202,18 +212,25 @@ class MappedStates:
     def forget_earlier(self) -> None:
         """Removes the files of layers before the one that is next, once it is known that they are done."""
         for file in self._folder.glob(f"{self._name}-*.states*"):
-            if file != self._file(self._layer):
+            if file not in (self._file(self._layer), self._lock_file):
                 file.unlink()
 
     def remove(self) -> None:
-        self.close()
         remove_states(self._folder, self._name)
+        self.close()
 
     def close(self) -> None:
         for mapping in (self._before, self._after):
             if mapping is not None:
                 mapping.close()
         self._before = self._after = None
+        if self._unlock.alive and self._layer == 0:
+            remove_states(self._folder, self._name)  # nothing that a later run could go on with
+        self._unlock()
+
+    @property
+    def _lock_file(self) -> Path:
+        return self._folder / f"{self._name}-0.states.lock"
 
     def _file(self, layer: int, suffix: str = "") -> Path:
         return self._folder / f"{self._name}-{layer}.states{suffix}"

@@ -8,6 +8,7 @@ which the next write of the same name removes. A temporary is locked while its p
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -42,7 +43,7 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         IsADirectoryError: ``path`` is a folder.
         FileExistsError: ``path`` is a device, a FIFO or a socket.
-        FileNotFoundError: the folder of ``path`` does not exist.
+        FileNotFoundError, PermissionError: the folder of ``path`` does not exist, or cannot be written to.
         OSError: the file cannot be written; or it is there and whole, which the message says then.
     """
     target = file_destination(path)
@@ -70,7 +71,7 @@ def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         FileExistsError: ``path`` is a file or a folder with something in it, from the beginning or by the end.
-        FileNotFoundError: the parent of ``path`` does not exist.
+        FileNotFoundError, PermissionError: the parent of ``path`` does not exist, or cannot be written to.
         OSError: it cannot be written; or it is there and whole, which the message says then.
     """
     target = folder_destination(path)
@@ -133,6 +134,8 @@ def folder_destination(path: str | os.PathLike[str]) -> Path:
 def _in_existing_folder(target: Path) -> Path:
     if not target.parent.is_dir():
         raise FileNotFoundError(f"path: the folder {target.parent} does not exist")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"path: the folder {target.parent} cannot be written to")
     return target
 
 
@@ -180,6 +183,27 @@ def is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
         return False
+
+
+def locked_file(path: Path) -> int:
+    """Makes a file, if need be, and locks it; the lock ends when the descriptor returned is closed, or the process.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: it cannot be made.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise
+        except OSError:
+            pass  # a file system without locks
+        if is_at(descriptor, path):
+            return descriptor
+        os.close(descriptor)  # its owner has just removed it
 
 
 def _remove_leftovers(target: Path, *, folder: bool) -> None:
