@@ -1,5 +1,6 @@
 """A checkpoint's model without its weights: built on the meta device, with the way from every key to a parameter."""
 
+import copy
 import re
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
@@ -103,7 +104,7 @@ def check_fits(
     """CheckpointError, with names, if a folder's tensors are not those of its config's model, before one is read; says
     nothing of a model that is quantised."""
     if getattr(config, "quantization_config", None) is None:
-        _check_fits(folder, _built(config, stored, "auto", None, trust_remote_code), stored)
+        _check_fits(folder, _built(copy.deepcopy(config), stored, "auto", None, trust_remote_code), stored)
 
 
 def _built(

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import load_checkpoint
-from moe_ext.commands.options import Criterion, Json, Objective, Seed, Statistics, destination
+from moe_ext.commands.options import Criterion, Json, Objective, Seed, Statistics, TrustRemoteCode, destination
 from moe_ext.commands.output import errors, out, print_json
 from moe_ext.commands.shared import removed_experts
 from moe_ext.decision.criteria import Scores
@@ -19,14 +19,16 @@ from moe_ext.decision.redundancy import redundant_pairs
 from moe_ext.decision.weights_only import aimer
 
 
-def scores_for(statistics: Path, criterion: str | None, objective: str | None, seed: int | None) -> Scores:
+def scores_for(
+    statistics: Path, criterion: str | None, objective: str | None, seed: int | None, trust_remote_code: bool
+) -> Scores:
     if criterion is not None and objective is not None:
         raise typer.BadParameter("give --criterion or --objective, not both")
     if criterion == "aimer":
         if seed is not None:
             raise typer.BadParameter("--seed goes with --criterion random")
         with errors.status(f"loading {statistics}"):
-            return aimer(load_checkpoint(str(statistics))[0])
+            return aimer(load_checkpoint(str(statistics), trust_remote_code=trust_remote_code)[0])
     return scores_of(ExpertStatistics.load(statistics), criterion, objective=objective, seed=seed)
 
 
@@ -35,10 +37,11 @@ def score(
     criterion: Criterion = None,
     objective: Objective = None,
     seed: Seed = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Show the score of every expert; the lowest is removed first."""
-    scores = scores_for(statistics, criterion, objective, seed)
+    scores = scores_for(statistics, criterion, objective, seed, trust_remote_code)
     if as_json:
         layers = dict(zip(scores.layers, scores.values.tolist(), strict=True))
         print_json({"criterion": scores.criterion, "scores": layers})
@@ -64,6 +67,7 @@ def plan(
     criterion: Criterion = None,
     objective: Objective = None,
     seed: Seed = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Decide which experts each layer keeps."""
@@ -71,7 +75,7 @@ def plan(
         raise typer.BadParameter("give --keep or --ratio, one of them")
     if normalise is not None and scope == "layer":
         raise typer.BadParameter("--normalise goes with --scope model")
-    scores = scores_for(statistics, criterion, objective, seed)
+    scores = scores_for(statistics, criterion, objective, seed, trust_remote_code)
     made = plan_from(scores, keep=keep, ratio=ratio, scope=scope, normalise=normalise)
     made.save(save_to)
     if as_json:
