@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from moe_ext.bench import cpu, gpu
 from moe_ext.bench.layer import Layer
 from moe_ext.binary import _C
-from moe_ext.checkpoints.read_config import model_class, read_config
+from moe_ext.checkpoints.read_config import model_built_from, read_config
 from moe_ext.models.blocks import moe_blocks
 from moe_ext.storage.machine import processor
 
@@ -47,17 +46,19 @@ class Shape:
         return shape
 
     @classmethod
-    def of_model(cls, checkpoint: str | Path) -> Shape:
+    def of_model(cls, checkpoint: str | Path, *, trust_remote_code: bool = False) -> Shape:
         """The experts of a model's first MoE layer. Only its ``config.json`` is read; no weights exist.
+
+        Args:
+            trust_remote_code: as for :func:`moe_ext.from_pretrained`.
 
         Raises:
             OSError: no such model.
             ValueError, TypeError: it has no MoE layer, or experts that are not of the form which the operators run.
         """
-        config = read_config(checkpoint)
-        named = model_class(config)
+        config = read_config(checkpoint, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            block = moe_blocks(named.from_config(config) if named is AutoModelForCausalLM else named(config))[0]
+            block = moe_blocks(model_built_from(config, trust_remote_code=trust_remote_code))[0]
         down = dict(block.experts.named_parameters()).get("down_proj")
         if down is None or down.ndim != 3 or not getattr(block.experts, "has_gate", True):
             raise ValueError(f"{checkpoint}: the experts of {block.name} are not of the form that the operators run")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
@@ -27,7 +28,7 @@ _DTYPES = {"auto": "auto", **DTYPES}
 
 # Arguments of from_pretrained that say where a checkpoint is, for its config as for its weights.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
-_ELSEWHERE = {"gguf_file", "variant", "state_dict"}  # and these, that weights are in other files than the usual
+_ELSEWHERE = ("gguf_file", "variant", "state_dict")  # and these, that weights are in other files than the usual
 
 
 def from_pretrained(
@@ -67,17 +68,19 @@ def from_pretrained(
     if not isinstance(config, PreTrainedConfig):  # it may be a name or a folder
         config = read_config(config or checkpoint, **where)
     folder = Path(checkpoint, options.get("subfolder") or "")
-    if folder.is_dir() and options["use_safetensors"] and not _ELSEWHERE & options.keys():
+    elsewhere = any(options.get(name) is not None for name in _ELSEWHERE)
+    if folder.is_dir() and options["use_safetensors"] and not elsewhere:
         stored = stored_tensors(folder)  # its files are whole, and none is outside the folder
         if auto_class is None and not allow_missing:
             check_fits(folder, stored, config, trust_remote_code=options["trust_remote_code"])
-    asked = options.pop("output_loading_info", False)
-    if allow_missing:
-        options["ignore_mismatched_sizes"] = True
+    asked, reshaped = options.pop("output_loading_info", False), options.pop("ignore_mismatched_sizes", False)
+    # Transformers' own error does not say which they are.
+    options.update(output_loading_info=True, ignore_mismatched_sizes=True)
     loading = auto_class or model_class(config)
-    loaded = built(config, lambda: loading.from_pretrained(checkpoint, output_loading_info=True, **options))
+    loaded = built(config, lambda: loading.from_pretrained(checkpoint, **options))
     model, info = loaded
-    check_loaded(checkpoint, info["missing_keys"], info["mismatched_keys"], allowed=allow_missing)
+    mismatched = () if reshaped else info["mismatched_keys"]
+    check_loaded(checkpoint, info["missing_keys"], mismatched, allowed=allow_missing)
     say_ignored(checkpoint, info["unexpected_keys"])
     return loaded if asked else model
 
@@ -127,8 +130,8 @@ def load_checkpoint(
 def save_checkpoint(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> None:
     """Writes a checkpoint that :func:`load_checkpoint` reads. The folder appears when it is complete.
 
-    Of a model that was loaded from a folder, the config is that folder's, with what is different in the model changed,
-    and everything beside the weights is copied from there, the tokenizer included.
+    Of a model that was loaded from a folder or the Hub, the config is the source's, with what is different in the model
+    changed, and everything beside the weights is copied from there, the tokenizer included.
 
     Args:
         folder: must not exist yet, or be empty.
@@ -156,9 +159,16 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: Any, folder: str | Path) 
 
 
 def _source_of(model: PreTrainedModel) -> tuple[Path, PreTrainedConfig] | None:
-    """The folder that a model was loaded from and its config, if it is there and the model is of that class."""
-    folder = Path(model.config.name_or_path or "")
-    if not model.config.name_or_path or not (folder / CONFIG).is_file():
+    """The folder that a model was loaded from, which may be in the Hub's cache, and its config; if it is there and the
+    model is of that class."""
+    name = model.config.name_or_path
+    if not name:
+        return None
+    folder = Path(name)
+    if not folder.exists() and HUB_NAME.fullmatch(name):
+        cached = try_to_load_from_cache(name, CONFIG, cache_dir=constants.HF_HUB_CACHE)
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    if not (folder / CONFIG).is_file():
         return None
     trusted = not type(model.config).__module__.startswith("transformers.")
     config = read_config(folder, trust_remote_code=trusted)

@@ -1,5 +1,6 @@
 """A checkpoint's model without its weights: built on the meta device, with the way from every key to a parameter."""
 
+import copy
 import re
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
@@ -20,7 +21,7 @@ from moe_ext.checkpoints.faults import check_loaded, say_ignored
 from moe_ext.checkpoints.float8 import DTYPES as FLOAT8
 from moe_ext.checkpoints.float8 import SCALES
 from moe_ext.checkpoints.key_map import Source, settle_ties, sources_of, tied
-from moe_ext.checkpoints.read_config import model_class, read_config
+from moe_ext.checkpoints.read_config import model_built_from, read_config
 from moe_ext.checkpoints.stored_tensors import CheckpointError, StoredTensor
 from moe_ext.models.blocks import LOADED_LATER
 from moe_ext.models.dtypes import DTYPES
@@ -103,7 +104,7 @@ def check_fits(
     """CheckpointError, with names, if a folder's tensors are not those of its config's model, before one is read; says
     nothing of a model that is quantised."""
     if getattr(config, "quantization_config", None) is None:
-        _check_fits(folder, _built(config, stored, "auto", None, trust_remote_code), stored)
+        _check_fits(folder, _built(copy.deepcopy(config), stored, "auto", None, trust_remote_code), stored)
 
 
 def _built(
@@ -113,12 +114,9 @@ def _built(
     block: tuple[int, int] | None,
     trust_remote_code: bool,
 ) -> Skeleton:
-    wanted, cls = _dtype(config, stored, dtype), model_class(config)
-    if cls is AutoModelForCausalLM:
-        make = partial(cls.from_config, config, dtype=wanted, trust_remote_code=trust_remote_code)
-    else:
-        make = partial(cls._from_config, config, dtype=wanted)
+    wanted = _dtype(config, stored, dtype)
     with torch.device("meta"):
+        make = partial(model_built_from, config, dtype=wanted, trust_remote_code=trust_remote_code)
         model = built(config, make).eval()
     skeleton = Skeleton(model, wanted, sources_of(model, stored), block)
     settle_ties(model, skeleton.sources, stored)

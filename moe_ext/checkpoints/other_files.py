@@ -22,7 +22,7 @@ def copy_other_files(source: Path, target: Path) -> None:
     """Copies everything of a checkpoint folder but weights, their index, the config and the model card.
 
     Folders are copied whole, unless weights lie in them: those are of another model or format. Hidden files are not
-    copied. A link is followed if it stays inside the folder or, as in the Hub's cache, leads to a blob of the same
+    copied. A link is followed if it leads to a file of the folder or, as in the Hub's cache, to a blob of the same
     repository; a warning names another.
     """
     left_out: list[str] = []
@@ -32,7 +32,7 @@ def copy_other_files(source: Path, target: Path) -> None:
         shutil.copyfile(file, place)
     if left_out:
         shown = ", ".join(sorted(left_out)[:5])
-        warnings.warn(f"{source}: not copied, as links out of the folder: {shown[:400]}", stacklevel=2)
+        warnings.warn(f"{source}: not copied, as links to elsewhere: {shown[:400]}", stacklevel=2)
 
 
 def _files(top: Path, folder: Path, left_out: list[str]) -> Iterator[Path]:
@@ -41,9 +41,9 @@ def _files(top: Path, folder: Path, left_out: list[str]) -> Iterator[Path]:
             continue
         if folder == top and path.name.lower() in _OF_THE_MODEL:
             continue
-        if path.is_symlink() and not _is_inside(top, path):
+        if path.is_symlink() and not (path.is_file() and _is_inside(top, path)):
             left_out.append(str(path.relative_to(top)))
-        elif path.is_dir() and not path.is_symlink():
+        elif path.is_dir():
             if not any(map(_is_weights, path.rglob("*"))):
                 yield from _files(top, path, left_out)
         elif path.is_file():

@@ -75,3 +75,13 @@ def model_class(config: PreTrainedConfig) -> Any:
     ):
         return named
     return AutoModelForCausalLM
+
+
+def model_built_from(config: PreTrainedConfig, *, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+    """A model of that class without a checkpoint's weights."""
+    cls = model_class(config)
+    if cls is AutoModelForCausalLM:
+        model: PreTrainedModel = cls.from_config(config, trust_remote_code=trust_remote_code, **options)
+    else:
+        model = cls._from_config(config, **options)
+    return model

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from moe_ext.bench import measure
 from moe_ext.bench.figure import write_speed_figure
-from moe_ext.commands.options import Device, Json, destination
+from moe_ext.commands.options import Device, Json, TrustRemoteCode, destination
 from moe_ext.commands.output import errors, out, print_json
 from moe_ext.models.dtypes import DTYPES
 from moe_ext.report.canvas import need
@@ -28,10 +28,13 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0, help="For each number of tokens, about.")] = 3.0,
     save_to: Annotated[Path | None, destination("JSON file to write.")] = None,
     png: Annotated[Path | None, destination("Picture to write (*.png).", "--png")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Time the operators here, beside transformers' experts and the machine's limit. Ctrl-C keeps what was measured."""
-    sizes = measure.Shape.of_model(model) if model is not None else measure.Shape.parse(shape)
+    sizes = measure.Shape.parse(shape)
+    if model is not None:
+        sizes = measure.Shape.of_model(model, trust_remote_code=trust_remote_code)
     counts = [int(count) for count in tokens.split(",") if count.strip().isdigit() and int(count) > 0]
     if not counts or len(counts) != len(tokens.split(",")):
         raise typer.BadParameter(f"--tokens {tokens}: expected numbers of 1 or more with commas between them")

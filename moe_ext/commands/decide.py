@@ -9,7 +9,7 @@ from rich.table import Table
 
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import load_checkpoint
-from moe_ext.commands.options import Criterion, Json, Objective, Seed, Statistics, destination
+from moe_ext.commands.options import Criterion, Json, Objective, Seed, Statistics, TrustRemoteCode, destination
 from moe_ext.commands.output import out, print_json, working
 from moe_ext.commands.shared import removed_experts
 from moe_ext.decision.criteria import Scores
@@ -21,14 +21,16 @@ from moe_ext.decision.weights_only import aimer
 from moe_ext.storage.formats import shown
 
 
-def scores_for(statistics: Path, criterion: str | None, objective: str | None, seed: int | None) -> Scores:
+def scores_for(
+    statistics: Path, criterion: str | None, objective: str | None, seed: int | None, trust_remote_code: bool
+) -> Scores:
     if criterion is not None and objective is not None:
         raise typer.BadParameter("give --criterion or --objective, not both")
     if criterion == "aimer":
         if seed is not None:
             raise typer.BadParameter("--seed goes with --criterion random")
         with working(f"loading {statistics}"):
-            return aimer(load_checkpoint(str(statistics))[0])
+            return aimer(load_checkpoint(str(statistics), trust_remote_code=trust_remote_code)[0])
     return scores_of(ExpertStatistics.load(statistics), criterion, objective=objective, seed=seed)
 
 
@@ -37,10 +39,11 @@ def score(
     criterion: Criterion = None,
     objective: Objective = None,
     seed: Seed = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Show the score of every expert; the lowest is removed first."""
-    scores = scores_for(statistics, criterion, objective, seed)
+    scores = scores_for(statistics, criterion, objective, seed, trust_remote_code)
     for name, count, row in zip(scores.layers, scores.experts, scores.values, strict=True):
         if not bool(row[:count].isfinite().all()):
             raise ValueError(f"layer {shown(name)}: {scores.criterion} gives scores beyond what float64 holds")
@@ -79,6 +82,7 @@ def plan(
     criterion: Criterion = None,
     objective: Objective = None,
     seed: Seed = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Decide which experts each layer keeps, which channels its experts keep, or both: experts first, then channels.
@@ -94,7 +98,7 @@ def plan(
         raise typer.BadParameter("--normalise goes with --scope model")
     made = None
     if keep is not None or ratio is not None:
-        scores = scores_for(statistics, criterion, objective, seed)
+        scores = scores_for(statistics, criterion, objective, seed, trust_remote_code)
         made = plan_from(scores, keep=keep, ratio=ratio, scope=scope, normalise=normalise)
     elif criterion is not None or objective is not None or seed is not None or scope != "layer":
         raise typer.BadParameter("--criterion, --objective, --seed and --scope go with --keep or --ratio")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import moe_ext
 from moe_ext.checkpoints.faults import check_loaded
@@ -88,6 +88,12 @@ def test_what_is_allowed_to_be_missing_is_named(mixtral: Path) -> None:
 def test_a_head_that_the_checkpoint_never_had_is_missing_of_any_class(mixtral: Path) -> None:
     with pytest.raises(CheckpointError, match=r"lacks 1 tensors, score\.weight"):
         moe_ext.from_pretrained(mixtral, auto_class=AutoModelForSequenceClassification)
+
+
+def test_other_shapes_are_named_whatever_class_loads(mixtral: Path) -> None:
+    declared(mixtral, intermediate_size=20)
+    with pytest.raises(CheckpointError, match=r"down_proj has shape \(8, 32, 24\), expected \(8, 32, 20\)"):
+        moe_ext.from_pretrained(mixtral, auto_class=AutoModelForCausalLM)
 
 
 def test_a_message_names_few_tensors_of_bounded_length() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 import moe_ext
 from moe_ext.checkpoints.load_save import load_checkpoint, save_checkpoint, write_thresholds
@@ -199,7 +199,7 @@ def test_links_that_leave_the_folder_are_named_and_not_followed(way: str, tmp_pa
     (source / "templates").symlink_to(tmp_path / "secret")
     (source / "vocab.txt").write_text("words")
     (source / "tokenizer.model").symlink_to("vocab.txt")
-    with pytest.warns(UserWarning, match="not copied, as links out of the folder: templates, tokenizer_env"):
+    with pytest.warns(UserWarning, match="not copied, as links to elsewhere: templates, tokenizer_env"):
         prune(source, plan, tmp_path / "got", way)
     assert not [name for name in ("tokenizer_env", "templates") if (tmp_path / "got" / name).exists()]
     assert (tmp_path / "got" / "tokenizer.model").read_text() == "words"
@@ -215,6 +215,23 @@ def test_links_into_the_blobs_of_the_hubs_cache_are_followed(tmp_path: Path) -> 
     (snapshot / "tokenizer_config.json").symlink_to("../../blobs/abc")
     prune(snapshot, plan, tmp_path / "got", "from disk")
     assert (tmp_path / "got" / "tokenizer_config.json").read_text() == "{}"
+
+
+def test_of_a_model_of_the_hub_the_cached_snapshot_is_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--a--b"
+    _, plan = source_of("olmoe", repository / "snapshots" / "0123")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    before = in_hub_style(repository / "snapshots" / "0123", HUB_STYLE["olmoe"][1])
+    (repository / "snapshots" / "0123" / "tokenizer.json").write_text("as it is")
+    model = moe_ext.from_pretrained(repository / "snapshots" / "0123")
+    model.config.name_or_path = "a/b"
+    save_checkpoint(moe_ext.prune(model, plan), None, tmp_path / "got")
+    assert content_of(tmp_path / "got") == {**before, "num_experts": 9}
+    assert (tmp_path / "got" / "tokenizer.json").read_text() == "as it is"
 
 
 # ---- one class and one config for a folder
@@ -240,8 +257,23 @@ def test_thresholds_of_a_multimodal_folder_are_found_by_the_text_decoder_alone(t
     assert after == before
     whole = moe_ext.patch(moe_ext.from_pretrained(tmp_path), skip="config")
     torch.testing.assert_close(active_thresholds(whole), thresholds)
-    assert AutoConfig.from_pretrained(tmp_path).text_config.moe_ext == {"skip_thresholds": by_layer}
-    moe_ext.unpatch(whole)
+    assert not hasattr(moe_ext.unpatch(whole).config, "moe_ext")
+
+
+def test_a_class_that_loads_the_text_decoder_alone_finds_the_thresholds(tmp_path: Path) -> None:
+    text = {
+        "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16, "num_experts": 8,
+        "num_experts_per_tok": 2, "layer_types": ["full_attention"],
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.Qwen3_5MoeConfig(text_config=text, vision_config=vision)
+    transformers.Qwen3_5MoeForConditionalGeneration(config).save_pretrained(tmp_path)
+    write_thresholds(tmp_path, torch.full((1, 1), 0.5), [0])
+    assert type(moe_ext.from_pretrained(tmp_path)) is transformers.Qwen3_5MoeForConditionalGeneration
+    decoder = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(decoder) is transformers.Qwen3_5MoeForCausalLM
+    assert active_thresholds(moe_ext.patch(decoder)) == torch.full((1, 1), 0.5)
 
 
 # ---- thresholds in place
