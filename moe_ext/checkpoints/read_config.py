@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -23,10 +24,17 @@ def read_config(checkpoint: str | Path, *, trust_remote_code: bool = False, **wh
         **where: arguments of ``from_pretrained`` that say where the checkpoint is.
 
     Raises:
-        ValueError: code that is not trusted, weights of another name than the usual, or an unknown model type.
+        ValueError: code that is not trusted, weights of another name than the usual, an unknown model type, or a field
+            that is not what it should be.
         OSError: no config, or a broken one.
     """
-    content, _ = PreTrainedConfig.get_config_dict(checkpoint, **where)
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(checkpoint, **where)
+    except (AttributeError, TypeError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{checkpoint}: config.json is no JSON object")
+    _check_fields(checkpoint, content)
     if content.get("transformers_weights") is not None:
         raise ValueError(
             f"{checkpoint}: the config names weights of its own (transformers_weights); expected model.safetensors"
@@ -46,6 +54,18 @@ def read_config(checkpoint: str | Path, *, trust_remote_code: bool = False, **wh
             "allows it"
         ) from None
     return config
+
+
+def _check_fields(checkpoint: str | Path, content: dict[str, Any]) -> None:
+    """ValueError for fields that transformers takes as they are and this package looks things up by."""
+    for field in ("dtype", "torch_dtype"):
+        if (name := content.get(field)) is not None and not (
+            isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
+            raise ValueError(f"{checkpoint}: the config's {field} is {str(name)[:100]!r}; expected a type of torch")
+    names = content.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{checkpoint}: the config's architectures are {str(names)[:100]!r}; expected a list of names")
 
 
 def _kernels(content: Any) -> Iterator[str]:

@@ -4,6 +4,7 @@ The result is a normal transformers model: ``save_pretrained`` writes a checkpoi
 where every layer keeps the same number of experts, and :func:`moe_ext.from_pretrained` where they do not.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -173,8 +174,13 @@ def _announce_no_further_layers(model: PreTrainedModel) -> None:
     out, and nothing says which of their experts to keep. What is saved has none, and its config does not count them."""
     config = text_config(model)
     for name in FURTHER_LAYERS_FIELDS:
-        if getattr(config, name, None):
-            setattr(config, name, type(getattr(config, name))())
+        if announced := getattr(config, name, None):
+            setattr(config, name, type(announced)())
+            warnings.warn(
+                f"the config's {name} is {announced}; layers for multi-token prediction are not in the pruned model, "
+                "and its config counts none",
+                stacklevel=3,
+            )
 
 
 def _put_novices(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan, stats: ExpertStatistics) -> None:

@@ -69,6 +69,26 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 }  # fmt: skip
 
 
+CONFIGS: dict[str, tuple[Any, str]] = {
+    "a list": ([1], "config.json is no JSON object"),
+    "a type that is none": ({"dtype": "os"}, "dtype is 'os'; expected a type of torch"),
+    "a type that is a number": ({"torch_dtype": 5}, "torch_dtype is '5'; expected a type of torch"),
+    "a class that is a number": ({"architectures": [5]}, r"architectures are '\[5\]'; expected a list of names"),
+}
+
+
+@pytest.mark.parametrize("way", ["in memory", "layer by layer"])
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_that_is_none_is_refused_in_words(case: str, way: str, mixtral: Path) -> None:
+    fields, message = CONFIGS[case]
+    if isinstance(fields, dict):
+        declared(mixtral, **fields)
+    else:
+        (mixtral / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=message):
+        moe_ext.from_pretrained(mixtral) if way == "in memory" else LayersOnDisk(mixtral)
+
+
 @pytest.mark.parametrize("way", ["in memory", "layer by layer"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_checkpoint_that_lacks_tensors_is_refused_with_names(fault: str, way: str, mixtral: Path) -> None:

@@ -157,7 +157,10 @@ def test_layers_that_are_left_out_are_not_announced(field: str, way: str, tmp_pa
     before = {**content, field: 1}
     (tmp_path / "source" / "config.json").write_text(json.dumps(before))
     rewritten(tmp_path / "source", lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": torch.ones(2)}))
-    with pytest.warns(UserWarning, match=r"no place for 1 tensors, model\.layers\.3\.eh_proj\.weight"):
+    with (
+        pytest.warns(UserWarning, match=r"no place for 1 tensors, model\.layers\.3\.eh_proj\.weight"),
+        pytest.warns(UserWarning, match="num_nextn_predict_layers is 1; layers for multi-token prediction are not"),
+    ):
         prune(tmp_path / "source", plan, tmp_path / "got", way)
     assert content_of(tmp_path / "got") == {**before, "n_routed_experts": 8, field: 0}
     assert not [name for name in tensors_in(tmp_path / "got") if "layers.3" in name]

@@ -1,6 +1,7 @@
 """Folders that are not trusted: none of their code runs, and none that their configs name is fetched."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ def test_code_of_a_tokenizer_does_not_run(with_code: Path, monkeypatch: pytest.M
     assert not (with_code / "ran").exists()
 
 
-def test_code_that_is_trusted_runs(with_code: Path) -> None:
+def test_code_that_is_trusted_runs(with_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
     assert type(read_config(with_code, trust_remote_code=True)).__name__ == "Own"
     assert (with_code / "ran").exists()
 

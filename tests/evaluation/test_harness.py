@@ -74,6 +74,7 @@ def test_without_skipping_the_numbers_are_those_of_lm_evals_own_model(tasks: Pat
     names = ["local_endings", "local_prose"]
     ours = numbers(evaluate_tasks(skipping, names, include=tasks, skip="none"))
     expected = numbers(evaluate_tasks(skipping, names, include=tasks, model="hf"))
+    assert numbers(evaluate_tasks(skipping, names, include=tasks, stock=True)) == expected
     assert {"local_endings acc,none", "local_prose word_perplexity,none"} <= set(expected)
     assert ours == pytest.approx(expected, rel=1e-4)  # float32 sums in another order; perplexity is an exponential
     assert 0 < expected["local_endings acc,none"] <= 1
