@@ -67,17 +67,56 @@ _SUBSET_ERRORS = _register_autograd("subset_errors")
 
 
 def _call(operator: Any, *args: Any) -> Any:
-    """Calls an operator; where no gradients can be required without its Autograd kernel, whose Python takes a few
-    microseconds."""
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    """Calls an operator: without its Autograd kernel, whose Python takes a few microseconds, where no gradients can be
+    required. What torch refuses before a kernel sees it, it says at length, or in the words of its dispatcher: here the
+    argument is named."""
+    if torch.compiler.is_compiling():
         return operator(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
+    try:
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _in_transform():
+            return operator(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+    except Exception as error:
+        for argument, value in zip(operator._schema.arguments, args, strict=True):
+            refusal = _refusal(f"{operator._opname}: '{argument.name}' is", value, str(argument.type), error)
+            if refusal is not None:
+                raise refusal from error
+        raise
+
+
+def _in_transform() -> bool:
+    """Whether torch.func's transforms are under way: they see an operator before its Autograd kernel does."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+_PYTHON_TYPES: dict[str, tuple[type, ...]] = {
+    "Tensor": (Tensor,),
+    "Optional[Tensor]": (Tensor, type(None)),
+    "int": (int,),
+    "bool": (bool,),
+    "str": (str,),
+}
+
+
+def _refusal(what: str, value: Any, expected: str, error: Exception) -> Exception | None:
+    """The error for a value that torch takes for no argument of the type that a schema names, or has no kernel for."""
+    if not isinstance(value, _PYTHON_TYPES[expected]):
+        return TypeError(f"{what} of type {type(value).__name__}; expected {expected}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return ValueError(f"{what} beyond 64 bits")
+    if isinstance(value, str) and not value.isprintable():
+        return ValueError(f"{what} {value[:80]!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if not isinstance(value, Tensor):
+        return None
+    if value.is_nested or value.is_quantized or value.layout != torch.strided:
+        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else f"of layout {value.layout}"
+        return TypeError(f"{what} {kind}; expected a dense tensor")
+    if value.is_neg():  # torch can read through such a view, not write
+        return ValueError(f"{what} a negated view; expected a tensor of its own values")
+    if value.device.type not in ("cpu", "meta") and str(error).startswith("Could not run"):
+        return NotImplementedError(f"{what} on {value.device}; there is no kernel for it")
+    return None
 
 
 # ---- the operators
@@ -104,7 +143,8 @@ def route(
 
     Raises:
         RuntimeError: a shape, dtype, device or value is not as above; the argument is named. Not enough memory.
-        NotImplementedError: gradients are required, of either mode.
+        NotImplementedError: gradients are required, of either mode; or a tensor's device has no kernel.
+        TypeError, ValueError: an argument is no tensor, number or name at all; or a tensor is not dense.
     """
     weights, experts = _call(_ROUTE, logits, top_k, thresholds, renormalise)
     return weights, experts
@@ -130,7 +170,8 @@ def experts(x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: 
         more than 16 tokens, each expert's output. transformers rounds all of these.
 
     Raises:
-        RuntimeError, NotImplementedError: as :func:`route`; or a tensor is not contiguous that has to be.
+        RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`route`; or a tensor is not contiguous that
+            has to be.
     """
     out: Tensor = _call(_EXPERTS, x, gate_up, down, experts, weights, activation)
     return out
@@ -162,9 +203,10 @@ def experts_observed(
         The same bits as :func:`experts`.
 
     Raises:
-        RuntimeError, NotImplementedError: as :func:`experts`; or ``moments`` is a tensor of torch.func.functionalize.
+        RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`experts`; or ``moments`` is a tensor of
+            torch.func.functionalize.
     """
-    if not torch.compiler.is_compiling() and torch._is_functional_tensor(moments):
+    if not torch.compiler.is_compiling() and isinstance(moments, Tensor) and torch._is_functional_tensor(moments):
         raise NotImplementedError(
             "experts_observed: 'moments' is updated in place, which torch.func.functionalize cannot express for this "
             "operator. Call it outside; torch.compile does express it."
@@ -190,7 +232,8 @@ def expert_gram(x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Te
         (T, E, E) float64, symmetric to the bit: ``d^T gram d`` cancels. Products and sums are float64.
 
     Raises:
-        RuntimeError, NotImplementedError: as :func:`route`; or a tensor is not contiguous that has to be.
+        RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`route`; or a tensor is not contiguous that
+            has to be.
     """
     gram: Tensor = _call(_EXPERT_GRAM, x, gate_up, down, activation)
     return gram
@@ -218,7 +261,7 @@ def subset_errors(
         (S,) float64; the same bits for any number of threads.
 
     Raises:
-        RuntimeError, NotImplementedError: as :func:`route`.
+        RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`route`.
     """
     errors: Tensor = _call(_SUBSET_ERRORS, distances, ranks, scores, keep, top_k, thresholds)
     return errors
@@ -293,7 +336,7 @@ def _check_layer(op: str, x: Tensor, gate_up: Tensor, down: Tensor, activation: 
     check.contiguous("gate_up", gate_up)
     check.contiguous("down", down)
     names = ", ".join(f'"{known}"' for known in ACTIVATIONS[:-1]) + f' or "{ACTIVATIONS[-1]}"'
-    check.require(activation in ACTIVATIONS, f"'activation' is \"{activation}\"; expected {names}")
+    check.require(activation in ACTIVATIONS, f"'activation' is \"{activation[:80]}\"; expected {names}")
     return check
 
 

@@ -130,7 +130,7 @@ inline Activation activation_named(const char* op, const std::string& name) {
   if (name == "silu") return Activation::kSilu;
   if (name == "gelu") return Activation::kGeluErf;
   if (name == "gelu_tanh") return Activation::kGeluTanh;
-  refuse(op, "'activation' is \"", name, "\"; expected \"silu\", \"gelu\" or \"gelu_tanh\"");
+  refuse(op, "'activation' is \"", name.substr(0, 80), "\"; expected \"silu\", \"gelu\" or \"gelu_tanh\"");
 }
 
 }  // namespace moe_ext

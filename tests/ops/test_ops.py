@@ -711,6 +711,7 @@ def test_experts_observed_refuses_bad_channels(channels: torch.Tensor, message: 
         (torch.zeros(2, 4).long(), 1, None, "'logits' has dtype int64"),
         (torch.zeros(2, 4), 0, None, "'top_k' is 0; expected 1 to 4"),
         (torch.zeros(2, 4), 5, None, "'top_k' is 5; expected 1 to 4"),
+        (torch.zeros(2, 4), 2**62, None, f"'top_k' is {2**62}; expected 1 to 4"),
         (torch.zeros(2, 4), 3, torch.zeros(3), r"'thresholds' has shape \(3,\); expected \(2,\) = \(top_k - 1,\)"),
         (torch.zeros(2, 4), 3, torch.zeros(2).double(), "'thresholds' has dtype float64; expected float32"),
     ],
@@ -720,6 +721,36 @@ def test_route_refuses_bad_input(
 ) -> None:
     with pytest.raises(RuntimeError, match="route: " + message):
         ops.route(logits.to(device), top_k, None if thresholds is None else thresholds.to(device))
+
+
+# Found by tests/fuzz/operators.py: what torch's dispatcher refuses, at any length, before a kernel sees it.
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"down": None}, TypeError, "'down' is of type NoneType; expected Tensor"),
+        ({"weights": [[0.25] * 1000]}, TypeError, "'weights' is of type list; expected Tensor"),
+        ({"counted": 3}, TypeError, r"'counted' is of type int; expected Optional\[Tensor\]"),
+        ({"moments": None}, TypeError, "'moments' is of type NoneType; expected Tensor"),
+        ({"moments": torch._neg_view(torch.zeros(4, 3, 3).double())}, ValueError, "'moments' is a negated view"),
+        (
+            {"x": torch.zeros(5, 16).to_sparse()},
+            TypeError,
+            "'x' is of layout torch.sparse_coo; expected a dense tensor",
+        ),
+        ({"activation": 1}, TypeError, "'activation' is of type int; expected str"),
+        ({"activation": "\ud800"}, ValueError, r"'activation' is '\\ud800'; expected one of silu, gelu, gelu_tanh"),
+        ({"activation": "s" * 10000}, RuntimeError, r"'activation' is \"sss"),
+    ],
+)
+def test_what_no_kernel_sees_is_refused_by_name_in_a_line(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    x, gate_up, down, experts, weights, activation = experts_case(5, 4, 2, 16, 24).arguments()
+    arguments: dict[str, Any] = {"x": x, "gate_up": gate_up, "down": down, "experts": experts, "weights": weights}
+    arguments |= {"activation": activation, "moments": torch.zeros(4, 3, 3, dtype=torch.float64)}
+    with pytest.raises(error, match="experts_observed: " + message) as refused:
+        ops.experts_observed(**(arguments | change))
+    assert len(str(refused.value)) < 200
 
 
 def test_sizes_beyond_memory_are_refused() -> None:
