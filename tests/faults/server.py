@@ -17,7 +17,7 @@ from typing import Any
 
 import jinja2  # noqa: F401  what commands import when they need it
 import matplotlib.backends.backend_svg
-import matplotlib.figure  # noqa: F401
+import matplotlib.figure
 import torch
 import transformers.models.mixtral.modeling_mixtral
 import transformers.models.mixtral.modular_mixtral  # noqa: F401
