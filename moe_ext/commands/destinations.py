@@ -12,7 +12,7 @@ import typer
 
 from moe_ext.commands.options import is_destination
 from moe_ext.commands.output import errors
-from moe_ext.storage.files import file_destination, written
+from moe_ext.storage.files import file_destination, noting_written
 
 _GROWING = "losses"  # is there from the first layer on
 _NOT_READ = "scratch"
@@ -31,14 +31,14 @@ def checked(command: Callable[..., None]) -> Callable[..., None]:
     def run(**arguments: Any) -> None:
         outputs = {option_of(name): arguments[name] for name in destinations if arguments[name] is not None}
         check_places(outputs, {name: given for name, given in arguments.items() if name not in destinations})
-        before = len(written())
         try:
-            command(**arguments)
+            with noting_written() as written:
+                command(**arguments)
         except click.exceptions.Exit:
             raise
         except BaseException:
             for option, path in outputs.items():
-                if option != f"--{_GROWING}" and Path(os.path.realpath(path)) in written()[before:]:
+                if option != f"--{_GROWING}" and Path(os.path.realpath(path)) in written:
                     errors.print(
                         f"{path} is there and whole all the same", markup=False, highlight=False, soft_wrap=True
                     )

@@ -19,12 +19,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-_written: list[Path] = []
+_noting: list[set[Path]] = []
 
 
-def written() -> tuple[Path, ...]:
-    """Files and folders that this process has put in their place, whole, since it began."""
-    return tuple(_written)
+@contextmanager
+def noting_written() -> Iterator[set[Path]]:
+    """Yield a set that every file and folder joins which the block puts in its place, whole."""
+    noted: set[Path] = set()
+    _noting.append(noted)
+    try:
+        yield noted
+    finally:
+        _noting.pop()
 
 
 @contextmanager
@@ -104,7 +110,8 @@ def put_in_place(finished: Path, target: Path) -> None:
 
 def _in_place(target: Path) -> None:
     """What comes after the rename: the folder's entry reaches the disk."""
-    _written.append(target)
+    for noted in _noting:
+        noted.add(target)
     try:
         flush_to_disk(target.parent)
     except OSError as error:

@@ -46,7 +46,7 @@ JOBS = {
     ),
     "skip": Job("skip in/model in/text.safetensors --out out/skipping", ("out/skipping",), once=True),
     "skip in place": Job("skip in/model in/text.safetensors --in-place", ("in/model/config.json",)),
-    "report": Job("report in/text.safetensors in/losses.safetensors --out out/page.html", ("out/page.html",), faults=8),
+    "report": Job("report in/text.safetensors in/losses.safetensors --out out/page.html", ("out/page.html",), faults=4),
     "eval": Job("eval in/model --text in/text --window 32 --json", (), printed="out/eval.json"),
     "compare": Job(
         "compare in/model --text in/text --window 32 --decode-tokens 2 --out out/compare.json", ("out/compare.json",)

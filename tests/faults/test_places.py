@@ -88,13 +88,13 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(name: str, server: Server, w
     assert left(JOBS[name], before, work) == set()
 
 
-@pytest.mark.parametrize("name", WRITING)
+@pytest.mark.parametrize("name", [name for name in WRITING if name != "report"])  # writes as plan does, in seconds
 def test_of_two_processes_at_once_both_end_whole_or_one_says_why_not(
     name: str, server: Server, inputs: Path, work: Path
 ) -> None:
     job = WRITING[name]
     expected = undisturbed(server, job, inputs, work)
-    for _ in range(1 if job.faults < 20 else 3):
+    for _ in range(3):
         ended = server.run(work, job.arguments, processes=2)
         assert 0 in {one.status for one in ended}, [one.errors for one in ended]
         for one in ended:

@@ -26,6 +26,7 @@ from moe_ext.checkpoints.load_save import write_thresholds
 from moe_ext.checkpoints.streamed_model import LayersOnDisk
 from moe_ext.commands.main import app
 from moe_ext.reconstruction.result import SearchResult
+from moe_ext.runtime.hidden_states import MappedStates
 from moe_ext.runtime.layer_walk import LayerInputs
 from tests.support.batches import random_tokens
 from tests.support.checkpoints import BLOCK, declare_float8, plain_copy, quantise, rewritten
@@ -390,6 +391,18 @@ def test_a_search_that_died_before_its_plan_leaves_no_states_once_it_is_run_agai
     assert list((tmp_path / "scratch").iterdir()) != []
     moe_ext.search(mixtral, ragged_batches(), **options)
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_two_equal_jobs_do_not_write_one_another_s_hidden_states(tmp_path: Path) -> None:
+    first = MappedStates(tmp_path, "job", [4096], 0, hold=False)
+    with pytest.raises(BlockingIOError, match=f"scratch: another process is doing the same job in {tmp_path}"):
+        MappedStates(tmp_path, "job", [4096], 0, hold=False)
+    MappedStates(tmp_path, "other", [4096], 0, hold=False).close()
+    first.write(0, torch.zeros(1, 8, 32))
+    first.close()
+    assert list(tmp_path.iterdir()) == []  # no layer was done
+    MappedStates(tmp_path, "job", [4096], 0, hold=False).remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("one_thread")

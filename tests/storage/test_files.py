@@ -266,6 +266,15 @@ def test_a_temporary_that_was_removed_before_its_lock_is_made_again(
     assert (tmp_path / "new").read_bytes() == b"new"
 
 
+@pytest.mark.parametrize("replace", [replace_file, replace_folder])
+def test_a_folder_that_cannot_be_written_is_said_before_the_block_runs(
+    tmp_path: Path, replace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    with pytest.raises(PermissionError, match="cannot be written to"), replace(tmp_path / "new"):
+        pytest.fail("the block ran")
+
+
 def test_a_device_a_fifo_and_a_socket_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with socket.socket(socket.AF_UNIX) as listener:
@@ -286,10 +295,14 @@ def test_an_error_after_the_file_is_there_says_so(tmp_path: Path, monkeypatch: p
     for replace in (replace_file, replace_folder):
         path = tmp_path / replace.__name__
         monkeypatch.setattr(os, "walk", lambda *_, **__: [])
-        with pytest.raises(OSError, match=f"{replace.__name__} is there and whole") as raised, replace(path):
-            pass
+        with (
+            moe_ext.storage.files.noting_written() as written,
+            pytest.raises(OSError, match=f"{replace.__name__} is there and whole") as raised,
+            replace(path),
+        ):
+            assert written == set()
         assert raised.value.errno == errno.EIO
-        assert path in moe_ext.storage.files.written()
+        assert written == {path}
     assert names_in(tmp_path) == ["replace_file", "replace_folder"]
 
 
