@@ -7,7 +7,8 @@
 #   make lint    ruff, mypy, the wings (import-linter), clang-format
 #   make test-sanitized    the C++ tests with the address, undefined-behaviour and thread sanitizers, in every CPU
 #                variant, and the operators' Python tests with the first two
-#   make fuzz    calls the operators 10,000 times, rightly and wrongly; SEED is the day unless it is given
+#   make fuzz    calls the operators 10,000 times, rightly and wrongly, and reads 400 damaged files; SEED is the day
+#                unless it is given
 #   make test-vllm    pruned checkpoints in vLLM, which gets an environment of its own in build/vllm
 #   make clean   removes all that the others made
 
@@ -80,6 +81,7 @@ test-sanitized: .venv/moe_ext.stamp
 fuzz: .venv/moe_ext.stamp
 	@echo "== seed $(SEED): make fuzz SEED=$(SEED) does the same again"
 	$(BIN)/pytest tests/fuzz/operators.py --hypothesis-seed=$(SEED)
+	MOE_EXT_FUZZ_SEED=$(SEED) $(BIN)/pytest -m fuzz tests/fuzz/test_files.py
 
 test-vllm: .venv/moe_ext.stamp build/vllm/done.stamp
 	MOE_EXT_VLLM_PYTHON=$(CURDIR)/build/vllm/bin/python $(BIN)/pytest tests/checkpoints/test_vllm.py
