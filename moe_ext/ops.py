@@ -79,7 +79,7 @@ def _call(operator: Any, *args: Any) -> Any:
             return operator(*args)
     except Exception as error:
         for argument, value in zip(operator._schema.arguments, args, strict=True):
-            refusal = _refusal(f"{operator._opname}: '{argument.name}' is", value, str(argument.type), error)
+            refusal = _refusal(f"{operator._opname}: '{argument.name}' is", value, argument, error)
             if refusal is not None:
                 raise refusal from error
         raise
@@ -99,8 +99,9 @@ _PYTHON_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def _refusal(what: str, value: Any, expected: str, error: Exception) -> Exception | None:
-    """The error for a value that torch takes for no argument of the type that a schema names, or has no kernel for."""
+def _refusal(what: str, value: Any, argument: Any, error: Exception) -> Exception | None:
+    """The error for a value that torch does not take for an argument of a schema, or has no kernel for."""
+    expected = str(argument.type)
     if not isinstance(value, _PYTHON_TYPES[expected]):
         return TypeError(f"{what} of type {type(value).__name__}; expected {expected}")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -112,7 +113,7 @@ def _refusal(what: str, value: Any, expected: str, error: Exception) -> Exceptio
     if value.is_nested or value.is_quantized or value.layout != torch.strided:
         kind = "nested" if value.is_nested else "quantized" if value.is_quantized else f"of layout {value.layout}"
         return TypeError(f"{what} {kind}; expected a dense tensor")
-    if value.is_neg():  # torch can read through such a view, not write
+    if value.is_neg() and argument.is_write:  # torch can read through such a view, not write
         return ValueError(f"{what} a negated view; expected a tensor of its own values")
     if value.device.type not in ("cpu", "meta") and str(error).startswith("Could not run"):
         return NotImplementedError(f"{what} on {value.device}; there is no kernel for it")
