@@ -289,10 +289,8 @@ class _Arguments:
         self.require(tensor.dim() == dims, f"'{name}' has shape {shape}; expected {dims} dimensions {meaning}")
 
     def like(
-        self, name: str, tensor: Tensor | None, shape: Sequence[int], meaning: str, dtypes: Sequence[torch.dtype]
+        self, name: str, tensor: Tensor, shape: Sequence[int], meaning: str, dtypes: Sequence[torch.dtype]
     ) -> None:
-        if tensor is None:
-            return
         got = tuple(tensor.shape)
         message = f"'{name}' has shape {got}; expected {tuple(shape)} = {meaning}"
         self.require(len(got) == len(shape), message)
@@ -357,7 +355,8 @@ def _route_fake(
     check.dims("logits", logits, 2, "(T, E)")
     check.top_k(top_k, logits.shape[1], "the number of experts in 'logits'")
     check.typed("logits", logits, _FLOATS)
-    check.like("thresholds", thresholds, (top_k - 1,), "(top_k - 1,)", (torch.float32,))
+    if thresholds is not None:
+        check.like("thresholds", thresholds, (top_k - 1,), "(top_k - 1,)", (torch.float32,))
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
 
@@ -385,7 +384,8 @@ def _experts_observed_fake(
     shape = (gate_up.shape[0], 3, 3)
     check.like("moments", moments, shape, "(E, 3, 3) with E from 'gate_up'", (torch.float64,))
     check.contiguous("moments", moments)
-    check.like("counted", counted, (x.shape[0],), "(T,) with T from 'x'", (torch.bool,))
+    if counted is not None:
+        check.like("counted", counted, (x.shape[0],), "(T,) with T from 'x'", (torch.bool,))
     return x.new_empty(x.shape)
 
 
@@ -414,5 +414,6 @@ def _subset_errors_fake(
         f"'ranks' has N = {depth} ranks a token; expected at most {num_experts}, the number of experts in 'keep'",
     )
     check.top_k(top_k, depth, "the number of ranks in 'ranks'")
-    check.like("thresholds", thresholds, (top_k - 1,), "(top_k - 1,)", (torch.float32,))
+    if thresholds is not None:
+        check.like("thresholds", thresholds, (top_k - 1,), "(top_k - 1,)", (torch.float32,))
     return scores.new_empty((subsets,))
