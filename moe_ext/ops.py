@@ -79,7 +79,7 @@ def _call(operator: Any, *args: Any) -> Any:
             return operator(*args)
     except Exception as error:
         for argument, value in zip(operator._schema.arguments, args, strict=True):
-            refusal = _refusal(f"{operator._opname}: '{argument.name}' is", value, str(argument.type), error)
+            refusal = _refusal(f"{operator._opname}: '{argument.name}' is", value, argument, error)
             if refusal is not None:
                 raise refusal from error
         raise
@@ -99,8 +99,9 @@ _PYTHON_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def _refusal(what: str, value: Any, expected: str, error: Exception) -> Exception | None:
-    """The error for a value that torch takes for no argument of the type that a schema names, or has no kernel for."""
+def _refusal(what: str, value: Any, argument: Any, error: Exception) -> Exception | None:
+    """The error for a value that torch does not take for an argument of a schema, or has no kernel for."""
+    expected = str(argument.type)
     if not isinstance(value, _PYTHON_TYPES[expected]):
         return TypeError(f"{what} of type {type(value).__name__}; expected {expected}")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -112,7 +113,7 @@ def _refusal(what: str, value: Any, expected: str, error: Exception) -> Exceptio
     if value.is_nested or value.is_quantized or value.layout != torch.strided:
         kind = "nested" if value.is_nested else "quantized" if value.is_quantized else f"of layout {value.layout}"
         return TypeError(f"{what} {kind}; expected a dense tensor")
-    if value.is_neg():  # torch can read through such a view, not write
+    if value.is_neg() and argument.is_write:  # torch can read through such a view, not write
         return ValueError(f"{what} a negated view; expected a tensor of its own values")
     if value.device.type not in ("cpu", "meta") and str(error).startswith("Could not run"):
         return NotImplementedError(f"{what} on {value.device}; there is no kernel for it")
@@ -292,10 +293,8 @@ class _Arguments:
         self.require(tensor.dim() == dims, f"'{name}' has shape {shape}; expected {dims} dimensions {meaning}")
 
     def like(
-        self, name: str, tensor: Tensor | None, shape: Sequence[int], meaning: str, dtypes: Sequence[torch.dtype]
+        self, name: str, tensor: Tensor, shape: Sequence[int], meaning: str, dtypes: Sequence[torch.dtype]
     ) -> None:
-        if tensor is None:
-            return
         got = tuple(tensor.shape)
         message = f"'{name}' has shape {got}; expected {tuple(shape)} = {meaning}"
         self.require(len(got) == len(shape), message)
@@ -360,7 +359,8 @@ def _route_fake(
     check.dims("logits", logits, 2, "(T, E)")
     check.top_k(top_k, logits.shape[1], "the number of experts in 'logits'")
     check.typed("logits", logits, _FLOATS)
-    check.like("thresholds", thresholds, (top_k - 1,), "(top_k - 1,)", (torch.float32,))
+    if thresholds is not None:
+        check.like("thresholds", thresholds, (top_k - 1,), "(top_k - 1,)", (torch.float32,))
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
 
@@ -392,7 +392,8 @@ def _experts_observed_fake(
     if channels is not None:
         check.like("channels", channels, tuple(down.shape[::2]), "(E, I) from 'gate_up'", (torch.float64,))
         check.contiguous("channels", channels)
-    check.like("counted", counted, (x.shape[0],), "(T,) with T from 'x'", (torch.bool,))
+    if counted is not None:
+        check.like("counted", counted, (x.shape[0],), "(T,) with T from 'x'", (torch.bool,))
     return x.new_empty(x.shape)
 
 
@@ -421,5 +422,6 @@ def _subset_errors_fake(
         f"'ranks' has N = {depth} ranks a token; expected at most {num_experts}, the number of experts in 'keep'",
     )
     check.top_k(top_k, depth, "the number of ranks in 'ranks'")
-    check.like("thresholds", thresholds, (top_k - 1,), "(top_k - 1,)", (torch.float32,))
+    if thresholds is not None:
+        check.like("thresholds", thresholds, (top_k - 1,), "(top_k - 1,)", (torch.float32,))
     return scores.new_empty((subsets,))

@@ -195,13 +195,14 @@ def write_thresholds(
         OSError: there is no ``config.json``, it cannot be written, or it is a link, whose target is not touched.
     """
     check_config_file(checkpoint)
+    content = read_content(checkpoint)
     before = read_config(checkpoint, trust_remote_code=trust_remote_code)
     after = copy.deepcopy(before)
     section = section_of(after)
     if section is not None and not isinstance(section, dict):
         raise ValueError(f"{Path(checkpoint) / CONFIG}: expected a JSON object under {CONFIG_KEY!r}")
     set_section(after, section_with(thresholds, section, layers))
-    write_content(checkpoint, changed_content(read_content(checkpoint), before, after))
+    write_content(checkpoint, changed_content(content, before, after))
 
 
 def size_on_disk(checkpoint: str | Path) -> int:

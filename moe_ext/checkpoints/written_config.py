@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from moe_ext.storage.files import replace_file
+from moe_ext.storage.formats import parse_json
 
 CONFIG = "config.json"
 # What a loaded config holds beside its file's content, and what is settled apart from it.
@@ -27,9 +28,9 @@ def read_content(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / CONFIG
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from None
+        content = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return content

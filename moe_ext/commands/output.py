@@ -21,6 +21,11 @@ class _Console(Console):
     def render_str(self, text: str, **options: Any) -> Text:  # every text passes through here
         return super().render_str(printable(text, self.file), **options)
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Texts are left to the terminal to wrap, so that a path in one is whole."""
+        options.setdefault("soft_wrap", all(isinstance(each, str) for each in objects))
+        super().print(*objects, **options)
+
 
 def printable(text: str, file: IO[str]) -> str:
     """The text with control characters, and those that the file's encoding lacks, as escapes."""

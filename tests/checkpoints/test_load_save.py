@@ -105,7 +105,7 @@ def test_thresholds_written_into_a_config_are_found_by_patch(tmp_path: Path) -> 
     assert active_thresholds(unpatch(loaded)) is None
 
 
-@pytest.mark.parametrize("config", ["[]", "{", '{"moe_ext": 3}', '{"a": 1, "a": 2}'])
+@pytest.mark.parametrize("config", ["[]", "{", '{"model_type": "mixtral", "moe_ext": 3}', '{"a": 1, "a": 2}'])
 def test_thresholds_are_not_written_into_something_else(tmp_path: Path, config: str) -> None:
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match=r"config\.json: "):

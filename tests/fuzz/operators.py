@@ -229,7 +229,8 @@ def expanded(draw: Draw, tensor: Tensor, dim: int) -> Tensor:
 
 
 def with_one_value(draw: Draw, tensor: Tensor, dim: int) -> Tensor:
-    return torch.full_like(tensor, draw(st.sampled_from(EXTREMES) if tensor.is_floating_point() else SMALL))
+    value = draw(st.sampled_from(EXTREMES) if tensor.is_floating_point() else SMALL)
+    return torch.full(tensor.shape, float(value), dtype=torch.float64).to(tensor.dtype)
 
 
 CHANGES: dict[str, Change] = {

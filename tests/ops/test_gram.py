@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -312,3 +312,11 @@ def test_opcheck_of_subset_errors(check: str) -> None:
     for thresholds in (None, torch.tensor([0.5])):
         arguments = (*ranking, keep, 2, thresholds)
         torch.library.opcheck(torch.ops.moe_ext.subset_errors, arguments, test_utils=check)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_subset_errors_takes_no_none_for_distances(device: str) -> None:  # found by tests/fuzz/operators.py
+    ranks, keep = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.ones(1, 1, dtype=torch.bool, device=device)
+    scores, none = torch.ones(1, 1, dtype=torch.float64, device=device), cast(Tensor, None)
+    with pytest.raises(TypeError, match="subset_errors: 'distances' is of type NoneType; expected Tensor"):
+        ops.subset_errors(none, ranks, scores, keep, 1)

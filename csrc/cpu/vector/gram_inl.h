@@ -10,6 +10,7 @@
 
 #include "cpu/numeric.h"
 #include "cpu/vector/loops.h"
+#include "cpu/vector/vec.h"
 
 namespace moe_ext::cpu::MOE_EXT_ISA {
 
@@ -23,6 +24,23 @@ static_assert(kGramTile <= kTallestGramTile, "scratch has rows for whole tiles")
 
 constexpr int64_t kGramLanes = 8;
 typedef double Doubles __attribute__((vector_size(kGramLanes * sizeof(double))));  // lowered to what the target has
+
+// sum += a * b; fused where there are instructions for it, or not: the products are exact.
+static inline void add_product(const Doubles& a, const Doubles& b, Doubles& sum) {
+#if defined(MOE_EXT_ISA_AVX512)
+  sum = (Doubles)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
+#elif defined(MOE_EXT_ISA_AVX2)
+  struct Halves {
+    __m256d low, high;
+  };
+  const Halves x = __builtin_bit_cast(Halves, a), y = __builtin_bit_cast(Halves, b),
+               z = __builtin_bit_cast(Halves, sum);
+  sum = __builtin_bit_cast(Doubles,
+                           Halves{_mm256_fmadd_pd(x.low, y.low, z.low), _mm256_fmadd_pd(x.high, y.high, z.high)});
+#else
+  sum += a * b;
+#endif
+}
 
 // rows[e, i] = y[e, first + i], zero from `count` to `padded`.
 template <typename T>
@@ -43,7 +61,7 @@ static inline void gram_tile(const double* a, const double* b, int64_t count, do
     for (int r = 0; r < kGramTile; ++r) left[r] = *reinterpret_cast<const Doubles*>(a + r * kGramChunk + i);
     for (int c = 0; c < kGramTile; ++c) right[c] = *reinterpret_cast<const Doubles*>(b + c * kGramChunk + i);
     for (int r = 0; r < kGramTile; ++r) {
-      for (int c = 0; c < kGramTile; ++c) partial[r][c] += left[r] * right[c];
+      for (int c = 0; c < kGramTile; ++c) add_product(left[r], right[c], partial[r][c]);
     }
   }
   for (int r = 0; r < kGramTile; ++r) {
