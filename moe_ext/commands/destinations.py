@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import click
 import typer
 
 from moe_ext.commands.options import is_destination
@@ -34,7 +33,7 @@ def checked(command: Callable[..., None]) -> Callable[..., None]:
         try:
             with noting_written() as written:
                 command(**arguments)
-        except click.exceptions.Exit:
+        except typer.Exit:
             raise
         except BaseException:
             for option, path in outputs.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 import moe_ext.storage.files
 from moe_ext.calibration.statistics import ExpertStatistics
@@ -123,6 +124,13 @@ def test_a_failure_after_the_result_is_there_says_that_it_is(
     monkeypatch.setattr("moe_ext.commands.decide.removed_experts", lambda plan: 1 / 0)
     assert inside("plan", "s.safetensors", "--keep", "2", "--out", "other.json") == 1
     assert "other.json is there and whole all the same" in capsys.readouterr().err
+
+    def stops(plan: object) -> None:
+        raise typer.Exit(3)  # as bench does, which says by itself what it kept
+
+    monkeypatch.setattr("moe_ext.commands.decide.removed_experts", stops)
+    assert inside("plan", "s.safetensors", "--keep", "2", "--out", "third.json") == 3
+    assert capsys.readouterr().err == ""
 
 
 def test_the_demo_may_write_around_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
