@@ -301,4 +301,4 @@ def demo(
         # The table needs its width; a narrower terminal wraps lines, which reads better than columns cut short.
         Console(width=max(out.width, 130)).print(table_of(result))
         for name, path in result["files"].items():
-            out.print(f"{name}: {path}", soft_wrap=True)
+            out.print(f"{name}: {path}")

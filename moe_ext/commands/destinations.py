@@ -38,9 +38,7 @@ def checked(command: Callable[..., None]) -> Callable[..., None]:
         except BaseException:
             for option, path in outputs.items():
                 if option != f"--{_GROWING}" and Path(os.path.realpath(path)) in written:
-                    errors.print(
-                        f"{path} is there and whole all the same", markup=False, highlight=False, soft_wrap=True
-                    )
+                    errors.print(f"{path} is there and whole all the same", markup=False, highlight=False)
             raise
 
     return run

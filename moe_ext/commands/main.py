@@ -71,5 +71,5 @@ def main() -> None:
         if show_traceback:
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        errors.print("error:", shortened(" ".join(lines[:2])), highlight=False, soft_wrap=True)
+        errors.print("error:", shortened(" ".join(lines[:2])), highlight=False)
         sys.exit(1)

@@ -51,7 +51,7 @@ def report(
     )
     if png is not None:
         names = write_figures(made, png)
-        out.print(f"{len(names)} figures: {png}", soft_wrap=True)
+        out.print(f"{len(names)} figures: {png}")
     if save_to is not None:
         write_page(made, save_to)
-        out.print(f"report: {save_to}", soft_wrap=True)
+        out.print(f"report: {save_to}")
