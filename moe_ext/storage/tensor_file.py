@@ -28,7 +28,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     """
     for name, value in metadata.items():
         check_label(name, value)
-    content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata))
+    content = safetensors.torch.save(_apart(tensors), dict(metadata))
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"] = dict(sorted(metadata.items()))
@@ -36,6 +36,17 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     text += b" " * (-len(text) % 8)  # the tensors after it stay aligned
     with replace_file(path) as temporary:
         temporary.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, contiguous, and copied where two lie in one memory, which safetensors refuses."""
+    apart, taken = {}, set()
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous()
+        memory = whole.untyped_storage().data_ptr()
+        apart[name] = whole.clone() if memory in taken else whole
+        taken.add(memory)
+    return apart
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:

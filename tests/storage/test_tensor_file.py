@@ -28,6 +28,14 @@ def test_safetensors_reads_what_was_written(tmp_path: Path) -> None:
     assert int.from_bytes(content[:8], "little") % 8 == 0  # so that the tensors are aligned
 
 
+def test_tensors_in_one_memory_are_written_apart(tmp_path: Path) -> None:
+    both = torch.arange(6.0)
+    write_tensors(tmp_path / "file", {"whole": both, "again": both, "end": both[3:]}, {})
+    with safe_open(tmp_path / "file", framework="pt") as file:
+        assert torch.equal(file.get_tensor("again"), both)
+        assert torch.equal(file.get_tensor("end"), both[3:])
+
+
 def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     write_tensors(tmp_path / "here", TENSORS, METADATA)
     code = f"import sys; from {__name__} import *; write_tensors(sys.argv[1], TENSORS, METADATA)"
