@@ -13,10 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from moe_ext.checkpoints.finite import check_finite
 from moe_ext.checkpoints.load_save import from_pretrained
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.pruning.prune import prune
+from moe_ext.runtime.batches import check_tokens, vocabulary_of
 from moe_ext.runtime.patching import patch
 
 try:
@@ -87,6 +90,15 @@ class PatchedModel(HFLM):
             prune(self._model, self._plan)
         if not self._stock:
             patch(self._model, skip=self._skip, strict=self._strict)
+
+    # On a GPU the embedding's own check would take the whole CUDA context down.
+    def _model_call(self, inps: Tensor, *args: Any, **options: Any) -> Any:
+        check_tokens("tasks", inps, vocabulary_of(self._model))
+        return super()._model_call(inps, *args, **options)
+
+    def _model_generate(self, context: Tensor, *args: Any, **options: Any) -> Any:
+        check_tokens("tasks", context, vocabulary_of(self._model))
+        return super()._model_generate(context, *args, **options)
 
 
 def evaluate_tasks(

@@ -154,6 +154,15 @@ def test_the_papers_groups_name_tasks_that_lm_eval_knows(group: str) -> None:
     assert set(manager.match_tasks([group, *names])) == {group, *names}
 
 
+def test_tokens_that_the_model_does_not_have_are_refused() -> None:
+    model = PatchedModel(str(DEMO_MODEL), device="cpu")
+    beyond = torch.tensor([[1, 2, model.model.config.vocab_size]])
+    with pytest.raises(ValueError, match="tasks: expected tokens from 0 and below the model's vocabulary size"):
+        model._model_call(beyond)
+    with pytest.raises(ValueError, match="tasks: expected tokens from 0"):
+        model._model_generate(beyond, max_length=8, stop=[])
+
+
 def test_options_that_do_not_fit_are_refused(tasks: Path) -> None:
     with pytest.raises(ValueError, match="tasks: lm-eval knows no nonsense"):
         evaluate_tasks(str(DEMO_MODEL), ["nonsense"], include=tasks)
