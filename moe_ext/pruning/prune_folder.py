@@ -7,31 +7,26 @@ rename when all is there. A run that was interrupted goes on with the shards tha
 
 import copy
 import json
-import math
 import re
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig
-from transformers.core_model_loading import dot_natural_key
 
 from moe_ext.checkpoints.faults import few
-from moe_ext.checkpoints.key_map import Source, names_of, tied
 from moe_ext.checkpoints.meta_model import Skeleton, skeleton_of
 from moe_ext.checkpoints.other_files import copy_other_files
-from moe_ext.checkpoints.stored_tensors import INDEX, CheckpointError, StoredTensor, stored_tensors
+from moe_ext.checkpoints.stored_tensors import INDEX, CheckpointError, stored_tensors
 from moe_ext.checkpoints.written_config import changed_content, read_content, write_content
 from moe_ext.decision.pruning_plan import PruningPlan
-from moe_ext.models.blocks import MoeBlock, expert_tensors, moe_blocks, refuse_novices, text_config
-from moe_ext.models.expert_width import channel_dimension
+from moe_ext.models.blocks import moe_blocks, refuse_novices, text_config
+from moe_ext.pruning.kept_parts import parts_of, slices_of
 from moe_ext.pruning.prune import prune
-from moe_ext.pruning.shard_writer import Part, Selection, shards_of, write_shard
-from moe_ext.pruning.thin import channel_places
+from moe_ext.pruning.shard_writer import Part, shards_of, write_shard
 from moe_ext.pruning.unfinished import PROGRESS, begin, check_space, fingerprint, locked
 from moe_ext.storage.files import flush_to_disk, folder_destination, put_in_place
 
@@ -106,9 +101,9 @@ def prune_checkpoint(
             )
         _check_names_in_quantisation(skeleton.model.config.quantization_config)
     before, config = skeleton.model.num_parameters(), copy.deepcopy(skeleton.model.config)
-    slices = _slices(skeleton, blocks, plan)
+    slices = slices_of(skeleton, blocks, plan)
     prune(skeleton.model, plan)  # checks the plan, writes the config, and gives the shapes to arrive at
-    parts = _parts(skeleton, stored, slices)
+    parts = parts_of(skeleton, stored, slices)
     if len(names := {part.name for part in parts}) != len(parts):
         raise CheckpointError(f"{checkpoint}: {len(parts)} tensors would have only {len(names)} names")
     shards = shards_of(parts, shard_size)
@@ -138,130 +133,6 @@ def _check_names_in_quantisation(quantisation: dict[str, Any]) -> None:
     for name in quantisation.get("modules_to_not_convert") or ():
         if re.search(r"experts\.\d", name):
             raise ValueError(f"quantization_config names {name!r}, and the experts would be renumbered")
-
-
-@dataclass(frozen=True, eq=False)
-class _Slice:
-    """What is kept of a tensor that counts experts.
-
-    Attributes:
-        dim: its dimension of experts.
-        keep: the experts that are kept, of ``experts``.
-        shape: its shape in the model.
-        channel_dim: its dimension of channels there, if some of them go.
-        channels: (E', I') int64, those that each kept expert keeps.
-        places: (E', n) int64, where they are in that dimension.
-    """
-
-    dim: int
-    keep: tuple[int, ...]
-    experts: int
-    shape: tuple[int, ...] = ()
-    channel_dim: int | None = None
-    channels: Tensor | None = None
-    places: Tensor | None = None
-
-
-def _slices(skeleton: Skeleton, blocks: list[MoeBlock], plan: PruningPlan) -> dict[str, _Slice]:
-    """What is kept, by the name of every tensor that counts experts."""
-    names = names_of(skeleton.model)
-    found = {}
-    for layer, (block, keep) in enumerate(zip(blocks, plan.keep, strict=False)):  # prune says what does not fit
-        kept = None if plan.channels is None or layer >= len(plan.channels.masks) else plan.channels.indices(layer)
-        for name, tensor in expert_tensors(block).items():
-            dim = None if kept is None else channel_dimension(block, name)
-            if dim is None or kept is None:
-                found[names[id(tensor)]] = _Slice(0, keep, block.num_experts)
-            else:
-                places = channel_places(block, name, kept)
-                found[names[id(tensor)]] = _Slice(0, keep, block.num_experts, tuple(tensor.shape), dim, kept, places)
-        for _, _, tensor, dim in block.routing_tensors():
-            found[names[id(tensor)]] = _Slice(dim, keep, block.num_experts)
-    return found
-
-
-def _parts(skeleton: Skeleton, stored: dict[str, StoredTensor], slices: dict[str, _Slice]) -> list[Part]:
-    """Every tensor of the new checkpoint, in the order of the model."""
-    parts = []
-    left_out = tied(skeleton.model) | set(skeleton.model._keys_to_ignore_on_save or ())
-    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
-    for name, source in sorted(skeleton.sources.items(), key=lambda item: dot_natural_key(item[0])):
-        if source.target in left_out:
-            continue
-        tensor = stored[name]
-        dtype = tensor.dtype if skeleton.block is not None else skeleton.dtype_of(source.target)
-        if source.target in slices:
-            part = _sliced(Part(name, tensor, tensor.shape, dtype, ((0, tensor.size),)), source, slices[source.target])
-        else:
-            part = Part(name, tensor, tensor.shape, dtype, ((0, tensor.size),))
-        if part is None:
-            continue
-        shape = part.shape
-        if not source.converted and shape != shapes[source.target]:
-            raise CheckpointError(
-                f"{tensor.file}: {name!r} has shape {tensor.shape}, of which {shape} would be left; the pruned model's "
-                f"{source.target} has {shapes[source.target]}"
-            )
-        parts.append(part)
-    return parts
-
-
-def _sliced(part: Part, source: Source, kept: _Slice) -> Part | None:
-    """What is left of a tensor that counts experts; None if nothing is."""
-    tensor, name, shape = part.source, part.name, part.shape
-    if source.expert is not None:
-        if source.expert >= kept.experts:
-            raise CheckpointError(f"{tensor.file}: {name!r} is of expert {source.expert} of {kept.experts}")
-        if source.expert not in kept.keep:
-            return None
-        first, last = source.expert_at
-        position = kept.keep.index(source.expert)
-        part = replace(part, name=f"{name[:first]}{position}{name[last:]}")
-        if kept.channels is None:
-            return part
-        return _selected(part, source, kept, [kept.channels[position]], len(shape))
-    if len(shape) <= kept.dim or shape[kept.dim] != kept.experts:
-        raise CheckpointError(
-            f"{tensor.file}: {name!r} has shape {tensor.shape}; expected {kept.experts} in place {kept.dim}"
-        )
-    inner = math.prod(shape[kept.dim + 1 :]) * tensor.dtype.itemsize
-    ranges: list[tuple[int, int]] = []
-    for outer in range(math.prod(shape[: kept.dim])):
-        for expert in kept.keep:
-            begin = (outer * kept.experts + expert) * inner
-            if kept.channels is None and ranges and ranges[-1][1] == begin:
-                ranges[-1] = (ranges[-1][0], begin + inner)
-            else:
-                ranges.append((begin, begin + inner))
-    part = replace(part, shape=(*shape[: kept.dim], len(kept.keep), *shape[kept.dim + 1 :]), ranges=tuple(ranges))
-    if kept.places is None:
-        return part
-    return _selected(part, source, kept, list(kept.places), len(shape) - 1)
-
-
-def _selected(part: Part, source: Source, kept: _Slice, places: list[Tensor], rank: int) -> Part:
-    """Of a part whose ranges are experts' slices with so many dimensions, the channels that each expert keeps.
-
-    Args:
-        places: every expert's, in the dimension of channels.
-    """
-    alone = source.expert is not None
-    if (source.part is None) if alone else (source.converted and not source.transposed):
-        raise ValueError(
-            f"{part.source.file}: {part.name!r} is stored in another form than transformers holds it, in which the "
-            "channels of experts are not known; prune the loaded model by this plan, moe_ext.prune"
-        )
-    assert kept.channel_dim is not None
-    dim = kept.channel_dim - 1  # of an expert's slice; what lies above each other in it has rows as itself
-    if source.transposed and part.source.shape != kept.shape:
-        dim = 1 - dim
-    shape = list(part.shape)
-    shape[dim - rank] = len(places[0])
-    selections = tuple(
-        Selection(begin, end, part.shape[-1], channels, 1 if rank == 1 else dim)
-        for (begin, end), channels in zip(part.ranges, places, strict=True)
-    )
-    return replace(part, shape=tuple(shape), selections=selections)
 
 
 def _write_rest(

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_ext.decision.kept_channels import KeptChannels
-from moe_ext.models.blocks import MoeBlock, check_layout, expert_tensors, text_config
+from moe_ext.models.blocks import MoeBlock, expert_tensors, text_config
 from moe_ext.models.expert_width import channel_dimension, config_for_width, take_width, width_of
 from moe_ext.pruning.replace import replace_tensor
 
@@ -22,14 +22,11 @@ class Thinning:
 
     Attributes:
         channels: of the experts that the model will have.
-        before, width: I, and the channels that are kept of it.
         fields: of the text decoder's config, with their new values.
         like: a model on the meta device whose experts have that width.
     """
 
     channels: KeptChannels
-    before: int
-    width: int
     fields: dict[str, Any]
     like: PreTrainedModel
 
@@ -37,7 +34,7 @@ class Thinning:
     def of(
         cls, model: PreTrainedModel, blocks: list[MoeBlock], channels: KeptChannels, experts: Sequence[int]
     ) -> Thinning:
-        """For a model that is still whole.
+        """For a model that is still whole, and whose blocks are known to be as its family's record says.
 
         Args:
             experts: how many every block will have by then.
@@ -48,7 +45,6 @@ class Thinning:
         if len(channels.masks) != len(blocks):
             raise ValueError(f"channels: are of {len(channels.masks)} layers; this model has {len(blocks)} MoE layers")
         for layer, (block, count) in enumerate(zip(blocks, experts, strict=True)):
-            check_layout(block)
             if width_of(block) != channels.intermediate_size:
                 raise ValueError(
                     f"channels: are of experts with {channels.intermediate_size} channels; {block.name} has "
@@ -60,7 +56,7 @@ class Thinning:
         if len(set(widths)) > 1:
             raise ValueError(f"channels: layers keep {min(widths)} to {max(widths)} channels; expected one width")
         fields, like = config_for_width(model, blocks, widths[0])
-        return cls(channels, channels.intermediate_size, widths[0], fields, like)
+        return cls(channels, fields, like)
 
     def apply(self, model: PreTrainedModel, blocks: list[MoeBlock]) -> None:
         """Leaves every expert the channels that it is to keep, in place, and the width in the model's config."""
@@ -73,7 +69,7 @@ class Thinning:
                 for name, new in thinned.items():
                     if new is not tensors[name]:
                         replace_tensor(block.experts, name, tensors[name], new)
-        take_width(blocks, self.like, self.before, self.width)
+        take_width(blocks, self.like, self.channels.intermediate_size, self.channels.width(0))
         for name, value in self.fields.items():
             setattr(text_config(model), name, value)
 
@@ -98,7 +94,7 @@ def thinned_tensor(block: MoeBlock, name: str, tensor: Tensor, kept: Tensor) -> 
 
 def channel_places(block: MoeBlock, name: str, kept: Tensor) -> Tensor:
     """Where a tensor's dimension of channels holds those: (E, I'), or (E, 2 I') where gate and up stand in one."""
-    if name.startswith("down") or not name.startswith("gate_up"):
+    if not name.startswith("gate_up"):
         return kept
     if getattr(block.experts, "is_concatenated", True):
         return torch.cat([kept, kept + width_of(block)], dim=1)
