@@ -1,5 +1,7 @@
 """The source distribution holds all that building needs, its metadata suits PyPI, and extras bring what they say."""
 
+import fcntl
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +25,12 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("build", reason="needs build: pip install '.[dev]'")
     folder = tmp_path_factory.mktemp("sdist")
     command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    source = os.open(ROOT, os.O_RDONLY)
+    try:
+        fcntl.flock(source, fcntl.LOCK_EX)  # setuptools builds in the source folder: one of pytest's workers at a time
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        os.close(source)
     assert result.returncode == 0, result.stderr
     return next(folder.glob("*.tar.gz"))
 
