@@ -3,7 +3,7 @@ model in memory, or of a checkpoint folder one decoder layer at a time.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -47,7 +47,7 @@ def add_up(stats: ExpertStatistics) -> None:
     """
     check_same(stats.model_digest, "the processes calibrated different models: the weights of their routers differ")
     for name, tensor in stats.tensors().items():
-        if name != "channel_norms":  # of the weights, which are the same
+        if name not in ("channel_norms", "channel_order"):  # which are the same in all
             tensor.copy_(total_of(tensor))
 
 
@@ -58,7 +58,7 @@ def calibrate(
     progress: bool = True,
     dataset: str = "",
     outputs: bool = False,
-    channels: Literal["energy"] | None = None,
+    channels: Literal["energy", "gram"] | None = None,
     strict: bool = True,
     shard: str = "",
     distributed: bool = False,
@@ -83,7 +83,10 @@ def calibrate(
         outputs: also sum every expert's outputs, for the criterion ``mone``. Slower: the experts run twice, the second
             time one by one in transformers' code.
         channels: "energy": also what every channel of the experts contributes, for plans of thinner experts
-            (:func:`moe_ext.thin_plan`); out of the experts' own pass. On the CPU, and where the operators run.
+            (:func:`moe_ext.thin_plan`); out of the experts' own pass. On the CPU, and where the operators run. "gram":
+            beside that the order in which the optimal brain surgeon removes them, from every expert's Gram matrix
+            ``sum g^2 h h^T``, one in memory at a time: the layers then run one after the other, also of a model in
+            memory, and the experts' inputs wait in a temporary file. O(I^3) an expert.
         strict: as for :func:`moe_ext.patch`, if the model is not patched. With False, layers that the operators cannot
             run are observed through transformers' code, with one warning.
         shard: label of this run, kept in the statistics; files with the same one do not merge.
@@ -112,13 +115,16 @@ def calibrate(
         blocks = moe_blocks(inside)
         stats = _start(inside, blocks, dataset, outputs, channels, shard)
         mine = _share(batches, inside, None, asked) if distributed else batches
-        _run(inside, blocks, mine, stats, progress, outputs, strict)
+        if channels == "gram":
+            _run_in_turn(inside, blocks, list(mine), stats, progress, outputs, strict, distributed)
+        else:
+            _run(inside, blocks, mine, stats, progress, outputs, strict)
     else:
         options = FolderOptions.given(**in_folder)
         with options.opened(model) as layers:
             stats = _start(layers.model, layers.blocks, dataset, outputs, channels, shard)
             listed = _share(batches, layers.model, layers, asked) if distributed else list(batches)
-            _run_layers(layers, listed, stats, options, progress, outputs, strict)
+            _run_layers(layers, listed, stats, options, progress, outputs, strict, distributed)
     if distributed:
         add_up(stats)
     if not bool((stats.tokens > 0).all()):
@@ -141,7 +147,8 @@ def _start(
     refuse_shared_out(blocks, "calibrate")
     hidden_size = text_config(model).hidden_size if outputs else None
     width = check_channels(channels, blocks)
-    stats = ExpertStatistics.empty(layout_of(model, blocks), family_of(model).gate, dataset, hidden_size, width)
+    layout, ordered = layout_of(model, blocks), channels == "gram"
+    stats = ExpertStatistics.empty(layout, family_of(model).gate, dataset, hidden_size, width, ordered)
     stats.shards = (shard,) if shard else ()
     return stats
 
@@ -167,7 +174,7 @@ def _run(
     strict: bool,
 ) -> None:
     """Fills the statistics of a model in memory."""
-    with torch.no_grad(), observing(model, blocks, outputs, strict, stats.width) as observers:
+    with torch.no_grad(), observing(model, blocks, outputs, strict, stats.width, False) as observers:
         for index, batch in enumerate(tqdm(batches, desc="calibrate", unit="batch", disable=not progress)):
             inputs, counted = check_batch(index, batch, model)
             for observer in observers:
@@ -181,6 +188,53 @@ def _run(
     stats.model_digest = joined_digest(digests)
 
 
+def _run_in_turn(
+    model: PreTrainedModel,
+    blocks: list[MoeBlock],
+    batches: list[Mapping[str, Tensor]],
+    stats: ExpertStatistics,
+    progress: bool,
+    outputs: bool,
+    strict: bool,
+    distributed: bool,
+) -> None:
+    """Fills the statistics of a model in memory, one layer after the other."""
+    _, _, of_block = decoder_layers(model, blocks)
+    checked = [check_batch(index, batch, model) for index, batch in enumerate(batches)]
+    with (
+        tqdm(total=(of_block[-1] + 1) * len(checked), desc="calibrate", unit="batch", disable=not progress) as bar,
+        torch.no_grad(),
+        observing(model, blocks, outputs, strict, stats.width, True) as observers,
+        LayerInputs(model, blocks, [each.inputs for each in checked]) as inputs,
+    ):
+        for layer in range(of_block[-1] + 1):
+            index = of_block.index(layer) if layer in of_block else None
+            observer = None if index is None else observers[index]
+            inputs.advance(_before_batches(bar, layer, observer, [each.counted for each in checked]))
+            if observer is not None and index is not None:
+                take(stats, index, observer, total_of if distributed else _mine)
+    stats.model_digest = joined_digest([router_digest(block) for block in blocks])
+
+
+def _before_batches(
+    bar: Any, layer: int, observer: Observer | None, counted: list[Tensor | None]
+) -> Callable[[int], None]:
+    """What is to be done before a layer runs a batch."""
+    bar.set_description(f"calibrate layer {layer}")
+
+    def before(batch: int) -> None:
+        mask = counted[batch]
+        if observer is not None:
+            observer.counted = None if mask is None else mask.to(observer.moments.device)
+        bar.update()
+
+    return before
+
+
+def _mine(sums: Tensor) -> Tensor:
+    return sums
+
+
 def _run_layers(
     layers: LayersOnDisk,
     batches: list[Mapping[str, Tensor]],
@@ -189,6 +243,7 @@ def _run_layers(
     progress: bool,
     outputs: bool,
     strict: bool,
+    distributed: bool,
 ) -> None:
     """Fills the statistics of a model one decoder layer at a time."""
     model, blocks = layers.model, layers.blocks
@@ -197,31 +252,39 @@ def _run_layers(
     given, counted = [each.inputs for each in checked], [each.counted for each in checked]
     record = CalibrationProgress(layers, given, stats, options, outputs, show=progress)
     done = len(record.digests) == len(blocks)
+    ordered = _layers_ordered(stats, record.digests, distributed)
     left = range(record.position, record.position if done else of_block[-1] + 1)
     bar = tqdm(total=len(left) * len(given), desc="calibrate", unit="batch", disable=not progress)
     with (
         bar,
         torch.no_grad(),
-        observing(model, blocks, outputs, strict, stats.width) as observers,
+        observing(model, blocks, outputs, strict, stats.width, stats.channel_order is not None) as observers,
         LayerInputs(model, blocks, given, states=record.states, need=layers.need, position=record.position) as inputs,
     ):
         for layer in left:
-            bar.set_description(f"calibrate layer {layer}")
             index = of_block.index(layer) if layer in of_block else None
             observer = None if index is None or index in record.digests else observers[index]
             if index is not None and observer is None:
                 layer_state(blocks[index]).observer = None  # its sums are there from before the interruption
-
-            def before(batch: int, observer: Observer | None = observer) -> None:
-                mask = counted[batch]
-                if observer is not None:
-                    observer.counted = None if mask is None else mask.to(observer.moments.device)
-                bar.update()
-
-            inputs.advance(before)
+            if observer is not None and index in ordered:
+                observer.inputs = None
+            inputs.advance(_before_batches(bar, layer, observer, counted))
             if observer is not None and index is not None:
-                take(stats, index, observer)
+                take(stats, index, observer, total_of if distributed else _mine)
                 record.digests[index] = router_digest(blocks[index])
             record.write(layer + 1)
     stats.model_digest = joined_digest([record.digests[index] for index in range(len(blocks))])
     record.finish()
+
+
+def _layers_ordered(stats: ExpertStatistics, digests: Mapping[int, str], distributed: bool) -> set[int]:
+    """MoE layers whose channels have their order from before an interruption. It is of the text of all processes, so
+    that those which were interrupted sooner take it from the others."""
+    order = stats.channel_order
+    if order is None or not distributed:
+        return set(digests)
+    have = torch.tensor([layer in digests for layer in range(stats.num_layers)])
+    counts = total_of(have.long())
+    shared = total_of(order.long() * have[:, None, None]) // counts.clamp(min=1)[:, None, None]
+    order.copy_(torch.where(counts[:, None, None] > 0, shared, order))
+    return {layer for layer, count in enumerate(counts.tolist()) if count}

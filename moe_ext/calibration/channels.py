@@ -1,13 +1,18 @@
-"""What calibration learns about the channels of experts, from their energies and the weights."""
+"""What calibration learns about the channels of experts: from their energies, their Gram matrices and the weights."""
 
+from collections.abc import Callable
+
+import psutil
 import torch
 from torch import Tensor
 
+from moe_ext.calibration.removal_order import removal_order
+from moe_ext.calibration.routed_inputs import RoutedInputs
 from moe_ext.models.blocks import MoeBlock, device_of, expert_tensors
 from moe_ext.models.expert_width import width_of
 from moe_ext.runtime.supported import reason_unsupported
 
-CHANNELS = ("energy",)
+CHANNELS = ("energy", "gram")
 """What :func:`moe_ext.calibrate` can observe of channels."""
 
 
@@ -32,7 +37,24 @@ def check_channels(channels: str | None, blocks: list[MoeBlock]) -> int | None:
                 f"channels: {blocks[0].name} has experts of {width_of(blocks[0])} channels, {block.name} of "
                 f"{width_of(block)}; expected one width"
             )
+    if channels == "gram":
+        check_gram_memory(width_of(blocks[0]))
     return width_of(blocks[0])
+
+
+def check_gram_memory(width: int) -> int:
+    """The bytes that one expert's Gram matrix takes with what is computed from it: three more of its size.
+
+    Raises:
+        MemoryError: so much is not free.
+    """
+    needed, free = 4 * 8 * width**2, psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryError(
+            f"channels: the Gram matrix of an expert with {width} channels takes {needed / 1e9:.2f} GB with what is "
+            f'computed from it, {free / 1e9:.2f} GB are free; channels="energy" needs none'
+        )
+    return needed
 
 
 def channel_errors(energies: Tensor, down: Tensor) -> Tensor:
@@ -57,3 +79,29 @@ def channel_norms(block: MoeBlock) -> Tensor:
         up = gate_up.chunk(2)[1]
         rows.append(down.double().norm(dim=0) * up.double().norm(dim=1))
     return torch.stack(rows).detach().cpu()
+
+
+def removal_orders(block: MoeBlock, inputs: RoutedInputs, activation: str, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """Every expert's channels in their :func:`removal_order`, one expert's Gram matrix in memory at a time; those of an
+    expert that no token reached by ``||down[:, j]|| * ||up[j]||``.
+
+    Args:
+        inputs: of this process's batches.
+        total: adds up over the processes.
+
+    Returns:
+        (E, I) int32 on the CPU.
+
+    Raises:
+        ValueError: sums that are not finite (layer and expert are named).
+    """
+    tensors, unreached = expert_tensors(block), channel_norms(block).sort(dim=1, stable=True).indices
+    rows = []
+    for expert, (gate_up, down) in enumerate(zip(tensors["gate_up_proj"], tensors["down_proj"], strict=True)):
+        mine, _ = inputs.gram(expert, gate_up.detach(), activation)
+        gram = total(mine).to(mine.device)
+        if not bool(gram.isfinite().all()):
+            raise ValueError(f"layer {block.name}: expert {expert} gave activations that are not finite")
+        reached = bool(gram.diagonal().any())
+        rows.append(removal_order(gram, down.detach()).cpu() if reached else unreached[expert])
+    return torch.stack(rows).int()

@@ -5,7 +5,7 @@ An observer is attached to every experts module for the duration of the run. The
 operator cannot run, or sums of outputs are asked for, the observer evaluates the family's own code expert by expert.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,17 +13,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_ext import ops
-from moe_ext.calibration.channels import channel_errors, channel_norms
+from moe_ext.calibration.channels import channel_errors, channel_norms, removal_orders
+from moe_ext.calibration.routed_inputs import RoutedInputs
 from moe_ext.calibration.statistics import RATIO_BINS, ExpertStatistics
 from moe_ext.models.blocks import MoeBlock, device_of, eager_forward, expert_tensors
 from moe_ext.runtime.patching import is_patched, layer_state, patched
+from moe_ext.runtime.supported import activation_of
 
 
 class Observer:
     """Accumulates one layer's statistics on the layer's device; called in place of the ``experts`` operator, or beside
     experts that run on transformers' implementation."""
 
-    def __init__(self, block: MoeBlock, outputs: bool, width: int | None) -> None:
+    def __init__(self, block: MoeBlock, outputs: bool, width: int | None, grams: bool) -> None:
         device = device_of(block.experts, next(block.experts.parameters()))
         self.block = block
         self.experts = block.experts
@@ -35,6 +37,7 @@ class Observer:
         self.channels = (
             None if width is None else torch.zeros(self.num_experts, width, dtype=torch.float64, device=device)
         )
+        self.inputs = RoutedInputs() if grams else None
         self.outputs = outputs
         self.output_sum: Tensor | None = None  # (E, H), from the first batch on if asked for
         self.counted: Tensor | None = None  # (T,) bool for the batch under way
@@ -45,6 +48,8 @@ class Observer:
         out = ops.experts_observed(
             x, gate_up, down, experts, weights, activation, self.moments, self.counted, self.channels
         )
+        if self.inputs is not None:
+            self.inputs.add(x, experts, weights, self.counted)
         if self.outputs:
             self._evaluate(x, experts, weights, moments=False)
         self._count(experts.long(), weights.float())
@@ -100,29 +105,38 @@ def _add_counts(histogram: Tensor, bins: Tensor, counts: Tensor) -> None:
 
 @contextmanager
 def observing(
-    model: PreTrainedModel, blocks: list[MoeBlock], outputs: bool, strict: bool, width: int | None
+    model: PreTrainedModel, blocks: list[MoeBlock], outputs: bool, strict: bool, width: int | None, grams: bool
 ) -> Iterator[list[Observer]]:
     """A patched model in evaluation mode with an observer in every MoE layer; restored on the way out.
 
     Args:
         width: I, to observe channels, too.
+        grams: whether to keep the experts' inputs until :func:`take` has made their Gram matrices.
     """
     if is_patched(model) and any(layer_state(block).observer is not None for block in blocks):
         raise ValueError("the model is being calibrated already")
     with patched(model, blocks, strict=strict):
         states = [layer_state(block) for block in blocks]
         try:
-            observers = [Observer(block, outputs, width) for block in blocks]
+            observers = [Observer(block, outputs, width, grams) for block in blocks]
             for state, observer in zip(states, observers, strict=True):
                 state.observer = observer
             yield observers
         finally:
             for state in states:
+                if state.observer is not None and state.observer.inputs is not None:
+                    state.observer.inputs.close()
                 state.observer = None
 
 
-def take(stats: ExpertStatistics, layer: int, observer: Observer) -> None:
-    """One layer's sums into the statistics; ValueError if they are not finite."""
+def take(
+    stats: ExpertStatistics, layer: int, observer: Observer, total: Callable[[Tensor], Tensor] = lambda mine: mine
+) -> None:
+    """One layer's sums into the statistics; ValueError if they are not finite.
+
+    Args:
+        total: adds Gram matrices up over the processes.
+    """
     count = observer.num_experts
     stats.moments[layer, :count] = observer.moments
     stats.tokens[layer] = observer.tokens
@@ -137,3 +151,7 @@ def take(stats: ExpertStatistics, layer: int, observer: Observer) -> None:
     finite = stats.channel_errors is None or bool(stats.channel_errors[layer].isfinite().all())
     if not finite or not bool(stats.moments[layer].isfinite().all()):
         raise ValueError(f"layer {stats.layers[layer]} gave activations or routing weights that are not finite")
+    if stats.channel_order is not None and observer.inputs is not None:
+        activation = activation_of(observer.experts.config)
+        stats.channel_order[layer, :count] = removal_orders(observer.block, observer.inputs, activation, total)
+        observer.inputs.close()

@@ -51,6 +51,7 @@ class CalibrationProgress:
                 text_digest(batches),
                 layers.fingerprint(),
                 f"{layers.model.dtype} {options.device} {outputs} {stats.width} {place_among()} {stats.dataset}",
+                *(["gram"] if stats.channel_order is not None else []),
                 *stats.shards,
             ]
         )

@@ -52,6 +52,9 @@ class ExpertStatistics(WithLayout):
             error of the layer's output gains if channel j alone goes; None unless calibration was asked for it.
         channel_norms: (L, E, I) float64, ``||down[:, j]|| * ||up[j]||`` of the weights, for experts that no token
             reached; beside ``channel_errors``. Merging does not add them up.
+        channel_order: (L, E, I) int32, each expert's channels in the order in which the one that costs least goes next,
+            made up for by the others (:mod:`moe_ext.calibration.removal_order`); None unless calibration was asked for
+            Gram matrices. Such statistics do not merge.
         model_digest: tells models of one family apart by their routers' weights; empty if not known.
         shards: labels of the runs that the sums are of, so that none is counted twice; empty if not known.
 
@@ -69,6 +72,7 @@ class ExpertStatistics(WithLayout):
     output_sum: torch.Tensor | None = None
     channel_errors: torch.Tensor | None = None
     channel_norms: torch.Tensor | None = None
+    channel_order: torch.Tensor | None = None
     model_digest: str = ""
     shards: tuple[str, ...] = ()
 
@@ -76,6 +80,8 @@ class ExpertStatistics(WithLayout):
         _check_tensors(self.tensors(), self.num_layers, self.num_experts, self.top_k)
         if (self.channel_errors is None) != (self.channel_norms is None):
             raise ValueError("channel_norms: expected with channel_errors, and only then")
+        if self.channel_order is not None and self.channel_errors is None:
+            raise ValueError("channel_order: expected with channel_errors only")
         for name in ("gate", "dataset", "model_digest"):
             check_label(name, getattr(self, name))
         for shard in self.shards:
@@ -95,6 +101,7 @@ class ExpertStatistics(WithLayout):
         fewest: int = 0,
         hidden_size: int | None = None,
         width: int | None = None,
+        ordered: bool = False,
     ) -> ExpertStatistics:
         """Statistics of no text at all, to accumulate into; arguments as the attributes.
 
@@ -102,13 +109,14 @@ class ExpertStatistics(WithLayout):
             num_experts: E, or the number of every layer.
             hidden_size: H, for an ``output_sum``.
             width: I, for ``channel_errors`` and ``channel_norms``.
+            ordered: whether they have a ``channel_order``, too.
 
         Raises:
             ValueError: ``layers`` is empty or repeats a name, or ``top_k`` is not in 1..E.
         """
         experts = (num_experts,) * len(layers) if isinstance(num_experts, int) else num_experts
         layout = Layout(model_type, tuple(layers), experts, top_k, groups, fewest)
-        return cls.empty(layout, gate, dataset, hidden_size, width)
+        return cls.empty(layout, gate, dataset, hidden_size, width, ordered)
 
     @classmethod
     def empty(
@@ -118,6 +126,7 @@ class ExpertStatistics(WithLayout):
         dataset: str = "",
         hidden_size: int | None = None,
         width: int | None = None,
+        ordered: bool = False,
     ) -> ExpertStatistics:
         """:meth:`zeros`, for a layout."""
         tensors: dict[str, Any] = {
@@ -125,7 +134,10 @@ class ExpertStatistics(WithLayout):
             for name, (shape, dtype) in _tensor_layout(
                 layout.num_layers, layout.num_experts, layout.top_k, hidden_size, width
             ).items()
+            if ordered or name != "channel_order"
         }
+        if ordered:
+            tensors["channel_order"] += torch.arange(tensors["channel_order"].shape[2], dtype=torch.int32)
         return cls(layout, gate, dataset, **tensors)
 
     @property
@@ -161,6 +173,11 @@ class ExpertStatistics(WithLayout):
             raise ValueError("other: statistics of different models do not add up: the weights of the routers differ")
         if (twice := sorted(set(self.shards) & set(other.shards))) and not allow_duplicates:
             raise ValueError(f"other: both hold the shard {shown(twice[0])}, which would count twice")
+        if self.channel_order is not None or other.channel_order is not None:
+            raise ValueError(
+                "other: orders of channels do not add up; calibrate both texts in one run, in several processes if one "
+                "takes too long"
+            )
         self._check_optional(other)
         labels = {label for label in (*self.dataset.split(" + "), *other.dataset.split(" + ")) if label}
         sums = {name: getattr(self, name) + getattr(other, name) for name in self.tensors() if name != "channel_norms"}
@@ -254,7 +271,7 @@ class ExpertStatistics(WithLayout):
             if name == "moments":
                 valid[:, :, 0, 0] &= tensor[:, :, 0, 0] <= MOST_COUNTED
             elif not tensor.is_floating_point():
-                valid &= tensor <= MOST_COUNTED
+                valid &= tensor.long() <= MOST_COUNTED
             if not valid.all():
                 layer, *index = (~valid).nonzero()[0].tolist()
                 value = tensor[(layer, *index)].item()
@@ -262,6 +279,14 @@ class ExpertStatistics(WithLayout):
                 raise ValueError(
                     f"{name}: layer {shown(self.layers[layer])} holds {value} at {index}; "
                     f"expected finite values{'' if signed else ' >= 0'}{most}"
+                )
+        if self.channel_order is not None:
+            expected = torch.arange(self.channel_order.shape[2], dtype=torch.int32)
+            odd = (self.channel_order.sort(dim=2).values != expected).any(2).nonzero()
+            if len(odd):
+                layer, expert = odd[0].tolist()
+                raise ValueError(
+                    f"channel_order: layer {shown(self.layers[layer])}, expert {expert}: expected every channel once"
                 )
 
 
@@ -273,6 +298,7 @@ def _tensor_layout(
     optional = {} if hidden_size is None else {"output_sum": ((layers, experts, hidden_size), torch.float64)}
     if width is not None:
         optional |= dict.fromkeys(("channel_errors", "channel_norms"), ((layers, experts, width), torch.float64))
+        optional["channel_order"] = ((layers, experts, width), torch.int32)
     return {
         "moments": ((layers, experts, 3, 3), torch.float64),
         "tokens": ((layers,), torch.int64),

@@ -39,8 +39,8 @@ def calibrate(
     dataset: Annotated[str, typer.Option(help="Label of the text; the domain names if empty.")] = "",
     outputs: Annotated[bool, typer.Option("--outputs", help="Also sum experts' outputs (slower), for mone.")] = False,
     channels: Annotated[
-        Literal["energy"] | None,
-        typer.Option(help="Also what every channel of the experts contributes, for `moe-ext plan --size`."),
+        Literal["energy", "gram"] | None,
+        typer.Option(help="Also what experts' channels contribute, for `moe-ext plan --size`; gram: --select obs."),
     ] = None,
     sequential: Sequential = False,
     scratch: Scratch = None,

@@ -71,6 +71,13 @@ def plan(
     channels: Annotated[
         int | None, typer.Option(min=1, help="Channels that every expert keeps.", show_default=False)
     ] = None,
+    select: Annotated[
+        Literal["energy", "obs"] | None,
+        typer.Option(
+            help="Which channels are kept: energy, if absent, or obs (better with --refit; takes --channels gram).",
+            show_default=False,
+        ),
+    ] = None,
     multiple: Annotated[int, typer.Option(min=1, help="What the number of channels is a multiple of.")] = MULTIPLE,
     scope: Annotated[
         Literal["layer", "model"], typer.Option(help="model: one ranking of all layers; keep and ratio are averages.")
@@ -87,13 +94,15 @@ def plan(
 ) -> None:
     """Decide which experts each layer keeps, which channels its experts keep, or both: experts first, then channels.
 
-    --size and --channels need statistics made with --channels energy.
+    --size and --channels need statistics made with --channels energy or gram.
     """
     thinner = size is not None or channels is not None
     if keep is not None and ratio is not None:
         raise typer.BadParameter("give --keep or --ratio, one of them")
     if keep is None and ratio is None and not thinner:
         raise typer.BadParameter("give --keep or --ratio for fewer experts, --size or --channels for thinner ones")
+    if select is not None and not thinner:
+        raise typer.BadParameter("--select goes with --size or --channels")
     if normalise is not None and scope == "layer":
         raise typer.BadParameter("--normalise goes with --scope model")
     made = None
@@ -103,7 +112,14 @@ def plan(
     elif criterion is not None or objective is not None or seed is not None or scope != "layer":
         raise typer.BadParameter("--criterion, --objective, --seed and --scope go with --keep or --ratio")
     if thinner or made is None:
-        made = thin_plan(ExpertStatistics.load(statistics), size=size, channels=channels, plan=made, multiple=multiple)
+        made = thin_plan(
+            ExpertStatistics.load(statistics),
+            size=size,
+            channels=channels,
+            plan=made,
+            multiple=multiple,
+            select=select or "energy",
+        )
     made.save(save_to)
     width = None if made.channels is None else made.channels.width(0)
     if as_json:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.decision.channels import kept_by_score
@@ -26,11 +27,11 @@ def thin_plan(
     channels: int | None = None,
     plan: PruningPlan | None = None,
     multiple: int = MULTIPLE,
+    select: Literal["energy", "obs"] = "energy",
 ) -> PruningPlan:
     """Keep the channels of every expert that contribute most, the same number of each.
 
-    A channel's score is its error: what the squared error of the layer's output gains if it alone goes. An expert that
-    no token reached keeps the channels with the largest ``||down[:, j]|| * ||up[j]||``, with a warning.
+    An expert that no token reached keeps the channels with the largest ``||down[:, j]|| * ||up[j]||``, with a warning.
 
     Args:
         stats: of the unpruned model, from ``calibrate(..., channels="energy")``.
@@ -39,6 +40,10 @@ def thin_plan(
         channels: I', the channels that every expert keeps.
         plan: experts to keep; ``size`` is then what is left of all of them. None: all.
         multiple: what the width is a multiple of.
+        select: "energy": by a channel's error, what the squared error of the layer's output gains if it alone goes.
+            "obs": those that the optimal brain surgeon leaves (:mod:`moe_ext.calibration.removal_order`), for which the
+            statistics are from ``calibrate(..., channels="gram")``. The kept channels make up for the others only once
+            they are refitted, ``prune(..., refit=batches)``.
 
     Returns:
         A plan with ``channels``; ``made_by`` holds what was asked for, and that of ``plan``.
@@ -50,6 +55,13 @@ def thin_plan(
     """
     if stats.channel_errors is None or stats.channel_norms is None:
         raise ValueError('stats: hold no sums over channels; calibrate(..., channels="energy"), or --channels energy')
+    if select not in ("energy", "obs"):
+        raise ValueError(f"select: expected 'energy' or 'obs', got {select!r}")
+    if select == "obs" and stats.channel_order is None:
+        raise ValueError(
+            'select: the statistics hold no order of channels, which obs takes; calibrate(..., channels="gram"), or '
+            "--channels gram"
+        )
     if len(set(stats.experts)) > 1:
         raise ValueError("stats: the layers differ in experts already; plan from statistics of the unpruned model")
     experts, before = stats.num_experts, stats.channel_errors.shape[2]
@@ -66,13 +78,13 @@ def thin_plan(
     share = sum(map(len, keep)) / (experts * stats.num_layers)
     width = _width(size, channels, before, share, multiple)
     unreached = stats.routing_counts() == 0
-    scores = torch.where(unreached[:, :, None], stats.channel_norms, stats.channel_errors)
+    scores = _scores(stats, stats.channel_errors, stats.channel_norms) if select == "energy" else _places(stats)
     kept = [kept_by_score(scores[layer, list(row)], width) for layer, row in enumerate(keep)]
     alone = sum(int(unreached[layer, list(row)].sum()) for layer, row in enumerate(keep))
     if alone:
         warnings.warn(f"{alone} experts that no token reached keep the channels with the largest weights", stacklevel=2)
     asked = {"size": size} if size is not None else {}
-    made_by |= {**asked, "channels": width, "select": "energy", "unreached_experts": alone, "moe_ext": __version__}
+    made_by |= {**asked, "channels": width, "select": select, "unreached_experts": alone, "moe_ext": __version__}
     return PruningPlan.of(stats.layout, keep, made_by, KeptChannels.of(kept, before))
 
 
@@ -100,3 +112,14 @@ def _width(size: float | None, channels: int | None, before: int, share: float, 
     if type(channels) is not int or not multiple <= channels < before or channels % multiple:
         raise ValueError(f"channels: expected a multiple of {multiple} (see multiple) below {before}, got {channels!r}")
     return channels
+
+
+def _scores(stats: ExpertStatistics, errors: Tensor, norms: Tensor) -> Tensor:
+    """(L, E, I): channels' errors; the norms of their weights where no token reached the expert."""
+    return torch.where((stats.routing_counts() == 0)[:, :, None], norms, errors)
+
+
+def _places(stats: ExpertStatistics) -> Tensor:
+    """(L, E, I) float64: every channel's place in the order of removal."""
+    assert stats.channel_order is not None
+    return stats.channel_order.argsort(dim=2).double()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe_ext.decision.channels import damped
+from moe_ext.calibration.removal_order import damped
 
 
 def refitted_down(gram: Tensor, down: Tensor, kept: Tensor, *, damping: float = 0.01) -> Tensor:
@@ -22,7 +22,7 @@ def refitted_down(gram: Tensor, down: Tensor, kept: Tensor, *, damping: float = 
         (H, I') in the dtype of ``down``, on its device; computed in float64.
 
     Raises:
-        ValueError: ``gram`` as for :func:`moe_ext.decision.channels.damped`.
+        ValueError: ``gram`` as for :func:`moe_ext.calibration.removal_order.damped`.
     """
     removed = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     removed[kept] = False

@@ -1,5 +1,6 @@
 """Sums over channels, against float64 brute force on the family's own modules."""
 
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 import moe_ext
+from moe_ext.calibration.removal_order import removal_order
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.models.blocks import expert_tensors, moe_blocks
 from tests.support.families import ALL, STOCK_ONLY, build, on_experts
@@ -51,6 +53,30 @@ def brute_force(model: PreTrainedModel, text: list[dict[str, Tensor]]) -> Tensor
     for handle in hooks:
         handle.remove()
     return errors
+
+
+def gram_of(model: PreTrainedModel, text: list[dict[str, Tensor]], layer: int, expert: int) -> Tensor:
+    """(I, I): sum over routed, counted tokens of g^2 h h^T of one expert, from the definition."""
+    block = moe_blocks(model)[layer]
+    gate_up = expert_tensors(block)["gate_up_proj"][expert].double()
+    gram = torch.zeros(len(gate_up) // 2, len(gate_up) // 2, dtype=torch.float64)
+    counted = torch.ones(0, dtype=torch.bool)
+
+    def hook(seen: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x, experts, weights = args
+        for token, slot in ((experts == expert) & counted[:, None]).nonzero().tolist() if seen == layer else ():
+            gate, up = (gate_up @ x[token].double()).chunk(2)
+            h = weights[token, slot].double() * ACT2FN[module.config.hidden_act](gate) * up  # type: ignore[union-attr]
+            gram.addr_(h, h)
+
+    hooks = on_experts(model, hook)
+    with torch.no_grad():
+        for batch in text:
+            counted = batch["attention_mask"].reshape(-1).bool()
+            model.base_model(**batch, use_cache=False)
+    for handle in hooks:
+        handle.remove()
+    return gram
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,7 +149,69 @@ def test_errors_without_norms_are_no_statistics() -> None:
 
 
 def test_what_cannot_be_observed_is_refused() -> None:
-    with pytest.raises(ValueError, match="channels: expected one of energy, or None, got 'gram'"):
-        moe_ext.calibrate(build("mixtral"), batches(), channels="gram", progress=False)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="channels: expected one of energy, gram, or None, got 'all'"):
+        moe_ext.calibrate(build("mixtral"), batches(), channels="all", progress=False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"observed by the operators only; model.layers.0.mlp: GptOssExperts has"):
         moe_ext.calibrate(build("gpt_oss"), batches(), channels="energy", strict=False, progress=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_order_of_channels_is_that_of_the_gram_matrices(family: str) -> None:
+    model = build(family)
+    stats = moe_ext.calibrate(model, batches(), channels="gram", progress=False)
+    plain = moe_ext.calibrate(model, batches(), channels="energy", progress=False)
+    assert stats.channel_order is not None
+    for name, tensor in plain.tensors().items():
+        assert torch.equal(stats.tensors()[name], tensor), name
+    reached = stats.routing_counts() > 0
+    for layer, block in enumerate(moe_blocks(model)):
+        for expert in (int(reached[layer].long().argmax()), int(reached[layer].long().argmin())):
+            down = expert_tensors(block)["down_proj"][expert].detach()
+            if reached[layer, expert]:
+                expected = removal_order(gram_of(model, batches(), layer, expert), down)
+            else:
+                assert stats.channel_norms is not None
+                expected = stats.channel_norms[layer, expert].argsort(stable=True)
+            assert torch.equal(stats.channel_order[layer, expert].long(), expected)
+
+
+def test_the_order_from_a_folder_is_that_in_memory_and_an_interrupted_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build("mixtral").save_pretrained(tmp_path / "model")
+    whole = moe_ext.calibrate(build("mixtral"), batches(), channels="gram", progress=False)
+    resume = tmp_path / "unfinished"
+    calls = iter(range(100))
+
+    def killed(*args: Any) -> Tensor:
+        if next(calls) == 9:  # of 8 experts in each of 3 layers
+            raise KeyboardInterrupt
+        return removal_order(*args)
+
+    monkeypatch.setattr("moe_ext.calibration.channels.removal_order", killed)
+    with pytest.raises(KeyboardInterrupt):
+        moe_ext.calibrate(tmp_path / "model", batches(), channels="gram", progress=False, resume=resume)
+    monkeypatch.undo()
+    got = moe_ext.calibrate(tmp_path / "model", batches(), channels="gram", progress=False, resume=resume)
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(got.tensors()[name], tensor), name
+    got.save(tmp_path / "statistics")
+    loaded = ExpertStatistics.load(tmp_path / "statistics")
+    assert torch.equal(loaded.tensors()["channel_order"], whole.tensors()["channel_order"])
+
+
+def test_orders_do_not_merge_and_hold_every_channel_once(tmp_path: Path) -> None:
+    stats = moe_ext.calibrate(build("mixtral"), batches(), channels="gram", progress=False)
+    with pytest.raises(ValueError, match="other: orders of channels do not add up; calibrate both texts in one run"):
+        stats.merge(stats, allow_duplicates=True)
+    assert stats.channel_order is not None
+    stats.channel_order[1, 2, 3] = stats.channel_order[1, 2, 4]
+    with pytest.raises(ValueError, match=r"channel_order: layer .*layers.1.*, expert 2: expected every channel once"):
+        stats.save(tmp_path / "statistics")
+
+
+def test_a_gram_matrix_that_does_not_fit_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = namedtuple("free", "available")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free(18_000))
+    with pytest.raises(MemoryError, match="channels: the Gram matrix of an expert with 24 channels takes"):
+        moe_ext.calibrate(build("mixtral"), batches(), channels="gram", progress=False)
