@@ -5,10 +5,12 @@ where every layer keeps the same number of experts, and :func:`moe_ext.from_pret
 """
 
 import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_ext.calibration.statistics import ExpertStatistics
@@ -29,6 +31,8 @@ from moe_ext.models.config_section import section_of, section_with_novices, set_
 from moe_ext.models.families import FURTHER_LAYERS_FIELDS, NUM_EXPERTS_FIELDS
 from moe_ext.models.novices import add_novices
 from moe_ext.models.wrapped import unwrapped_to_change
+from moe_ext.pruning.keep_experts import expert_parts, keep_experts, keep_slices
+from moe_ext.pruning.refit_layers import refitted_layers
 from moe_ext.pruning.replace import replace_tensor
 from moe_ext.pruning.thin import Thinning
 from moe_ext.storage.formats import shown
@@ -89,7 +93,14 @@ def _check_keep(block: MoeBlock, keep: tuple[int, ...]) -> None:
         )
 
 
-def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistics | None = None) -> PreTrainedModel:
+def prune(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    *,
+    novices: ExpertStatistics | None = None,
+    refit: Iterable[Mapping[str, Tensor]] | None = None,
+    progress: bool = False,
+) -> PreTrainedModel:
     """Removes the experts and channels that a plan does not keep, in place; patched or not, the model stays so.
 
     With the experts go their rows of the router, its correction biases and every count of experts in the model and its
@@ -108,13 +119,18 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
             place (MoNE, arXiv 2507.00390) and the router stays whole: a token is routed as before. Such a
             model saves as usual and loads through :func:`moe_ext.from_pretrained` only; it is neither calibrated nor
             pruned again, and skips by thresholds of the unpruned model. An expert that no token reached has mean 0.
+        refit: calibration text, batches as for :func:`moe_ext.calibrate`: the kept experts' down projections are then
+            fitted to make up for what goes, layer by layer (:mod:`moe_ext.pruning.refit_layers`), with a warning where
+            there is little text for that. Without it no weight changes.
+        progress: whether to show a progress bar of the refit.
 
     Returns:
         The same model, with ``len(plan.keep[layer])`` experts in every MoE layer.
 
     Raises:
         TypeError, ValueError: the plan or the statistics do not fit the model (see :func:`check_plan`), or a wrapper
-            around it (DistributedDataParallel, PEFT) keeps account of its weights. The model is left as it was.
+            around it (DistributedDataParallel, PEFT) keeps account of its weights; or no refit is possible (see
+            :func:`moe_ext.pruning.refit_layers.refitted_layers`). The model is left as it was.
     """
     given, model = model, unwrapped_to_change(model, "prune")
     blocks = moe_blocks(model)
@@ -123,19 +139,24 @@ def prune(model: PreTrainedModel, plan: PruningPlan, *, novices: ExpertStatistic
     if novices is not None:
         if plan.channels is not None:
             raise ValueError("novices: go with experts that keep all their channels; this plan thins them")
+        if refit is not None:
+            raise ValueError("refit: kept experts make up for removed ones already by novices; expected one of the two")
         _put_novices(model, blocks, plan, novices)
         return given
     thinning = None if plan.channels is None else Thinning.of(model, blocks, plan.channels, list(map(len, plan.keep)))
+    fitted: dict[int, Tensor] = {}
+    if refit is not None:
+        with closing(refitted_layers(model, blocks, plan, list(refit), progress=progress)) as layers:
+            fitted.update(layers)
     with torch.no_grad():
         for block, keep in zip(blocks, plan.keep, strict=True):
-            _keep_slices(keep, block.routing_tensors() + _expert_parts(block))
-            for module in (block.module, block.router, block.experts):
-                if hasattr(module, "num_experts"):
-                    module.num_experts = len(keep)  # type: ignore[assignment]
+            keep_experts(block, keep)
     _write_counts(text_config(model), fields, blocks)
     _announce_no_further_layers(model)
     if thinning is not None:
         thinning.apply(model, blocks)
+    for layer, down in fitted.items():
+        replace_tensor(blocks[layer].experts, "down_proj", expert_tensors(blocks[layer])["down_proj"], down)
     if hasattr(model, "num_experts"):  # the language model head's copy, for the auxiliary loss
         model.num_experts = max(map(len, plan.keep))
     return given
@@ -207,22 +228,7 @@ def _put_novices(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPl
             places[[*keep, *removed]] = torch.arange(plan.num_experts)
             # Copied before the experts change: a layer is pruned as a whole or not at all.
             places, mean = places.to(weight.device), mean.to(weight.device, weight.dtype)
-            _keep_slices(keep, _expert_parts(block))
+            keep_slices(keep, expert_parts(block))
             block.experts.num_experts = len(keep)  # type: ignore[assignment]
             add_novices(block.experts, places, mean)
     set_section(model.config, section)
-
-
-_Part = tuple[nn.Module, str, Tensor, int]  # module, name of a tensor of it, the tensor, its dimension of experts
-
-
-def _expert_parts(block: MoeBlock) -> list[_Part]:
-    return [(block.experts, name, old, 0) for name, old in expert_tensors(block).items()]
-
-
-def _keep_slices(keep: tuple[int, ...], parts: list[_Part]) -> None:
-    """Replaces per-expert tensors by their slices ``keep``."""
-    # All slices are copied before any takes its place: a block is pruned as a whole or not at all.
-    slices = [old.index_select(dim, torch.tensor(keep, device=old.device)) for _, _, old, dim in parts]
-    for (module, name, old, _), kept in zip(parts, slices, strict=True):
-        replace_tensor(module, name, old, kept)

@@ -62,16 +62,20 @@ class Thinning:
         """Leaves every expert the channels that it is to keep, in place, and the width in the model's config."""
         with torch.no_grad():
             for layer, block in enumerate(blocks):
-                kept = self.channels.indices(layer)
-                tensors = expert_tensors(block)
-                # All are made before any takes its place: a layer is thinned as a whole or not at all.
-                thinned = {name: thinned_tensor(block, name, old, kept) for name, old in tensors.items()}
-                for name, new in thinned.items():
-                    if new is not tensors[name]:
-                        replace_tensor(block.experts, name, tensors[name], new)
+                thin_layer(block, self.channels.indices(layer))
         take_width(blocks, self.like, self.channels.intermediate_size, self.channels.width(0))
         for name, value in self.fields.items():
             setattr(text_config(model), name, value)
+
+
+def thin_layer(block: MoeBlock, kept: Tensor) -> None:
+    """Leaves a layer's experts the channels ``kept`` (E, I'), in place."""
+    tensors = expert_tensors(block)
+    # All are made before any takes its place: a layer is thinned as a whole or not at all.
+    thinned = {name: thinned_tensor(block, name, old, kept) for name, old in tensors.items()}
+    for name, new in thinned.items():
+        if new is not tensors[name]:
+            replace_tensor(block.experts, name, tensors[name], new)
 
 
 def thinned_tensor(block: MoeBlock, name: str, tensor: Tensor, kept: Tensor) -> Tensor:

@@ -68,6 +68,41 @@ class LayerInputs:
         Raises:
             ValueError: the layer returns something other than hidden states.
         """
+        self._through(before, stay=False)
+        self._states.turn()
+        self._position += 1
+
+    def stay(
+        self,
+        before: Callable[[int], None] | None = None,
+        after: Callable[[int, Tensor], None] | None = None,
+        *,
+        batches: int | None = None,
+    ) -> None:
+        """Runs the next decoder layer over all batches, and remains before it.
+
+        Args:
+            before: called with the index of every batch.
+            after: called with the index of every batch and what the layer returned (B, S, H).
+            batches: how many of them; None: all.
+
+        Raises:
+            ValueError: the layer returns something other than hidden states.
+        """
+        self._through(before, stay=True, after=after, batches=batches)
+
+    def states(self, batch: int) -> Tensor:
+        """A batch's hidden states (B, S, H) before the next decoder layer, which is not the first; to be read only."""
+        return self._states.read(batch)
+
+    def _through(
+        self,
+        before: Callable[[int], None] | None,
+        *,
+        stay: bool,
+        after: Callable[[int, Tensor], None] | None = None,
+        batches: int | None = None,
+    ) -> None:
         layer = self._layers[self._position]
 
         def through(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,7 +110,10 @@ class LayerInputs:
                 output = original(self._entering(batch, hidden), *args, **kwargs)
                 if not isinstance(output, Tensor):
                     raise ValueError(f"a {type(layer).__name__} returns {type(output).__name__}; expected a tensor")
-                self._states.write(batch, output)
+                if not stay:
+                    self._states.write(batch, output)
+                if after is not None:
+                    after(batch, output)
                 return output
 
             return forward
@@ -83,12 +121,10 @@ class LayerInputs:
         batch = 0
         with self._alone(self._position) as replace:
             replace(layer, through)
-            for batch, inputs in enumerate(self._batches):
+            for batch, inputs in enumerate(self._batches[:batches]):
                 if before is not None:
                     before(batch)
                 self._run(inputs)
-        self._states.turn()
-        self._position += 1
 
     def observe(self, block: int, seen: Seen) -> None:
         """Calls ``seen`` for every batch with what the router of an MoE layer sees, given what the layers before it
