@@ -243,6 +243,23 @@ def test_a_checkpoint_is_thinned_until_it_fits(text: Path, tmp_path: Path, capsy
     assert (tmp_path / "plan.json").read_bytes() == plan_before
 
 
+def test_statistics_without_sums_over_channels_say_how_to_make_them(
+    statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    before = statistics.read_bytes()
+    for options in (
+        ("--size", "0.5"),
+        ("--channels", "64"),
+        ("--fit", "5MB", "--model", MODEL),
+        ("--size", "0.5", "--keep", "6"),
+    ):
+        assert inside("plan", str(statistics), *options, "--out", str(tmp_path / "plan.json")) == 1
+        assert "stats: hold no sums over channels; calibrate(..., channels=" in capsys.readouterr().err
+    assert (tmp_path / "plan.json").read_text() == "{}"
+    assert statistics.read_bytes() == before
+
+
 def test_aimer_scores_a_checkpoint_without_statistics(capsys: pytest.CaptureFixture[str]) -> None:
     assert inside("score", MODEL, "--criterion", "aimer", "--json") == 0
     scores = json.loads(capsys.readouterr().out)

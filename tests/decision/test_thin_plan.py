@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.calibration.statistics import ExpertStatistics, StatisticsFileError
 from moe_ext.decision.pruning_plan import PlanFileError, PruningPlan
 from moe_ext.decision.thin_plan import thin_plan
 
@@ -164,6 +167,25 @@ def test_what_makes_no_plan_is_refused(stats: ExpertStatistics, options: dict[st
         name: torch.equal(tensor.nan_to_num(), before[name].nan_to_num()) for name, tensor in stats.tensors().items()
     }
     assert all(same.values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("name", ["channel_errors", "channel_norms"])
+def test_sums_that_cannot_be_are_neither_written_nor_read(name: str, value: float, tmp_path: Path) -> None:
+    path = tmp_path / "stats.safetensors"
+    statistics().save(path)
+    before, message = (
+        path.read_bytes(),
+        rf"{name}: layer '{LAYERS[1]}' holds {value} at \[2, 3\]; expected finite values",
+    )
+    with pytest.raises(ValueError, match=message):
+        with_sum(name, value).save(path)
+    assert path.read_bytes() == before
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(with_sum(name, value).tensors(), path, metadata)
+    with pytest.raises(StatisticsFileError, match=message):
+        ExpertStatistics.load(path)
 
 
 def test_a_layer_that_lost_experts_already_is_refused() -> None:

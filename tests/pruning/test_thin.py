@@ -1,5 +1,7 @@
 """Experts with fewer channels: equal to the model whose channels were put to zero, and stock once it is saved."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +19,21 @@ from moe_ext.pruning import shard_writer
 from moe_ext.pruning.prune import prune
 from moe_ext.runtime.patching import patch
 from tests.support.checkpoints import declare_float8, dequantised, plain_copy, quantise, rewritten, tensors_in
-from tests.support.families import ALL, STOCK_ONLY, build, keep_of, logits_of, plan_for, reloaded
+from tests.support.command_line import inside
+from tests.support.families import (
+    ALL,
+    HALVES,
+    STOCK_ONLY,
+    build,
+    channels_for,
+    keep_of,
+    logits_of,
+    plan_for,
+    reloaded,
+)
 
 TOKENS = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(0))
 NOT_THIN = {"jamba": "other layers read intermediate_size"}  # its dense layers
-# Shared experts as wide as one routed: half the width is twice as many of them, three quarters is no number.
-HALVES = ("deepseek_v2", "deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe", "afmoe")
-
-
-def channels_for(model: transformers.PreTrainedModel, width: int, seed: int = 0) -> KeptChannels:
-    generator = torch.Generator().manual_seed(seed)
-    kept = []
-    for block in moe_blocks(model):
-        order = torch.rand(block.num_experts, width_of(block), generator=generator).argsort(1)
-        kept.append(order[:, :width].sort(1).values)
-    return KeptChannels.of(kept, width_of(moe_blocks(model)[0]))
 
 
 def thin(model: transformers.PreTrainedModel, channels: KeptChannels) -> None:
@@ -126,6 +128,54 @@ def test_channels_of_another_model_are_refused(channels: KeptChannels, message: 
     assert all(
         tensor is before[name] or torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()
     )
+
+
+def with_masks(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], object]:
+    return lambda plan: change(plan["channels"])
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            with_masks(lambda channels: channels["kept"][1].__setitem__(2, "fff800")),
+            "channels: layer 1, kept expert 2: keeps 13 channels; expected as many as the layer's first expert, 12",
+        ),
+        (
+            with_masks(lambda channels: channels["kept"].__setitem__(1, ["ffe000"] * 8)),
+            "channels: layers keep 11 to 12 channels; expected one width",
+        ),
+        (
+            with_masks(lambda channels: channels["kept"][0].__setitem__(3, "fff00000")),
+            "channels: layer 0, kept expert 3: has 4 bytes; expected 3",
+        ),
+        (
+            with_masks(lambda channels: channels.update(intermediate_size=20)),
+            "channels: are of experts with 20 channels; model.layers.0.mlp has 24",
+        ),
+        (
+            with_masks(lambda channels: channels.update(intermediate_size=18, kept=[["fff020"] * 8] * 3)),
+            "channels: layer 0, kept expert 0: keeps a channel beyond the 18 that there are",
+        ),
+        (with_masks(lambda channels: channels["kept"][2].__setitem__(0, "000000")), "keeps 0 channels"),
+        (with_masks(lambda channels: channels["kept"].pop()), "channels: expected those of every expert that is kept"),
+        (lambda plan: plan["keep"][1].pop(), "channels: expected those of every expert that is kept"),
+    ],
+)
+def test_a_plan_file_with_wrong_channels_is_refused_and_nothing_written(
+    edit: Callable[[dict[str, Any]], object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build("mixtral")
+    model.save_pretrained(tmp_path / "source")
+    keep = tuple(tuple(range(block.num_experts)) for block in moe_blocks(model))
+    plan = json.loads(replace(plan_for(model, keep), channels=changed()).to_json())
+    edit(plan)
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    source, file, out = (str(tmp_path / name) for name in ("source", "plan.json", "thin"))
+    assert inside("prune", source, file, "--out", out) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
