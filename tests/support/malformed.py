@@ -45,7 +45,7 @@ def _statistics(outputs: bool) -> Callable[[Path], None]:
     """With or without what calibration was asked for beside the rest."""
 
     def write(folder: Path) -> None:
-        optional = {"hidden_size": 3, "width": 5} if outputs else {}
+        optional: dict[str, Any] = {"hidden_size": 3, "width": 5} if outputs else {}
         stats = ExpertStatistics.zeros("mixtral", LAYERS, (4, 3), 2, "softmax", "text", **optional)
         generator = torch.Generator().manual_seed(0)
         for tensor in stats.tensors().values():
