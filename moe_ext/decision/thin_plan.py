@@ -56,8 +56,9 @@ def thin_plan(
             "obs": those that the optimal brain surgeon leaves (:mod:`moe_ext.calibration.removal_order`), for which the
             statistics are from ``calibrate(..., channels="gram")``. The kept channels make up for the others only once
             they are refitted, ``prune(..., refit=batches)``.
-        blocks: channels that stay or go together, by the sum of their scores; the width is a multiple of this, too.
-            Float8 weights with a scale a block want the rows and columns of a block here.
+        blocks: channels that stay or go together, by the sum of their errors, or with "obs" of their places in the
+            order of removal; the width is a multiple of this, too. Float8 weights with a scale a block want the rows
+            and columns of a block here.
         trust_remote_code: as for :func:`moe_ext.from_pretrained`, with a folder.
 
     Returns:

@@ -90,6 +90,22 @@ def test_channels_of_a_block_stay_or_go_together_by_their_sum(plan: PruningPlan 
             assert made.channels.indices(layer)[position].tolist() == expected
 
 
+def test_blocks_of_the_optimal_brain_surgeon_are_those_that_would_go_last() -> None:
+    stats = statistics()
+    generator = torch.Generator().manual_seed(1)
+    order = torch.stack([torch.randperm(16, generator=generator) for _ in range(8)]).view(2, 4, 16)
+    stats = replace(stats, channel_order=order.to(torch.int32))
+    made = thin_plan(stats, channels=8, multiple=2, blocks=4, select="obs")
+    assert made.channels is not None
+    for layer in range(2):
+        for expert in range(4):
+            places = [order[layer, expert].tolist().index(channel) for channel in range(16)]
+            sums = [sum(places[4 * block : 4 * block + 4]) for block in range(4)]
+            best = sorted(sorted(range(4), key=lambda block: -sums[block])[:2])
+            expected = [4 * block + place for block in best for place in range(4)]
+            assert made.channels.indices(layer)[expert].tolist() == expected
+
+
 def test_an_expert_that_no_token_reached_keeps_its_largest_weights_and_says_so() -> None:
     stats = statistics(unreached=True)
     with pytest.warns(UserWarning, match="1 experts that no token reached keep the channels with the largest weights"):
