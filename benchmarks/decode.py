@@ -1,11 +1,13 @@
-"""How fast does a whole Mixtral decode on the CPU, unpruned, pruned and skipping, and what memory does patching take?
+"""How fast does a whole Mixtral decode on the CPU, whole, pruned, thinned and skipping, and what does patching take?
 
     python benchmarks/decode.py [--output benchmarks/results/<date>-decode.json]
 
 A Mixtral of random weights, larger than any cache. Every variant generates the same number of tokens from the same
 prompt, greedily, batch 1, in interleaved rounds; tokens/s are medians. Thresholds for skipping are the medians of a
-calibration on random tokens, so that about half of the second experts are skipped. Memory is the peak resident set of a
-process that loads the model from its folder and runs one forward of 256 tokens, patched or not.
+calibration on random tokens, so that about half of the second experts are skipped. Thinner experts keep random
+channels: what they compute is of no matter here. The share of the time that they save is compared with the share of the
+bytes of weights that a token reads. Memory is the peak resident set of a process that loads the model from its folder
+and runs one forward of 256 tokens, patched or not.
 """
 
 import argparse
@@ -25,9 +27,16 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import moe_ext
 from moe_ext.binary import _C
+from moe_ext.decision.kept_channels import KeptChannels
+from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.models.blocks import moe_blocks
+from moe_ext.models.layout import layout_of
 from moe_ext.runtime.skipping import count_skips
 from moe_ext.storage.dated_results import table, write_result
 from moe_ext.storage.machine import processor
+
+WIDTHS = (0.75, 0.5)
+"""Shares of the channels that thinner experts keep."""
 
 FORWARD = """
 import sys, torch, moe_ext
@@ -69,6 +78,30 @@ def random_mixtral(layers: int, hidden: int, intermediate: int, dtype: torch.dty
     return model.eval()
 
 
+def thinned(model: MixtralForCausalLM, width: int) -> MixtralForCausalLM:
+    """A copy whose experts keep so many channels, at random."""
+    config, generator = model.config, torch.Generator().manual_seed(2)
+    experts, channels = config.num_local_experts, config.intermediate_size
+    kept = [
+        torch.rand(experts, channels, generator=generator).argsort(1)[:, :width].sort(1).values
+        for _ in range(config.num_hidden_layers)
+    ]
+    keep = (tuple(range(experts)),) * config.num_hidden_layers
+    layout = layout_of(model, moe_blocks(model))
+    plan = PruningPlan.of(layout, keep, {"select": "random"}, KeptChannels.of(kept, channels))
+    return moe_ext.prune(copy.deepcopy(model), plan)
+
+
+def bytes_read(model: MixtralForCausalLM, skipped: float) -> tuple[int, int]:
+    """Weights that a token of a batch of one reads: those of its experts, and all."""
+    config = model.config
+    experts = sum(tensor.nbytes for name, tensor in model.named_parameters() if ".experts." in name)
+    embeddings = model.get_input_embeddings().weight.nbytes  # of which it reads a row
+    others = sum(tensor.nbytes for tensor in model.parameters()) - experts - embeddings
+    chosen = round(experts * config.num_experts_per_tok / config.num_local_experts * (1 - skipped))
+    return chosen, chosen + others
+
+
 def generate(model: Any, prompt: torch.Tensor, tokens: int) -> float:
     """Seconds to generate `tokens` tokens after the prompt was read."""
     with torch.no_grad():
@@ -82,6 +115,21 @@ def generate(model: Any, prompt: torch.Tensor, tokens: int) -> float:
             do_sample=False,
         )
         return time.perf_counter() - start
+
+
+def saved(name: str, times: dict[str, list[float]], read: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """What a thinned model saves of the whole one's time and bytes, both patched."""
+    # The two stand beside each other in a round: what slows the machine down slows both.
+    time_saved = 1 - statistics.median(thin / whole for thin, whole in zip(times[name], times["moe_ext"], strict=True))
+    bytes_saved = 1 - read[name][1] / read["moe_ext"][1]
+    return {
+        "variant": name,
+        "expert bytes a token": read[name][0],
+        "of the whole model's": read["moe_ext"][0],
+        "time saved": time_saved,
+        "bytes saved": bytes_saved,
+        "saved time / saved bytes": time_saved / bytes_saved,
+    }
 
 
 def peak_memory(folder: Path, how: str) -> int:
@@ -106,41 +154,46 @@ def main() -> None:
     batches = [{"input_ids": torch.randint(0, 1024, (4, 128), generator=torch.Generator().manual_seed(1))}]
     stats = moe_ext.calibrate(model, batches, progress=False)
     scores = moe_ext.score(stats)
-    pruned = {keep: moe_ext.prune(copy.deepcopy(model), moe_ext.plan(scores, keep=keep)) for keep in (6, 4)}
-    thresholds = {8: moe_ext.skip_thresholds(stats)}
-    for keep, smaller in pruned.items():
-        thresholds[keep] = moe_ext.skip_thresholds(moe_ext.calibrate(smaller, batches, progress=False))
+    models = {"whole": model}
+    models |= {f"{keep} kept": moe_ext.prune(copy.deepcopy(model), moe_ext.plan(scores, keep=keep)) for keep in (6, 4)}
+    models |= {f"{share:.0%}": thinned(model, round(share * options.intermediate)) for share in WIDTHS}
+    thresholds = {"whole": moe_ext.skip_thresholds(stats)}
+    for name in ("6 kept", "4 kept"):
+        thresholds[name] = moe_ext.skip_thresholds(moe_ext.calibrate(models[name], batches, progress=False))
 
-    def variant(keep: int, implementation: str, skip: bool) -> Callable[[], Any]:
-        """A function that brings the model of so many experts into the state of a variant, and returns it."""
-        chosen = model if keep == 8 else pruned[keep]
+    def variant(name: str, implementation: str, skip: bool) -> Callable[[], Any]:
+        """A function that brings a model into the state of a variant, and returns it."""
+        chosen = models[name]
 
         def ready() -> Any:
             moe_ext.unpatch(chosen)
             if implementation == "moe_ext":
-                return moe_ext.patch(chosen, skip=thresholds[keep] if skip else None)
+                return moe_ext.patch(chosen, skip=thresholds[name] if skip else None)
             chosen.set_experts_implementation(implementation)
             return chosen
 
         return ready
 
     variants = {
-        "transformers eager": variant(8, "eager", False),
-        "transformers grouped_mm": variant(8, "grouped_mm", False),
-        "moe_ext": variant(8, "moe_ext", False),
-        "moe_ext, 6 experts kept": variant(6, "moe_ext", False),
-        "moe_ext, 4 experts kept": variant(4, "moe_ext", False),
-        "moe_ext, skipping": variant(8, "moe_ext", True),
-        "moe_ext, 6 kept and skipping": variant(6, "moe_ext", True),
-        "moe_ext, 4 kept and skipping": variant(4, "moe_ext", True),
+        "transformers eager": variant("whole", "eager", False),
+        "transformers grouped_mm": variant("whole", "grouped_mm", False),
+        "moe_ext": variant("whole", "moe_ext", False),
+        "moe_ext, 6 experts kept": variant("6 kept", "moe_ext", False),
+        "moe_ext, 4 experts kept": variant("4 kept", "moe_ext", False),
+        **{f"moe_ext, {share:.0%} of the width": variant(f"{share:.0%}", "moe_ext", False) for share in WIDTHS},
+        "moe_ext, skipping": variant("whole", "moe_ext", True),
+        "moe_ext, 6 kept and skipping": variant("6 kept", "moe_ext", True),
+        "moe_ext, 4 kept and skipping": variant("4 kept", "moe_ext", True),
     }
     prompt = batches[0]["input_ids"][:1, :32]
     times: dict[str, list[float]] = {name: [] for name in variants}
     skipped: dict[str, float] = {}
+    read: dict[str, tuple[int, int]] = {}
     for name, ready in variants.items():  # a round to warm up, which also counts what is skipped
         with count_skips(ready()) as count:
             generate(ready(), prompt, options.tokens)
         skipped[name] = count.rate()
+        read[name] = bytes_read(ready(), skipped[name])
     for _ in range(options.rounds):
         for name, ready in variants.items():
             times[name].append(generate(ready(), prompt, options.tokens))
@@ -151,10 +204,13 @@ def main() -> None:
             "tokens/s": options.tokens / statistics.median(seconds),
             "/ grouped_mm": base / statistics.median(seconds),
             "slots skipped": skipped[name],
+            "expert MB a token": read[name][0] / 1e6,
         }
         for name, seconds in times.items()
     ]
     print(table(rows))
+    thin = [saved(f"moe_ext, {share:.0%} of the width", times, read) for share in WIDTHS]
+    print(table(thin))
 
     with tempfile.TemporaryDirectory() as folder:
         moe_ext.unpatch(model).save_pretrained(folder)
@@ -172,6 +228,7 @@ def main() -> None:
             model=f"Mixtral of random weights: {options.layers} layers, H {options.hidden}, I {options.intermediate}, "
             f"8 experts, top-2, {options.dtype}",
             rows=rows,
+            thin=thin,
             memory=memory,
         )
 

@@ -1,4 +1,4 @@
-"""How much memory does it take to prune, calibrate and search a checkpoint from disk, and how fast does it go?
+"""How much memory does it take to prune, calibrate, thin and search a checkpoint from disk, and how fast does it go?
 
 Makes random checkpoints of several gigabytes, a Mixtral with an expert a tensor and a GraniteMoe with a layer's experts
 a tensor, lets ``moe-ext``'s library do each job in a process of its own, and reads that process's peak resident memory
@@ -73,10 +73,27 @@ LayersOnDisk.need = timed
 begin = time.perf_counter()
 if "scratch" in OPTIONS:
     os.makedirs(OPTIONS["scratch"])
-moe_ext.calibrate(SOURCE, batches, progress=False, **OPTIONS)
+stats = moe_ext.calibrate(SOURCE, batches, progress=False, **OPTIONS)
 seconds = time.perf_counter() - begin
+if "channels" in OPTIONS:
+    stats.save(BESIDE + ".safetensors")
 print(json.dumps({"calibration_seconds": round(seconds, 2), "loading_seconds": round(sum(loading), 2),
                   "computing_seconds": round(seconds - sum(loading), 2)}))
+"""
+PLAN_THIN = """
+import warnings
+import moe_ext
+warnings.simplefilter("ignore")  # random text leaves experts without tokens
+stats = moe_ext.ExpertStatistics.load(BESIDE + ".safetensors")
+moe_ext.thin_plan(stats, fit=CHECKPOINT_BYTES * 6 // 10, model=SOURCE).save(BESIDE + ".json")
+"""
+PRUNE_THIN = """
+import json
+import moe_ext
+from moe_ext.decision.pruning_plan import PruningPlan
+plan = PruningPlan.load(BESIDE + ".json")
+written = moe_ext.prune_checkpoint(SOURCE, plan, OUT, progress=False)
+print(json.dumps({"weight_bytes": written.weight_bytes, "width": plan.channels.width(0)}))
 """
 SEARCH = """
 import torch
@@ -90,9 +107,16 @@ JOBS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "calibrate": ("hub", CALIBRATE, {}),
     "calibrate, no reading ahead": ("hub", CALIBRATE, {"read_ahead": False}),
     "calibrate, scratch folder": ("hub", CALIBRATE, {"scratch": "OUT"}),
+    # Each takes what the one before it leaves beside the checkpoints.
+    "calibrate, channels": ("hub", CALIBRATE, {"channels": "energy"}),
+    "plan, thin": ("hub", PLAN_THIN, {}),
+    "prune, thin": ("hub", PRUNE_THIN, {}),
     "search": ("hub", SEARCH, {}),
     "prune, fused": ("fused", PRUNE, {}),
     "calibrate, fused": ("fused", CALIBRATE, {}),
+    "calibrate, channels, fused": ("fused", CALIBRATE, {"channels": "energy"}),
+    "plan, thin, fused": ("fused", PLAN_THIN, {}),
+    "prune, thin, fused": ("fused", PRUNE_THIN, {}),
     "search, fused": ("fused", SEARCH, {}),
 }
 
@@ -205,6 +229,8 @@ def main() -> None:
                 "LAYERS": LAYERS,
                 "SOURCE": str(source),
                 "OUT": str(out),
+                "BESIDE": str(Path(folder) / f"{layout}, channels"),
+                "CHECKPOINT_BYTES": checkpoints[layout]["checkpoint_bytes"],
                 "TOKENS": TOKENS,
                 "MODEL_TYPE": MODEL_TYPES[layout],
                 "BLOCK": BLOCKS[layout],

@@ -139,12 +139,25 @@ def cpu_summary(result: Mapping[str, Any], link: str) -> str:
     )
 
 
+SAVED = ("expert bytes a token", "time saved", "bytes saved", "saved time / saved bytes")
+
+
 def decode_table(result: Mapping[str, Any], link: str) -> str:
     memory = result["memory"]
+    thin = ""
+    if "thin" in result:  # results before 2026-11-26 have none
+        saved = [
+            {"thinner experts, patched": row["variant"], **{name: row[name] for name in SAVED}}
+            for row in result["thin"]
+        ]
+        thin = (
+            f"\n\n{table(saved)}\n\nTime and bytes of weights that a token saves, as shares of those of the patched "
+            "model at full width."
+        )
+    peaks = {how: f"{memory[how] / 1e6:.0f} MB" for how in ("patched", "unpatched")}
     return (
-        f"{table(result['rows'])}\n\n{result['model']}; {result['what']}. Peak memory of loading and one forward: "
-        f"patched {memory['patched'] / 1e6:.0f} MB, unpatched {memory['unpatched'] / 1e6:.0f} MB. {where(result)} "
-        f"({link})."
+        f"{table(result['rows'])}{thin}\n\n{result['model']}; {result['what']}. Peak memory of loading and one "
+        f"forward: patched {peaks['patched']}, unpatched {peaks['unpatched']}. {where(result)} ({link})."
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.core_model_loading import convert_and_load_state_dict_in_model, dot_natural_key
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 from transformers.utils.loading_report import LoadStateDictInfo
@@ -45,6 +45,17 @@ class Skeleton:
     dtype: torch.dtype
     sources: dict[str, Source]
     block: tuple[int, int] | None = None
+
+    def saved(self) -> list[tuple[str, Source]]:
+        """The keys of which a checkpoint that transformers saves has something, in the order of the model."""
+        left_out = tied(self.model) | set(self.model._keys_to_ignore_on_save or ())
+        ordered = sorted(self.sources.items(), key=lambda item: dot_natural_key(item[0]))
+        return [(name, source) for name, source in ordered if source.target not in left_out]
+
+    def saved_dtype(self, name: str, stored: StoredTensor) -> torch.dtype:
+        """The type that a key's tensor is written in: as it is stored, if weights are float8 with scales beside them;
+        else as ``from_pretrained`` would hold it."""
+        return stored.dtype if self.block is not None else self.dtype_of(self.sources[name].target)
 
     def dtype_of(self, target: str) -> torch.dtype:
         """The type in which ``from_pretrained`` would hold a parameter or buffer."""

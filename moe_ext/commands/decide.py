@@ -78,7 +78,19 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            help="Bytes that all weights may take, such as 48GB or 44.7GiB; with --model.", show_default=False
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder that is to fit; no weight is read.", show_default=False)
+    ] = None,
     multiple: Annotated[int, typer.Option(min=1, help="What the number of channels is a multiple of.")] = MULTIPLE,
+    blocks: Annotated[
+        int, typer.Option(min=1, help="Channels that stay or go together: 128 for float8 weights with scales of 128.")
+    ] = 1,
     scope: Annotated[
         Literal["layer", "model"], typer.Option(help="model: one ranking of all layers; keep and ratio are averages.")
     ] = "layer",
@@ -94,15 +106,23 @@ def plan(
 ) -> None:
     """Decide which experts each layer keeps, which channels its experts keep, or both: experts first, then channels.
 
-    --size and --channels need statistics made with --channels energy or gram.
+    --size, --channels and --fit need statistics made with --channels energy or gram.
     """
-    thinner = size is not None or channels is not None
+    thinner = [size, channels, fit].count(None) < 3
     if keep is not None and ratio is not None:
         raise typer.BadParameter("give --keep or --ratio, one of them")
     if keep is None and ratio is None and not thinner:
-        raise typer.BadParameter("give --keep or --ratio for fewer experts, --size or --channels for thinner ones")
+        raise typer.BadParameter(
+            "give --keep or --ratio for fewer experts, --size, --channels or --fit for thinner ones"
+        )
+    if [size, channels, fit].count(None) < 2:
+        raise typer.BadParameter("give --size, --channels or --fit, one of them")
+    if (fit is None) != (model is None):
+        raise typer.BadParameter("--fit goes with --model, the checkpoint folder")
+    if blocks != 1 and not thinner:
+        raise typer.BadParameter("--blocks goes with --size, --channels or --fit")
     if select is not None and not thinner:
-        raise typer.BadParameter("--select goes with --size or --channels")
+        raise typer.BadParameter("--select goes with --size, --channels or --fit")
     if normalise is not None and scope == "layer":
         raise typer.BadParameter("--normalise goes with --scope model")
     made = None
@@ -116,9 +136,13 @@ def plan(
             ExpertStatistics.load(statistics),
             size=size,
             channels=channels,
+            fit=fit,
+            model=model,
             plan=made,
             multiple=multiple,
+            blocks=blocks,
             select=select or "energy",
+            trust_remote_code=trust_remote_code,
         )
     made.save(save_to)
     width = None if made.channels is None else made.channels.width(0)

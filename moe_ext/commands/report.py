@@ -24,7 +24,10 @@ def report(
     ] = None,
     save_to: Annotated[Path | None, destination("HTML page to write.")] = None,
     png: Annotated[Path | None, destination("Folder for the figures alone.", "--png")] = None,
-    plan: Annotated[Path | None, typer.Option(help="Plan to mark in the heat maps, of every criterion.")] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Plan to mark in the heat maps, of every criterion, and where channels are shown."),
+    ] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="Mark what each criterion removes to keep so many.")] = None,
 ) -> None:
     """Write a page about the experts: routing, criteria, skipping, a search's losses, evaluated variants."""

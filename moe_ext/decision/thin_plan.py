@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.decision.channels import kept_by_score
+from moe_ext.decision.checkpoint_size import CheckpointSize, checkpoint_size
 from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.storage.byte_counts import bytes_in
+from moe_ext.storage.formats import shown
 from moe_ext.version import __version__
 
 MULTIPLE = 64
@@ -25,9 +30,13 @@ def thin_plan(
     *,
     size: float | None = None,
     channels: int | None = None,
+    fit: int | str | None = None,
+    model: PreTrainedModel | str | Path | None = None,
     plan: PruningPlan | None = None,
     multiple: int = MULTIPLE,
     select: Literal["energy", "obs"] = "energy",
+    blocks: int = 1,
+    trust_remote_code: bool = False,
 ) -> PruningPlan:
     """Keep the channels of every expert that contribute most, the same number of each.
 
@@ -36,14 +45,21 @@ def thin_plan(
     Args:
         stats: of the unpruned model, from ``calibrate(..., channels="energy")``.
         size: share of the expert parameters that is left, in (0, 1): the width is the largest multiple within it.
-            Exactly one of ``size`` and ``channels`` is given.
+            Exactly one of ``size``, ``channels`` and ``fit`` is given.
         channels: I', the channels that every expert keeps.
+        fit: bytes that all weights of the checkpoint may take as they are stored, a number or a text such as
+            ``"48GB"`` (powers of 1000) or ``"44.7GiB"`` (of 1024): the width is the largest multiple within them.
+        model: what is to fit, with ``fit`` only: a checkpoint folder, of which no weight is read, or a loaded model.
         plan: experts to keep; ``size`` is then what is left of all of them. None: all.
         multiple: what the width is a multiple of.
         select: "energy": by a channel's error, what the squared error of the layer's output gains if it alone goes.
             "obs": those that the optimal brain surgeon leaves (:mod:`moe_ext.calibration.removal_order`), for which the
             statistics are from ``calibrate(..., channels="gram")``. The kept channels make up for the others only once
             they are refitted, ``prune(..., refit=batches)``.
+        blocks: channels that stay or go together, by the sum of their errors, or with "obs" of their places in the
+            order of removal; the width is a multiple of this, too. Float8 weights with a scale a block want the rows
+            and columns of a block here.
+        trust_remote_code: as for :func:`moe_ext.from_pretrained`, with a folder.
 
     Returns:
         A plan with ``channels``; ``made_by`` holds what was asked for, and that of ``plan``.
@@ -73,44 +89,105 @@ def thin_plan(
         if (different := plan.misfit(stats.layout)) is not None:
             raise ValueError(f"plan: is for another model than the statistics: {different}")
         made_by = dict(plan.made_by)
-    if type(multiple) is not int or multiple < 1:
-        raise ValueError(f"multiple: expected 1 or more, got {multiple!r}")
-    share = sum(map(len, keep)) / (experts * stats.num_layers)
-    width = _width(size, channels, before, share, multiple)
+    for name, number in (("multiple", multiple), ("blocks", blocks)):
+        if type(number) is not int or number < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {number!r}")
+    if before % blocks:
+        raise ValueError(f"blocks: expected a divisor of the {before} channels that experts have, got {blocks}")
+    _check_finite(stats)
+    step = math.lcm(multiple, blocks)
+    asked = {"size": size, "channels": channels, "fit": fit}
+    if [value is None for value in asked.values()].count(False) != 1:
+        given = ", ".join(f"{name}={value!r}" for name, value in asked.items())
+        raise ValueError(f"size: expected exactly one of size, channels and fit, got {given}")
+    if (fit is None) != (model is None):
+        raise ValueError("model: expected with fit, and only then")
+    if size is not None:
+        width = _width_for_size(size, before, sum(map(len, keep)) / (experts * stats.num_layers), step)
+    elif fit is not None and model is not None:
+        asked["fit"] = fit = _bytes(fit)
+        width = _width_that_fits(fit, checkpoint_size(model, keep, trust_remote_code=trust_remote_code), stats, step)
+    else:
+        width = _checked_width(channels, before, step)
     unreached = stats.routing_counts() == 0
     scores = _scores(stats, stats.channel_errors, stats.channel_norms) if select == "energy" else _places(stats)
-    kept = [kept_by_score(scores[layer, list(row)], width) for layer, row in enumerate(keep)]
+    kept = [kept_by_score(scores[layer, list(row)], width, blocks) for layer, row in enumerate(keep)]
     alone = sum(int(unreached[layer, list(row)].sum()) for layer, row in enumerate(keep))
     if alone:
         warnings.warn(f"{alone} experts that no token reached keep the channels with the largest weights", stacklevel=2)
-    asked = {"size": size} if size is not None else {}
-    made_by |= {**asked, "channels": width, "select": select, "unreached_experts": alone, "moe_ext": __version__}
+    made_by |= {name: value for name, value in asked.items() if value is not None} | {"channels": width}
+    made_by |= {"select": select, "blocks": blocks, "unreached_experts": alone, "moe_ext": __version__}
     return PruningPlan.of(stats.layout, keep, made_by, KeptChannels.of(kept, before))
 
 
-def _width(size: float | None, channels: int | None, before: int, share: float, multiple: int) -> int:
+def _check_finite(stats: ExpertStatistics) -> None:
+    """ValueError, naming layer and expert, unless all sums over channels are finite."""
+    for name in ("channel_errors", "channel_norms"):
+        strange = ~getattr(stats, name).isfinite()
+        if bool(strange.any()):
+            layer, expert, channel = strange.nonzero()[0].tolist()
+            raise ValueError(
+                f"stats: {name} of layer {shown(stats.layers[layer])}, expert {expert}, channel {channel} is "
+                f"{getattr(stats, name)[layer, expert, channel].item()}; expected a finite number"
+            )
+
+
+def _width_for_size(size: float, before: int, share: float, multiple: int) -> int:
     """I' for experts of ``before`` channels, of which a ``share`` is kept."""
-    if (size is None) == (channels is None):
+    if not 0 < size < 1:
+        raise ValueError(f"size: expected a share in (0, 1), got {size!r}")
+    # A share such as 0.75 of 0.75 is a hair below 1 in floating point.
+    width = math.floor(size / share * before / multiple + 1e-9) * multiple
+    if width >= before:
+        raise ValueError(f"size: {size!r} is no less than what the kept experts have, {share:.4g} of all parameters")
+    if width < multiple:
         raise ValueError(
-            f"size: expected exactly one of size and channels, got size={size!r} and channels={channels!r}"
+            f"size: {size!r} leaves fewer than {multiple} of {before} channels; give a larger one, or a smaller "
+            "multiple"
         )
-    if size is not None:
-        if not 0 < size < 1:
-            raise ValueError(f"size: expected a share in (0, 1), got {size!r}")
-        # A share such as 0.75 of 0.75 is a hair below 1 in floating point.
-        width = math.floor(size / share * before / multiple + 1e-9) * multiple
-        if width >= before:
-            raise ValueError(
-                f"size: {size!r} is no less than what the kept experts have, {share:.4g} of all parameters"
-            )
-        if width < multiple:
-            raise ValueError(
-                f"size: {size!r} leaves fewer than {multiple} of {before} channels; give a larger one, or a smaller "
-                "multiple"
-            )
-        return width
+    return width
+
+
+def _bytes(fit: int | str) -> int:
+    try:
+        if isinstance(fit, str):
+            return bytes_in(fit)
+        if type(fit) is not int or fit < 1:
+            raise ValueError(f"expected a number of bytes, got {fit!r}")
+    except ValueError as error:
+        raise ValueError(f"fit: {error}") from None
+    return fit
+
+
+def _width_that_fits(fit: int, model: CheckpointSize, stats: ExpertStatistics, multiple: int) -> int:
+    """I' with which a checkpoint, its kept experts thinned, takes no more than so many bytes."""
+    if (different := stats.layout.difference(model.layout)) is not None:
+        raise ValueError(f"model: is another than that of the statistics: {different}")
+    if model.width != stats.width:
+        raise ValueError(f"model: has experts of {model.width} channels; those of the statistics have {stats.width}")
+    if multiple % model.block:
+        raise ValueError(
+            f"blocks: the model holds float8 scales of {model.block} channels each; give blocks={model.block}"
+        )
+    if model.at(model.width) <= fit:
+        raise ValueError(
+            f"fit: {fit:,} bytes hold the kept experts with all their channels, {model.at(model.width):,} bytes; no "
+            "channel has to go"
+        )
+    width = model.widest(fit, multiple)
+    if width == 0:
+        raise ValueError(
+            f"fit: expected {model.at(multiple):,} bytes or more, which the weights take with {multiple} of "
+            f"{model.width} channels an expert, got {fit:,}; keep fewer experts, or give a smaller multiple"
+        )
+    return width
+
+
+def _checked_width(channels: int | None, before: int, multiple: int) -> int:
     if type(channels) is not int or not multiple <= channels < before or channels % multiple:
-        raise ValueError(f"channels: expected a multiple of {multiple} (see multiple) below {before}, got {channels!r}")
+        raise ValueError(
+            f"channels: expected a multiple of {multiple} (see multiple and blocks) below {before}, got {channels!r}"
+        )
     return channels
 
 

@@ -3,10 +3,10 @@
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
-from transformers.core_model_loading import dot_natural_key
 
-from moe_ext.checkpoints.key_map import Source, names_of, tied
+from moe_ext.checkpoints.key_map import Source, names_of
 from moe_ext.checkpoints.meta_model import Skeleton
 from moe_ext.checkpoints.stored_tensors import CheckpointError, StoredTensor
 from moe_ext.decision.pruning_plan import PruningPlan
@@ -27,11 +27,13 @@ class Slice:
         channel_dim: its dimension of channels there, if some of them go.
         channels: (E', I') int64, those that each kept expert keeps.
         places: (E', n) int64, where they are in that dimension.
+        layer: name of the Mixture-of-Experts block.
     """
 
     dim: int
     keep: tuple[int, ...]
     experts: int
+    layer: str
     shape: tuple[int, ...] = ()
     channel_dim: int | None = None
     channels: Tensor | None = None
@@ -47,27 +49,32 @@ def slices_of(skeleton: Skeleton, blocks: list[MoeBlock], plan: PruningPlan) -> 
         for name, tensor in expert_tensors(block).items():
             dim = None if kept is None else channel_dimension(block, name)
             if dim is None or kept is None:
-                found[names[id(tensor)]] = Slice(0, keep, block.num_experts)
+                found[names[id(tensor)]] = Slice(0, keep, block.num_experts, block.name)
             else:
                 places = channel_places(block, name, kept)
-                found[names[id(tensor)]] = Slice(0, keep, block.num_experts, tuple(tensor.shape), dim, kept, places)
+                found[names[id(tensor)]] = Slice(
+                    0, keep, block.num_experts, block.name, tuple(tensor.shape), dim, kept, places
+                )
         for _, _, tensor, dim in block.routing_tensors():
-            found[names[id(tensor)]] = Slice(dim, keep, block.num_experts)
+            found[names[id(tensor)]] = Slice(dim, keep, block.num_experts, block.name)
     return found
 
 
 def parts_of(skeleton: Skeleton, stored: dict[str, StoredTensor], slices: dict[str, Slice]) -> list[Part]:
     """Every tensor of the new checkpoint, in the order of the model."""
     parts = []
-    left_out = tied(skeleton.model) | set(skeleton.model._keys_to_ignore_on_save or ())
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
-    for name, source in sorted(skeleton.sources.items(), key=lambda item: dot_natural_key(item[0])):
-        if source.target in left_out:
-            continue
+    scaled = {source.scales: name for name, source in skeleton.sources.items() if source.scales is not None}
+    for name, source in skeleton.saved():
         tensor = stored[name]
-        dtype = tensor.dtype if skeleton.block is not None else skeleton.dtype_of(source.target)
-        whole = Part(name, tensor, tensor.shape, dtype, ((0, tensor.size),))
-        part = _sliced(whole, source, slices[source.target]) if source.target in slices else whole
+        whole = Part(name, tensor, tensor.shape, skeleton.saved_dtype(name, tensor), ((0, tensor.size),))
+        if source.target not in slices:
+            part: Part | None = whole
+        elif name in scaled:
+            weight = scaled[name]
+            part = _sliced(whole, skeleton.sources[weight], slices[source.target], stored[weight].shape, skeleton.block)
+        else:
+            part = _sliced(whole, source, slices[source.target], tensor.shape)
         if part is None:
             continue
         if not source.converted and part.shape != shapes[source.target]:
@@ -79,8 +86,16 @@ def parts_of(skeleton: Skeleton, stored: dict[str, StoredTensor], slices: dict[s
     return parts
 
 
-def _sliced(part: Part, source: Source, kept: Slice) -> Part | None:
-    """What is left of a tensor that counts experts; None if nothing is."""
+def _sliced(
+    part: Part, source: Source, kept: Slice, weight: tuple[int, ...], block: tuple[int, int] | None = None
+) -> Part | None:
+    """What is left of a tensor that counts experts; None if nothing is.
+
+    Args:
+        source: of the tensor, or of that which it scales.
+        weight: shape of the tensor that is stored, or that it scales.
+        block: rows and columns of ``weight`` that share a scale, if the tensor is scales.
+    """
     tensor, name, shape = part.source, part.name, part.shape
     if source.expert is not None:
         if source.expert >= kept.experts:
@@ -92,7 +107,7 @@ def _sliced(part: Part, source: Source, kept: Slice) -> Part | None:
         part = replace(part, name=f"{name[:first]}{position}{name[last:]}")
         if kept.channels is None:
             return part
-        return _selected(part, source, kept, [kept.channels[position]], len(shape))
+        return _selected(part, source, kept, [position], weight, block)
     if len(shape) <= kept.dim or shape[kept.dim] != kept.experts:
         raise CheckpointError(
             f"{tensor.file}: {name!r} has shape {tensor.shape}; expected {kept.experts} in place {kept.dim}"
@@ -109,14 +124,22 @@ def _sliced(part: Part, source: Source, kept: Slice) -> Part | None:
     part = replace(part, shape=(*shape[: kept.dim], len(kept.keep), *shape[kept.dim + 1 :]), ranges=tuple(ranges))
     if kept.places is None:
         return part
-    return _selected(part, source, kept, list(kept.places), len(shape) - 1)
+    return _selected(part, source, kept, list(range(len(kept.keep))), weight, block)
 
 
-def _selected(part: Part, source: Source, kept: Slice, places: list[Tensor], rank: int) -> Part:
-    """Of a part whose ranges are experts' slices with so many dimensions, the channels that each expert keeps.
+def _selected(
+    part: Part,
+    source: Source,
+    kept: Slice,
+    experts: list[int],
+    weight: tuple[int, ...],
+    block: tuple[int, int] | None,
+) -> Part:
+    """Of a part whose ranges are experts' slices, the channels that each expert keeps, or the scales of these.
 
     Args:
-        places: every expert's, in the dimension of channels.
+        experts: positions among the kept ones, a range each.
+        source, weight, block: as for :func:`_sliced`.
     """
     alone = source.expert is not None
     if (source.part is None) if alone else (source.converted and not source.transposed):
@@ -125,9 +148,18 @@ def _selected(part: Part, source: Source, kept: Slice, places: list[Tensor], ran
             "channels of experts are not known; prune the loaded model by this plan, moe_ext.prune"
         )
     assert kept.channel_dim is not None
+    assert kept.channels is not None
+    assert kept.places is not None
+    rank = len(part.shape) - (not alone)
     dim = kept.channel_dim - 1  # of an expert's slice; what lies above each other in it has rows as itself
-    if source.transposed and part.source.shape != kept.shape:
+    if source.transposed and weight != kept.shape:
         dim = 1 - dim
+    places = [(kept.channels if alone else kept.places)[expert] for expert in experts]
+    if block is not None:
+        places = [
+            _blocks(chosen, block[dim], f"{kept.layer}, expert {kept.keep[expert]}")
+            for chosen, expert in zip(places, experts, strict=True)
+        ]
     shape = list(part.shape)
     shape[dim - rank] = len(places[0])
     selections = tuple(
@@ -135,3 +167,19 @@ def _selected(part: Part, source: Source, kept: Slice, places: list[Tensor], ran
         for (begin, end), channels in zip(part.ranges, places, strict=True)
     )
     return replace(part, shape=tuple(shape), selections=selections)
+
+
+def _blocks(places: Tensor, size: int, where: str) -> Tensor:
+    """The blocks of so many rows or columns that places, ascending, are all of.
+
+    Raises:
+        ValueError: they are not whole blocks.
+    """
+    first = places[::size]
+    whole = (first[:, None] + torch.arange(size)).flatten()
+    if len(places) % size or not torch.equal(whole, places) or bool((first % size).any()):
+        raise ValueError(
+            f"plan: {where}: keeps parts of blocks of {size} channels, which share a float8 scale; plan whole ones: "
+            f"moe-ext plan ... --blocks {size}, thin_plan(..., blocks={size})"
+        )
+    return first // size

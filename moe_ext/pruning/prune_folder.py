@@ -71,7 +71,7 @@ def prune_checkpoint(
         shard_size: bytes of weights a file.
         dtype: "auto": as ``from_pretrained(dtype="auto")`` would hold it, usually the bytes as they are; or another
             type to convert to. Float8 weights with scales (``weight_scale_inv``, DeepSeek-V3's own format) stay as they
-            are: their scales go and stay with them.
+            are: their scales go and stay with them, so that a plan of channels must keep whole blocks of them.
         progress: whether to show a progress bar.
         trust_remote_code: as for :func:`moe_ext.from_pretrained`.
 
@@ -95,10 +95,6 @@ def prune_checkpoint(
     blocks = moe_blocks(skeleton.model)
     refuse_novices(blocks, "prune")
     if skeleton.block is not None:
-        if plan.channels is not None:
-            raise ValueError(
-                f"plan: keeps some channels of experts; {checkpoint} holds float8 blocks, which stay whole"
-            )
         _check_names_in_quantisation(skeleton.model.config.quantization_config)
     before, config = skeleton.model.num_parameters(), copy.deepcopy(skeleton.model.config)
     slices = slices_of(skeleton, blocks, plan)

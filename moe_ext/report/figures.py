@@ -116,27 +116,70 @@ def ratio_bars(stats: ExpertStatistics, layer: int) -> list[float]:
 
 def losses_figure(search: SearchResult) -> Figure:
     """One curve a layer: the losses of all evaluated subsets of the plan's size, lowest first, over the lowest."""
+    figure = _figure(height=3.0)
+    axes = figure.subplots()
+    curves = []
+    for losses in loss_curves(search):
+        at = [index / max(1, len(losses) - 1) for index in range(len(losses))]
+        step = max(1, len(losses) // _CURVE_POINTS)
+        curves.append((at[::step], losses[::step]))
+    _a_line_a_layer(figure, axes, curves)
+    axes.set_xlabel("subsets of the plan's size, best to worst")
+    axes.set_ylabel("loss over the lowest")
+    return figure
+
+
+def channels_figure(curves: Tensor, width: int | None) -> Figure:
+    """One curve a layer: the share of the channels' errors that the best channels of every expert hold.
+
+    Args:
+        curves: (L, I + 1) from :func:`channel_curves`; NaN: a layer without tokens.
+        width: channels to mark, of I; None: none.
+    """
+    figure = _figure(height=3.0)
+    axes = figure.subplots()
+    channels = curves.shape[1] - 1
+    kept = sorted({*range(0, channels, max(1, channels // _CURVE_POINTS)), channels})
+    at = [count / channels for count in kept]
+    axes.plot([0, 1], [0, 1], color="gray", linewidth=1)
+    if width is not None:
+        axes.axvline(width / channels, color="tab:red", linewidth=1)
+    _a_line_a_layer(figure, axes, [(at, row) for row in curves[:, kept].tolist()])
+    axes.set_xlabel("channels of an expert, best to worst")
+    axes.set_ylabel("share of the errors")
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    return figure
+
+
+def channel_curves(errors: Tensor) -> Tensor:
+    """What the best channels of every expert hold of a layer's errors.
+
+    Args:
+        errors: (L, E, I) float64.
+
+    Returns:
+        (L, I + 1) float64, ascending from 0 to 1; ``[l, n]``: with n channels of every expert. NaN without errors.
+    """
+    best = errors.sort(dim=2, descending=True).values.sum(1).cumsum(1)
+    return torch.cat([torch.zeros_like(best[:, :1]), best], dim=1) / best[:, -1:]
+
+
+def _a_line_a_layer(figure: Figure, axes: Axes, curves: Sequence[tuple[list[float], list[float]]]) -> None:
+    """Curves in shades that follow the layers, and a key to these; shares on the horizontal axis."""
     import matplotlib
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
-    figure = _figure(height=3.0)
-    axes = figure.subplots()
     # Neither the darkest nor the lightest shades: the page may be dark or light.
     shades = ListedColormap(matplotlib.colormaps["plasma"]([0.3 + 0.45 * step / 255 for step in range(256)]))
-    layers = len(search.losses)
-    for layer, losses in enumerate(loss_curves(search)):
-        at = [index / max(1, len(losses) - 1) for index in range(len(losses))]
-        step = max(1, len(losses) // _CURVE_POINTS)
-        axes.plot(at[::step], losses[::step], color=shades(layer / max(1, layers - 1)), label=str(layer))
-    axes.set_xlabel("subsets of the plan's size, best to worst")
-    axes.set_ylabel("loss over the lowest")
+    layers = len(curves)
+    for layer, (at, heights) in enumerate(curves):
+        axes.plot(at, heights, color=shades(layer / max(1, layers - 1)), label=str(layer))
     axes.xaxis.set_major_formatter("{x:.0%}")
     if layers <= 12:
         axes.legend(title="layer", fontsize="small", ncols=2)
     else:
         figure.colorbar(ScalarMappable(Normalize(0, layers - 1), shades), ax=axes, label="layer")
-    return figure
 
 
 def loss_curves(search: SearchResult) -> list[list[float]]:

@@ -4,13 +4,17 @@ with captions, text alternatives and tables.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.decision.agreement import rank_agreement
 from moe_ext.decision.criteria import CRITERIA, Scores, score
+from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.decision.plan import plan
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.decision.redundancy import overlap, redundant_pairs
@@ -19,6 +23,8 @@ from moe_ext.evaluation.results import Variant
 from moe_ext.reconstruction.result import SearchResult
 from moe_ext.report.figures import (
     agreement_figure,
+    channel_curves,
+    channels_figure,
     coactivation_figure,
     load_figure,
     load_of,
@@ -71,7 +77,7 @@ class Report:
     Attributes:
         stats: statistics of the calibration text.
         removals: the plan that is marked in every criterion's heat map, or None to mark what the criterion itself
-            removes at ``keep`` experts a layer.
+            removes at ``keep`` experts a layer. Of a plan of thinner experts the width is marked, too.
         keep: experts that every layer keeps where ``removals`` is None; None: those of the search's plan if there is
             one and its layers keep the same number, else three quarters.
         search: a reconstruction search of the same model, or None.
@@ -92,6 +98,12 @@ class Report:
         for name, made in (("removals", self.removals), ("search", self.search and self.search.plan)):
             if made and (different := made.misfit(self.stats.layout)) is not None:
                 raise ValueError(f"{name}: is for another model than the statistics: {different}")
+        if self.removals and self.removals.channels and self.stats.width:
+            planned = self.removals.channels.intermediate_size
+            if planned != self.stats.width:
+                raise ValueError(
+                    f"removals: is for another model than the statistics: {planned} and {self.stats.width} channels"
+                )
         if len({each.speed_unit for each in self.variants if each.speed is not None}) > 1:
             raise ValueError("variants: speeds in tokens/s and relative ones do not compare; give files of one kind")
         self.plans()
@@ -120,6 +132,8 @@ class Report:
     def sections(self) -> list[Section]:
         """All that can be shown, in order."""
         sections = [_routing(self.stats), self._criteria()]
+        if self.stats.channel_errors is not None and bool((self.stats.channel_errors > 0).any()):
+            sections.append(_channels(self.stats, self.stats.channel_errors, self.removals))
         if self.stats.top_k > 1 and bool((self.stats.ratio_histogram > 0).any(-1).all()):
             sections.append(_skipping(self.stats))
         if self.search is not None:
@@ -258,6 +272,70 @@ def _skipping(stats: ExpertStatistics) -> Section:
             )
         ],
     )
+
+
+def _channels(stats: ExpertStatistics, errors: Tensor, plan: PruningPlan | None) -> Section:
+    """Of statistics with errors of channels, (L, E, I)."""
+    curves, channels = channel_curves(errors), errors.shape[2]
+    half = curves[:, channels // 2].tolist()
+    known = [layer for layer, share in enumerate(half) if not math.isnan(share)]
+    flat, steep = min(known, key=lambda layer: half[layer]), max(known, key=lambda layer: half[layer])
+    caption = (
+        "The share of a layer's errors that the best channels of every expert hold, a line a layer: the steeper, the "
+        "more channels can go. Gray: channels that are all alike."
+    )
+    seen = (
+        f"The best {channels // 2} of {channels} channels hold {half[flat]:.1%} of the errors in layer {flat}, the "
+        f"least of all layers, and {half[steep]:.1%} in layer {steep}, the most."
+    )
+    header: tuple[str, ...] = ("layer", "90 % in", "99 % in", f"best {channels // 2} of {channels}")
+    rows: list[tuple[str, ...]] = [
+        (
+            name,
+            *(f"{int((curve < share).sum())} channels" if layer in known else "no token" for share in (0.9, 0.99)),
+            _percent(half[layer]),
+        )
+        for layer, (name, curve) in enumerate(zip(stats.layers, curves, strict=True))
+    ]
+    width = None
+    if plan is not None and plan.channels is not None:
+        widths = [plan.channels.width(layer) for layer in range(stats.num_layers)]
+        width = round(sum(widths) / len(widths))
+        planned = [_share_kept(errors[layer], plan.channels, keep, layer) for layer, keep in enumerate(plan.keep)]
+        rows = [(*row, _percent(share)) for row, share in zip(rows, planned, strict=True)]
+        header = (*header, "the plan keeps")
+        caption += " Red: the plan's width."
+        least = min((share for share in planned if not math.isnan(share)), default=math.nan)
+        seen += (
+            f" The plan keeps {width} channels; they hold {_percent(least)} or more of the errors of the experts that "
+            "it keeps."
+        )
+    return Section(
+        "What thinner experts lose",
+        "The error of a channel is what the squared error of the layer's output gains if that channel alone goes. All "
+        "experts of a layer keep the same number.",
+        [
+            Picture(
+                "channels",
+                "Errors of channels",
+                caption,
+                seen,
+                lambda: channels_figure(curves, width),
+                header,
+                rows,
+            )
+        ],
+    )
+
+
+def _share_kept(errors: Tensor, channels: KeptChannels, keep: tuple[int, ...], layer: int) -> float:
+    """What a plan's channels hold of the errors (E, I) of the experts that it keeps; NaN if these have none."""
+    whole = errors[list(keep)]
+    return float(whole.gather(1, channels.indices(layer)).sum() / whole.sum())
+
+
+def _percent(share: float) -> str:
+    return "no token" if math.isnan(share) else f"{share:.1%}"
 
 
 def _search(search: SearchResult) -> Section:

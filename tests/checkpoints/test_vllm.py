@@ -7,17 +7,20 @@ names. That there is no moe_ext in it is part of the test.
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moe_ext
 from moe_ext.checkpoints.load_save import load_checkpoint, write_thresholds
+from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.models.blocks import moe_blocks
 from tests.support.batches import random_tokens
-from tests.support.families import build, keep_of, plan_for
+from tests.support.families import HALVES, build, channels_for, keep_of, plan_for
 from tests.support.paths import DEMO_MODEL, ROOT
 
 VLLM = os.environ.get("MOE_EXT_VLLM_PYTHON", "")
@@ -37,22 +40,40 @@ UNEVEN = ["mixtral", "qwen3_moe"]
 
 
 def write_checkpoints(folder: Path) -> dict[str, Path]:
-    """The demo model, whole and pruned file by file, with thresholds for skipping; small random models, pruned."""
+    """The demo model, whole, and file by file pruned, with thresholds for skipping, and thinned; small random models,
+    pruned, thinned, and both."""
     model, _ = load_checkpoint(DEMO_MODEL)
     moe_ext.prune_checkpoint(
         DEMO_MODEL, moe_ext.plan(moe_ext.aimer(model), keep=6), folder / "demo, pruned", dtype="float32", progress=False
     )
     write_thresholds(folder / "demo, pruned", torch.full((4, 1), 0.5), range(4))
+    thinner = replace(plan_of_all(model), channels=channels_for(model, 112))
+    moe_ext.prune_checkpoint(DEMO_MODEL, thinner, folder / "demo, thin", dtype="float32", progress=False)
     for family in FAMILIES:
         build(family, **SIZES).save_pretrained(folder / f"{family}, whole")
         model = build(family, **SIZES)
         moe_ext.prune(model, plan_for(model, keep_of(model, family))).save_pretrained(folder / f"{family}, pruned")
+        write_thinned(family, folder / f"{family}, thin", fewer=False)
+        write_thinned(family, folder / f"{family}, fewer and thin", fewer=True)
     for family in UNEVEN:
         model = build(family, **SIZES)
         moe_ext.prune(model, plan_for(model, keep_of(model, family, fewer=1))).save_pretrained(
             folder / f"{family}, uneven"
         )
     return {"demo, whole": DEMO_MODEL, **{path.name: path for path in folder.iterdir()}}
+
+
+def plan_of_all(model: PreTrainedModel) -> PruningPlan:
+    return plan_for(model, tuple(tuple(range(block.num_experts)) for block in moe_blocks(model)))
+
+
+def write_thinned(family: str, folder: Path, fewer: bool) -> None:
+    """A random model whose experts keep random channels, half of them or two thirds."""
+    model, smaller = build(family, **SIZES), build(family, **SIZES)
+    plan = plan_for(model, keep_of(model, family)) if fewer else plan_of_all(model)
+    moe_ext.prune(smaller, plan)
+    channels = channels_for(smaller, 12 if family in HALVES else 16)
+    moe_ext.prune(model, replace(plan, channels=channels)).save_pretrained(folder)
 
 
 PROMPTS = [random_tokens(1, 5, vocabulary=256)[0].tolist(), random_tokens(1, 24, seed=1, vocabulary=256)[0].tolist()]
@@ -101,7 +122,10 @@ def greedy_of_transformers(folder: Path, prompt: list[int]) -> tuple[list[int], 
 
 @pytest.mark.parametrize(
     "name",
-    ["demo, whole", "demo, pruned", *(f"{family}, {what}" for family in FAMILIES for what in ("whole", "pruned"))],
+    [
+        *(f"demo, {what}" for what in ("whole", "pruned", "thin")),
+        *(f"{family}, {what}" for family in FAMILIES for what in ("whole", "pruned", "thin", "fewer and thin")),
+    ],
 )
 def test_vllm_generates_the_tokens_of_transformers(
     name: str, checkpoints: dict[str, Path], in_vllm: dict[str, dict[str, Any]]

@@ -220,6 +220,46 @@ def test_one_ranking_of_all_layers_makes_a_checkpoint_that_loads_again(
     assert math.isfinite(json.loads(capsys.readouterr().out)["mean"])
 
 
+def test_a_checkpoint_is_thinned_until_it_fits(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, plan, thin = (str(tmp_path / name) for name in ("stats.safetensors", "plan.json", "thin"))
+    assert inside("calibrate", MODEL, "--text", str(text), "--out", file, "--channels", "energy") == 0
+    fit = ("--fit", "6.5MB", "--model", MODEL, "--out", plan)
+    assert inside("plan", file, "--keep", "6", *fit, "--multiple", "16", "--blocks", "32") == 0
+    assert "every expert keeps " in capsys.readouterr().out
+    assert inside("prune", MODEL, plan, "--out", thin, "--json") == 0
+    written = json.loads(capsys.readouterr().out)["weight_bytes"]
+    config = json.loads((tmp_path / "thin" / "config.json").read_text())
+    assert config["intermediate_size"] % 32 == 0
+    # 32 channels more of 6 experts in each layer would not fit.
+    more = config["num_hidden_layers"] * 6 * 32 * 3 * config["hidden_size"] * 2
+    assert written <= 6_500_000 < written + more
+    assert inside("eval", thin, "--text", str(text), "--json") == 0
+    assert math.isfinite(json.loads(capsys.readouterr().out)["mean"])
+    plan_before = (tmp_path / "plan.json").read_bytes()
+    assert inside("plan", file, "--fit", "1kB", "--model", MODEL, "--out", plan) == 1
+    assert "fit: expected" in capsys.readouterr().err
+    assert inside("plan", file, "--fit", "48", "--model", MODEL, "--out", plan) == 1
+    assert "fit: expected a number of bytes such as 48GB or 44.7GiB, got '48'" in capsys.readouterr().err
+    assert (tmp_path / "plan.json").read_bytes() == plan_before
+
+
+def test_statistics_without_sums_over_channels_say_how_to_make_them(
+    statistics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    before = statistics.read_bytes()
+    for options in (
+        ("--size", "0.5"),
+        ("--channels", "64"),
+        ("--fit", "5MB", "--model", MODEL),
+        ("--size", "0.5", "--keep", "6"),
+    ):
+        assert inside("plan", str(statistics), *options, "--out", str(tmp_path / "plan.json")) == 1
+        assert "stats: hold no sums over channels; calibrate(..., channels=" in capsys.readouterr().err
+    assert (tmp_path / "plan.json").read_text() == "{}"
+    assert statistics.read_bytes() == before
+
+
 def test_aimer_scores_a_checkpoint_without_statistics(capsys: pytest.CaptureFixture[str]) -> None:
     assert inside("score", MODEL, "--criterion", "aimer", "--json") == 0
     scores = json.loads(capsys.readouterr().out)
@@ -402,6 +442,11 @@ def test_a_perplexity_that_is_no_number_is_null_and_fails(
         ("plan", "stats.safetensors", "--out", "plan.json"),
         ("plan", "stats.safetensors", "--out", "plan.json", "--keep", "6", "--ratio", "0.5"),
         ("plan", "stats.safetensors", "--out", "plan.json", "--keep", "six"),
+        ("plan", "stats.safetensors", "--out", "plan.json", "--size", "0.5", "--channels", "64"),
+        ("plan", "stats.safetensors", "--out", "plan.json", "--size", "0.5", "--fit", "1GB", "--model", MODEL),
+        ("plan", "stats.safetensors", "--out", "plan.json", "--fit", "1GB"),
+        ("plan", "stats.safetensors", "--out", "plan.json", "--size", "0.5", "--model", MODEL),
+        ("plan", "stats.safetensors", "--out", "plan.json", "--keep", "6", "--blocks", "16"),
         ("search", MODEL, "--text", "text.txt", "--out", "plan.json"),
         ("search", MODEL, "--text", "text.txt", "--out", "plan.json", "--keep", "6", "--ratio", "0.5"),
         ("search", MODEL, "--text", "text.txt", "--out", "plan.json", "--keep", "6,five"),

@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.calibration.statistics import ExpertStatistics, StatisticsFileError
 from moe_ext.decision.pruning_plan import PlanFileError, PruningPlan
 from moe_ext.decision.thin_plan import thin_plan
 
@@ -25,6 +28,12 @@ def statistics(width: int = 16, unreached: bool = False) -> ExpertStatistics:
     if unreached:
         stats.moments[1, 3, 0, 0] = 0
         stats.channel_errors[1, 3] = 0
+    return stats
+
+
+def with_sum(name: str, value: float) -> ExpertStatistics:
+    stats = statistics()
+    getattr(stats, name)[1, 2, 3] = value
     return stats
 
 
@@ -66,6 +75,37 @@ def test_the_width_is_the_largest_multiple_within_the_size(
     assert made.made_by.get("criterion") == (None if plan is None else "man")
 
 
+@pytest.mark.parametrize("plan", [None, FEWER])
+def test_channels_of_a_block_stay_or_go_together_by_their_sum(plan: PruningPlan | None) -> None:
+    stats = statistics()
+    made = thin_plan(stats, channels=8, multiple=2, blocks=4, plan=plan)
+    assert made.channels is not None
+    assert made.made_by["blocks"] == 4
+    for layer, keep in enumerate(made.keep):
+        for position, expert in enumerate(keep):
+            errors = stats.channel_errors[layer, expert].tolist()  # type: ignore[index]
+            sums = [sum(errors[4 * block : 4 * block + 4]) for block in range(4)]
+            best = sorted(sorted(range(4), key=lambda block: -sums[block])[:2])
+            expected = [4 * block + place for block in best for place in range(4)]
+            assert made.channels.indices(layer)[position].tolist() == expected
+
+
+def test_blocks_of_the_optimal_brain_surgeon_are_those_that_would_go_last() -> None:
+    stats = statistics()
+    generator = torch.Generator().manual_seed(1)
+    order = torch.stack([torch.randperm(16, generator=generator) for _ in range(8)]).view(2, 4, 16)
+    stats = replace(stats, channel_order=order.to(torch.int32))
+    made = thin_plan(stats, channels=8, multiple=2, blocks=4, select="obs")
+    assert made.channels is not None
+    for layer in range(2):
+        for expert in range(4):
+            places = [order[layer, expert].tolist().index(channel) for channel in range(16)]
+            sums = [sum(places[4 * block : 4 * block + 4]) for block in range(4)]
+            best = sorted(sorted(range(4), key=lambda block: -sums[block])[:2])
+            expected = [4 * block + place for block in best for place in range(4)]
+            assert made.channels.indices(layer)[expert].tolist() == expected
+
+
 def test_an_expert_that_no_token_reached_keeps_its_largest_weights_and_says_so() -> None:
     stats = statistics(unreached=True)
     with pytest.warns(UserWarning, match="1 experts that no token reached keep the channels with the largest weights"):
@@ -92,8 +132,20 @@ def test_a_file_holds_the_channels_and_one_from_before_them_is_read() -> None:
 @pytest.mark.parametrize(
     ("stats", "options", "message"),
     [
-        (statistics(), {}, "size: expected exactly one of size and channels, got size=None and channels=None"),
+        (statistics(), {}, "size: expected exactly one of .* got size=None, channels=None, fit=None"),
         (statistics(), {"size": 0.5, "channels": 8}, "size: expected exactly one"),
+        (statistics(), {"size": 0.5, "fit": "1GB", "model": "folder"}, "size: expected exactly one"),
+        (statistics(), {"channels": 8, "fit": 1000, "model": "folder"}, "size: expected exactly one"),
+        (statistics(), {"fit": "1GB"}, "model: expected with fit, and only then"),
+        (statistics(), {"size": 0.5, "model": "folder"}, "model: expected with fit, and only then"),
+        *(
+            (statistics(), {"fit": fit, "model": "folder"}, "fit: expected a number of bytes")
+            for fit in ("48", "48 G", "-1GB", "1e3GB", "many", "0.1B", "48XB", "1.5.2GB", 0, -5, True, 1.5)
+        ),
+        (statistics(), {"channels": 8, "blocks": 0}, "blocks: expected 1 or more, got 0"),
+        (statistics(), {"channels": 8, "blocks": 3}, "blocks: expected a divisor of the 16 channels .* got 3"),
+        (statistics(), {"channels": 4, "multiple": 1, "blocks": 8}, "channels: expected a multiple of 8 .* got 4"),
+        (statistics(), {"size": 0.4, "multiple": 3, "blocks": 4}, "leaves fewer than 12 of 16 channels"),
         (statistics(), {"size": 1.0}, r"size: expected a share in \(0, 1\), got 1.0"),
         (statistics(), {"size": 0.5}, "leaves fewer than 64 of 16 channels"),
         (statistics(), {"size": 0.7, "plan": FEWER, "multiple": 1}, "no less than what the kept experts have, 0.625"),
@@ -104,7 +156,16 @@ def test_a_file_holds_the_channels_and_one_from_before_them_is_read() -> None:
         (
             replace(statistics(), channel_errors=None, channel_norms=None),
             {"size": 0.5},
-            "stats: hold no sums over channels; calibrate",
+            r'stats: hold no sums over channels; calibrate\(..., channels="energy"\), or --channels energy',
+        ),
+        *(
+            (
+                with_sum(name, value),
+                {"size": 0.5, "multiple": 1},
+                rf"stats: {name} of layer '{LAYERS[1]}', expert 2, channel 3 is {value}; expected a finite number",
+            )
+            for name in ("channel_errors", "channel_norms")
+            for value in (float("nan"), float("inf"))
         ),
         (statistics(), {"size": 0.5, "plan": replace(FEWER, top_k=1)}, "plan: is for another model .*: top_k 1 and 2"),
         (
@@ -115,8 +176,32 @@ def test_a_file_holds_the_channels_and_one_from_before_them_is_read() -> None:
     ],
 )
 def test_what_makes_no_plan_is_refused(stats: ExpertStatistics, options: dict[str, Any], message: str) -> None:
+    before = {name: tensor.clone() for name, tensor in stats.tensors().items()}
     with pytest.raises(ValueError, match=message):
         thin_plan(stats, **options)
+    same = {
+        name: torch.equal(tensor.nan_to_num(), before[name].nan_to_num()) for name, tensor in stats.tensors().items()
+    }
+    assert all(same.values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("name", ["channel_errors", "channel_norms"])
+def test_sums_that_cannot_be_are_neither_written_nor_read(name: str, value: float, tmp_path: Path) -> None:
+    path = tmp_path / "stats.safetensors"
+    statistics().save(path)
+    before, message = (
+        path.read_bytes(),
+        rf"{name}: layer '{LAYERS[1]}' holds {value} at \[2, 3\]; expected finite values",
+    )
+    with pytest.raises(ValueError, match=message):
+        with_sum(name, value).save(path)
+    assert path.read_bytes() == before
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(with_sum(name, value).tensors(), path, metadata)
+    with pytest.raises(StatisticsFileError, match=message):
+        ExpertStatistics.load(path)
 
 
 def test_a_layer_that_lost_experts_already_is_refused() -> None:

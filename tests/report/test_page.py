@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from moe_ext import PruningPlan, skip_thresholds
+from moe_ext import ExpertStatistics, PruningPlan, plan, score, skip_thresholds, thin_plan
+from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.evaluation.results import Variant
 from moe_ext.reconstruction.result import SearchFileError, SearchResult
 from moe_ext.report.page import render, write_figures, write_page
-from moe_ext.report.sections import Report
+from moe_ext.report.sections import Picture, Report
 from tests.support.report_input import demo_report, thin_report
 
 VOID = {"meta", "input", "br", "link", "img"}
@@ -60,7 +61,7 @@ def test_every_figure_has_a_text_alternative(page: str) -> None:
     assert {"load", "coactivation", "scores-man", "scores-mone", "agreement", "gate-ratios", "search-losses"} <= set(
         figures
     )
-    assert {"quality-size", "quality-speed"} <= set(figures)
+    assert {"channels", "quality-size", "quality-speed"} <= set(figures)
     # One label a figure; the gate ratios have one a layer.
     assert len(drawn) == len(figures) - 1 + demo_report().stats.num_layers
     assert all(len(attributes["aria-label"] or "") > 40 for attributes in drawn)
@@ -164,10 +165,73 @@ def test_descriptions_say_what_the_figures_show() -> None:
     assert pictures["quality-size"].rows[1] == ('<pruned> & "small"', "7.8 MB", "120.00 tokens/s", "25.85")
 
 
+def pictures_of(report: Report) -> dict[str, Picture]:
+    return {picture.name: picture for section in report.sections() for picture in section.pictures}
+
+
+def test_channels_are_shown_by_what_the_best_of_every_expert_hold() -> None:
+    stats = demo_report().stats
+    assert stats.channel_errors is not None
+    channels = stats.channel_errors.shape[2]
+    shares, widths = [], []
+    for layer in stats.channel_errors.tolist():
+        best = [sorted(expert, reverse=True) for expert in layer]
+        total = sum(map(sum, best))
+        held = [sum(sum(expert[:count]) for expert in best) / total for count in range(channels + 1)]
+        shares.append(held[channels // 2])
+        widths.append(next(count for count, share in enumerate(held) if share >= 0.9))
+    picture = pictures_of(demo_report())["channels"]
+    assert [row[1] for row in picture.rows] == [f"{width} channels" for width in widths]
+    assert [row[3] for row in picture.rows] == [f"{share:.1%}" for share in shares]
+    assert f"hold {min(shares):.1%} of the errors in layer {shares.index(min(shares))}" in picture.description
+    assert f"{max(shares):.1%} in layer {shares.index(max(shares))}, the most" in picture.description
+    assert "plan" not in picture.caption + picture.description
+
+
+@pytest.mark.parametrize("keep", [None, 6])
+def test_a_plan_of_thinner_experts_marks_its_width(keep: int | None) -> None:
+    report = demo_report()
+    assert report.stats.channel_errors is not None
+    experts = None if keep is None else plan(score(report.stats), keep=keep)
+    thinner = thin_plan(report.stats, size=0.5, plan=experts, multiple=32, blocks=16)
+    assert thinner.channels is not None
+    width = thinner.channels.width(0)
+    held = []
+    for layer, kept in enumerate(thinner.keep):
+        rows = [report.stats.channel_errors[layer, expert] for expert in kept]
+        inside = sum(
+            float(row[channels].sum()) for row, channels in zip(rows, thinner.channels.indices(layer), strict=True)
+        )
+        held.append(inside / sum(float(row.sum()) for row in rows))
+    marked = dataclasses.replace(report, removals=thinner)
+    picture = pictures_of(marked)["channels"]
+    assert picture.header[-1] == "the plan keeps"
+    assert [row[-1] for row in picture.rows] == [f"{share:.1%}" for share in held]
+    assert f"The plan keeps {width} channels; they hold {min(held):.1%} or more" in picture.description
+    (axes,) = picture.draw().axes
+    drawn = [line.get_xdata() for line in axes.lines if line.get_color() == "tab:red"]
+    assert drawn == [[width / report.stats.channel_errors.shape[2]] * 2]
+    assert picture.description in html.unescape(render(marked))
+
+
+def test_a_layer_without_tokens_has_no_line_of_channels() -> None:
+    stats = ExpertStatistics.zeros("mixtral", ("layers.0", "layers.1"), 3, 1, "softmax", width=4)
+    assert stats.channel_errors is not None
+    assert "channels" not in pictures_of(Report(stats))
+    stats.channel_errors[0, :2] = torch.tensor([[4.0, 0.0, 0.0, 0.0], [0.0, 1.0, 2.0, 1.0]])
+    picture = pictures_of(Report(stats))["channels"]
+    assert picture.rows == [
+        ("layers.0", "3 channels", "3 channels", "87.5%"),
+        ("layers.1", "no token", "no token", "no token"),
+    ]
+    assert "hold 87.5% of the errors in layer 0, the least of all layers, and 87.5% in layer 0" in picture.description
+    assert Page(render(Report(stats))).open == []
+
+
 def test_a_report_of_little_leaves_out_what_it_cannot_show() -> None:
     names = [picture.name for section in thin_report().sections() for picture in section.pictures]
     assert "load" in names
-    assert not {"coactivation", "gate-ratios", "search-losses", "quality-size"} & set(names)
+    assert not {"channels", "coactivation", "gate-ratios", "search-losses", "quality-size"} & set(names)
     page = render(thin_report())
     assert "<script" not in page
 
@@ -236,6 +300,14 @@ FITTING = PruningPlan("mixtral", 8, 2, tuple(f"model.layers.{i}.mlp" for i in ra
         ),
         ({"removals": dataclasses.replace(FITTING, top_k=3)}, "removals: is for another model .*: top_k 3 and 2"),
         ({"removals": dataclasses.replace(FITTING, model_type="olmoe")}, "model_type 'olmoe' and 'mixtral'"),
+        (
+            {
+                "removals": dataclasses.replace(
+                    FITTING, channels=KeptChannels.of([torch.arange(8).repeat(8, 1)] * 4, 24)
+                )
+            },
+            "removals: is for another model than the statistics: 24 and 224 channels",
+        ),
         ({"variants": [Variant("a", 2.0, speed=1.0), Variant("b", 2.0, speed=1.0, speed_unit="x")]}, "do not compare"),
     ],
 )

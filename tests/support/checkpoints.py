@@ -29,14 +29,14 @@ def rewritten(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def dequantised(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def dequantised(tensors: dict[str, torch.Tensor], block: int = BLOCK) -> dict[str, torch.Tensor]:
     """What float8 tensors stand for, in bfloat16."""
     found = {}
     for name, tensor in tensors.items():
         if name.endswith("_scale_inv"):
             continue
         if tensor.dtype == torch.float8_e4m3fn:
-            scales = tensors[f"{name}_scale_inv"].repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
+            scales = tensors[f"{name}_scale_inv"].repeat_interleave(block, -2).repeat_interleave(block, -1)
             tensor = (tensor.float() * scales[..., : tensor.shape[-2], : tensor.shape[-1]]).bfloat16()
         found[name] = tensor
     return found
@@ -57,10 +57,10 @@ def quantise(tensors: dict[str, torch.Tensor], block: int = BLOCK) -> None:
             tensors[f"{name}_scale_inv"] = torch.rand(*tensor.shape[:-2], *blocks) + 0.5
 
 
-def plain_copy(source: Path, folder: Path) -> None:
-    """A float8 folder (blocks of BLOCK) as one in bfloat16."""
+def plain_copy(source: Path, folder: Path, block: int = BLOCK) -> None:
+    """A float8 folder as one in bfloat16."""
     shutil.copytree(source, folder)
-    values = dequantised(tensors_in(source))
+    values = dequantised(tensors_in(source), block)
     for file in [*folder.glob("*.safetensors"), *folder.glob(INDEX)]:
         file.unlink()
     save_file(values, folder / "model.safetensors", {"format": "pt"})

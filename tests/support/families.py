@@ -10,8 +10,10 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import input_device, model_type_of, moe_blocks
+from moe_ext.models.expert_width import width_of
 
 # Fields that the families share; a config without one of them takes its own instead.
 SHARED = {
@@ -119,6 +121,10 @@ KEEP = {"qwen2_moe": 6, "qwen3_moe": 10, "olmoe": 9, "deepseek_v2": 8, "deepseek
 STOCK_ONLY = ("gpt_oss",)
 """Families whose experts the operators do not compute."""
 
+HALVES = ("deepseek_v2", "deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe", "afmoe")
+"""Families with shared experts as wide as one routed: half the width is twice as many of them, three quarters is no
+number."""
+
 MODELS = list(FIELDS)
 ALL = [*FIELDS, *UNRECORDED]
 
@@ -188,6 +194,16 @@ def plan_for(model: PreTrainedModel, keep: tuple[tuple[int, ...], ...]) -> Pruni
     blocks = moe_blocks(model)
     names = tuple(block.name for block in blocks)
     return PruningPlan(model_type_of(model), blocks[0].num_experts, blocks[0].top_k, names, keep)
+
+
+def channels_for(model: PreTrainedModel, width: int, seed: int = 0) -> KeptChannels:
+    """Random channels for every expert that a model has to keep."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = []
+    for block in moe_blocks(model):
+        order = torch.rand(block.num_experts, width_of(block), generator=generator).argsort(1)
+        kept.append(order[:, :width].sort(1).values)
+    return KeptChannels.of(kept, width_of(moe_blocks(model)[0]))
 
 
 def mask_routers(model: PreTrainedModel, keep: tuple[tuple[int, ...], ...]) -> None:

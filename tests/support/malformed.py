@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from moe_ext.calibration.statistics import ExpertStatistics, StatisticsFileError
 from moe_ext.checkpoints.stored_tensors import INDEX, SINGLE, CheckpointError, stored_tensors
+from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.decision.pruning_plan import PlanFileError, PruningPlan
 from moe_ext.evaluation.results import VariantsFileError, read_variants
 from moe_ext.models.config_section import experts_left, section_with, section_with_novices, thresholds_in_config
@@ -41,10 +42,11 @@ class Kind:
 
 
 def _statistics(outputs: bool) -> Callable[[Path], None]:
+    """With or without what calibration was asked for beside the rest."""
+
     def write(folder: Path) -> None:
-        stats = ExpertStatistics.zeros(
-            "mixtral", LAYERS, (4, 3), 2, "softmax", "text", hidden_size=3 if outputs else None
-        )
+        optional: dict[str, Any] = {"hidden_size": 3, "width": 5} if outputs else {}
+        stats = ExpertStatistics.zeros("mixtral", LAYERS, (4, 3), 2, "softmax", "text", **optional)
         generator = torch.Generator().manual_seed(0)
         for tensor in stats.tensors().values():
             tensor.copy_(torch.randint(0, 100, tensor.shape, generator=generator))
@@ -61,6 +63,17 @@ def _read_statistics(file: Path, elsewhere: Path) -> None:
 
 PLAN = PruningPlan(
     "mixtral", 4, 2, LAYERS, ((0, 2, 3), (1, 2, 3)), {"criterion": "man", "ratio": 0.25, "exact": [True]}
+)
+
+
+THIN_PLAN = PruningPlan(
+    "mixtral",
+    4,
+    2,
+    LAYERS,
+    ((0, 3), (1, 2, 3)),
+    {"size": 0.25},
+    KeptChannels(9, ((b"\xd0\x00", b"\x03\x80"), (b"\x07\x00",) * 3)),
 )
 
 
@@ -82,6 +95,8 @@ def _read_search(file: Path, elsewhere: Path) -> None:
 def _read_plan(file: Path, elsewhere: Path) -> None:
     plan = PruningPlan.load(file)
     [plan.removed(layer) for layer in range(len(plan.layers))]
+    if plan.channels is not None:
+        [plan.channels.indices(layer) for layer in range(len(plan.layers))]
     plan.save(elsewhere / "again.json")
     assert PruningPlan.load(elsewhere / "again.json") == plan
 
@@ -127,8 +142,11 @@ _DEMO = {"rows": [{"name": "unpruned", "mean": 5.5, "file_bytes": 120, "speed": 
 
 KINDS = {
     "statistics": Kind("stats.safetensors", _statistics(False), _read_statistics, (StatisticsFileError,)),
-    "statistics with outputs": Kind("stats.safetensors", _statistics(True), _read_statistics, (StatisticsFileError,)),
+    "statistics with all": Kind("stats.safetensors", _statistics(True), _read_statistics, (StatisticsFileError,)),
     "plan": Kind("plan.json", lambda folder: PLAN.save(folder / "plan.json"), _read_plan, (PlanFileError,)),
+    "plan of channels": Kind(
+        "plan.json", lambda folder: THIN_PLAN.save(folder / "plan.json"), _read_plan, (PlanFileError,)
+    ),
     "search, JSON": Kind("s.json", lambda folder: _search().save(folder / "s.json"), _read_search, (SearchFileError,)),
     "search": Kind(
         "s.safetensors", lambda folder: _search().save(folder / "s.safetensors"), _read_search, (SearchFileError,)

@@ -25,7 +25,9 @@ def demo_report() -> Report:
     model, tokenizer = load_checkpoint(DEMO_MODEL)
     texts = {domain: text[:1500] for domain, text in read_domains([DEMO_MODEL / "calibration"]).items()}
     batches = list(token_batches(texts, tokenizer, window=128))
-    stats: ExpertStatistics = moe_ext.calibrate(model, batches, progress=False, dataset="a </script> b", outputs=True)
+    stats: ExpertStatistics = moe_ext.calibrate(
+        model, batches, progress=False, dataset="a </script> b", outputs=True, channels="energy"
+    )
     search: SearchResult = moe_ext.search(model, batches, keep=6, progress=False)
     return Report(stats, search=search, variants=VARIANTS)
 
