@@ -32,7 +32,7 @@ class LayerSearch:
         self.total: Callable[[Tensor], Tensor] = total_of if distributed else lambda losses: losses
         self.distributed = distributed
         self.num_experts, self.top_k = blocks[0].num_experts, blocks[0].top_k
-        self.every_size = request.budget == "model"
+        self.every_size, self.measure = request.budget == "model", request.measure
         self.most = 0 if request.method == "greedy" else request.max_subsets
 
     def search(self, layer: int, inputs: LayerInputs, counted: Sequence[Tensor | None], bar: Any) -> LayerLosses:
@@ -45,7 +45,8 @@ class LayerSearch:
         greedy = [size for size in sizes if size not in exact]
         depth = min(self.num_experts, self.top_k + self.num_experts - smallest)
         thresholds = None if self.thresholds is None else self.thresholds[layer]
-        errors = LayerErrors(all_subsets(self.num_experts, exact), self.top_k, thresholds, store=bool(greedy))
+        subsets = all_subsets(self.num_experts, exact)
+        errors = LayerErrors(subsets, self.top_k, thresholds, measure=self.measure, store=bool(greedy))
         bar.set_description(f"search {block.name}")
 
         def seen(batch: int, x: Tensor, logits: Tensor) -> None:

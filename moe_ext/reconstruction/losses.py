@@ -1,9 +1,9 @@
 """Reconstruction losses of one layer's expert subsets (arXiv 2402.14800, section 3.2) from Gram matrices.
 
-The loss of keeping subset R is the sum over calibration batches of ``||F(x) - F_R(x)||_F``, as in the paper's published
-code. One pass of all experts over all tokens gives every token's Gram matrix; of it the pairs of those N experts are
-kept that the token can come to use: its N = K + (experts dropped at most) highest ranks. All subsets are then work on
-these, in float64, on the host.
+The loss of keeping subset R is a sum of ``||F(x) - F_R(x)||`` (:mod:`moe_ext.reconstruction.measures`). One pass of all
+experts over all tokens gives every token's Gram matrix; of it the pairs of those N experts are kept that the token can
+come to use: its N = K + (experts dropped at most) highest ranks. All subsets are then work on these, in float64, on the
+host.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ext import ops
+from moe_ext.reconstruction.measures import Measure, loss_of_batch
 from moe_ext.reconstruction.router_formula import ranked_scores
 from moe_ext.runtime.supported import activation_of
 from moe_ext.storage.spilled_tensors import SpillingList
@@ -64,11 +65,14 @@ class LayerErrors:
         keep: (S, E) bool, the subsets known beforehand.
         top_k: K.
         thresholds: (K - 1,) float32 skip thresholds of the pruned layer, or None.
+        measure: what the losses measure.
         store: whether :meth:`losses_of` will be asked.
     """
 
-    def __init__(self, keep: Tensor, top_k: int, thresholds: Tensor | None, *, store: bool) -> None:
-        self.keep, self.top_k, self.thresholds = keep, top_k, thresholds
+    def __init__(
+        self, keep: Tensor, top_k: int, thresholds: Tensor | None, *, measure: Measure = "norms", store: bool
+    ) -> None:
+        self.keep, self.top_k, self.thresholds, self.measure = keep, top_k, thresholds, measure
         self.losses = torch.zeros(len(keep), dtype=torch.float64)
         self._stored = SpillingList(MEMORY) if store else None
         self._parts_of_batch: list[int] = []
@@ -82,7 +86,7 @@ class LayerErrors:
             if self._stored is not None:
                 for tensor in part:
                     self._stored.append(tensor)
-        self.losses += _norms(errors)
+        self.losses += loss_of_batch(self.measure, errors)
         self._parts_of_batch.append(count)
 
     def losses_of(self, keep: Tensor) -> Tensor:
@@ -94,7 +98,7 @@ class LayerErrors:
             for _ in range(parts):
                 errors += self._errors(Ranked(*(self._stored[index + i] for i in range(3))), keep)
                 index += 3
-            losses += _norms(errors)
+            losses += loss_of_batch(self.measure, errors)
         return losses
 
     def close(self) -> None:
@@ -104,8 +108,3 @@ class LayerErrors:
 
     def _errors(self, part: Ranked, keep: Tensor) -> Tensor:
         return ops.subset_errors(*part, keep, self.top_k, self.thresholds)
-
-
-def _norms(errors: Tensor) -> Tensor:
-    """Square roots; rounding can leave an error of 0 slightly negative. A NaN stays one."""
-    return errors.clamp(min=0).sqrt()

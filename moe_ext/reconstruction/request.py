@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from moe_ext.models.config_section import check_thresholds, thresholds_in_config
 from moe_ext.reconstruction.budgets import counts_per_layer
+from moe_ext.reconstruction.measures import Measure
 from moe_ext.storage.formats import check_label
 
 Method = Literal["layerwise", "progressive", "greedy"]
@@ -30,6 +31,11 @@ class SearchRequest:
     skip: Tensor | Literal["config"] | None
     max_subsets: int
     dataset: str
+
+    @property
+    def measure(self) -> Measure:
+        """What the losses measure: the paper's norms, but what layers can be compared by where they share a budget."""
+        return "squares" if self.budget == "model" else "norms"
 
     def __post_init__(self) -> None:
         check_label("dataset", self.dataset)  # before the search, which ends with a file that names it
@@ -71,6 +77,7 @@ class SearchRequest:
         return {
             "method": self.method,
             "budget": self.budget,
+            "measure": self.measure,
             **(
                 {"ratio": self.ratio}
                 if self.ratio is not None

@@ -87,8 +87,9 @@ def search(
             Both evaluate every subset, up to ``max_subsets`` of them in a layer. "greedy": as layerwise, but a layer
             drops one expert after the other, and the set is refined by swaps of two: a heuristic, for layers with many
             experts. ``SearchResult.losses[layer].is_exact`` says which it was.
-        budget: "layer": every layer keeps its number. "model": the layers keep as many in all, shared out by how the
-            loss of each grows (greedily on the lower convex hulls of the layers' losses), K at least in each. Not with
+        budget: "layer": every layer keeps its number. "model": the layers keep as many in all, K at least in each,
+            shared out so that the sum of their losses is the least that there is. The losses are then squared errors,
+            ``||F(x) - F_R(x)||^2`` summed over all tokens: norms of different layers do not add up. Not with
             "progressive", whose layers are judged one after the other: pass its ``keep`` the numbers found layerwise.
         skip: (L, K - 1) skip thresholds, to judge layers that are pruned and also skip; "config": those that the
             model's config holds; None: no skipping. In "progressive" the layers before skip, too.
