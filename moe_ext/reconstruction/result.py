@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
@@ -120,6 +121,23 @@ class SearchResult:
     def layer_losses(self) -> list[float]:
         """The loss of what the plan keeps, layer by layer."""
         return [layer.best(len(kept))[1] for layer, kept in zip(self.losses, self.plan.keep, strict=True)]
+
+    def predicted(self, counts: Sequence[int] | None = None) -> float:
+        """The sum of the layers' losses: with ``loss="fisher"`` the nats a token that the model is predicted to lose.
+
+        Args:
+            counts: experts that every layer keeps, each the best of its size; None: what the plan keeps.
+
+        Raises:
+            ValueError: losses of layers do not add up (norms), not one number a layer, or a size that was not
+                evaluated.
+        """
+        if self.measure == "norms":
+            raise ValueError("norms of different layers do not add up; search with budget='model' or loss='fisher'")
+        sizes = [len(kept) for kept in self.plan.keep] if counts is None else list(counts)
+        if len(sizes) != len(self.losses):
+            raise ValueError(f"counts: expected one number for each of {len(self.losses)} layers, got {len(sizes)}")
+        return sum(layer.best(size)[1] for layer, size in zip(self.losses, sizes, strict=True))
 
     def is_exact(self) -> bool:
         """Whether every layer's subset is the best of all of its size, rather than one that a heuristic found."""
