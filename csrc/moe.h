@@ -71,6 +71,13 @@ struct GramParams : LayerParams {
   double* gram;  // (T, E, E) out
 };
 
+// out[t, e] = <g[t, :], f_e(x[t, :])>, f not rounded to `dtype`; sums over H in float64.
+struct ProjectionParams : LayerParams {
+  const void* g;  // (T, H) of `g_dtype`
+  double* out;    // (T, E) out
+  DType g_dtype;
+};
+
 // errors[s] = sum over tokens of || F(x) - F_s(x) ||^2: what a layer's output loses when only the experts keep[s, :]
 // are left. N <= E: the experts of the N highest ranks of a token, which are all that it can come to use; pairs
 // i < j of them are stored row by row, (0, 1), (0, 2) ... (1, 2) ...: M = N (N - 1) / 2.
@@ -93,6 +100,7 @@ namespace cpu {
 void route(const RouteParams& p, const Threads& threads);
 void experts(const ExpertsParams& p, const Threads& threads);
 void gram(const GramParams& p, const Threads& threads);
+void projection(const ProjectionParams& p, const Threads& threads);
 void subset_errors(const SubsetsParams& p, const Threads& threads);
 
 // Position in the flattened (T, K) array of the first expert index outside [0, E], or -1.

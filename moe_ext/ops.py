@@ -63,6 +63,7 @@ _ROUTE = _register_autograd("route")
 _EXPERTS = _register_autograd("experts")
 _EXPERTS_OBSERVED = _register_autograd("experts_observed")
 _EXPERT_GRAM = _register_autograd("expert_gram")
+_EXPERT_PROJECTION = _register_autograd("expert_projection")
 _SUBSET_ERRORS = _register_autograd("subset_errors")
 
 
@@ -240,6 +241,32 @@ def expert_gram(x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Te
     return gram
 
 
+def expert_projection(x: Tensor, gate_up: Tensor, down: Tensor, g: Tensor, activation: str) -> Tensor:
+    """Scalar products of every expert's output with one vector a token, ``<g[t], f_e(x[t])>``, ``f_e`` as in
+    :func:`experts` and not rounded. The (T, E, H) outputs are not stored. On the CPU only.
+
+    With ``g`` the gradient of a loss for a layer's output they say to first order what the loss does when a token's
+    routing weights change: by ``sum_e d_e out[t, e]`` for a difference ``d``.
+
+    Args:
+        x: (T, H) float32, bfloat16 or float16.
+        gate_up: (E, 2I, H), contiguous, dtype of ``x``.
+        down: (E, H, I), contiguous, dtype of ``x``.
+        g: (T, H) float32 or dtype of ``x``.
+        activation: "silu", "gelu" (erf) or "gelu_tanh".
+
+    Returns:
+        (T, E) float64. Products of experts are as :func:`experts` accumulates them; those with ``g`` are summed in
+        float64.
+
+    Raises:
+        RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`route`; or a tensor is not contiguous that
+            has to be.
+    """
+    projection: Tensor = _call(_EXPERT_PROJECTION, x, gate_up, down, g, activation)
+    return projection
+
+
 def subset_errors(
     distances: Tensor, ranks: Tensor, scores: Tensor, keep: Tensor, top_k: int, thresholds: Tensor | None = None
 ) -> Tensor:
@@ -402,6 +429,14 @@ def _expert_gram_fake(x: Tensor, gate_up: Tensor, down: Tensor, activation: str)
     _check_layer("expert_gram", x, gate_up, down, activation)
     num_experts = gate_up.shape[0]
     return x.new_empty((x.shape[0], num_experts, num_experts), dtype=torch.float64)
+
+
+@torch.library.register_fake("moe_ext::expert_projection")
+def _expert_projection_fake(x: Tensor, gate_up: Tensor, down: Tensor, g: Tensor, activation: str) -> Tensor:
+    check = _check_layer("expert_projection", x, gate_up, down, activation)
+    dtypes = (torch.float32,) if x.dtype == torch.float32 else (torch.float32, x.dtype)
+    check.like("g", g, tuple(x.shape), "(T, H) like 'x'", dtypes)
+    return x.new_empty((x.shape[0], gate_up.shape[0]), dtype=torch.float64)
 
 
 @torch.library.register_fake("moe_ext::subset_errors")

@@ -77,7 +77,7 @@ inline RouteParams check_route(const Tensor& logits, int64_t top_k, const std::o
   return p;
 }
 
-// ---- experts, experts_observed, expert_gram
+// ---- experts, experts_observed, expert_gram, expert_projection
 
 // What the operators on a layer's weights share: the shapes, dtypes and layout of x, gate_up and down.
 inline ExpertsParams check_layer(const char* op, const Tensor& x, const Tensor& gate_up, const Tensor& down,
@@ -160,14 +160,20 @@ inline void check_expert_range(const char* op, const ExpertsParams& p) {
 
 inline GramParams check_gram(const Tensor& x, const Tensor& gate_up, const Tensor& down,
                              const std::string& activation) {
-  const ExpertsParams layer = check_layer("expert_gram", x, gate_up, down, activation);
   GramParams p{};
-  p.tokens = layer.tokens;
-  p.num_experts = layer.num_experts;
-  p.hidden = layer.hidden;
-  p.intermediate = layer.intermediate;
-  p.dtype = layer.dtype;
-  p.activation = layer.activation;
+  static_cast<LayerParams&>(p) = check_layer("expert_gram", x, gate_up, down, activation);
+  return p;
+}
+
+inline ProjectionParams check_projection(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& g,
+                                         const std::string& activation) {
+  constexpr const char* op = "expert_projection";
+  ProjectionParams p{};
+  static_cast<LayerParams&>(p) = check_layer(op, x, gate_up, down, activation);
+  check_shape(op, "g", g, {p.tokens, p.hidden}, "(T, H) like 'x'");
+  check_type(op, "g", g, {ScalarType::Float, x.scalar_type()});
+  check_device(op, "g", g, "x", x);
+  p.g_dtype = float_type(op, "g", g);
   return p;
 }
 

@@ -86,6 +86,22 @@ Tensor expert_gram(const Tensor& x, const Tensor& gate_up, const Tensor& down, s
   return gram;
 }
 
+Tensor expert_projection(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& g,
+                         std::string activation) {
+  constexpr const char* op = "expert_projection";
+  ProjectionParams p = check_projection(x, gate_up, down, g, activation);
+  const Tensor dense_x = aligned(op, "x", x);
+  const Tensor dense_g = aligned(op, "g", g);
+  const Tensor out = output(op, x, {p.tokens, p.num_experts}, ScalarType::Double);
+  p.x = dense_x.const_data_ptr();
+  p.gate_up = gate_up.const_data_ptr();
+  p.down = down.const_data_ptr();
+  p.g = dense_g.const_data_ptr();
+  p.out = static_cast<double*>(out.mutable_data_ptr());
+  dispatch(op, x, [&](const Threads& threads) { cpu::projection(p, threads); }, [](const auto&, auto*) {});
+  return out;
+}
+
 Tensor subset_errors(const Tensor& distances, const Tensor& ranks, const Tensor& scores, const Tensor& keep,
                      int64_t top_k, std::optional<Tensor> thresholds) {
   constexpr const char* op = "subset_errors";
@@ -118,6 +134,7 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
       "experts_observed(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights, str activation, "
       "Tensor(a!) moments, Tensor? counted=None, Tensor(b!)? channels=None) -> Tensor");
   m.def("expert_gram(Tensor x, Tensor gate_up, Tensor down, str activation) -> Tensor");
+  m.def("expert_projection(Tensor x, Tensor gate_up, Tensor down, Tensor g, str activation) -> Tensor");
   m.def(
       "subset_errors(Tensor distances, Tensor ranks, Tensor scores, Tensor keep, int top_k, Tensor? thresholds=None) "
       "-> Tensor");
@@ -128,6 +145,7 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
   m.impl("experts", TORCH_BOX(&moe_ext::experts));
   m.impl("experts_observed", TORCH_BOX(&moe_ext::experts_observed));
   m.impl("expert_gram", TORCH_BOX(&moe_ext::expert_gram));
+  m.impl("expert_projection", TORCH_BOX(&moe_ext::expert_projection));
   m.impl("subset_errors", TORCH_BOX(&moe_ext::subset_errors));
 }
 

@@ -65,7 +65,7 @@ class LayersOnDisk:
         owner, layers, _ = decoder_layers(self.model, self.blocks)
         self.num_layers = len(layers)
         self._keys: list[list[str]] = [[] for _ in layers]
-        others = []
+        others, self._head = [], []
         scales = {source.scales for source in skeleton.sources.values()}
         for name, source in skeleton.sources.items():
             if name in scales:
@@ -74,6 +74,8 @@ class LayersOnDisk:
                 self._keys[int(source.target.removeprefix(owner + ".").split(".")[0])].append(name)
             elif source.target.startswith(self.model.base_model_prefix + "."):
                 others.append(name)
+            else:
+                self._head.append(name)
         self._config = LoadStateDictConfig(
             device_map={"": device},
             dtype=skeleton.dtype,
@@ -103,16 +105,25 @@ class LayersOnDisk:
         self._reader.stop()
         self._free()
 
-    def need(self, layer: int) -> None:
-        """Loads a decoder layer in the place of the one that is in memory."""
+    def need(self, layer: int, step: int = 1) -> None:
+        """Loads a decoder layer in the place of the one that is in memory.
+
+        Args:
+            step: from this layer to the one that will be needed next.
+        """
         if layer == self._resident:
             return
         self._free()
         self._reader.stop()  # what is left of the layer is read now
         self._load(self._keys[layer])
         self._resident = layer
-        if self._read_ahead and layer + 1 < self.num_layers:
-            self._reader.start([self._stored[name] for name in self._keys[layer + 1]])
+        if self._read_ahead and 0 <= layer + step < self.num_layers:
+            self._reader.start([self._stored[name] for name in self._keys[layer + step]])
+
+    def load_head(self) -> None:
+        """Loads the language model head, too; one that is the embeddings' is theirs."""
+        self._load(self._head)
+        self.model.tie_weights(recompute_mapping=False)
 
     def fingerprint(self) -> str:
         """Tells checkpoints apart by their folder and their files' names, sizes and times."""

@@ -1,4 +1,4 @@
-"""``moe-ext search``: a plan by reconstruction loss."""
+"""``moe-ext search``: a plan by reconstruction loss, or by what the model's predictions lose."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,6 +26,7 @@ from moe_ext.commands.options import (
 )
 from moe_ext.commands.output import out, print_json
 from moe_ext.commands.shared import removed_experts, source_of
+from moe_ext.reconstruction.result import SearchResult
 from moe_ext.reconstruction.search import search as run_search
 from moe_ext.runtime.batches import read_domains, token_batches
 from moe_ext.runtime.processes import process_group, rank, started_by_torchrun
@@ -38,6 +39,15 @@ def search(
     save_to: Annotated[Path, destination("Plan file to write.")],
     keep: Keep = None,
     ratio: Annotated[float | None, typer.Option(min=0, max=1, help="Share of experts that every layer loses.")] = None,
+    loss: Annotated[
+        Literal["reconstruction", "fisher"],
+        typer.Option(help="How far layers' outputs move (NAEE), or what that costs the model's predictions, in nats."),
+    ] = "reconstruction",
+    labels: Annotated[
+        Literal["model", "text", "kl"] | None,
+        typer.Option(help="Of --loss fisher: sampled from the model (default), the text's tokens, or random signs."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of what --loss fisher samples; 0 if absent.")] = None,
     method: Annotated[
         Literal["layerwise", "progressive", "greedy"],
         typer.Option(
@@ -45,8 +55,12 @@ def search(
         ),
     ] = "layerwise",
     budget: Annotated[
-        Literal["layer", "model"], typer.Option(help="Same number a layer, or the total shared out by loss.")
-    ] = "layer",
+        Literal["layer", "model"] | None,
+        typer.Option(help="Same number a layer, or the total shared out by loss; by default the latter for fisher."),
+    ] = None,
+    equal: Annotated[
+        bool, typer.Option("--equal", help="Short for --budget layer: what stock transformers and engines load.")
+    ] = False,
     skip: Annotated[
         bool, typer.Option("--skip", help="Judge layers that skip by the checkpoint's thresholds.")
     ] = False,
@@ -69,7 +83,7 @@ def search(
     allow_missing: AllowMissing = False,
     as_json: Json = False,
 ) -> None:
-    """Find the experts whose removal changes the layers' outputs least (NAEE).
+    """Find the experts whose removal changes the layers' outputs (NAEE), or the model's predictions, least.
 
     Started by torchrun, every process takes its share of the batches, and the first one writes.
     """
@@ -77,6 +91,11 @@ def search(
         raise typer.BadParameter("give --keep or --ratio, one of them")
     if scratch is not None and not sequential:
         raise typer.BadParameter("--scratch goes with --sequential")
+    if equal and budget == "model":
+        raise typer.BadParameter("--equal is --budget layer: give one of them")
+    for option, value in (("--labels", labels), ("--seed", seed)):
+        if value is not None and loss != "fisher":
+            raise typer.BadParameter(f"{option} goes with --loss fisher")
     counts = counts_in(keep)
     file_destination(save_to)
     losses = losses or save_to.with_suffix(".safetensors")
@@ -93,8 +112,11 @@ def search(
             token_batches(texts, tokenizer, window=window, batch_size=batch_size),
             keep=counts,
             ratio=ratio,
+            loss=loss,
+            labels=labels,
+            seed=seed,
             method=method,
-            budget=budget,
+            budget="layer" if equal else budget,
             skip="config" if skip else None,
             max_subsets=max_subsets,
             resume=losses,
@@ -112,11 +134,33 @@ def search(
     if as_json:
         rows = zip(result.plan.layers, result.plan.keep, result.layer_losses(), exact, strict=True)
         layers = {name: {"keep": kept, "loss": loss, "exact": best} for name, kept, loss, best in rows}
-        print_json({"plan": str(save_to), "losses": str(losses), "layers": layers})
+        predicted = result.plan.made_by.get("predicted")
+        print_json(
+            {
+                "plan": str(save_to),
+                "losses": str(losses),
+                "measure": result.measure,
+                "predicted": predicted,
+                "layers": layers,
+            }
+        )
         return
     shown = [f"{loss:.4g}" for loss in result.layer_losses()]
     subsets = [
         f"{'all ' if best else 'greedily, '}{int((layer.keep.sum(1) == len(kept)).sum())}"
         for best, layer, kept in zip(exact, result.losses, result.plan.keep, strict=True)
     ]
-    out.print(removed_experts(result.plan, loss=shown, evaluated=subsets), f"written to {save_to}, losses to {losses}")
+    out.print(removed_experts(result.plan, loss=shown, evaluated=subsets))
+    if loss == "fisher":
+        out.print(_predicted(result))
+    out.print(f"written to {save_to}, losses to {losses}")
+
+
+def _predicted(result: SearchResult) -> str:
+    """What the plan is predicted to cost, and what the other budget would."""
+    asked, nats = result.plan.made_by["budget"], result.plan.made_by["predicted"]
+    others = {"layer": "shared out over the layers", "model": "with the same number in every layer (--equal)"}
+    other = "model" if asked == "layer" else "layer"
+    if result.plan.made_by.get("keep") and not isinstance(result.plan.made_by["keep"], int):
+        others["model"] = "with the numbers as given (--budget layer)"
+    return f"predicted to cost {nats[asked]:.4g} nats a token; {nats[other]:.4g} {others[asked]}"

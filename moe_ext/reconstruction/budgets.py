@@ -1,9 +1,11 @@
 """How many experts every layer keeps: the same number, given numbers, or a total shared out by loss."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+
+import torch
 
 from moe_ext.decision.plan import kept_after_removing
+from moe_ext.reconstruction.subsets import IMPROVEMENT
 
 
 def counts_per_layer(
@@ -42,11 +44,10 @@ def counts_per_layer(
 
 
 def share_out(curves: Sequence[Sequence[float]], total: int, num_experts: int) -> list[int]:
-    """Shares a total of kept experts out over the layers so that the sum of the losses is low.
+    """Shares a total of kept experts out over the layers so that the sum of the losses is the least that there is.
 
-    Experts are dropped one at a time where the loss grows least, on the lower convex hull of a layer's losses: a hull
-    makes marginal losses rise, so that the greedy choice is the best one for the hulls. Equal marginal losses: the
-    earlier layer first.
+    Dynamic programming over the layers: the least loss of the layers from one on, for every number of experts that they
+    drop together. Equal sums (but for rounding): the earlier layers drop more.
 
     Args:
         curves: for every layer its loss with 0, 1, ... experts dropped, as far as dropping may go.
@@ -56,27 +57,22 @@ def share_out(curves: Sequence[Sequence[float]], total: int, num_experts: int) -
     Returns:
         Experts kept by each layer, their sum ``total``.
     """
-    marginals = [
-        (slope, layer, step) for layer, curve in enumerate(curves) for step, slope in enumerate(hull_slopes(curve))
-    ]
-    counts = [num_experts] * len(curves)
-    for _, layer, _ in sorted(marginals)[: num_experts * len(curves) - total]:
-        counts[layer] -= 1
-    assert sum(counts) == total
+    drops = num_experts * len(curves) - total
+    least = [torch.full((drops + 1,), torch.inf, dtype=torch.float64)]  # of no layers: they drop nothing
+    least[0][0] = 0.0
+    for curve in reversed(curves):
+        of_rest = least[0]
+        sums = torch.full_like(of_rest, torch.inf)
+        for dropped, loss in enumerate(curve[: drops + 1]):
+            torch.minimum(sums[dropped:], of_rest[: drops + 1 - dropped] + loss, out=sums[dropped:])
+        least.insert(0, sums)
+    counts = []
+    for curve, best, of_rest in zip(curves, least, least[1:], strict=False):
+        most = float(best[drops]) * (1 + IMPROVEMENT)
+        dropped = max(
+            dropped for dropped, loss in enumerate(curve[: drops + 1]) if loss + float(of_rest[drops - dropped]) <= most
+        )
+        counts.append(num_experts - dropped)
+        drops -= dropped
+    assert drops == 0
     return counts
-
-
-def hull_slopes(curve: Sequence[float]) -> list[float]:
-    """Slopes of the lower convex hull of the points (0, curve[0]), (1, curve[1]), ...: one a step, never falling."""
-    hull: list[int] = []
-    for point, value in enumerate(curve):
-        while len(hull) > 1:
-            a, b = hull[-2], hull[-1]
-            if (curve[b] - curve[a]) * (point - a) < (value - curve[a]) * (b - a):
-                break
-            hull.pop()
-        hull.append(point)
-    slopes: list[float] = []
-    for a, b in pairwise(hull):
-        slopes += [(curve[b] - curve[a]) / (b - a)] * (b - a)
-    return slopes

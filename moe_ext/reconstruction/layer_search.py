@@ -2,19 +2,25 @@
 
 from collections.abc import Callable, Sequence
 from math import comb
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from moe_ext.models.blocks import MoeBlock, router_digest
-from moe_ext.reconstruction.losses import LayerErrors, ranked
+from moe_ext.reconstruction.losses import LayerErrors, projected, ranked
 from moe_ext.reconstruction.request import SearchRequest
 from moe_ext.reconstruction.result import LayerLosses
 from moe_ext.reconstruction.router_formula import route_among
 from moe_ext.reconstruction.subsets import GreedySearch, all_subsets
-from moe_ext.runtime.layer_walk import LayerInputs
 from moe_ext.runtime.processes import check_same, total_of
+
+
+class Observable(Protocol):
+    """Shows what enters an MoE layer, batch by batch: :class:`moe_ext.runtime.layer_walk.LayerInputs`, or with the
+    gradient for what leaves its experts :class:`moe_ext.runtime.backward_walk.OutputGradients`."""
+
+    def observe(self, block: int, seen: Callable[..., None]) -> None: ...
 
 
 class LayerSearch:
@@ -27,15 +33,16 @@ class LayerSearch:
         request: SearchRequest,
         thresholds: Tensor | None,
         distributed: bool,
+        tokens: int,
     ) -> None:
-        self.blocks, self.counts, self.thresholds = blocks, counts, thresholds
+        self.blocks, self.counts, self.thresholds, self.tokens = blocks, counts, thresholds, tokens
         self.total: Callable[[Tensor], Tensor] = total_of if distributed else lambda losses: losses
         self.distributed = distributed
         self.num_experts, self.top_k = blocks[0].num_experts, blocks[0].top_k
-        self.every_size = request.budget == "model"
+        self.every_size, self.measure = request.every_size, request.measure
         self.most = 0 if request.method == "greedy" else request.max_subsets
 
-    def search(self, layer: int, inputs: LayerInputs, counted: Sequence[Tensor | None], bar: Any) -> LayerLosses:
+    def search(self, layer: int, inputs: Observable, counted: Sequence[Tensor | None], bar: Any) -> LayerLosses:
         """Losses of the layer's subsets; those of every size where the budget is the model's."""
         block = self.blocks[layer]
         smallest = self.top_k if self.every_size else self.counts[layer]
@@ -45,15 +52,21 @@ class LayerSearch:
         greedy = [size for size in sizes if size not in exact]
         depth = min(self.num_experts, self.top_k + self.num_experts - smallest)
         thresholds = None if self.thresholds is None else self.thresholds[layer]
-        errors = LayerErrors(all_subsets(self.num_experts, exact), self.top_k, thresholds, store=bool(greedy))
+        subsets = all_subsets(self.num_experts, exact)
+        errors = LayerErrors(
+            subsets, self.top_k, thresholds, measure=self.measure, tokens=self.tokens, store=bool(greedy)
+        )
         bar.set_description(f"search {block.name}")
 
-        def seen(batch: int, x: Tensor, logits: Tensor) -> None:
+        def seen(batch: int, x: Tensor, logits: Tensor, gradient: Tensor | None = None) -> None:
             mask = counted[batch]
             if mask is not None:
                 mask = mask.to(x.device)
-                x, logits = x[mask], logits[mask]
-            errors.add_batch(ranked(block.experts, x, logits, depth))
+                x, logits, gradient = x[mask], logits[mask], None if gradient is None else gradient[mask]
+            if gradient is None:
+                errors.add_batch(ranked(block.experts, x, logits, depth))
+            else:
+                errors.add_batch(projected(block.experts, x, logits, gradient, depth))
             if smallest in exact:  # of this process's batches
                 bar.set_postfix(best=f"{float(errors.losses[errors.keep.sum(1) == smallest].min()):.4g}")
             bar.update()
@@ -76,7 +89,10 @@ class LayerSearch:
         finally:
             errors.close()
         if not bool(losses.isfinite().all()):
-            raise ValueError(f"layer {block.name} gave activations or router logits that are not finite")
+            what = (
+                "activations, router logits or gradients" if self.measure == "nats" else "activations or router logits"
+            )
+            raise ValueError(f"layer {block.name} gave {what} that are not finite")
         return LayerLosses(keep, losses)
 
 

@@ -1,9 +1,13 @@
-"""Reconstruction losses of one layer's expert subsets (arXiv 2402.14800, section 3.2) from Gram matrices.
+"""Losses of one layer's expert subsets: reconstruction losses (arXiv 2402.14800, section 3.2) from Gram matrices, or
+what the model's own loss is predicted to rise by, from projections on its gradient.
 
-The loss of keeping subset R is the sum over calibration batches of ``||F(x) - F_R(x)||_F``, as in the paper's published
-code. One pass of all experts over all tokens gives every token's Gram matrix; of it the pairs of those N experts are
-kept that the token can come to use: its N = K + (experts dropped at most) highest ranks. All subsets are then work on
-these, in float64, on the host.
+The loss of keeping subset R is a sum of ``||F(x) - F_R(x)||`` (:mod:`moe_ext.reconstruction.measures`). One pass of all
+experts over all tokens gives every token's Gram matrix; of it the pairs of those N experts are kept that the token can
+come to use: its N = K + (experts dropped at most) highest ranks. All subsets are then work on these, in float64, on the
+host.
+
+With a gradient g for a token's output, the loss is ``(sum_e d_e a_e)^2`` for the difference d of two weight vectors and
+``a_e = <g, f_e(x)>``: N numbers a token. It is the reconstruction loss of experts whose output is the one number a_e.
 """
 
 from collections.abc import Iterator
@@ -13,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ext import ops
+from moe_ext.reconstruction.measures import Measure, loss_of_batch
 from moe_ext.reconstruction.router_formula import ranked_scores
 from moe_ext.runtime.supported import activation_of
 from moe_ext.storage.spilled_tensors import SpillingList
@@ -25,9 +30,16 @@ MEMORY = 128 << 20
 
 
 class Ranked(NamedTuple):
-    """What :func:`moe_ext.ops.subset_errors` needs of some tokens; shapes and dtypes are there."""
+    """What :func:`moe_ext.ops.subset_errors` needs of some tokens; shapes and dtypes are there.
 
-    distances: Tensor
+    Attributes:
+        outputs: its ``distances`` (T, N (N - 1) / 2), or (T, N) float64, from which they follow: the scalar products of
+            the experts' outputs with the gradient, by rank.
+        ranks: (T, N).
+        scores: (T, N).
+    """
+
+    outputs: Tensor
     ranks: Tensor
     scores: Tensor
 
@@ -45,8 +57,8 @@ def ranked(experts: nn.Module, x: Tensor, logits: Tensor, depth: int) -> Iterato
     assert isinstance(gate_up, Tensor)
     assert isinstance(down, Tensor)
     num_experts = logits.shape[1]
-    first, second = torch.triu_indices(depth, depth, offset=1, device=x.device)  # (M,) each
-    step = max(16, GRAM_BYTES // (8 * num_experts**2))
+    first, second = _pairs(depth, x.device)
+    step = _tokens_at_a_time(num_experts)
     for part, part_logits in zip(x.split(step), logits.split(step), strict=True):
         gram = ops.expert_gram(part.to(gate_up.dtype), gate_up, down, activation)  # (T, E, E)
         scores, ranks = ranked_scores(part_logits, depth)
@@ -54,6 +66,27 @@ def ranked(experts: nn.Module, x: Tensor, logits: Tensor, depth: int) -> Iterato
         products = gram.flatten(1).gather(1, ranks[:, first] * num_experts + ranks[:, second])  # (T, M)
         distances = squares[:, first] + squares[:, second] - 2 * products
         yield Ranked(distances.cpu(), ranks.cpu(), scores.cpu())
+
+
+def projected(experts: nn.Module, x: Tensor, logits: Tensor, gradient: Tensor, depth: int) -> Iterator[Ranked]:
+    """As :func:`ranked`, with what the experts' outputs are along the gradient (T, H) for the layer's output."""
+    gate_up, down, activation = experts.gate_up_proj, experts.down_proj, activation_of(experts.config)
+    assert isinstance(gate_up, Tensor)
+    assert isinstance(down, Tensor)
+    projections = ops.expert_projection(x.to(gate_up.dtype), gate_up, down, gradient, activation)  # (T, E)
+    step = _tokens_at_a_time(logits.shape[1])
+    for part, part_logits in zip(projections.split(step), logits.split(step), strict=True):
+        scores, ranks = ranked_scores(part_logits, depth)
+        yield Ranked(part.gather(1, ranks).cpu(), ranks.cpu(), scores.cpu())
+
+
+def _pairs(depth: int, device: torch.device) -> Tensor:
+    """(2, M): the ranks i < j in the order of ``distances``."""
+    return torch.triu_indices(depth, depth, offset=1, device=device)
+
+
+def _tokens_at_a_time(num_experts: int) -> int:
+    return max(16, GRAM_BYTES // (8 * num_experts**2))
 
 
 class LayerErrors:
@@ -64,11 +97,23 @@ class LayerErrors:
         keep: (S, E) bool, the subsets known beforehand.
         top_k: K.
         thresholds: (K - 1,) float32 skip thresholds of the pruned layer, or None.
+        measure: what the losses measure; "nats": of parts from :func:`projected`, the others from :func:`ranked`.
+        tokens: tokens of all batches, of all processes.
         store: whether :meth:`losses_of` will be asked.
     """
 
-    def __init__(self, keep: Tensor, top_k: int, thresholds: Tensor | None, *, store: bool) -> None:
+    def __init__(
+        self,
+        keep: Tensor,
+        top_k: int,
+        thresholds: Tensor | None,
+        *,
+        measure: Measure = "norms",
+        tokens: int = 0,
+        store: bool,
+    ) -> None:
         self.keep, self.top_k, self.thresholds = keep, top_k, thresholds
+        self.measure, self.tokens = measure, tokens
         self.losses = torch.zeros(len(keep), dtype=torch.float64)
         self._stored = SpillingList(MEMORY) if store else None
         self._parts_of_batch: list[int] = []
@@ -82,7 +127,7 @@ class LayerErrors:
             if self._stored is not None:
                 for tensor in part:
                     self._stored.append(tensor)
-        self.losses += _norms(errors)
+        self.losses += loss_of_batch(self.measure, errors, self.tokens)
         self._parts_of_batch.append(count)
 
     def losses_of(self, keep: Tensor) -> Tensor:
@@ -94,7 +139,7 @@ class LayerErrors:
             for _ in range(parts):
                 errors += self._errors(Ranked(*(self._stored[index + i] for i in range(3))), keep)
                 index += 3
-            losses += _norms(errors)
+            losses += loss_of_batch(self.measure, errors, self.tokens)
         return losses
 
     def close(self) -> None:
@@ -103,9 +148,8 @@ class LayerErrors:
             self._stored.close()
 
     def _errors(self, part: Ranked, keep: Tensor) -> Tensor:
-        return ops.subset_errors(*part, keep, self.top_k, self.thresholds)
-
-
-def _norms(errors: Tensor) -> Tensor:
-    """Square roots; rounding can leave an error of 0 slightly negative. A NaN stays one."""
-    return errors.clamp(min=0).sqrt()
+        distances = part.outputs
+        if self.measure == "nats":
+            first, second = _pairs(distances.shape[1], distances.device)
+            distances = (distances[:, first] - distances[:, second]).square()
+        return ops.subset_errors(distances, part.ranks, part.scores, keep, self.top_k, self.thresholds)

@@ -34,6 +34,8 @@ class SearchProgress:
             raise ValueError(f"resume: {self._path}: metadata 'search' is {error}") from None
         if not isinstance(before, dict):
             before = {}
+        for name, value in (("loss", "reconstruction"), ("measure", "norms")):
+            before.setdefault(name, value)  # which files of format version 1 do not say
         if differing := [name for name, value in asked.items() if before.get(name) != value]:
             raise ValueError(
                 f"resume: {self._path} is of another search ({', '.join(differing)} differ); "

@@ -11,10 +11,14 @@ from transformers import PreTrainedModel
 
 from moe_ext.models.config_section import check_thresholds, thresholds_in_config
 from moe_ext.reconstruction.budgets import counts_per_layer
+from moe_ext.reconstruction.measures import Measure
+from moe_ext.runtime.head_gradients import LabelKind, Labels
 from moe_ext.storage.formats import check_label
 
+Loss = Literal["reconstruction", "fisher"]
 Method = Literal["layerwise", "progressive", "greedy"]
 Budget = Literal["layer", "model"]
+LOSSES = ("reconstruction", "fisher")
 METHODS = ("layerwise", "progressive", "greedy")
 BUDGETS = ("layer", "model")
 
@@ -26,13 +30,44 @@ class SearchRequest:
     keep: int | Sequence[int] | None
     ratio: float | None
     method: Method
-    budget: Budget
+    budget: Budget | None
     skip: Tensor | Literal["config"] | None
     max_subsets: int
     dataset: str
+    loss: Loss = "reconstruction"
+    labels: LabelKind | None = None
+    seed: int | None = None
+
+    @property
+    def shares(self) -> Budget:
+        """The budget: the model's if the losses are the model's own."""
+        return self.budget or ("model" if self.loss == "fisher" else "layer")
+
+    @property
+    def measure(self) -> Measure:
+        """What the losses measure: the paper's norms, but what layers can be compared by where they share a budget."""
+        if self.loss == "fisher":
+            return "nats"
+        return "squares" if self.shares == "model" else "norms"
+
+    @property
+    def every_size(self) -> bool:
+        """Whether subsets of all sizes are evaluated, so that the result knows what either budget costs."""
+        return self.shares == "model" or self.loss == "fisher"
+
+    @property
+    def drawn(self) -> Labels:
+        """The labels of the loss whose gradients are taken."""
+        return Labels(self.labels or "model", self.seed or 0)
 
     def __post_init__(self) -> None:
         check_label("dataset", self.dataset)  # before the search, which ends with a file that names it
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
+        for name, value in (("labels", self.labels), ("seed", self.seed)):
+            if self.loss != "fisher" and value is not None:
+                raise ValueError(f"{name}: goes with loss='fisher', got {value!r} with loss={self.loss!r}")
+        assert self.drawn
 
     def counts(self, layers: int, num_experts: int, top_k: int) -> list[int]:
         """Experts that every layer keeps, before a model-wide budget shares them out.
@@ -41,11 +76,16 @@ class SearchRequest:
             ValueError: no such numbers, method or budget, or a budget that the method cannot have.
         """
         counts = counts_per_layer(self.keep, self.ratio, layers, num_experts, top_k)
-        if self.method not in METHODS or self.budget not in BUDGETS:
+        if self.method not in METHODS or self.shares not in BUDGETS:
             raise ValueError(
-                f"method and budget are {self.method!r} and {self.budget!r}; expected one of {METHODS} and {BUDGETS}"
+                f"method and budget are {self.method!r} and {self.shares!r}; expected one of {METHODS} and {BUDGETS}"
             )
-        if self.method == "progressive" and self.budget == "model":
+        if self.method == "progressive" and self.loss == "fisher":
+            raise ValueError(
+                "method: 'progressive' judges layers on what pruned layers give them, and loss='fisher' has the "
+                "gradients of the unpruned model; expected layerwise or greedy"
+            )
+        if self.method == "progressive" and self.shares == "model":
             raise ValueError(
                 "budget: 'model' shares out by the losses of all layers, and progressive knows those of earlier ones "
                 "only; search layerwise with budget='model', then progressive with "
@@ -69,8 +109,11 @@ class SearchRequest:
     def as_json(self, counts: list[int], thresholds: Tensor | None, tokens: int) -> dict[str, Any]:
         """The request as plans and files of unfinished searches remember it."""
         return {
+            "loss": self.loss,
+            **({"labels": self.drawn.kind, "seed": self.drawn.seed} if self.loss == "fisher" else {}),
             "method": self.method,
-            "budget": self.budget,
+            "budget": self.shares,
+            "measure": self.measure,
             **(
                 {"ratio": self.ratio}
                 if self.ratio is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 
 from moe_ext.decision.pruning_plan import PruningPlan, check_kept
+from moe_ext.reconstruction.measures import MEASURES, Measure
 from moe_ext.reconstruction.subsets import IMPROVEMENT
 from moe_ext.storage.files import replace_file
 from moe_ext.storage.formats import FileFormatError, Format, parse_json, shown
 from moe_ext.storage.tensor_file import read_tensors, write_tensors
 
-FORMAT = Format("moe_ext.search", 1, "a search's result")
+FORMAT = Format("moe_ext.search", 2, "a search's result", oldest=1)  # 1: the losses are norms
 
 
 class SearchFileError(FileFormatError):
@@ -28,11 +30,11 @@ class SearchFileError(FileFormatError):
 
 @dataclass(frozen=True, eq=False)
 class LayerLosses:
-    """Reconstruction losses of one layer's subsets.
+    """Losses of one layer's subsets.
 
     Attributes:
         keep: (S, E) bool, the experts that each evaluated subset keeps; every subset once.
-        losses: (S,) float64, ``sum over calibration batches of ||F(x) - F_keep(x)||_F``.
+        losses: (S,) float64, in what :attr:`SearchResult.measure` says.
 
     Raises:
         ValueError: another shape or dtype, a subset twice, or a loss that is negative, infinite or NaN.
@@ -88,7 +90,8 @@ class SearchResult:
         losses: for every layer of the plan the losses of all evaluated subsets.
 
     Raises:
-        ValueError: not one entry of losses a layer, for another number of experts, or without what the plan keeps.
+        ValueError: not one entry of losses a layer, for another number of experts, or without what the plan keeps; or a
+            measure that this version does not know.
     """
 
     plan: PruningPlan
@@ -106,10 +109,35 @@ class SearchResult:
             row[list(kept)] = True
             if not bool((layer.keep == row).all(1).any()):
                 raise ValueError(f"losses: layer {shown(name)} has none for the experts that the plan keeps")
+        if self.measure not in MEASURES:
+            raise ValueError(f"made_by: measure: expected one of {', '.join(MEASURES)}, got {shown(self.measure)}")
+
+    @property
+    def measure(self) -> Measure:
+        """What the losses measure: one of :data:`moe_ext.reconstruction.measures.MEASURES`."""
+        measure: Measure = self.plan.made_by.get("measure", "norms")
+        return measure
 
     def layer_losses(self) -> list[float]:
         """The loss of what the plan keeps, layer by layer."""
         return [layer.best(len(kept))[1] for layer, kept in zip(self.losses, self.plan.keep, strict=True)]
+
+    def predicted(self, counts: Sequence[int] | None = None) -> float:
+        """The sum of the layers' losses: with ``loss="fisher"`` the nats a token that the model is predicted to lose.
+
+        Args:
+            counts: experts that every layer keeps, each the best of its size; None: what the plan keeps.
+
+        Raises:
+            ValueError: losses of layers do not add up (norms), not one number a layer, or a size that was not
+                evaluated.
+        """
+        if self.measure == "norms":
+            raise ValueError("norms of different layers do not add up; search with budget='model' or loss='fisher'")
+        sizes = [len(kept) for kept in self.plan.keep] if counts is None else list(counts)
+        if len(sizes) != len(self.losses):
+            raise ValueError(f"counts: expected one number for each of {len(self.losses)} layers, got {len(sizes)}")
+        return sum(layer.best(size)[1] for layer, size in zip(self.losses, sizes, strict=True))
 
     def is_exact(self) -> bool:
         """Whether every layer's subset is the best of all of its size, rather than one that a heuristic found."""

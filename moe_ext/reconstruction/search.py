@@ -1,11 +1,12 @@
-"""Reconstruction search: the subset of every layer's experts whose output is nearest to that of all of them
-(arXiv 2402.14800, section 3.2), without running a layer once a subset.
+"""Search: the subset of every layer's experts whose output is nearest to that of all of them (arXiv 2402.14800, section
+3.2), or whose difference from it matters least to what the model predicts, without running a layer once a subset.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import (
     MoeBlock,
     decoder_layers,
+    device_of,
     layer_numbers,
     model_type_of,
     moe_blocks,
@@ -29,10 +31,12 @@ from moe_ext.models.wrapped import unwrapped
 from moe_ext.reconstruction.budgets import share_out
 from moe_ext.reconstruction.layer_search import LayerSearch, RouterMasks
 from moe_ext.reconstruction.progress import SearchProgress
-from moe_ext.reconstruction.request import Budget, Method, SearchRequest
+from moe_ext.reconstruction.request import Budget, Loss, Method, SearchRequest
 from moe_ext.reconstruction.result import LayerLosses, SearchResult
+from moe_ext.runtime.backward_walk import OutputGradients
 from moe_ext.runtime.batches import check_batch
-from moe_ext.runtime.hidden_states import FolderOptions, waiting_states
+from moe_ext.runtime.head_gradients import LabelKind, Labels, check_head
+from moe_ext.runtime.hidden_states import MEMORY, FolderOptions, room_for_all, waiting_states
 from moe_ext.runtime.layer_walk import LayerInputs
 from moe_ext.runtime.patching import active_thresholds, patched
 from moe_ext.runtime.processes import place_among, share_of
@@ -47,8 +51,11 @@ def search(
     *,
     keep: int | Sequence[int] | None = None,
     ratio: float | None = None,
+    loss: Loss = "reconstruction",
+    labels: LabelKind | None = None,
+    seed: int | None = None,
     method: Method = "layerwise",
-    budget: Budget = "layer",
+    budget: Budget | None = None,
     skip: Tensor | Literal["config"] | None = None,
     max_subsets: int = 50_000,
     resume: str | os.PathLike[str] | None = None,
@@ -61,13 +68,20 @@ def search(
     read_ahead: bool | None = None,
     trust_remote_code: bool | None = None,
 ) -> SearchResult:
-    """The experts to keep by reconstruction loss (arXiv 2402.14800, section 3.2).
+    """The experts to keep by reconstruction loss (arXiv 2402.14800, section 3.2), or by what the model loses.
 
-    The loss of keeping subset R in a layer is ``||F(x) - F_R(x)||_F``, F_R routing with the other experts' logits at
-    minus infinity; the norm is taken of each calibration batch and summed over them, as the paper's published code
-    does. It is computed in float64 from the Gram matrices of the experts' outputs, as the model's dtype rounds them:
-    all experts run once over all tokens, and nothing runs once a subset. Equal losses: the lexicographically first set
-    of dropped experts.
+    The reconstruction loss of keeping subset R in a layer is ``||F(x) - F_R(x)||_F``, F_R routing with the other
+    experts' logits at minus infinity; the norm is taken of each calibration batch and summed over them, as the paper's
+    published code does. It is computed in float64 from the Gram matrices of the experts' outputs, as the model's dtype
+    rounds them: all experts run once over all tokens, and nothing runs once a subset. Equal losses: the
+    lexicographically first set of dropped experts.
+
+    With ``loss="fisher"`` it is ``1/2 mean_t (sum_e (w_R[t, e] - w[t, e]) a_t[e])^2``, with ``a_t[e] = <dL/dy_t,
+    f_e(x_t)>``, w and w_R the routing weights of all experts and of R, y the experts' combined output and L the
+    cross-entropy summed over tokens: to second order the nats a token by which the model's predictions move (the Fisher
+    metric; what happens to different tokens is taken as independent). One forward and one backward pass, through
+    transformers' differentiable path, one decoder layer at a time; the hidden states before every layer wait in
+    between. Only on the CPU.
 
     Memory beside the model: some hundred megabytes, whatever the number of tokens; hidden states, and for greedily
     searched layers a token's products, that need more lie in a temporary file. From a checkpoint folder, hidden states
@@ -82,20 +96,29 @@ def search(
         keep: experts that every layer keeps, K to E; or a list of one number for each layer. Exactly one of ``keep``
             and ``ratio`` is given.
         ratio: share of the experts removed, in [0, 1): ``floor(ratio * E + 0.5)`` of every layer.
+        loss: "reconstruction", or "fisher".
+        labels: of the cross-entropy, for "fisher": "model" (default): sampled from the model's own distribution, once.
+            "text": the next token of the text (the empirical Fisher metric). "kl": as "model" with random signs in the
+            place of samples, an estimate of the same curvature.
+        seed: of what is sampled, for "fisher"; 0 if absent.
         method: "layerwise": every layer is judged on what the unpruned model gives it. "progressive": layers in order,
             each judged on what the already pruned layers before it give it, against its own output with all experts.
             Both evaluate every subset, up to ``max_subsets`` of them in a layer. "greedy": as layerwise, but a layer
             drops one expert after the other, and the set is refined by swaps of two: a heuristic, for layers with many
             experts. ``SearchResult.losses[layer].is_exact`` says which it was.
-        budget: "layer": every layer keeps its number. "model": the layers keep as many in all, shared out by how the
-            loss of each grows (greedily on the lower convex hulls of the layers' losses), K at least in each. Not with
-            "progressive", whose layers are judged one after the other: pass its ``keep`` the numbers found layerwise.
+        budget: "layer": every layer keeps its number (for "reconstruction" by default). "model" (for "fisher"): the
+            layers keep as many in all, K at least in each, shared out so that the sum of their losses is the least that
+            there is. Reconstruction losses are then squared errors, ``||F(x) - F_R(x)||^2`` summed over all tokens:
+            norms of different layers do not add up. Not with "progressive", whose layers are judged one after the
+            other: pass its ``keep`` the numbers found layerwise. With "fisher" subsets of all sizes are evaluated in
+            either case, so that ``SearchResult.predicted`` can say what the other would cost.
         skip: (L, K - 1) skip thresholds, to judge layers that are pruned and also skip; "config": those that the
             model's config holds; None: no skipping. In "progressive" the layers before skip, too.
         max_subsets: subsets of one size up to which all of them are evaluated; a layer with more is searched greedily.
         resume: a safetensors file that every finished layer is added to. If it is there already, from a search that was
             interrupted, its layers are not searched again; the result is the same. The decoder layers before the next
-            one run again, unless a checkpoint folder's hidden states lie in a ``scratch`` folder.
+            one run again, unless a checkpoint folder's hidden states lie in a ``scratch`` folder; with "fisher" both
+            passes run again.
         progress: whether to show a progress bar, with the layer and the lowest loss so far.
         dataset: a label for the text, kept in the plan.
         distributed: whether the batches are shared among the processes of torch.distributed's default group, every
@@ -118,7 +141,7 @@ def search(
     """
     in_folder = {"dtype": dtype, "device": device, "scratch": scratch, "read_ahead": read_ahead}
     in_folder["trust_remote_code"] = trust_remote_code
-    request = SearchRequest(keep, ratio, method, budget, skip, max_subsets, dataset)
+    request = SearchRequest(keep, ratio, method, budget, skip, max_subsets, dataset, loss, labels, seed)
     if not isinstance(model, str | os.PathLike):
         FolderOptions.refuse(**in_folder)
         inside: PreTrainedModel = unwrapped(model)
@@ -146,16 +169,29 @@ def _search(
     layout = layout_of(model, blocks)
     counts = request.counts(len(blocks), layout.num_experts, layout.top_k)
     thresholds = request.thresholds(model, layer_numbers(blocks), layout.top_k)
+    if request.loss == "fisher":
+        _check_gradients(model, blocks, on_disk)
     listed, counted, tokens = _listed(batches, model)
     asked = request.as_json(counts, thresholds, tokens)
     text, of_model = text_digest(listed), _digest_of_model(model, blocks, on_disk)
+    numbers = list(range(len(listed)))
     if distributed:
         check_same_job(listed, model, on_disk, {name: asked[name] for name in asked if name != "tokens"})
-        listed, counted = list(share_of(listed)), list(share_of(counted))
-    layers = LayerSearch(blocks, counts, request, thresholds, distributed)
+        listed, counted, numbers = list(share_of(listed)), list(share_of(counted)), list(share_of(numbers))
+    layers = LayerSearch(blocks, counts, request, thresholds, distributed, tokens)
     record = SearchProgress(resume, {**asked, "model": of_model, "text": text}, distributed)
     found = record.layers
     left = [layer for layer in range(len(blocks)) if layer not in found]
+    if request.loss == "fisher":
+        if left:
+            walk = _backwards(model, blocks, listed, counted, request.drawn, numbers, on_disk, scratch, progress)
+            with walk as (inputs, bar):
+                for layer in reversed(left):
+                    found[layer] = layers.search(layer, inputs, counted, bar)
+                    record.write()
+        result = _chosen(tuple(found[layer] for layer in range(len(blocks))), layout, counts, asked)
+        record.finish(result.plan)
+        return result
     states, position = None, 0
     if on_disk is not None:
         _, _, of_block = decoder_layers(model, blocks)
@@ -206,16 +242,21 @@ def _listed(
 
 def _chosen(losses: tuple[LayerLosses, ...], layout: Layout, counts: list[int], asked: dict[str, Any]) -> SearchResult:
     """The best subset of every layer's losses; a model's budget is shared out first."""
-    if asked["budget"] == "model":
+    predicted: dict[str, float] = {}
+    if asked["measure"] != "norms":  # subsets of all sizes were evaluated
         sizes = range(layout.num_experts, layout.top_k - 1, -1)
         curves = [[layer.best(size)[1] for size in sizes] for layer in losses]
-        counts = share_out(curves, sum(counts), layout.num_experts)
+        shares = {"layer": counts, "model": share_out(curves, sum(counts), layout.num_experts)}
+        for budget, each in shares.items():
+            predicted[budget] = sum(layer.best(count)[1] for layer, count in zip(losses, each, strict=True))
+        counts = shares[asked["budget"]]
     chosen = [layer.best(count) for layer, count in zip(losses, counts, strict=True)]
     made_by = {
-        "criterion": f"reconstruction loss, {asked['method']}",
+        "criterion": f"{'Fisher' if asked['loss'] == 'fisher' else 'reconstruction'} loss, {asked['method']}",
         **asked,
         "losses": [loss for _, loss in chosen],
         "exact": [layer.is_exact(count) for layer, count in zip(losses, counts, strict=True)],
+        **({"predicted": predicted} if predicted else {}),
         "moe_ext": __version__,
     }
     return SearchResult(PruningPlan.of(layout, tuple(kept for kept, _ in chosen), made_by), losses)
@@ -235,6 +276,52 @@ def _check_model(model: PreTrainedModel, blocks: list[MoeBlock]) -> None:
             )
     if len({(block.num_experts, block.top_k) for block in blocks}) > 1:
         raise ValueError("the model's layers have different numbers of experts; search takes the same in every layer")
+
+
+def _check_gradients(model: PreTrainedModel, blocks: list[MoeBlock], on_disk: LayersOnDisk | None) -> None:
+    """ValueError, naming the layer, for a model whose gradients cannot be taken and projected."""
+    check_head(model)
+    for block in blocks:
+        device = device_of(block.experts, next(block.experts.parameters()))
+        if device.type != "cpu":
+            raise ValueError(f"loss: 'fisher' has no kernels for {device}, where {block.name} is; expected the CPU")
+    if on_disk is not None:
+        on_disk.load_head()
+
+
+@contextmanager
+def _backwards(
+    model: PreTrainedModel,
+    blocks: list[MoeBlock],
+    batches: Sequence[Mapping[str, Tensor]],
+    counted: Sequence[Tensor | None],
+    labels: Labels,
+    numbers: Sequence[int],
+    on_disk: LayersOnDisk | None,
+    scratch: str | os.PathLike[str] | None,
+    progress: bool,
+) -> Iterator[tuple[OutputGradients, Any]]:
+    """The walk through a model's layers and back, and the bar that shows where it is."""
+    memory = MEMORY
+    if on_disk is not None:
+        memory = room_for_all(on_disk, batches, scratch, show=progress)
+    with (
+        tqdm(desc="search", unit="batch", disable=not progress) as bar,
+        torch.no_grad(),
+        patched(model, blocks),
+    ):
+
+        def ran(what: str) -> None:
+            if what != "backward":
+                bar.set_description(what)
+            bar.update()
+
+        need = None if on_disk is None else on_disk.need
+        with OutputGradients(
+            model, blocks, batches, counted, labels, numbers=numbers, memory=memory, folder=scratch, need=need, ran=ran
+        ) as walk:
+            bar.reset(walk.passes() + len(blocks) * len(batches))
+            yield walk, bar
 
 
 def _digest_of_model(model: PreTrainedModel, blocks: Sequence[MoeBlock], on_disk: LayersOnDisk | None) -> str:

@@ -349,8 +349,11 @@ def _search(search: SearchResult) -> Section:
         rows.append((name, removed, f"{loss:.4g}", f"{how} {len(curve)}", f"{curve[len(curve) // 2]:.2f}"))
     widest = max(range(len(curves)), key=lambda layer: curves[layer][-1])
     return Section(
-        "Reconstruction search",
-        "A subset's loss is how far the layer's output moves when only these experts are kept.",
+        "Reconstruction search" if search.measure != "nats" else "Search by what the model loses",
+        "A subset's loss is how far the layer's output moves when only these experts are kept."
+        if search.measure != "nats"
+        else "A subset's loss is what the model's predictions are expected to lose when only these experts are kept, "
+        "in nats a token.",
         [
             Picture(
                 "search-losses",

@@ -296,6 +296,37 @@ def waiting_states(
     return mapped, position
 
 
+def room_for_all(
+    layers: LayersOnDisk,
+    batches: Sequence[Mapping[str, Tensor]],
+    scratch: str | os.PathLike[str] | None,
+    *,
+    show: bool,
+) -> int:
+    """Bytes of memory for a run that keeps every batch's hidden states before all layers: enough, or with a scratch
+    folder what does no harm, the rest in an unnamed file there.
+
+    Args:
+        show: whether to say how much room they take.
+
+    Raises:
+        MemoryError, OSError: as :func:`waiting_states`.
+    """
+    needed = (layers.num_layers + 1) * sum(_sizes(layers, batches))
+    size = f"hidden states of {len(batches)} batches, of all layers: {needed / 1e9:.2f} GB"
+    if scratch is None:
+        _check_memory(needed)
+        where, memory = "in memory", needed
+    else:
+        if not Path(scratch).is_dir():
+            raise FileNotFoundError(f"scratch: the folder {scratch} does not exist")
+        _check_disk(Path(scratch), "moe_ext", needed)
+        where, memory = f"in {scratch}", min(MEMORY, needed)
+    if show:
+        tqdm.write(f"{size} {where}", file=sys.stderr)
+    return memory
+
+
 def _check_memory(needed: int) -> None:
     available = psutil.virtual_memory().available
     if needed > available:

@@ -119,12 +119,12 @@ class LayerInputs:
             return forward
 
         batch = 0
-        with self._alone(self._position) as replace:
+        with alone(self._layers, self._position, self._need) as replace:
             replace(layer, through)
             for batch, inputs in enumerate(self._batches[:batches]):
                 if before is not None:
                     before(batch)
-                self._run(inputs)
+                run_base(self._model, inputs)
 
     def observe(self, block: int, seen: Seen) -> None:
         """Calls ``seen`` for every batch with what the router of an MoE layer sees, given what the layers before it
@@ -147,7 +147,7 @@ class LayerInputs:
             routed += 1
             seen(batch, args[0].reshape(-1, args[0].shape[-1]), output[0])
 
-        with self._alone(target) as replace:
+        with alone(self._layers, target, self._need) as replace:
             replace(self._layers[target], enter)
             replace(
                 experts, lambda _: lambda hidden, *args, **kwargs: torch.zeros_like(hidden)
@@ -155,7 +155,7 @@ class LayerInputs:
             handle = router.register_forward_hook(look)
             try:
                 for batch, inputs in enumerate(self._batches):  # noqa: B007  the closures read it
-                    self._run(inputs)
+                    run_base(self._model, inputs)
             finally:
                 handle.remove()
         if routed != len(self._batches):
@@ -167,21 +167,32 @@ class LayerInputs:
         """What the layer at the position is given: before the first one it is what the model computes."""
         return hidden if self._position == 0 else self._states.read(batch).to(hidden.device)
 
-    @contextmanager
-    def _alone(self, index: int) -> Iterator[Callable[[nn.Module, Callable[[Callable[..., Any]], Any]], None]]:
-        """Every decoder layer but one passes its input on."""
-        if self._need is not None:
-            self._need(index)
-        with _forwards() as replace:
-            for other, layer in enumerate(self._layers):
-                if other != index:
-                    replace(layer, lambda _: _pass_on)
-            yield replace
 
-    def _run(self, inputs: Mapping[str, Tensor]) -> None:
-        on_device = {name: tensor.to(input_device(self._model)) for name, tensor in inputs.items()}
-        self._model.base_model(**on_device, use_cache=False)
-        _give_back_holes()
+@contextmanager
+def alone(
+    layers: Sequence[nn.Module], index: int, need: Callable[[int], None] | None
+) -> Iterator[Callable[[nn.Module, Callable[[Callable[..., Any]], Any]], None]]:
+    """Every decoder layer but one passes its input on. Yields a function that puts something around a module's forward;
+    all is as it was on the way out.
+
+    Args:
+        need: called with the index before anything is replaced.
+    """
+    if need is not None:
+        need(index)
+    with replaced_forwards() as replace:
+        for other, layer in enumerate(layers):
+            if other != index:
+                replace(layer, lambda _: _pass_on)
+        yield replace
+
+
+def run_base(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Any:
+    """What the model without its head returns for a batch."""
+    on_device = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
+    output = model.base_model(**on_device, use_cache=False)
+    _give_back_holes()
+    return output
 
 
 def _give_back_holes() -> None:
@@ -196,7 +207,7 @@ def _pass_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 @contextmanager
-def _forwards() -> Iterator[Callable[[nn.Module, Callable[[Callable[..., Any]], Callable[..., Any]]], None]]:
+def replaced_forwards() -> Iterator[Callable[[nn.Module, Callable[[Callable[..., Any]], Callable[..., Any]]], None]]:
     """Yields a function that puts something around a module's forward; all of them come off again on the way out."""
     before: list[tuple[nn.Module, Callable[..., Any] | None]] = []
 

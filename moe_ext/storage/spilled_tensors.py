@@ -6,6 +6,7 @@ removes it when the process ends, however it ends. It is in Python's temporary f
 
 from __future__ import annotations
 
+import os
 import tempfile
 from io import FileIO
 from typing import Any, NamedTuple
@@ -29,10 +30,11 @@ class SpillingList:
 
     Args:
         memory: bytes of tensors that are kept in memory; those appended beyond that go to the file.
+        folder: an existing one for the file; Python's temporary folder if absent.
     """
 
-    def __init__(self, memory: int) -> None:
-        self._memory = memory
+    def __init__(self, memory: int, folder: str | os.PathLike[str] | None = None) -> None:
+        self._memory, self._folder = memory, folder
         # One block for all: many that live long between the short-lived ones of a model would fragment the heap.
         self._block: Tensor | None = None
         self._used = 0
@@ -53,7 +55,7 @@ class SpillingList:
             self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
             return
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="moe_ext-", buffering=0)  # noqa: SIM115  closed by close()
+            self._file = tempfile.TemporaryFile(prefix="moe_ext-", dir=self._folder, buffering=0)  # noqa: SIM115  closed by close()
         offset = self._file.seek(0, 2)
         self._entries.append(_InFile(offset, tensor.shape, tensor.dtype))
         self._write(offset, tensor)
@@ -97,8 +99,8 @@ class SpillingList:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"a temporary file of {tempfile.gettempdir()} could not be written: {error.strerror}; "
-                "TMPDIR may name another folder",
+                f"a temporary file of {self._folder or tempfile.gettempdir()} could not be written: {error.strerror}"
+                + ("; TMPDIR may name another folder" if self._folder is None else ""),
             ) from error
 
     def close(self) -> None:

@@ -147,6 +147,32 @@ def test_search_writes_the_plan_that_the_library_finds(text: Path, tmp_path: Pat
     assert pruned["parameters"] < pruned["parameters_before"]
 
 
+def test_search_by_fisher_loss_says_what_equal_counts_cost(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.json"
+    domain = str(text / "python.txt")
+    arguments = ("search", MODEL, "--text", domain, "--keep", "6", "--window", "128", "--loss", "fisher")
+    assert inside(*arguments, "--seed", "3", "--out", str(plan)) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    model, tokenizer = load_checkpoint(DEMO_MODEL)
+    batches = token_batches(read_domains([Path(domain)]), tokenizer, window=128)
+    expected = moe_ext.search(model, batches, keep=6, loss="fisher", seed=3, progress=False)
+    assert PruningPlan.load(plan).keep == expected.plan.keep
+    assert f"predicted to cost {expected.predicted():.4g} nats a token; " in printed
+    assert f"{expected.predicted([6] * 4):.4g} with the same number in every layer (--equal)" in printed
+    equal = moe_json(*arguments, "--seed", "3", "--equal", "--out", tmp_path / "equal.json")
+    assert [len(layer["keep"]) for layer in equal["layers"].values()] == [6] * 4
+    assert (equal["measure"], equal["predicted"]) == ("nats", expected.plan.made_by["predicted"])
+    for wrong, message in (
+        (("--equal", "--budget", "model"), "--equal is --budget layer"),
+        (("--loss", "reconstruction", "--labels", "kl"), "--labels goes with --loss fisher"),
+    ):
+        assert inside(*arguments, *wrong, "--out", str(tmp_path / "no.json")) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "no.json").exists()
+
+
 def test_search_goes_on_from_its_losses_file(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

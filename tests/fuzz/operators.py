@@ -169,7 +169,8 @@ def calls(draw: st.DrawFn) -> tuple[Callable[..., Any], Arguments]:
     """An operator and arguments that it takes."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     operators: list[Callable[..., Any]] = [
-        ops.route, ops.experts, ops.experts_observed, ops.expert_gram, ops.subset_errors
+        ops.route, ops.experts, ops.experts_observed, ops.expert_gram,
+        ops.expert_projection, ops.subset_errors,
     ]  # fmt: skip
     operator = draw(st.sampled_from(operators))
     tokens, num_experts = draw(st.integers(1, 4)), draw(st.integers(1, 4))
@@ -198,7 +199,9 @@ def calls(draw: st.DrawFn) -> tuple[Callable[..., Any], Arguments]:
     hidden, intermediate = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     case = experts_case(tokens, num_experts, top_k, hidden, intermediate, dtype=dtype)
     arguments: Arguments = {"x": case.x, "gate_up": case.gate_up, "down": case.down}
-    if operator is not ops.expert_gram:
+    if operator is ops.expert_projection:
+        arguments["g"] = torch.randn(tokens, hidden, generator=generator)
+    elif operator is not ops.expert_gram:
         arguments |= {"experts": case.experts, "weights": case.weights}
     arguments["activation"] = draw(st.sampled_from(ACTIVATIONS))
     if operator is ops.experts_observed:

@@ -1,4 +1,4 @@
-// gram and subset_errors against double-precision brute force, for every instruction set that runs here.
+// gram, projection and subset_errors against double-precision brute force, for every instruction set that runs here.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -12,6 +12,7 @@
 
 using namespace setting;
 using moe_ext::GramParams;
+using moe_ext::ProjectionParams;
 using moe_ext::SubsetsParams;
 
 namespace {
@@ -26,7 +27,8 @@ struct Layer {
         random(static_cast<uint32_t>(tokens * 7919 + num_experts * 613 + hidden)),
         x(random.array(dtype, tokens * hidden, 2.0f)),
         gate_up(random.array(dtype, num_experts * 2 * intermediate * hidden, 2.0f / std::sqrt(float(hidden)))),
-        down(random.array(dtype, num_experts * hidden * intermediate, 2.0f / std::sqrt(float(intermediate)))) {}
+        down(random.array(dtype, num_experts * hidden * intermediate, 2.0f / std::sqrt(float(intermediate)))),
+        g(random.array(DType::kFloat32, tokens * hidden, 1.0f)) {}
 
   // f_e(x[t, :]), not rounded to the dtype.
   std::vector<double> output(int64_t e, int64_t t) const {
@@ -54,10 +56,21 @@ struct Layer {
     return out;
   }
 
+  std::vector<double> projection(const moe_ext::Threads& threads) const {
+    std::vector<double> out(tokens * num_experts, std::nan(""));
+    const ProjectionParams p{{x.data(), gate_up.data(), down.data(), tokens, num_experts, hidden, intermediate, dtype,
+                              moe_ext::Activation::kSilu},
+                             g.data(),
+                             out.data(),
+                             DType::kFloat32};
+    moe_ext::cpu::projection(p, threads);
+    return out;
+  }
+
   int64_t tokens, num_experts, hidden, intermediate;
   DType dtype;
   Random random;
-  Array x, gate_up, down;
+  Array x, gate_up, down, g;
 };
 
 double dot(const std::vector<double>& a, const std::vector<double>& b) {
@@ -82,6 +95,22 @@ void check_gram(const Layer& layer, const std::vector<double>& got, const char* 
               " at token ", t, ", experts ", i, " and ", j);
         CHECK(value == got[(t * experts + j) * experts + i], isa, ": not symmetric at token ", t);
       }
+    }
+  }
+}
+
+void check_projection(const Layer& layer, const std::vector<double>& got, const char* isa) {
+  // Outputs err by some (H + I) float32 roundings of their norm's size; with AVX-512 BF16, h is rounded to bfloat16.
+  const double relative = 2.5 * (layer.dtype == DType::kBFloat16 ? 0x1p-8 : 0.0) +
+                          16.0 * static_cast<double>(layer.hidden + layer.intermediate) * 0x1p-24;
+  for (int64_t t = 0; t < layer.tokens; ++t) {
+    std::vector<double> g(layer.hidden);
+    for (int64_t i = 0; i < layer.hidden; ++i) g[i] = layer.g[t * layer.hidden + i];
+    for (int64_t e = 0; e < layer.num_experts; ++e) {
+      const std::vector<double> y = layer.output(e, t);
+      const double value = got[t * layer.num_experts + e], expected = dot(y, g);
+      CHECK(std::abs(value - expected) <= relative * std::sqrt(dot(y, y) * dot(g, g)), isa, " ", name_of(layer.dtype),
+            ": ", value, " is not ", expected, " at token ", t, ", expert ", e);
     }
   }
 }
@@ -183,6 +212,22 @@ TEST("Gram matrices have the same bits on any number of threads") {
 }
 
 TEST("no token has no Gram matrix") { CHECK(Layer(0, 3, 8, 8, DType::kFloat32).gram(serial()).empty(), "a value"); }
+
+TEST("projections equal double-precision brute force, with the same bits on any number of threads") {
+  with_every_isa([](const char* isa) {
+    for (const DType dtype : kDTypes) {
+      for (const auto& [tokens, experts, hidden, intermediate] :
+           std::vector<std::array<int64_t, 4>>{{0, 3, 8, 8}, {1, 1, 1, 1}, {3, 2, 17, 5}, {37, 7, 75, 43}}) {
+        const Layer layer(tokens, experts, hidden, intermediate, dtype);
+        const std::vector<double> expected = layer.projection(serial());
+        check_projection(layer, expected, isa);
+        for (const moe_ext::Threads& threads : {serial(3), std_threads(2), std_threads(5)}) {
+          CHECK(layer.projection(threads) == expected, isa, ": other bits");
+        }
+      }
+    }
+  });
+}
 
 TEST("subset errors equal brute force and have the same bits on any number of threads") {
   constexpr int64_t kExperts = 6, kDepth = 5, kTopK = 3, kSubsets = 22;  // all that drop two or fewer

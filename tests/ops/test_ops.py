@@ -555,6 +555,7 @@ def differentiated(namespace: Any) -> list[tuple[str, Callable[[torch.Tensor], A
             down,
         ),
         ("expert_gram", lambda x: namespace.expert_gram(x, gate_up, down, activation), x),
+        ("expert_projection", lambda g: namespace.expert_projection(x, gate_up, down, g, activation), x),
         ("subset_errors", lambda distances: namespace.subset_errors(distances, ranks, scores, keep, 1), distances),
     ]
 
@@ -623,6 +624,7 @@ def test_meta_tensors_and_others_do_not_mix(inputs: str) -> None:
         (ops.experts, (x, gate_up, down, experts, weights, activation)),
         (ops.experts_observed, (x, gate_up, down, experts, weights, activation, moments, counted)),
         (ops.expert_gram, (x, gate_up, down, activation)),
+        (ops.expert_projection, (x, gate_up, down, x, activation)),
         (ops.subset_errors, (scores, ranks, scores, keep, 2, torch.ones(1))),
     ]
     for operator, arguments in calls:

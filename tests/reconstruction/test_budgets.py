@@ -6,37 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_ext.reconstruction.budgets import counts_per_layer, hull_slopes, share_out
+from moe_ext.reconstruction.budgets import counts_per_layer, share_out
 
 LOSSES = st.floats(0, 100, allow_nan=False).map(lambda loss: round(loss, 3))
 
 
-@given(curve=st.lists(LOSSES, min_size=1, max_size=8))
-def test_the_hull_is_the_highest_convex_curve_below_the_points(curve: list[float]) -> None:
-    slopes = hull_slopes(curve)
-    assert len(slopes) == len(curve) - 1
-    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(slopes))
-    hull = list(itertools.accumulate(slopes, initial=curve[0]))
-    assert all(height <= value + 1e-9 for height, value in zip(hull, curve, strict=True))
-    # Every point of a lower hull is on a line between two of the given points, or is one.
-    for point, height in enumerate(hull):
-        lines = [
-            curve[a] + (curve[b] - curve[a]) * (point - a) / (b - a)
-            for a, b in itertools.combinations(range(len(curve)), 2)
-            if a <= point <= b
-        ]
-        assert height == pytest.approx(min([curve[point], *lines]), abs=1e-9)
-
-
-@given(data=st.data(), layers=st.integers(1, 4), droppable=st.integers(0, 4))
-def test_sharing_out_convex_losses_is_optimal(data: st.DataObject, layers: int, droppable: int) -> None:
-    # Convex: losses whose differences rise.
-    curves = [
-        list(
-            itertools.accumulate(sorted(data.draw(st.lists(LOSSES, min_size=droppable, max_size=droppable))), initial=0)
-        )
-        for _ in range(layers)
-    ]
+@given(data=st.data(), layers=st.integers(1, 4), droppable=st.integers(0, 5), rising=st.booleans())
+def test_the_shares_have_the_least_loss_of_all(data: st.DataObject, layers: int, droppable: int, rising: bool) -> None:
+    drawn = st.lists(LOSSES, min_size=droppable + 1, max_size=droppable + 1)
+    curves = [data.draw(drawn.map(sorted) if rising else drawn) for _ in range(layers)]
     num_experts = droppable + 2
     total = data.draw(st.integers(2 * layers, num_experts * layers))
     counts = share_out(curves, total, num_experts)
@@ -50,12 +28,25 @@ def test_sharing_out_convex_losses_is_optimal(data: st.DataObject, layers: int, 
     assert loss_of(tuple(counts)) == pytest.approx(min(map(loss_of, possible)), abs=1e-9)
 
 
-def test_equal_marginal_losses_drop_in_the_earlier_layer_first() -> None:
+def test_equal_losses_drop_in_the_earlier_layer() -> None:
     assert share_out([[0, 1, 2], [0, 1, 2]], 6, 4) == [2, 4]
+    assert share_out([[0, 0.1, 0.2, 0.3]] * 3, 7, 4) == [1, 2, 4]  # 0.1 + 0.2 is not 0.3 to the last bit
+
+
+def test_a_dear_step_between_cheap_ones_is_not_split() -> None:
+    # The hull of the first layer is below its points: a greedy choice along it would drop one expert there, for 5.
+    assert share_out([[0, 5, 6], [0, 4, 9]], 7, 4) == [4, 3]
+    assert share_out([[0, 5, 6], [0, 4, 9]], 6, 4) == [2, 4]
+
+
+def test_layers_with_many_experts_are_shared_out_exactly_too() -> None:
+    curves = [[float(scale * dropped**2) for dropped in range(121)] for scale in (1, 4, 2)]
+    counts = share_out(curves, 3 * 128 - 70, 128)
+    assert [128 - count for count in counts] == [40, 10, 20]  # where the last steps cost the same
 
 
 def test_a_step_that_only_pays_with_the_next_one_is_taken() -> None:
-    # Dropping two of the second layer costs 3, two of the first 4: the hull sees beyond the dear first step.
+    # Dropping two of the second layer costs 3, two of the first 4.
     assert share_out([[0, 2, 4], [0, 2.9, 3]], 6, 4) == [4, 2]
 
 

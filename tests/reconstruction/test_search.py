@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import MixtralForCausalLM
 
@@ -386,9 +388,30 @@ def test_a_models_budget_is_shared_out_by_loss(tiny_mixtral: MixtralFactory, met
     kept = [len(experts) for experts in result.plan.keep]
     assert sum(kept) == 15
     assert kept[1] == 2
-    even = search(model, padded_batches(), keep=5, method=method)
-    assert sum(result.layer_losses()) < sum(even.layer_losses())
+    assert sum(result.layer_losses()) < sum(layer.best(5)[1] for layer in result.losses)
     assert result.losses[0].sizes() == [8, 7, 6, 5, 4, 3, 2]
+
+
+def test_a_models_budget_goes_by_squared_errors_and_is_the_best_of_all_shares(tiny_mixtral: MixtralFactory) -> None:
+    model, batches = tiny_mixtral(num_hidden_layers=2), padded_batches()
+    result = search(model, batches, keep=5, budget="model")
+    assert result.measure == "squares"
+    assert search(model, batches, keep=5).measure == "norms"
+    reference = eager(tiny_mixtral(num_hidden_layers=2))
+    curves = []
+    for layer, block in enumerate(reference.model.layers):
+        inputs = [torch.cat(inputs_of(reference, layer, batches))]  # one norm over all tokens is the root of the sum
+        squares = [
+            {kept: norm**2 for kept, norm in brute_force_losses(block.mlp, inputs, size).items()}
+            for size in range(9)
+            if size >= 2
+        ]
+        curves.append([min(of_size.values()) for of_size in squares])
+        kept = result.plan.keep[layer]
+        assert_equals(result.losses[layer], kept, squares[len(kept) - 2])
+    shares = {a: curves[0][a - 2] + curves[1][10 - a - 2] for a in range(2, 9)}
+    assert len(result.plan.keep[0]) == min(shares, key=shares.__getitem__)
+    assert sum(result.layer_losses()) == pytest.approx(min(shares.values()), rel=TOLERANCE)
 
 
 # ---- resuming
@@ -451,6 +474,7 @@ def test_an_interrupted_search_goes_on_to_the_same_result(
     ("change", "differing"),
     [
         ({"keep": 6}, "keep"),
+        ({"budget": "model"}, "budget, measure"),
         ({"method": "greedy"}, "method"),
         ({"batches": [{"input_ids": random_tokens(1, 5)}]}, "tokens, text"),
         ({"seed": 1}, "model"),
@@ -501,6 +525,37 @@ def test_a_result_comes_back_from_its_file(tiny_mixtral: MixtralFactory, tmp_pat
         assert layer["exact"] is True
     with pytest.raises(ValueError, match=r"path: expected a name that ends in \.safetensors or \.json"):
         result.save(tmp_path / "search.txt")
+
+
+def as_version_1(path: Path) -> None:
+    """A search's file as it was before losses had a measure."""
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    asked, plan = json.loads(metadata["search"]), json.loads(metadata["plan"])
+    del asked["measure"], plan["made_by"]["measure"]
+    changed = {"format_version": "1", "search": json.dumps(asked), "plan": json.dumps(plan)}
+    save_file(tensors, path, {**metadata, **changed})
+
+
+def test_files_of_the_first_version_are_read_and_gone_on_with(tiny_mixtral: MixtralFactory, tmp_path: Path) -> None:
+    path = tmp_path / "search.safetensors"
+    result = search(tiny_mixtral(), padded_batches(), keep=6, resume=path)
+    as_version_1(path)
+    loaded = SearchResult.load(path)
+    assert loaded.measure == "norms"
+    assert loaded.plan.keep == result.plan.keep
+    assert loaded.layer_losses() == result.layer_losses()
+    assert search(tiny_mixtral(), padded_batches(), keep=6, resume=path).plan == result.plan
+    search(tiny_mixtral(), padded_batches(), keep=6, budget="model", resume=tmp_path / "model.safetensors")
+    as_version_1(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"is of another search \(measure differ\)"):  # whose losses were norms
+        search(tiny_mixtral(), padded_batches(), keep=6, budget="model", resume=tmp_path / "model.safetensors")
+
+
+def test_a_measure_that_is_not_known_is_refused(tiny_mixtral: MixtralFactory) -> None:
+    text = search(tiny_mixtral(), padded_batches(), keep=6).to_json().replace('"norms"', '"inches"')
+    with pytest.raises(SearchFileError, match="made_by: measure: expected one of norms, squares, got 'inches'"):
+        SearchResult.from_json(text)
 
 
 def test_a_truncated_result_is_refused(tiny_mixtral: MixtralFactory, tmp_path: Path) -> None:

@@ -341,7 +341,7 @@ def test_a_searchs_json_reads_back(tmp_path: Path) -> None:
         ((']], "losses": [', ']], "losses": [true, '), "losses: expected a JSON list of numbers"),
         (('{"name": "model', '{"name": "other'), "layers: have other names than those of the plan"),
         ((']], "losses": [', ']], "losses": [-'), "expected finite values >= 0"),
-        (('"format_version": 1', '"format_version": 2'), "format version 2"),
+        (('"format_version": 2', '"format_version": 3'), "format version 3"),
     ],
 )
 def test_a_searchs_json_that_is_not_valid_is_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:

@@ -194,6 +194,7 @@ def test_a_process_without_a_batch_takes_part(folder: bool, tmp_path: Path) -> N
         {"method": "layerwise", "budget": "model"},
         {"method": "progressive", "skip": torch.full((3, 1), 0.5)},
         {"method": "greedy"},
+        {"loss": "fisher"},
     ],
 )
 @pytest.mark.parametrize("folder", [False, True])

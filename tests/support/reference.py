@@ -203,6 +203,18 @@ def gram_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None) -> t
     return gram, cross + cross.transpose(1, 2) + torch.einsum("tih,tjh->tij", error, error)
 
 
+def projection_reference(case: ExpertsCase, g: Tensor, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
+    """Projections (T, E) of all experts' outputs on g (T, H), and how far an :class:`Arithmetic` can take them away."""
+    tokens, num_experts = case.x.shape[0], case.down.shape[0]
+    values, bounds = [], []
+    for expert in range(num_experts):
+        alone = replace(case, experts=torch.full((tokens, 1), expert), weights=torch.ones(tokens, 1))
+        expected = experts_reference(alone, arithmetic)
+        values.append((expected.out * g.double()).sum(1))
+        bounds.append((expected.bound * g.double().abs()).sum(1))
+    return torch.stack(values, dim=1), torch.stack(bounds, dim=1)
+
+
 def assert_within(got: Tensor, expected: Tensor, bound: Tensor) -> None:
     """|got - expected| <= bound and one rounding to got's dtype, element by element."""
     allowed = bound + ROUNDING[got.dtype] * (expected.abs() + bound) + SMALLEST[got.dtype]

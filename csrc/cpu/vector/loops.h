@@ -1,5 +1,5 @@
-// The hot loops of the experts and gram operators, compiled once per instruction set and reached through a table. All
-// that the rest of csrc/cpu includes of this folder.
+// The hot loops of the experts, gram and projection operators, compiled once per instruction set and reached through a
+// table. All that the rest of csrc/cpu includes of this folder.
 //
 // All products are dot products of an activation row and a weight row, both contiguous along the reduction, so weights
 // are read as transformers stores them. Every output element has one vector accumulator that walks a chunk of the
@@ -87,6 +87,10 @@ struct Loops {
   // gram[i, j] = row i . row j for i, j < num_experts, in float64; rows of `dtype`. scratch: gram_scratch() doubles at
   // the start of a cache line, of which those of rows from num_experts on are zero.
   void (*gram)(DType dtype, const TokenRows& y, double* scratch, double* gram);
+
+  // sums[r] = y[r, :] . g[r, :]   over `columns` elements of each, in float64, for r < row_count; y with kBlockColumns
+  // columns, g with stride g_stride.
+  void (*project)(const float* y, const float* g, int64_t g_stride, int64_t row_count, int64_t columns, double* sums);
 
   DType operand(DType dtype) const {
     return bfloat16_operands && dtype == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat32;

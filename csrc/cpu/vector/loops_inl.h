@@ -8,10 +8,11 @@
 #include "cpu/vector/energy_inl.h"
 #include "cpu/vector/gram_inl.h"
 #include "cpu/vector/product_inl.h"
+#include "cpu/vector/project_inl.h"
 #include "cpu/vector/scatter_inl.h"
 
 namespace moe_ext::cpu::MOE_EXT_ISA {
 
-static constexpr Loops kLoops = {kBFloat16Operands, widen, multiply, gate, energy, scatter, narrow, gram};
+static constexpr Loops kLoops = {kBFloat16Operands, widen, multiply, gate, energy, scatter, narrow, gram, project};
 
 }  // namespace moe_ext::cpu::MOE_EXT_ISA

@@ -1,0 +1,160 @@
+// Projections: out[t, e] = <g[t, :], f_e(x[t, :])>, float64                                                      (T, E)
+//              f_e(x) = down[e] (act(gate[e] x) * (up[e] x))
+//
+// Every expert computes every token, and f is never stored: a block of its columns stays in the thread's cache until g
+// has been multiplied with it. (<g, down h> = <down^T g, h> would take as many FLOPs, but read down against its rows.)
+//
+// Tokens run in parts, and experts in groups, so that h (group, part, I) takes a few tens of megabytes. Two passes over
+// the group's experts, each spread over the threads task by task:
+//   gate_up   a task is one expert and half a block of its I columns: reads those gate and up rows once for all of the
+//             part's tokens and writes h, of the variant's operand type.
+//   down      a task is one expert and one block of the H columns: reads those rows of down once, and takes the
+//             products' scalar products with g in float64 (vector/project_inl.h).
+// Then a token's blocks are added in their order. Every number is computed by one thread in a fixed order, which
+// depends on H and I alone: neither on the number of threads nor on the rest of the batch.
+//
+// Cost: reads 3 H I weights of every expert once a part; 6 H I FLOPs a token and expert. Memory: h, part (2 H) floats,
+// group * part * H / 64 doubles, and 256 bytes for every token of a part and thread.
+#include <algorithm>
+#include <vector>
+
+#include "cpu/buffer.h"
+#include "cpu/numeric.h"
+#include "cpu/vector/loops.h"
+#include "cpu/workers.h"
+#include "moe.h"
+
+namespace moe_ext::cpu {
+namespace {
+
+constexpr int64_t kActivationBytes = 64 << 20;  // of h
+constexpr int64_t kLeastTokens = 32, kMostTokens = 2048;
+constexpr int64_t kRowsPerTask = 16;
+constexpr int64_t kMultiplyAddsPerWorker = 1 << 17;
+constexpr int64_t kElementsPerWorker = 1 << 15;
+constexpr WeightRows kNone{};
+
+int64_t blocks_of(int64_t size, int64_t width) { return (size + width - 1) / width; }
+
+class ProjectionRun {
+ public:
+  ProjectionRun(const ProjectionParams& p, const Threads& threads, const Loops& loops)
+      : p_(p),
+        threads_(threads),
+        loops_(loops),
+        operand_(loops.operand(p.dtype)),
+        h_row_bytes_(p.intermediate * element_size(operand_)),
+        part_(std::min(p.tokens, std::clamp(kActivationBytes / h_row_bytes_, kLeastTokens, kMostTokens))),
+        group_(std::clamp(kActivationBytes / (part_ * h_row_bytes_), int64_t{1}, p.num_experts)),
+        workers_(workers_for(threads, group_ * part_ * p.hidden * p.intermediate, kMultiplyAddsPerWorker)),
+        h_(group_ * part_ * h_row_bytes_),
+        products_(workers_ * part_ * kBlockColumns * sizeof(float)),
+        sums_(group_ * blocks_of(p.hidden, kBlockColumns) * part_) {}
+
+  void run() {
+    for (int64_t first = 0; first < p_.tokens; first += part_) {
+      const int64_t tokens = std::min(part_, p_.tokens - first);
+      Buffer wide_x, wide_g;
+      const char* x = rows_of(p_.x, p_.dtype, operand_, first, tokens, &wide_x);
+      const char* g = rows_of(p_.g, p_.g_dtype, DType::kFloat32, first, tokens, &wide_g);
+      for (int64_t expert = 0; expert < p_.num_experts; expert += group_) {
+        const int64_t experts = std::min(group_, p_.num_experts - expert);
+        gate_up(expert, experts, x, tokens);
+        down(expert, experts, reinterpret_cast<const float*>(g), tokens);
+        add_blocks(expert, experts, first, tokens);
+      }
+    }
+  }
+
+ private:
+  // Rows [first, first + tokens) of a (T, H) array as `wanted`: in place, or widened to float32 in `buffer`.
+  const char* rows_of(const void* rows, DType dtype, DType wanted, int64_t first, int64_t tokens,
+                      Buffer* buffer) const {
+    const char* source = offset(rows, dtype, first * p_.hidden);
+    if (dtype == wanted) return source;
+    *buffer = Buffer(tokens * p_.hidden * sizeof(float));
+    const int64_t workers = workers_for(threads_, tokens * p_.hidden, kElementsPerWorker);
+    for_each_task(threads_, workers, blocks_of(tokens, kRowsPerTask), [&](int64_t task, int64_t) {
+      const int64_t begin = task * kRowsPerTask, end = std::min(tokens, begin + kRowsPerTask);
+      loops_.widen(dtype, offset(source, dtype, begin * p_.hidden), buffer->floats() + begin * p_.hidden,
+                   (end - begin) * p_.hidden);
+    });
+    return buffer->bytes();
+  }
+
+  float* products(int64_t worker) const { return products_.floats() + worker * part_ * kBlockColumns; }
+  char* h(int64_t slot) const { return h_.bytes() + slot * part_ * h_row_bytes_; }
+
+  void gate_up(int64_t expert, int64_t experts, const char* x, int64_t tokens) const {
+    const int64_t blocks = blocks_of(p_.intermediate, kGateColumns);
+    for_each_task_ahead(threads_, workers_, experts * blocks, [&](int64_t task, int64_t next, int64_t worker) {
+      const int64_t slot = task / blocks, first = task % blocks * kGateColumns;
+      const int64_t columns = std::min(kGateColumns, p_.intermediate - first);
+      float* y = products(worker);
+      loops_.multiply(p_.dtype,
+                      {x, gate_up_rows(expert, task, blocks), next < 0 ? kNone : gate_up_rows(expert, next, blocks),
+                       tokens, 2 * columns, p_.hidden, y});
+      loops_.gate(p_.activation, y, tokens, columns, operand_, h(slot) + first * element_size(operand_),
+                  p_.intermediate);
+    });
+  }
+
+  // The gate rows of a task, and then as many up rows.
+  WeightRows gate_up_rows(int64_t expert, int64_t task, int64_t blocks) const {
+    const int64_t first = task % blocks * kGateColumns;
+    const int64_t gate = (expert + task / blocks) * 2 * p_.intermediate + first;
+    return {offset(p_.gate_up, p_.dtype, gate * p_.hidden),
+            offset(p_.gate_up, p_.dtype, (gate + p_.intermediate) * p_.hidden),
+            std::min(kGateColumns, p_.intermediate - first)};
+  }
+
+  void down(int64_t expert, int64_t experts, const float* g, int64_t tokens) {
+    const int64_t blocks = blocks_of(p_.hidden, kBlockColumns);
+    for_each_task_ahead(threads_, workers_, experts * blocks, [&](int64_t task, int64_t next, int64_t worker) {
+      const int64_t first = task % blocks * kBlockColumns;
+      const int64_t columns = std::min(kBlockColumns, p_.hidden - first);
+      float* y = products(worker);
+      loops_.multiply(p_.dtype,
+                      {h(task / blocks), down_rows(expert, task, blocks),
+                       next < 0 ? kNone : down_rows(expert, next, blocks), tokens, columns, p_.intermediate, y});
+      loops_.project(y, g + first, p_.hidden, tokens, columns, sums_.data() + task * part_);
+    });
+  }
+
+  WeightRows down_rows(int64_t expert, int64_t task, int64_t blocks) const {
+    const int64_t row = (expert + task / blocks) * p_.hidden + task % blocks * kBlockColumns;
+    return {offset(p_.down, p_.dtype, row * p_.intermediate), nullptr, kBlockColumns};
+  }
+
+  // One thread: H / 64 additions a token and expert are few beside its products.
+  void add_blocks(int64_t expert, int64_t experts, int64_t first, int64_t tokens) const {
+    const int64_t blocks = blocks_of(p_.hidden, kBlockColumns);
+    for (int64_t slot = 0; slot < experts; ++slot) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        double sum = 0.0;
+        for (int64_t block = 0; block < blocks; ++block) sum += sums_[(slot * blocks + block) * part_ + t];
+        p_.out[(first + t) * p_.num_experts + expert + slot] = sum;
+      }
+    }
+  }
+
+  static constexpr int64_t kGateColumns = kBlockColumns / 2;
+
+  const ProjectionParams& p_;
+  const Threads& threads_;
+  const Loops& loops_;
+  const DType operand_;
+  const int64_t h_row_bytes_, part_, group_, workers_;
+  const Buffer h_;            // (group, part, I) operands
+  const Buffer products_;     // (workers, part, kBlockColumns) floats
+  std::vector<double> sums_;  // (group, H blocks, part)
+};
+
+}  // namespace
+
+void projection(const ProjectionParams& p, const Threads& threads) {
+  const Loops& loops = active_loops();  // throws if MOE_EXT_ISA cannot be honoured, also without tokens
+  if (p.tokens > 0) ProjectionRun(p, threads, loops).run();
+}
+
+}  // namespace moe_ext::cpu
