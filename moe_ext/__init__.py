@@ -14,6 +14,7 @@ from moe_ext.decision.criteria import CRITERIA, OBJECTIVES, Scores, score
 from moe_ext.decision.plan import plan
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.decision.redundancy import ExpertPair, redundant_pairs
+from moe_ext.decision.super_experts import SuperExpert, super_experts
 from moe_ext.decision.thin_plan import thin_plan
 from moe_ext.decision.thresholds import skip_thresholds
 from moe_ext.decision.weights_only import aimer
@@ -40,6 +41,7 @@ __all__ = [
     "PruningPlan",
     "Scores",
     "SearchResult",
+    "SuperExpert",
     "__version__",
     "aimer",
     "calibrate",
@@ -56,6 +58,7 @@ __all__ = [
     "score",
     "search",
     "skip_thresholds",
+    "super_experts",
     "thin_plan",
     "unpatch",
 ]

@@ -71,6 +71,9 @@ Keep = Annotated[
     str | None,
     typer.Option(help="Experts that every layer keeps: a number, or one for each layer: 6,5,6,4.", show_default=False),
 ]
+AllowSuper = Annotated[
+    bool, typer.Option("--allow-super", help="Let super experts (arXiv 2507.23279) go as others do.")
+]
 Reference = Annotated[
     str | None,
     typer.Option(

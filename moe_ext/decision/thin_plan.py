@@ -13,6 +13,7 @@ from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.decision.channels import kept_by_score
 from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.decision.super_experts import named, super_experts
 from moe_ext.version import __version__
 
 MULTIPLE = 64
@@ -28,6 +29,7 @@ def thin_plan(
     plan: PruningPlan | None = None,
     multiple: int = MULTIPLE,
     select: Literal["energy", "obs"] = "energy",
+    allow_super: bool = False,
 ) -> PruningPlan:
     """Keep the channels of every expert that contribute most, the same number of each.
 
@@ -44,13 +46,15 @@ def thin_plan(
             "obs": those that the optimal brain surgeon leaves (:mod:`moe_ext.calibration.removal_order`), for which the
             statistics are from ``calibrate(..., channels="gram")``. The kept channels make up for the others only once
             they are refitted, ``prune(..., refit=batches)``.
+        allow_super: whether ``plan`` may remove super experts (:func:`moe_ext.super_experts`).
 
     Returns:
         A plan with ``channels``; ``made_by`` holds what was asked for, and that of ``plan``.
 
     Raises:
         ValueError: statistics without sums over channels, or of a model whose layers differ; a plan for another model
-            or with channels; neither or both of size and channels; or a width below ``multiple``, not a multiple of it,
+            or with channels; neither or both of size and channels; a plan without super experts, unless
+            they are allowed to go (they are named); or a width below ``multiple``, not a multiple of it,
             or not below what the experts have.
     """
     if stats.channel_errors is None or stats.channel_norms is None:
@@ -72,6 +76,9 @@ def thin_plan(
             raise ValueError("plan: says already which channels are kept")
         if (different := plan.misfit(stats.layout)) is not None:
             raise ValueError(f"plan: is for another model than the statistics: {different}")
+        gone = [each for each in super_experts(stats) if each.expert not in keep[each.layer]]
+        if gone and not allow_super:
+            raise ValueError(f"plan: removes {named(gone)}; keep them, or allow_super=True (--allow-super)")
         made_by = dict(plan.made_by)
     if type(multiple) is not int or multiple < 1:
         raise ValueError(f"multiple: expected 1 or more, got {multiple!r}")
