@@ -50,6 +50,10 @@ def evaluate(
     ] = None,
     include: Annotated[Path | None, typer.Option(help="Folder with further task files.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.")] = None,
+    allow_unsafe_code: Annotated[
+        bool,
+        typer.Option("--allow-unsafe-code", help="Let tasks run programs that the model writes: humaneval."),
+    ] = False,
     skip: Annotated[bool, typer.Option(help="Apply the skip thresholds that the checkpoint holds.")] = True,
     stock: Annotated[bool, typer.Option("--stock", help="Run transformers' own code instead of moe_ext's.")] = False,
     window: Window = 512,
@@ -74,6 +78,7 @@ def evaluate(
         if reference is not None or save_predictions is not None:
             raise typer.BadParameter("--reference and --save-predictions are for --text")
         loading = {"trust_remote_code": trust_remote_code, "allow_missing": allow_missing}
+        loading["unsafe_code"] = allow_unsafe_code
         evaluate_on_tasks(
             model, tasks, include, limit, skip, stock, batch_size, dtype, device, strict, loading, as_json
         )
