@@ -14,10 +14,13 @@ from moe_ext.decision.criteria import CRITERIA, OBJECTIVES, Scores, score
 from moe_ext.decision.plan import plan
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.decision.redundancy import ExpertPair, redundant_pairs
+from moe_ext.decision.super_experts import SuperExpert, super_experts
 from moe_ext.decision.thin_plan import thin_plan
 from moe_ext.decision.thresholds import skip_thresholds
 from moe_ext.decision.weights_only import aimer
+from moe_ext.evaluation.divergence import Divergence, divergence
 from moe_ext.evaluation.perplexity import Perplexity, perplexity
+from moe_ext.evaluation.predictions import save_predictions
 from moe_ext.pruning.prune import prune
 from moe_ext.pruning.prune_folder import PrunedCheckpoint, prune_checkpoint
 from moe_ext.reconstruction.result import LayerLosses, SearchResult
@@ -29,6 +32,7 @@ from moe_ext.version import __version__
 __all__ = [
     "CRITERIA",
     "OBJECTIVES",
+    "Divergence",
     "ExpertPair",
     "ExpertStatistics",
     "LayerLosses",
@@ -37,10 +41,12 @@ __all__ = [
     "PruningPlan",
     "Scores",
     "SearchResult",
+    "SuperExpert",
     "__version__",
     "aimer",
     "calibrate",
     "count_skips",
+    "divergence",
     "from_pretrained",
     "patch",
     "perplexity",
@@ -48,9 +54,11 @@ __all__ = [
     "prune",
     "prune_checkpoint",
     "redundant_pairs",
+    "save_predictions",
     "score",
     "search",
     "skip_thresholds",
+    "super_experts",
     "thin_plan",
     "unpatch",
 ]

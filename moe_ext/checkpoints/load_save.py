@@ -164,15 +164,30 @@ def _source_of(model: PreTrainedModel) -> tuple[Path, PreTrainedConfig] | None:
     name = model.config.name_or_path
     if not name:
         return None
-    folder = Path(name)
-    if not folder.exists() and HUB_NAME.fullmatch(name):
-        cached = try_to_load_from_cache(name, CONFIG, cache_dir=constants.HF_HUB_CACHE)
-        folder = Path(cached).parent if isinstance(cached, str) else folder
+    folder = _folder_of(name)
     if not (folder / CONFIG).is_file():
         return None
     trusted = not type(model.config).__module__.startswith("transformers.")
     config = read_config(folder, trust_remote_code=trusted)
     return (folder, config) if type(config) is type(model.config) else None
+
+
+def _folder_of(checkpoint: str) -> Path:
+    """Where a checkpoint's files are: its folder, or that of a name on the Hub in the cache, if it is there."""
+    folder = Path(checkpoint)
+    if not folder.exists() and HUB_NAME.fullmatch(checkpoint):
+        cached = try_to_load_from_cache(checkpoint, CONFIG, cache_dir=constants.HF_HUB_CACHE)
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    return folder
+
+
+def stored_bytes(checkpoint: str) -> int:
+    """Bytes of a checkpoint's tensors as they are stored, in whatever format.
+
+    Raises:
+        CheckpointError, OSError: its safetensors files are not on this machine, or not whole.
+    """
+    return sum(tensor.size for tensor in stored_tensors(_folder_of(checkpoint)).values())
 
 
 def check_config_file(checkpoint: str | Path) -> None:

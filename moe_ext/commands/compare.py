@@ -14,6 +14,7 @@ from moe_ext.commands.options import (
     Device,
     Dtype,
     Json,
+    Reference,
     Strict,
     Text,
     TrustRemoteCode,
@@ -34,6 +35,7 @@ def compare(
     models: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Folders, or names on the Hub.")],
     text: Text,
     save_to: Annotated[Path | None, destination("JSON file to write, for `moe-ext report`.")] = None,
+    reference: Reference = None,
     skip: Annotated[bool, typer.Option(help="Apply the skip thresholds that the checkpoints hold.")] = True,
     stock: Annotated[bool, typer.Option("--stock", help="Run transformers' own code instead of moe_ext's.")] = False,
     window: Window = 512,
@@ -49,7 +51,9 @@ def compare(
 ) -> None:
     """Perplexity per domain, size, decode speed and memory of several checkpoints, each in a process of its own.
 
-    A perplexity that is infinite or no number is null in JSON, and the exit code is then 1.
+    With a reference also the KL divergence from it (nats a token, mean over the domains), the share of tokens that both
+    find likeliest, and bits per weight of the reference. A perplexity or divergence that is infinite or no number is
+    null in JSON, and the exit code is then 1.
     """
     texts = read_domains(text)
     if save_to is not None:
@@ -67,12 +71,15 @@ def compare(
         torch.get_num_threads(),
         trust_remote_code,
         allow_missing,
+        reference,
     )
     rows: list[Compared] = []
     for row in run_comparison(models, texts, setting):
         errors.print(f"{row.checkpoint}: perplexity {row.mean:.3f}", highlight=False)
         rows.append(row)
     what = "perplexity on the given text, decode speed of one sequence, largest memory of a process"
+    if reference is not None:
+        what += ", KL divergence from the reference and agreement with it on the same tokens"
     content = {
         "processor": processor(),
         "setting": asdict(setting),
@@ -86,10 +93,13 @@ def compare(
         out.print(_table(rows, list(texts)))
     for row in rows:
         check_finite(row.checkpoint, row.perplexity)
+        check_finite(row.checkpoint, row.kl or {}, "KL divergence")
 
 
 def _table(rows: list[Compared], domains: list[str]) -> Table:
-    table = Table("checkpoint", "params", "weights", *domains, "mean", "skipped", "tokens/s", "memory")
+    judged = any(row.kl is not None for row in rows)
+    against = ("KL (nats)", "top-1 alike", "bits/weight") if judged else ()
+    table = Table("checkpoint", "params", "weights", *domains, "mean", *against, "skipped", "tokens/s", "memory")
     for row in rows:
         table.add_row(
             row.checkpoint,
@@ -97,6 +107,7 @@ def _table(rows: list[Compared], domains: list[str]) -> Table:
             f"{row.weight_bytes / 1e6:.1f}MB",
             *(f"{row.perplexity[domain]:.2f}" for domain in domains),
             f"{row.mean:.3f}",
+            *((f"{row.mean_kl:.5f}", f"{row.mean_top1:.2%}", f"{row.bits_per_weight:.3f}") if judged else ()),
             f"{row.skip_rate:.1%}",
             f"{row.tokens_per_second:.1f}",
             "not known" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}MB",

@@ -9,13 +9,23 @@ from rich.table import Table
 
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import load_checkpoint
-from moe_ext.commands.options import Criterion, Json, Objective, Seed, Statistics, TrustRemoteCode, destination
+from moe_ext.commands.options import (
+    AllowSuper,
+    Criterion,
+    Json,
+    Objective,
+    Seed,
+    Statistics,
+    TrustRemoteCode,
+    destination,
+)
 from moe_ext.commands.output import out, print_json, working
 from moe_ext.commands.shared import removed_experts
 from moe_ext.decision.criteria import Scores
 from moe_ext.decision.criteria import score as scores_of
 from moe_ext.decision.plan import plan as plan_from
 from moe_ext.decision.redundancy import redundant_pairs
+from moe_ext.decision.super_experts import named
 from moe_ext.decision.thin_plan import MULTIPLE, thin_plan
 from moe_ext.decision.weights_only import aimer
 from moe_ext.storage.formats import shown
@@ -42,19 +52,22 @@ def score(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Show the score of every expert; the lowest is removed first."""
+    """Show the score of every expert, the lowest of which is removed first, and the model's super experts."""
     scores = scores_for(statistics, criterion, objective, seed, trust_remote_code)
     for name, count, row in zip(scores.layers, scores.experts, scores.values, strict=True):
         if not bool(row[:count].isfinite().all()):
             raise ValueError(f"layer {shown(name)}: {scores.criterion} gives scores beyond what float64 holds")
     if as_json:
         layers = dict(zip(scores.layers, scores.values.tolist(), strict=True))
-        print_json({"criterion": scores.criterion, "scores": layers})
+        outliers = [asdict(each) for each in scores.super_experts]
+        print_json({"criterion": scores.criterion, "scores": layers, "super_experts": outliers})
         return
     table = Table("layer", *(str(expert) for expert in range(scores.values.shape[1])), title=scores.criterion)
     for layer, row in enumerate(scores.values.tolist()):
         table.add_row(str(layer), *(f"{value:.4g}" for value in row))
     out.print(table)
+    if scores.super_experts:
+        out.print(named(scores.super_experts))
 
 
 def plan(
@@ -101,6 +114,7 @@ def plan(
     criterion: Criterion = None,
     objective: Objective = None,
     seed: Seed = None,
+    allow_super: AllowSuper = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -128,7 +142,7 @@ def plan(
     made = None
     if keep is not None or ratio is not None:
         scores = scores_for(statistics, criterion, objective, seed, trust_remote_code)
-        made = plan_from(scores, keep=keep, ratio=ratio, scope=scope, normalise=normalise)
+        made = plan_from(scores, keep=keep, ratio=ratio, scope=scope, normalise=normalise, allow_super=allow_super)
     elif criterion is not None or objective is not None or seed is not None or scope != "layer":
         raise typer.BadParameter("--criterion, --objective, --seed and --scope go with --keep or --ratio")
     if thinner or made is None:
@@ -143,6 +157,7 @@ def plan(
             blocks=blocks,
             select=select or "energy",
             trust_remote_code=trust_remote_code,
+            allow_super=allow_super,
         )
     made.save(save_to)
     width = None if made.channels is None else made.channels.width(0)

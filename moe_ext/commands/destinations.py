@@ -15,7 +15,7 @@ from moe_ext.storage.files import file_destination, noting_written
 
 _GROWING = "losses"  # is there from the first layer on
 _NOT_READ = "scratch"
-_NAMES = ("model", "models")  # of parameters that are a checkpoint folder or a name on the Hub
+_NAMES = ("model", "models", "reference")  # of parameters that are a path or a name on the Hub
 
 
 def checked(command: Callable[..., None]) -> Callable[..., None]:

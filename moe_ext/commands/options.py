@@ -71,6 +71,16 @@ Keep = Annotated[
     str | None,
     typer.Option(help="Experts that every layer keeps: a number, or one for each layer: 6,5,6,4.", show_default=False),
 ]
+AllowSuper = Annotated[
+    bool, typer.Option("--allow-super", help="Let super experts (arXiv 2507.23279) go as others do.")
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        help="Model to compare with: a checkpoint, run without skipping, or what `eval --save-predictions` wrote.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of the criterion 'random'.")]
 Sequential = Annotated[
     bool,

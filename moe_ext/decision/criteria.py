@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.decision.super_experts import SuperExpert, super_experts
 from moe_ext.models.layout import Layout, WithLayout
 from moe_ext.storage.formats import check_label
 
@@ -45,12 +46,14 @@ class Scores(WithLayout):
         layout: the model's layers, experts and K; its fields are attributes here, too. Values beyond a layer's number
             of experts mean nothing.
         dataset: label of the calibration text.
+        super_experts: those that :func:`super_experts` finds, which plans keep; none where scores are of no statistics.
     """
 
     values: torch.Tensor
     criterion: str
     layout: Layout
     dataset: str
+    super_experts: tuple[SuperExpert, ...] = ()
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or self.values.shape[0] != len(self.layers) or self.values.dtype != torch.float64:
@@ -82,7 +85,7 @@ def score(
         seed: for ``"random"`` only, 0 when not given.
 
     Returns:
-        Scores with (L, E) float64 values.
+        Scores with (L, E) float64 values, and the model's super experts by name.
 
     Raises:
         ValueError: both criterion and objective, an unknown one, a point outside the family, ``"mone"`` of statistics
@@ -151,4 +154,4 @@ def point_of(criterion: str | tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def _scores(stats: ExpertStatistics, values: torch.Tensor, criterion: str) -> Scores:
-    return Scores(values, criterion, stats.layout, stats.dataset)
+    return Scores(values, criterion, stats.layout, stats.dataset, super_experts(stats))

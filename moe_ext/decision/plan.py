@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from moe_ext.decision.criteria import Scores
 from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.decision.super_experts import named
 from moe_ext.storage.formats import shown
 from moe_ext.version import __version__
 
@@ -21,6 +23,7 @@ def plan(
     ratio: float | None = None,
     scope: str = "layer",
     normalise: str | None = None,
+    allow_super: bool = False,
 ) -> PruningPlan:
     """Keep the best experts, of every layer the same number or of the whole model together.
 
@@ -35,6 +38,9 @@ def plan(
     layer, AIMER (2603.18492) by ranking within layers; the published code of MoNE (2507.00390) has both scopes, and
     compares raw scores over all layers.
 
+    Super experts (:func:`moe_ext.super_experts`, arXiv 2507.23279) are kept whatever their score: without the three of
+    its 6,144, Qwen3-30B-A3B writes nothing sensible. A warning names those that the scores alone would remove.
+
     Args:
         scores: (L, E) scores, from :func:`moe_ext.decision.criteria.score`.
         keep: experts kept in every layer (on average with ``scope="model"``), K to E. Exactly one of ``keep`` and
@@ -44,16 +50,17 @@ def plan(
         scope: "layer" or "model".
         normalise: for ``scope="model"``: "sum" (default) divides a layer's scores by their sum, which changes nothing
             for ``frequency``; "max" divides by their largest; "none" compares them as they are.
+        allow_super: whether super experts may go as others do, with a warning that names them.
 
     Returns:
         A plan whose ``made_by`` holds the criterion, the dataset, ``keep`` or ``ratio``, the scope if it is the model,
-        and the version.
+        what the super experts that the scores alone would remove came to, if there are any, and the version.
 
     Raises:
         ValueError: neither or both of keep and ratio, a ``keep`` that is no integer, fewer than K or more than E
-            experts to keep, a number that the groups do not share equally, layers that differ in their number of
-            experts already, an unknown scope or normalisation, or a score that is NaN, or infinite in one ranking
-            of all layers (the layer and expert are named).
+            experts to keep, too few for the super experts, a number that the groups do not share equally, layers that
+            differ in their number of experts already, an unknown scope or normalisation, or a score that is NaN, or
+            infinite in one ranking of all layers (the layer and expert are named).
     """
     layers, experts = scores.values.shape
     if len(set(scores.experts)) > 1:
@@ -94,16 +101,40 @@ def plan(
         layer, expert = useless.nonzero()[0].tolist()
         kind = "a NaN" if scores.values[layer, expert].isnan() else "an infinite"
         raise ValueError(f"scores: layer {shown(scores.layers[layer])} has {kind} score for expert {expert}")
+    values = scores.values
     if scope == "model":
         normalise = normalise or "sum"
         made_by |= {"scope": "model", "normalise": normalise}
-        removed = _removed_from_all(_normalised(scores.values, normalise), scores.groups, all_of_them - kept, fewest)
-    else:
-        removed = [(experts - kept) // scores.groups] * layers
-    keeps = (_kept_in_layer(row, scores.groups, count) for row, count in zip(scores.values, removed, strict=True))
-    return PruningPlan.of(scores.layout, tuple(keeps), {**made_by, "moe_ext": __version__})
+        values = _normalised(values, normalise)
+
+    def kept_beside(protected: Tensor) -> tuple[tuple[int, ...], ...]:
+        if scope == "model":
+            removed = _removed_from_all(values, protected, scores.groups, all_of_them - kept, fewest)
+        else:
+            removed = [(experts - kept) // scores.groups] * layers
+        rows = zip(values, protected, removed, strict=True)
+        return tuple(_kept_in_layer(row, super_ones, scores.groups, count) for row, super_ones, count in rows)
+
+    nobody = torch.zeros(layers, experts, dtype=torch.bool)
+    keeps = kept_beside(nobody)
+    if gone := [each for each in scores.super_experts if each.expert not in keeps[each.layer]]:
+        what = "removed" if allow_super else "kept"
+        if not allow_super:
+            protected = nobody.clone()
+            for each in scores.super_experts:
+                protected[each.layer, each.expert] = True
+            keeps = kept_beside(protected)
+            if still := [each for each in scores.super_experts if each.expert not in keeps[each.layer]]:
+                raise ValueError(f"{name}: {asked!r} leaves no place for {named(still)}; keep more, or {_LET_THEM_GO}")
+        made_by |= {f"super_experts_{what}": [[each.name, each.expert] for each in gone]}
+        warnings.warn(
+            f"by the scores would go, and are {what}: {named(gone)}{'' if allow_super else f'; {_LET_THEM_GO}'}",
+            stacklevel=2,
+        )
+    return PruningPlan.of(scores.layout, keeps, {**made_by, "moe_ext": __version__})
 
 
+_LET_THEM_GO = "allow_super=True (--allow-super) lets them go"
 NORMALISATIONS = ("sum", "max", "none")
 
 
@@ -114,30 +145,36 @@ def _normalised(values: Tensor, normalise: str) -> Tensor:
     return torch.where(scale == 0, 0.0, values / scale)
 
 
-def _worst_first(row: Tensor, groups: int) -> Tensor:
-    """(groups, E / groups) expert indices, every group's in the order of removal."""
+def _worst_first(row: Tensor, protected: Tensor, groups: int) -> Tensor:
+    """(groups, E / groups) expert indices, every group's in the order of removal; the protected go last."""
     # Stable: equal scores stay in index order, so that the higher index comes first once the order is turned around.
-    ranked = row.view(groups, -1).sort(dim=1, descending=True, stable=True).indices.flip(1)
+    ranked = row.view(groups, -1).sort(dim=1, descending=True, stable=True).indices
+    last = protected.view(groups, -1).gather(1, ranked).sort(dim=1, descending=True, stable=True).indices
+    ranked = ranked.gather(1, last).flip(1)
     return ranked + torch.arange(groups)[:, None] * ranked.shape[1]
 
 
-def _kept_in_layer(row: Tensor, groups: int, removed: int) -> tuple[int, ...]:
+def _kept_in_layer(row: Tensor, protected: Tensor, groups: int, removed: int) -> tuple[int, ...]:
     """What is left of a layer with scores (E,) once every group has lost its ``removed`` lowest."""
-    return tuple(sorted(_worst_first(row, groups)[:, removed:].flatten().tolist()))
+    return tuple(sorted(_worst_first(row, protected, groups)[:, removed:].flatten().tolist()))
 
 
-def _removed_from_all(values: Tensor, groups: int, wanted: int, fewest: int) -> list[int]:
-    """How many experts every group of a layer loses when ``wanted`` experts go, the lowest of all layers first."""
+def _removed_from_all(values: Tensor, protected: Tensor, groups: int, wanted: int, fewest: int) -> list[int]:
+    """How many experts every group of a layer loses when ``wanted`` experts go, the lowest of all layers first; steps
+    that a protected one is in come last."""
     layers, experts = values.shape
-    steps = [
-        (float(score), -layer, step)
-        for layer, row in enumerate(values)
-        for step, score in enumerate(row[_worst_first(row, groups)].mean(0).tolist())
-        if experts - (step + 1) * groups >= fewest
-    ]
-    # Within a layer scores ascend with the steps, so that sorting takes them in their order.
+    steps = []
+    for layer, (row, super_ones) in enumerate(zip(values, protected, strict=True)):
+        order = _worst_first(row, super_ones, groups)
+        rows = zip(super_ones[order].any(0).tolist(), row[order].mean(0).tolist(), strict=True)
+        steps += [
+            (last, score, -layer, step)
+            for step, (last, score) in enumerate(rows)
+            if experts - (step + 1) * groups >= fewest
+        ]
+    # Within a layer steps with protected experts come last, and before them scores ascend: sorting keeps their order.
     removed = [0] * layers
-    for _, negative_layer, _ in sorted(steps)[: wanted // groups]:
+    for _, _, negative_layer, _ in sorted(steps)[: wanted // groups]:
         removed[-negative_layer] += 1
     return removed
 

@@ -16,6 +16,7 @@ from moe_ext.decision.channels import kept_by_score
 from moe_ext.decision.checkpoint_size import CheckpointSize, checkpoint_size
 from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.decision.super_experts import named, super_experts
 from moe_ext.storage.byte_counts import bytes_in
 from moe_ext.storage.formats import shown
 from moe_ext.version import __version__
@@ -37,6 +38,7 @@ def thin_plan(
     select: Literal["energy", "obs"] = "energy",
     blocks: int = 1,
     trust_remote_code: bool = False,
+    allow_super: bool = False,
 ) -> PruningPlan:
     """Keep the channels of every expert that contribute most, the same number of each.
 
@@ -60,13 +62,15 @@ def thin_plan(
             order of removal; the width is a multiple of this, too. Float8 weights with a scale a block want the rows
             and columns of a block here.
         trust_remote_code: as for :func:`moe_ext.from_pretrained`, with a folder.
+        allow_super: whether ``plan`` may remove super experts (:func:`moe_ext.super_experts`).
 
     Returns:
         A plan with ``channels``; ``made_by`` holds what was asked for, and that of ``plan``.
 
     Raises:
         ValueError: statistics without sums over channels, or of a model whose layers differ; a plan for another model
-            or with channels; neither or both of size and channels; or a width below ``multiple``, not a multiple of it,
+            or with channels; neither or both of size and channels; a plan without super experts, unless
+            they are allowed to go (they are named); or a width below ``multiple``, not a multiple of it,
             or not below what the experts have.
     """
     if stats.channel_errors is None or stats.channel_norms is None:
@@ -88,6 +92,9 @@ def thin_plan(
             raise ValueError("plan: says already which channels are kept")
         if (different := plan.misfit(stats.layout)) is not None:
             raise ValueError(f"plan: is for another model than the statistics: {different}")
+        gone = [each for each in super_experts(stats) if each.expert not in keep[each.layer]]
+        if gone and not allow_super:
+            raise ValueError(f"plan: removes {named(gone)}; keep them, or allow_super=True (--allow-super)")
         made_by = dict(plan.made_by)
     for name, number in (("multiple", multiple), ("blocks", blocks)):
         if type(number) is not int or number < 1:

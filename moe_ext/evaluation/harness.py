@@ -8,6 +8,7 @@ with the model known:
         --model moe_ext --model_args pretrained=folder,skip=auto,plan=plan.json
 """
 
+import os
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ except ImportError as error:
 
 
 TASKS = Path(__file__).parent / "tasks"
-"""Groups of tasks: ``naee_zero_shot`` and ``expert_scoring_multiple_choice``, the papers' lists."""
+"""Groups of tasks: ``naee_zero_shot`` and ``expert_scoring_multiple_choice``, the papers' lists; ``generative``."""
 
 SKIPS = ("auto", "none")
 
@@ -111,6 +112,7 @@ def evaluate_tasks(
     batch_size: int = 8,
     device: str = "cpu",
     dtype: str = "auto",
+    unsafe_code: bool = False,
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
     """Runs lm-eval's tasks.
@@ -121,28 +123,41 @@ def evaluate_tasks(
         model: "moe_ext", or lm-eval's own "hf".
         include: a folder of further task files.
         limit: documents of each task, the first ones; None: all.
+        unsafe_code: whether tasks may run programs that the model writes, on this machine and as this user, such as
+            humaneval does.
         **options: of the model, such as ``skip`` and ``plan``.
 
     Returns:
         Task name to lm-eval's metrics of it.
 
     Raises:
-        ValueError: an unknown task.
+        ValueError: an unknown task, or one that runs such programs without leave.
     """
     manager = TaskManager(include_path=[str(folder) for folder in (TASKS, include) if folder is not None])
     if unknown := [name for name in tasks if not manager.match_tasks([name])]:
         raise ValueError(f"tasks: lm-eval knows no {', '.join(unknown)}")
-    result = lm_eval.simple_evaluate(
-        model=model,
-        model_args={"pretrained": checkpoint, "dtype": dtype, **options},
-        tasks=tasks,
-        limit=limit,
-        batch_size=batch_size,
-        device=device,
-        task_manager=manager,
-        log_samples=False,
-        bootstrap_iters=0,
-    )
+    if unsafe_code:
+        os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")  # which the metric of such tasks asks for as well
+    try:
+        result = lm_eval.simple_evaluate(
+            model=model,
+            model_args={"pretrained": checkpoint, "dtype": dtype, **options},
+            tasks=tasks,
+            limit=limit,
+            batch_size=batch_size,
+            device=device,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=0,
+            confirm_run_unsafe_code=unsafe_code,
+        )
+    except ValueError as error:
+        if unsafe_code or "confirm_run_unsafe_code" not in str(error):
+            raise
+        raise ValueError(
+            f"tasks: one of {', '.join(tasks)} runs programs that the model writes, on this machine: unsafe_code=True "
+            "(--allow-unsafe-code) lets it"
+        ) from error
     found: dict[str, dict[str, Any]] = result["results"]
     return found
 

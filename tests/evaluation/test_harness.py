@@ -27,7 +27,8 @@ LAYERS = tuple(f"model.layers.{layer}.mlp" for layer in range(4))
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a multiple-choice task and a perplexity task on a little held-out text, all local."""
+    """A folder with a multiple-choice task, a perplexity task and two in which the model writes, on a little held-out
+    text, all local."""
     folder = tmp_path_factory.mktemp("tasks")
     lines = (DEMO_MODEL / "held_out" / "english.txt").read_text()[:6000].split(". ")
     lines = [line.replace("\n", " ").strip() for line in lines if len(line) > 30][:12]
@@ -47,6 +48,14 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "doc_to_text: ''\ndoc_to_target: '{{whole}}'\n"
         "metric_list:\n  - metric: word_perplexity\n  - metric: bits_per_byte\n"
     )
+    writing = (
+        f"{data}output_type: generate_until\ndoc_to_text: '{{{{text}}}}'\ndoc_to_target: '{{{{whole}}}}'\n"
+        "generation_kwargs:\n  until: ['\\n']\n  max_gen_toks: 8\n  do_sample: false\n"
+        # A score that moves with every letter that the model writes.
+        "metric_list:\n  - metric: ter\n"
+    )
+    (folder / "writing.yaml").write_text(f"task: local_writing\n{writing}")
+    (folder / "program.yaml").write_text(f"task: local_program\nunsafe_code: true\n{writing}")
     return folder
 
 
@@ -143,13 +152,40 @@ print(get_model("moe_ext"))
     assert result.stdout == "<class 'moe_ext.evaluation.harness.PatchedModel'>\n", result.stderr[-2000:]
 
 
-@pytest.mark.parametrize("group", ["naee_zero_shot", "expert_scoring_multiple_choice"])
-def test_the_papers_groups_name_tasks_that_lm_eval_knows(group: str) -> None:
+def test_a_model_writes_what_it_writes_in_lm_evals_own(tasks: Path, skipping: str) -> None:
+    names = ["local_writing"]
+    ours = numbers(evaluate_tasks(skipping, names, include=tasks, skip="none"))
+    assert ours == numbers(evaluate_tasks(skipping, names, include=tasks, model="hf"))
+    assert numbers(evaluate_tasks(skipping, names, include=tasks)) != ours
+
+
+def test_tasks_that_run_programs_of_the_model_need_leave(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    options: dict[str, Any] = {"include": tasks, "limit": 1}
+    with pytest.raises(ValueError, match="tasks: one of local_program runs programs that the model writes"):
+        evaluate_tasks(str(DEMO_MODEL), ["local_program"], **options)
+    assert "HF_ALLOW_CODE_EVAL" not in os.environ
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")  # and is taken away again
+    assert numbers(evaluate_tasks(str(DEMO_MODEL), ["local_program"], unsafe_code=True, **options))
+
+
+MULTIPLE_CHOICE = ["arc_challenge", "arc_easy", "boolq", "hellaswag", "mmlu", "openbookqa", "rte", "winogrande"]
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [
+        ("naee_zero_shot", MULTIPLE_CHOICE),
+        ("expert_scoring_multiple_choice", MULTIPLE_CHOICE),
+        ("generative", ["gsm8k", "humaneval"]),
+    ],
+)
+def test_the_groups_name_tasks_that_lm_eval_knows(group: str, expected: list[str]) -> None:
     from lm_eval.tasks import TaskManager
 
     lines = (TASKS / f"{group}.yaml").read_text().splitlines()
     names = [line.removeprefix("  - ") for line in lines if line.startswith("  - ")]
-    assert names == ["arc_challenge", "arc_easy", "boolq", "hellaswag", "mmlu", "openbookqa", "rte", "winogrande"]
+    assert names == expected
     manager = TaskManager(include_path=[str(TASKS)])
     assert set(manager.match_tasks([group, *names])) == {group, *names}
 

@@ -16,10 +16,13 @@ from moe_ext.calibration.statistics import ExpertStatistics, StatisticsFileError
 from moe_ext.checkpoints.stored_tensors import INDEX, SINGLE, CheckpointError, stored_tensors
 from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.decision.pruning_plan import PlanFileError, PruningPlan
+from moe_ext.evaluation.predictions import PredictionsFileError, StoredPredictions, save_predictions
 from moe_ext.evaluation.results import VariantsFileError, read_variants
+from moe_ext.evaluation.windows import Window
 from moe_ext.models.config_section import experts_left, section_with, section_with_novices, thresholds_in_config
 from moe_ext.reconstruction.result import LayerLosses, SearchFileError, SearchResult
 from moe_ext.storage.formats import parse_json
+from tests.support.letters import letter_tokenizer, small_mixtral
 
 LAYERS = ("model.layers.0.mlp", "model.layers.2.mlp")
 
@@ -101,6 +104,18 @@ def _read_plan(file: Path, elsewhere: Path) -> None:
     assert PruningPlan.load(elsewhere / "again.json") == plan
 
 
+def _predictions(folder: Path) -> None:
+    texts = {"a": "abcd", "b": ["ba", "dc"]}
+    save_predictions(small_mixtral(), texts, letter_tokenizer(bos=False), folder / "p.safetensors", window=4)
+
+
+def _read_predictions(file: Path, elsewhere: Path) -> None:
+    stored = StoredPredictions(file)
+    for domain, tokens in stored.tokens().items():
+        targets = torch.zeros(tokens, dtype=torch.int64)
+        list(stored.predictions(domain, 0, [Window(targets, targets)]))
+
+
 def _json_file(name: str, content: Any) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         (folder / name).write_text(json.dumps(content))
@@ -155,6 +170,7 @@ KINDS = {
                        lambda file, _: read_variants(file), (VariantsFileError,)),
     "evaluation": Kind("e.json", _json_file("e.json", _ROW), lambda file, _: read_variants(file), (VariantsFileError,)),
     "demo": Kind("d.json", _json_file("d.json", _DEMO), lambda file, _: read_variants(file), (VariantsFileError,)),
+    "predictions": Kind("p.safetensors", _predictions, _read_predictions, (PredictionsFileError,)),
     "index": Kind(INDEX, _shards, lambda file, _: stored_tensors(file.parent), (CheckpointError, FileNotFoundError)),
     "weights": Kind(SINGLE, lambda folder: _weights(folder / SINGLE, "a"),
                     lambda file, _: stored_tensors(file.parent), (CheckpointError,)),
