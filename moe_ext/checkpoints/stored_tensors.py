@@ -96,7 +96,7 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no checkpoint folder {folder}")
     if (folder / SINGLE).is_file():
-        return {tensor.name: tensor for tensor in _read_header(folder / SINGLE)}
+        return stored_file(folder / SINGLE)
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}: other formats are not read")
     weight_map = _read_index(folder / INDEX)
@@ -118,6 +118,11 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
             stacklevel=2,
         )
     return found
+
+
+def stored_file(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file by name; CheckpointError as for :func:`stored_tensors`."""
+    return {tensor.name: tensor for tensor in _read_header(path)}
 
 
 def _read_index(path: Path) -> dict[str, str]:

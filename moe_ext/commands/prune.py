@@ -1,18 +1,20 @@
 """``moe-ext prune``: a plan applied to a checkpoint."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from torch import Tensor
 
 from moe_ext.calibration.statistics import ExpertStatistics
-from moe_ext.checkpoints.load_save import save_checkpoint, size_on_disk
-from moe_ext.commands.options import Dtype, Json, Model, TrustRemoteCode, destination
+from moe_ext.checkpoints.load_save import read_tokenizer, save_checkpoint, size_on_disk
+from moe_ext.commands.options import BatchSize, Device, Dtype, Json, Model, TrustRemoteCode, Window, destination
 from moe_ext.commands.output import out, print_json, working
 from moe_ext.commands.shared import load
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.pruning.prune import prune as apply_plan
 from moe_ext.pruning.prune_folder import prune_checkpoint
+from moe_ext.runtime.batches import read_domains, token_batches
 from moe_ext.storage.files import folder_destination
 
 
@@ -26,12 +28,23 @@ def prune(
     novices: Annotated[
         Path | None, typer.Option(help="Statistics made with --outputs: means take the place of removed experts.")
     ] = None,
+    refit: Annotated[
+        bool,
+        typer.Option("--refit", help="Fit the kept experts' down projections to make up for what goes; takes --text."),
+    ] = False,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="Calibration text for --refit: file, or folder of *.txt.", show_default=False),
+    ] = None,
+    window: Window = 512,
+    batch_size: BatchSize = 8,
+    device: Device = "cpu",
     shard_size: Annotated[float, typer.Option(min=1e-6, help="Gigabytes of weights a file.")] = 5.0,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Remove the experts that a plan does not keep and write a checkpoint.
+    """Remove the experts and channels that a plan does not keep and write a checkpoint.
 
     A checkpoint folder is pruned from file to file, whatever its size; a run that was interrupted goes on when it is
     started again. A name on the Hub, or --novices, takes the model into memory. Stock transformers loads the result,
@@ -39,13 +52,24 @@ def prune(
     """
     if (plan is None) == (plan_option is None):
         raise typer.BadParameter("give the plan once, as an argument or with --plan")
+    if refit != bool(text):
+        raise typer.BadParameter("--refit takes calibration text, --text; and --text goes with --refit")
+    if refit and novices is not None:
+        raise typer.BadParameter("give --refit or --novices, one of them")
     made = PruningPlan.load(plan or plan_option or Path())
+    texts = read_domains(text) if text else {}
     folder_destination(save_to)
+
+    def batches_of(tokenizer: Any) -> list[dict[str, Tensor]]:
+        return list(token_batches(texts, tokenizer, window=window, batch_size=batch_size))
+
     if novices is None and Path(model).is_dir():
         written = prune_checkpoint(
             model,
             made,
             save_to,
+            refit=batches_of(read_tokenizer(model, trust_remote_code=trust_remote_code)) if refit else None,
+            device=device,
             shard_size=int(shard_size * 1e9),
             dtype=dtype,
             progress=not as_json,
@@ -54,9 +78,9 @@ def prune(
         before, after, size = written.parameters_before, written.parameters, written.weight_bytes
     else:
         means = None if novices is None else ExpertStatistics.load(novices)
-        loaded, tokenizer = load(model, dtype, "cpu", trust_remote_code, allow_not_finite=True)
+        loaded, tokenizer = load(model, dtype, device, trust_remote_code, allow_not_finite=True)
         before = loaded.num_parameters()
-        apply_plan(loaded, made, novices=means)
+        apply_plan(loaded, made, novices=means, refit=batches_of(tokenizer) if refit else None, progress=not as_json)
         with working(f"writing {save_to}"):
             save_checkpoint(loaded, tokenizer, save_to)
         after, size = loaded.num_parameters(), size_on_disk(save_to)

@@ -1,6 +1,7 @@
 """What is left of every stored tensor when a plan's experts and channels stay: names, shapes and byte ranges."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,8 +61,17 @@ def slices_of(skeleton: Skeleton, blocks: list[MoeBlock], plan: PruningPlan) -> 
     return found
 
 
-def parts_of(skeleton: Skeleton, stored: dict[str, StoredTensor], slices: dict[str, Slice]) -> list[Part]:
-    """Every tensor of the new checkpoint, in the order of the model."""
+def parts_of(
+    skeleton: Skeleton,
+    stored: dict[str, StoredTensor],
+    slices: dict[str, Slice],
+    fitted: Mapping[str, StoredTensor],
+) -> list[Part]:
+    """Every tensor of the new checkpoint, in the order of the model.
+
+    Args:
+        fitted: by parameter, where what is written of it lies, in the model's form.
+    """
     parts = []
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
     scaled = {source.scales: name for name, source in skeleton.sources.items() if source.scales is not None}
@@ -77,6 +87,8 @@ def parts_of(skeleton: Skeleton, stored: dict[str, StoredTensor], slices: dict[s
             part = _sliced(whole, source, slices[source.target], tensor.shape)
         if part is None:
             continue
+        if source.target in fitted:
+            part = _fitted(part, source, slices[source.target], fitted[source.target])
         if not source.converted and part.shape != shapes[source.target]:
             raise CheckpointError(
                 f"{tensor.file}: {name!r} has shape {tensor.shape}, of which {part.shape} would be left; the pruned "
@@ -84,6 +96,25 @@ def parts_of(skeleton: Skeleton, stored: dict[str, StoredTensor], slices: dict[s
             )
         parts.append(part)
     return parts
+
+
+def _fitted(part: Part, source: Source, kept: Slice, stored: StoredTensor) -> Part:
+    """The same part with other numbers.
+
+    Raises:
+        ValueError: it is stored in another form than the model holds it.
+    """
+    inner, position = stored.size // len(kept.keep), 0
+    whole = (0, stored.size)
+    if source.expert is not None and source.part is not None:
+        position = kept.keep.index(source.expert)
+        whole = (position * inner, (position + 1) * inner)
+    elif source.converted and (not source.transposed or part.shape != stored.shape):
+        raise ValueError(
+            f"refit: {part.source.file}: {part.name!r} is stored in another form than transformers holds it; refit the "
+            "loaded model, moe_ext.prune(model, plan, refit=...)"
+        )
+    return replace(part, source=stored, ranges=(whole,), selections=())
 
 
 def _sliced(

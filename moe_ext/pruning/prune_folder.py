@@ -9,11 +9,13 @@ import copy
 import json
 import re
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
@@ -26,8 +28,11 @@ from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import moe_blocks, refuse_novices, text_config
 from moe_ext.pruning.kept_parts import parts_of, slices_of
 from moe_ext.pruning.prune import prune
+from moe_ext.pruning.refit_files import RefitFiles
+from moe_ext.pruning.refit_folder import down_projections, planned, refit_into
 from moe_ext.pruning.shard_writer import Part, shards_of, write_shard
 from moe_ext.pruning.unfinished import PROGRESS, begin, check_space, fingerprint, locked
+from moe_ext.storage.digests import text_digest
 from moe_ext.storage.files import flush_to_disk, folder_destination, put_in_place
 
 SHARD_SIZE = 5_000_000_000
@@ -49,8 +54,10 @@ def prune_checkpoint(
     plan: PruningPlan,
     out: str | Path,
     *,
+    refit: Sequence[Mapping[str, Tensor]] | None = None,
     shard_size: int = SHARD_SIZE,
     dtype: str = "auto",
+    device: str = "cpu",
     progress: bool = True,
     trust_remote_code: bool = False,
 ) -> PrunedCheckpoint:
@@ -68,10 +75,13 @@ def prune_checkpoint(
             transformers' (a layer's experts a tensor).
         plan: made for this model.
         out: must not exist yet, or be an empty folder.
+        refit: calibration text, as for :func:`moe_ext.prune`; the model then runs over it with one decoder layer in
+            memory, and of a run that was interrupted the layers that it had come to are not fitted again.
         shard_size: bytes of weights a file.
         dtype: "auto": as ``from_pretrained(dtype="auto")`` would hold it, usually the bytes as they are; or another
             type to convert to. Float8 weights with scales (``weight_scale_inv``, DeepSeek-V3's own format) stay as they
             are: their scales go and stay with them, so that a plan of channels must keep whole blocks of them.
+        device: where a layer computes for the refit.
         progress: whether to show a progress bar.
         trust_remote_code: as for :func:`moe_ext.from_pretrained`.
 
@@ -82,7 +92,8 @@ def prune_checkpoint(
         BlockingIOError: another process is writing ``out``.
         CheckpointError: the weight files are not whole, not what their index says, or not what the model needs.
         ValueError: the plan does not fit, the model was pruned already, shard_size is not positive, or a tensor of the
-            experts is not as the family's record says.
+            experts is not as the family's record says; a refit of float8 weights, or none that is possible (see
+            :func:`moe_ext.pruning.refit_layers.refitted_layers`).
         OSError: a file is missing, or the disk is too small: found before anything is written.
     """
     if shard_size < 1:
@@ -96,17 +107,39 @@ def prune_checkpoint(
     refuse_novices(blocks, "prune")
     if skeleton.block is not None:
         _check_names_in_quantisation(skeleton.model.config.quantization_config)
+        if refit is not None:
+            raise ValueError(
+                f"refit: {checkpoint} holds float8 weights, which are not fitted; prune without, or "
+                "refit a checkpoint in bfloat16"
+            )
     before, config = skeleton.model.num_parameters(), copy.deepcopy(skeleton.model.config)
     slices = slices_of(skeleton, blocks, plan)
+    downs = [] if refit is None else down_projections(skeleton, blocks)
     prune(skeleton.model, plan)  # checks the plan, writes the config, and gives the shapes to arrive at
-    parts = parts_of(skeleton, stored, slices)
+    fitted = planned(skeleton, downs)
+    parts = parts_of(skeleton, stored, slices, fitted)
     if len(names := {part.name for part in parts}) != len(parts):
         raise CheckpointError(f"{checkpoint}: {len(parts)} tensors would have only {len(names)} names")
     shards = shards_of(parts, shard_size)
     work = target.with_name(f".{target.name}.partial")
     with locked(work, target):
-        finished = begin(work, fingerprint(checkpoint, stored, plan, shard_size, dtype), shards)
-        check_space(work, sum(part.size for name, parts in shards.items() if name not in finished for part in parts))
+        text = None if refit is None else text_digest(refit)
+        finished = begin(work, fingerprint(checkpoint, stored, plan, shard_size, dtype, text), shards)
+        left = sum(part.size for name, parts in shards.items() if name not in finished for part in parts)
+        check_space(work, left + sum(tensor.size for tensor in fitted.values()))
+        if refit is not None:
+            found = refit_into(
+                RefitFiles(work),
+                checkpoint,
+                plan,
+                refit,
+                dtype=dtype,
+                device=device,
+                progress=progress,
+                trust_remote_code=trust_remote_code,
+            )
+            by_name = dict(zip(downs, found, strict=True))
+            shards = shards_of(parts_of(skeleton, stored, slices, by_name), shard_size)
         total, strange = sum(part.size for part in parts), list[str]()
         with tqdm(total=total, desc="prune", unit="B", unit_scale=True, disable=not progress) as bar:
             for name, content in shards.items():
@@ -116,6 +149,8 @@ def prune_checkpoint(
                     strange += write_shard(work / name, content, bar)
         _write_rest(Path(checkpoint), work, skeleton, config, None if dtype == "auto" else skeleton.dtype, shards)
         (work / PROGRESS).unlink()
+        if refit is not None:
+            RefitFiles(work).remove()
         for path in (*work.rglob("*"), work):
             flush_to_disk(path)
         put_in_place(work, target)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from moe_ext.checkpoints.stored_tensors import StoredTensor
 from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.pruning.refit_files import FOLDER
 from moe_ext.pruning.shard_writer import Part
 from moe_ext.storage.files import folder_destination, is_at, replace_file
 from moe_ext.version import __version__
@@ -22,19 +23,24 @@ PROGRESS = "moe_ext_progress.json"
 
 
 def fingerprint(
-    checkpoint: str | Path, stored: dict[str, StoredTensor], plan: PruningPlan, shard_size: int, dtype: str
+    checkpoint: str | Path,
+    stored: dict[str, StoredTensor],
+    plan: PruningPlan,
+    shard_size: int,
+    dtype: str,
+    refit: str | None,
 ) -> str:
-    """Tells jobs apart: the source's files as they are now, the plan and the form of the result."""
+    """Tells jobs apart: the source's files as they are now, the plan, the form of the result, and the refit's text."""
     files = {tensor.file for tensor in stored.values()} | {Path(checkpoint) / "config.json"}
     states = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    job = [__version__, str(Path(checkpoint).resolve()), states, plan.to_json(), shard_size, dtype]
+    job = [__version__, str(Path(checkpoint).resolve()), states, plan.to_json(), shard_size, dtype, refit]
     return hashlib.sha256(json.dumps(job).encode()).hexdigest()
 
 
 @contextmanager
 def locked(work: Path, target: Path) -> Iterator[None]:
     """The unfinished folder, made if need be, and nobody else in it. If the block fails it stays for the next run,
-    unless it holds no shard, or somebody else's result has come to ``target``.
+    unless it holds no shard and no refitted layer, or somebody else's result has come to ``target``.
 
     Raises:
         FileExistsError: ``work`` is no folder, or there is a result at ``target``.
@@ -47,7 +53,7 @@ def locked(work: Path, target: Path) -> Iterator[None]:
         folder_destination(target)  # another process may have finished before this one had the lock
         yield
     except BaseException:
-        if is_at(descriptor, work) and (_taken(target) or not any(work.glob("*.safetensors"))):
+        if is_at(descriptor, work) and (_taken(target) or not any(work.rglob("*.safetensors"))):
             shutil.rmtree(work, ignore_errors=True)
         raise
     finally:
@@ -91,7 +97,7 @@ def begin(work: Path, fingerprint: str, shards: dict[str, list[Part]]) -> set[st
     # A shard takes its name once it is whole and on the disk.
     finished = {name for name in shards if same and (work / name).is_file() and not (work / name).is_symlink()}
     for path in work.iterdir():
-        if path.name in finished or (same and path.name == PROGRESS):
+        if path.name in finished or (same and path.name in (PROGRESS, FOLDER)):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
