@@ -49,13 +49,15 @@ def demo_table(result: Mapping[str, Any], link: str) -> str:
 # What a user may want, how to get it, and the variant of the demo that did it.
 WAYS = (
     ("to see what it starts from", "stock transformers", "unpruned, transformers"),
-    ("speed, all experts kept", "`moe_ext.patch(model)`", "unpruned"),
-    ("fewer experts a token", "`moe-ext skip`, then `patch`", "skip at the median"),
-    ("a smaller model for text like the calibration text", "`--objective task-specific`", "8→6 weighted_ean"),
-    ("the same, searched: more work", "`moe-ext search --method progressive`", "8→6 search progressive"),
-    ("a smaller model for other text (not this demo's case)", "`--objective task-agnostic`", "8→6 man"),
-    ("both, smaller and fewer a token", "`--objective task-specific`, `skip`", "8→6 weighted_ean + skip"),
-    ("a control", "`--criterion random`", "8→6 random (mean of 3)"),
+    ("three quarters of the experts' bytes", "`plan --size 0.75`, `prune --refit`", "thin 75% + refit"),
+    ("half of them", "`plan --size 0.5`, `prune --refit`", "thin 50% + refit"),
+    ("three quarters, and fewer experts a token", "the same, then `skip`", "thin 75% + refit + skip"),
+    ("three quarters, no weight changed", "`plan --size 0.75`, `prune`", "thin 75%"),
+    ("all weights, faster", "`moe_ext.patch(model)`", "unpruned"),
+    ("all weights, fewer experts a token", "`skip`, then `patch`", "skip at the median"),
+    ("six of eight experts", "`plan --keep 6 --objective task-specific`, `prune`", "8→6 weighted_ean"),
+    ("the same, searched: more work", "`search --keep 6 --method progressive`", "8→6 search progressive"),
+    ("a control", "`plan --keep 6 --criterion random`", "8→6 random (mean of 3)"),
 )
 
 
@@ -69,9 +71,8 @@ def demo_summary(result: Mapping[str, Any], link: str) -> str:
     machine = result["machine"]
     lines += [
         "",
-        f"{result['date']}, {machine['processor']}, {machine['threads']} threads ({link}). Smaller models keep six of "
-        "eight experts. Perplexity on held-out text like the calibration text, lower is better. Decode: tokens/s over "
-        "the first row's.",
+        f"{result['date']}, {machine['processor']}, {machine['threads']} threads ({link}). Perplexity on held-out text "
+        "like the calibration text, lower is better. Decode: tokens/s over the first row's.",
     ]
     return "\n".join(lines)
 

@@ -35,6 +35,7 @@ from moe_ext.commands.output import out, print_json
 from moe_ext.decision.criteria import score
 from moe_ext.decision.plan import plan
 from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.decision.thin_plan import thin_plan
 from moe_ext.decision.thresholds import skip_thresholds
 from moe_ext.evaluation.perplexity import perplexity
 from moe_ext.evaluation.results import Variant
@@ -53,6 +54,10 @@ from moe_ext.storage.machine import processor
 from moe_ext.version import __version__
 
 KEEPS = (6, 4)
+# Thinner experts: share of their parameters that is left, and what the channels are chosen by.
+SIZES = (0.75, 0.5)
+SELECTIONS: tuple[tuple[Literal["energy", "obs"], str], ...] = (("energy", ""), ("obs", " obs"))
+MULTIPLE = 8  # of their widths: the model's experts have 224 channels
 CRITERIA = ("man", "weighted_ean", "reap", "frequency")
 SEARCHES: tuple[Literal["layerwise", "progressive"], ...] = ("layerwise", "progressive")
 DATASET = "demo calibration text"
@@ -95,11 +100,11 @@ class Demo:
         )
         self.prompt = self.tokenizer(next(iter(held_out.values()))[:400], return_tensors="pt")
 
-    def statistics(self, model: PreTrainedModel) -> ExpertStatistics:
-        return calibrate(model, self.calibration, progress=False, dataset=DATASET)
+    def statistics(self, model: PreTrainedModel, channels: Literal["gram"] | None = None) -> ExpertStatistics:
+        return calibrate(model, self.calibration, progress=False, dataset=DATASET, channels=channels)
 
-    def pruned(self, plan: PruningPlan) -> PreTrainedModel:
-        return prune(copy.deepcopy(self.model), plan)
+    def pruned(self, plan: PruningPlan, *, refit: bool = False) -> PreTrainedModel:
+        return prune(copy.deepcopy(self.model), plan, refit=self.calibration if refit else None)
 
     def row(self, name: str, model: PreTrainedModel) -> Row:
         with count_skips(model) as count:
@@ -165,7 +170,7 @@ def run(folder: Path, output: Path, *, progress: bool = True) -> dict[str, Any]:
 
 def _run(demo: Demo, folder: Path, output: Path, say: Callable[[str], None]) -> dict[str, Any]:
     say("calibrating")
-    stats = demo.statistics(demo.model)
+    stats = demo.statistics(demo.model, channels="gram")
     stats.save(output / "statistics.safetensors")
     scores = {criterion: score(stats, criterion) for criterion in CRITERIA}
     plans = {(criterion, keep): plan(scores[criterion], keep=keep) for keep in KEEPS for criterion in CRITERIA}
@@ -194,6 +199,17 @@ def _run(demo: Demo, folder: Path, output: Path, say: Callable[[str], None]) -> 
         random = [plan(score(stats, "random", seed=seed), keep=keep) for seed in RANDOM_SEEDS]
         name = f"8→{keep} random (mean of {len(RANDOM_SEEDS)})"
         rows.append(mean_row(name, [demo.row(name, patch(demo.pruned(each))) for each in random]))
+    thinner: PreTrainedModel | None = None
+    for size in SIZES:
+        for select, named in SELECTIONS:
+            thin = thin_plan(stats, size=size, multiple=MULTIPLE, select=select)
+            if select == "energy":
+                add(f"thin {size:.0%}", patch(demo.pruned(thin)))
+            refitted = demo.pruned(thin, refit=True)
+            thinner = thinner or refitted
+            add(f"thin {size:.0%}{named} + refit", patch(copy.deepcopy(refitted)))
+    assert thinner is not None
+    add(f"thin {SIZES[0]:.0%} + refit + skip", patch(thinner, skip=skip_thresholds(demo.statistics(thinner))))
     add("skip at the median", patch(copy.deepcopy(demo.model), skip=skip_thresholds(stats)))
     kept = KEEPS[0]
     smaller = demo.pruned(plans[SAVED, kept])
