@@ -5,8 +5,9 @@ Runs the layer on the software GPU of ../shared/gpusim, whose counters are the s
     python -m gpusim run --torch-mode -- python benchmarks/cuda_counters.py [--output FILE.json]
 
 Prints one table for small batches (bytes), one for large ones (tensor FLOPs, shared memory, bytes), one that compares
-the kernels of large batches that an H100 can take, mma.sync and wgmma, one for what observing adds, and a roofline
-computed from the counts. It fails where a bound of BOUNDS does not hold. --tokens adds batches to the comparison.
+the kernels of large batches that an H100 can take, mma.sync and wgmma, one for what observing adds, one for what
+observing channels adds to that, and a roofline computed from the counts. It fails where a bound of BOUNDS does not
+hold. --tokens adds batches to the comparison and to the channels.
 """
 
 import argparse
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 SHAPES = [(1024, 3584, 8, 2), (2048, 768, 64, 8)]  # H, I, E, K
 SMALL_BATCHES = [1, 2, 4, 8, 16]
 LARGE_BATCHES = [256, 1024]
+CHANNEL_BATCHES = [64, *LARGE_BATCHES]  # beside SMALL_BATCHES, to which no bound applies
 PATHS = {"portable": "mma.sync", "hopper": "wgmma"}  # by what MOE_EXT_CUDA_KERNELS calls them
 SECTOR = 32
 
@@ -43,6 +45,8 @@ BOUNDS: dict[tuple[str, str], tuple[float, bool, Callable[[dict[str, Any]], bool
     ("paths", "moved / schedule"): (1.1, True, lambda row: True),
     ("observed", "added bytes"): (0.01, True, lambda row: True),
     ("observed", "added instructions"): (0.03, True, lambda row: True),
+    ("channels", "added bytes"): (0.01, True, lambda row: row["T"] >= 64),
+    ("channels", "added instructions"): (0.03, True, lambda row: row["T"] >= 64),
 }
 
 # Peak rates from NVIDIA's data sheets: dense bf16 tensor FLOP/s with float32 accumulation, bytes/s of device memory.
@@ -106,7 +110,13 @@ class Case:
         self.down = weights(num_experts, hidden, intermediate)
 
     def run(
-        self, tokens: int, kernels: str = "portable", *, observed: bool = False, threshold: float | None = None
+        self,
+        tokens: int,
+        kernels: str = "portable",
+        *,
+        observed: bool = False,
+        channels: bool = False,
+        threshold: float | None = None,
     ) -> Layer:
         os.environ["MOE_EXT_CUDA_KERNELS"] = kernels
         generator = torch.Generator().manual_seed(tokens)
@@ -114,11 +124,12 @@ class Case:
         x = torch.randn(tokens, self.hidden, generator=generator).to(torch.bfloat16).to("cuda")
         thresholds = None if threshold is None else torch.full((self.top_k - 1,), threshold, device="cuda")
         moments = torch.zeros(self.num_experts, 3, 3, dtype=torch.float64, device="cuda")
+        energies = torch.zeros(self.num_experts, self.intermediate, dtype=torch.float64, device="cuda")
         gpusim.reset_counters()
         weights, experts = ops.route(logits, self.top_k, thresholds)
         arguments = (x, self.gate_up, self.down, experts, weights, "silu")
         if observed:
-            ops.experts_observed(*arguments, moments)
+            ops.experts_observed(*arguments, moments, None, energies if channels else None)
         else:
             ops.experts(*arguments)
         launches = gpusim.counters()
@@ -257,7 +268,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, action="append", default=[1024], help="of the comparison of paths")
     options = parser.parse_args()
 
-    names = ("small", "large", "paths", "observed", "skipped", "roofline (predicted lower bound, not measured)")
+    names = (
+        "small",
+        "large",
+        "paths",
+        "observed",
+        "channels",
+        "skipped",
+        "roofline (predicted lower bound, not measured)",
+    )
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for shape in SHAPES:
         case = Case(*shape)
@@ -269,8 +288,8 @@ def main() -> None:
             tables["small" if small else "large"].append(
                 case_name | (small_batch_row if small else large_batch_row)(layer)
             )
-            observed = observed_row(layer, case.run(tokens, observed=True))
-            tables["observed"].append(case_name | {"path": PATHS["portable"]} | observed)
+            observed = case.run(tokens, observed=True)
+            tables["observed"].append(case_name | {"path": PATHS["portable"]} | observed_row(layer, observed))
             tables[names[-1]].append(case_name | roofline_row(layer))
             print(f"{shape} T={tokens}: {len(layer.launches)} launches", file=sys.stderr, flush=True)
         for tokens in options.tokens:
@@ -280,9 +299,15 @@ def main() -> None:
                 layer = portable[tokens] if known else case.run(tokens, path)
                 tables["paths"].append(case_name | path_row(layer, path))
                 if path == "hopper":
-                    observed = observed_row(layer, case.run(tokens, path, observed=True))
-                    tables["observed"].append(case_name | {"path": PATHS[path]} | observed)
+                    observed = case.run(tokens, path, observed=True)
+                    tables["observed"].append(case_name | {"path": PATHS[path]} | observed_row(layer, observed))
                 print(f"{shape} T={tokens}: {PATHS[path]}", file=sys.stderr, flush=True)
+        for tokens in [*SMALL_BATCHES, *sorted({*CHANNEL_BATCHES, *options.tokens})]:
+            for path in ("portable",) if tokens in SMALL_BATCHES else PATHS:
+                case_name = {"H, I, E, K": str(shape), "T": tokens, "path": PATHS[path]}
+                runs = [case.run(tokens, path, observed=True, channels=channels) for channels in (False, True)]
+                tables["channels"].append(case_name | observed_row(*runs))
+                print(f"{shape} T={tokens}: channels, {PATHS[path]}", file=sys.stderr, flush=True)
         unskipped = case.run(1)
         for threshold in (0.5, 1.0):
             tables["skipped"].append(

@@ -199,7 +199,10 @@ def experts_observed(
     Args:
         moments: (E, 3, 3) float64, contiguous; updated in place. Left as it was if an argument is refused.
         counted: (T,) bool, the tokens that enter the sums (padding does not); None: all. The output has every token.
-        channels: (E, I) float64, contiguous; updated in place. None: channels are not observed. On the CPU only.
+        channels: (E, I) float64, contiguous; updated in place. None: channels are not observed. The CPU sums, in
+            float64, squares of h as the down projection takes it; CUDA those of h before it is rounded to the dtype of
+            ``x``, in float32 over up to 192 slots and then in float64: to 2^-18, and where the H100's large-batch
+            kernels run to 2^-11, of every square.
 
     Returns:
         The same bits as :func:`experts`.

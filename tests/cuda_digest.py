@@ -32,9 +32,10 @@ def main() -> None:
                     continue
                 os.environ["MOE_EXT_CUDA_KERNELS"] = kernels
                 moments = torch.zeros(shape[1], 3, 3, dtype=torch.float64, device="cuda")
-                out = ops.experts_observed(x, gate_up, down, experts, weights, "silu", moments)
+                channels = torch.zeros(shape[1], shape[4], dtype=torch.float64, device="cuda")
+                out = ops.experts_observed(x, gate_up, down, experts, weights, "silu", moments, None, channels)
                 gram = ops.expert_gram(x, gate_up, down, "silu")
-                results += [out.cpu(), moments.cpu(), gram.cpu()]
+                results += [out.cpu(), moments.cpu(), channels.cpu(), gram.cpu()]
                 runs += 1
             for tensor in results:
                 digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())

@@ -4,8 +4,9 @@
 //   large batch   sort, gate_up, down, combine                  4 launches (6 where the sort takes three)
 //   hopper        the same as large, with gemm_wgmma.cu for one product or both
 //   plain         the same as large, with gemm_plain.cu         float32 and odd sizes
-// and the moments after any of them when observing. Nothing waits for the device, and grids depend on shapes only: all
-// of it can be captured in a CUDA graph.
+// and the moments after any of them when observing; where energies of channels are observed, too, launches of weights
+// before gate_up and of sums at the end, but for small batches. Nothing waits for the device, and grids depend on
+// shapes only: all of it can be captured in a CUDA graph.
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -76,7 +77,12 @@ void run_sorted(const ExpertsParams& p, const Choice& choice, const Device& devi
   launch_sort(s, stream);
 
   const PositionRows rows = allocate_rows(choice, p, slots, scratch);
-  launch_gemms(choice, {p, p.top_k, s.slot_of, s.gate_up, s.down, rows}, device, stream);
+  Energies energies{};
+  if (p.channels != nullptr) {
+    energies = allocate_energies(choice, p, s.gate_up.max_tiles, scratch);
+    launch_energy_weights({s.slot_of, p.weights, p.weights_dtype, p.counted, p.top_k, s.gate_up, energies}, stream);
+  }
+  launch_gemms(choice, {p, p.top_k, s.slot_of, s.gate_up, s.down, rows, energies}, device, stream);
 
   CombineParams c{};
   c.y = rows.y;
@@ -98,6 +104,7 @@ void run_sorted(const ExpertsParams& p, const Choice& choice, const Device& devi
     m.first = s.first;
     launch_moments(m, stream);
   }
+  if (p.channels != nullptr) launch_energy_sums({s.gate_up, energies, p.intermediate, p.channels}, stream);
 }
 
 }  // namespace

@@ -18,10 +18,22 @@ GemmParams gemm_params(const PositionsParams& p, Product product) {
   g.columns = gate_up ? p.layer.intermediate : p.layer.hidden;
   g.inner = gate_up ? p.layer.hidden : p.layer.intermediate;
   g.activation = p.layer.activation;
+  if (gate_up) g.energies = p.energies;
   return g;
 }
 
 }  // namespace
+
+Energies allocate_energies(const Choice& choice, const ExpertsParams& p, int64_t max_tiles, const Scratch& scratch) {
+  const int64_t slots = p.tokens * p.top_k;
+  const bool grouped = choice.way == Choice::Way::kGrouped, hopper = grouped && choice.gate_up_shape == kHopper;
+  Energies energies{};
+  energies.parts = grouped && !hopper ? kGemmShapes[choice.gate_up_shape].warps_m : 1;
+  energies.weights = allocate<float>(scratch, slots);
+  if (hopper) energies.fragments = allocate<uint4>(scratch, max_tiles * energy_fragments(kHopperRows));
+  energies.sums = allocate<float>(scratch, max_tiles * energies.parts * p.intermediate);
+  return energies;
+}
 
 PositionRows allocate_rows(const Choice& choice, const LayerParams& layer, int64_t positions, const Scratch& scratch) {
   const DType dtype = choice.row_dtype(layer.dtype);

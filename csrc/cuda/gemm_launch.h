@@ -17,12 +17,16 @@ struct PositionRows {
 
 PositionRows allocate_rows(const Choice& choice, const LayerParams& layer, int64_t positions, const Scratch& scratch);
 
+// What gate_up needs to sum energies of channels; `max_tiles` as in its list.
+Energies allocate_energies(const Choice& choice, const ExpertsParams& p, int64_t max_tiles, const Scratch& scratch);
+
 struct PositionsParams {
   LayerParams layer;
   int64_t top_k;       // a position's token is its slot / top_k
   const int* slot_of;  // (positions)
   TileList gate_up, down;
   PositionRows rows;  // out
+  Energies energies;  // out of gate_up, if `sums` is not null
 };
 
 // gate_up, then down, by the kernels of a choice that is not kSmallBatch.

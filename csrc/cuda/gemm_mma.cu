@@ -9,7 +9,8 @@
 // gathered, zero-filled beyond the edges, and read by ldmatrix. The 16-byte chunks of a row are XORed with the row so
 // that neither conflicts. In gate_up the block's rows of b are 8 gate rows, the 8 up rows of the same columns, and so
 // on: a thread then holds gate and up of the same element in its accumulators, and SwiGLU needs no exchange. Results
-// pass through shared memory, a warp for itself, and leave in 16-byte stores.
+// pass through shared memory, a warp for itself, and leave in 16-byte stores. Where energies of channels are observed,
+// a warp adds up those of its positions, first a thread, then the eight that have the same columns: a part of warps_m.
 //
 // Every element is a sum in order of k by one warp: deterministic. Cost of a tile: 2 * rows * columns * inner FLOPs;
 // reads (rows + columns) * inner elements, of which only the first read of each comes from beyond L2.
@@ -28,7 +29,7 @@ namespace {
 constexpr int kChunkBytes = 16;  // 8 elements
 constexpr int kChunk = 8;
 
-template <typename T, int kShape, Product kProduct>
+template <typename T, int kShape, Product kProduct, bool kEnergies>
 __global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kShape].blocks_per_multiprocessor)
     grouped_gemm_kernel(GemmParams p) {
   constexpr GemmShape S = kGemmShapes[kShape];
@@ -148,17 +149,31 @@ __global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kSh
   // ---- the results, 16 rows at a time
   char* staged = shared + threadIdx.x / kWarpSize * (kFragment * kOutChunks * kChunkBytes);
   const int out_column = first_column + warp_n * kOutChunks * kChunk;
+  [[maybe_unused]] float2 energies[kOutChunks] = {};  // of the two columns, of this thread's rows
 #pragma unroll
   for (int i = 0; i < kFragments; ++i) {
     if (i >= fragments) break;
+    [[maybe_unused]] float weights[2];
+    if constexpr (kEnergies) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = (i * S.warps_m + warp_m) * kFragment + half * 8 + lane / 4;
+        weights[half] = row < rows ? p.energies.weights[first_position + row] : -1.0f;
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kOutChunks; ++j) {
       uint32_t upper, lower;  // two columns of rows lane / 4 and lane / 4 + 8
       if constexpr (kGateUp) {
         const float (&gate)[4] = sums[i][2 * j];
         const float (&up)[4] = sums[i][2 * j + 1];
-        upper = pack_gated<T>(p.activation, gate, up);
-        lower = pack_gated<T>(p.activation, gate + 2, up + 2);
+        const float2 h[2] = {gated(p.activation, gate, up), gated(p.activation, gate + 2, up + 2)};
+        upper = pack<T>(h[0].x, h[0].y);
+        lower = pack<T>(h[1].x, h[1].y);
+        if constexpr (kEnergies) {
+          add_energy(weights[0], h[0], energies[j]);
+          add_energy(weights[1], h[1], energies[j]);
+        }
       } else {
         upper = pack<T>(sums[i][j][0], sums[i][j][1]);
         lower = pack<T>(sums[i][j][2], sums[i][j][3]);
@@ -179,16 +194,37 @@ __global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kSh
     }
     __syncwarp();
   }
+  if constexpr (kEnergies) {
+    float* of_part = p.energies.sums + (int64_t{place.tile} * S.warps_m + warp_m) * p.columns;
+#pragma unroll
+    for (int j = 0; j < kOutChunks; ++j) {
+#pragma unroll
+      for (int distance = 4; distance < kWarpSize; distance *= 2) {
+        energies[j].x += __shfl_xor_sync(kAllLanes, energies[j].x, distance);
+        energies[j].y += __shfl_xor_sync(kAllLanes, energies[j].y, distance);
+      }
+      const int column = out_column + j * kChunk + lane * 2;
+      if (lane < 4 && column < p.columns) *reinterpret_cast<float2*>(of_part + column) = energies[j];
+    }
+  }
+}
+
+template <typename T, int kShape, Product kProduct, bool kEnergies>
+void launch_with(const GemmParams& p, cudaStream_t stream) {
+  constexpr GemmShape S = kGemmShapes[kShape];
+  constexpr int kColumns = kProduct == Product::kGateUp ? S.columns / 2 : S.columns;
+  const unsigned blocks = grid_size(p.max_tiles * ((p.columns + kColumns - 1) / kColumns));
+  allow_shared(grouped_gemm_kernel<T, kShape, kProduct, kEnergies>, S.shared_bytes());
+  launch_next<grouped_gemm_kernel<T, kShape, kProduct, kEnergies>>("grouped_gemm_kernel", blocks, S.threads(),
+                                                                   S.shared_bytes(), stream, p);
 }
 
 template <typename T, int kShape, Product kProduct>
 void launch_shape(const GemmParams& p, cudaStream_t stream) {
-  constexpr GemmShape S = kGemmShapes[kShape];
-  constexpr int kColumns = kProduct == Product::kGateUp ? S.columns / 2 : S.columns;
-  const unsigned blocks = grid_size(p.max_tiles * ((p.columns + kColumns - 1) / kColumns));
-  allow_shared(grouped_gemm_kernel<T, kShape, kProduct>, S.shared_bytes());
-  launch_next<grouped_gemm_kernel<T, kShape, kProduct>>("grouped_gemm_kernel", blocks, S.threads(), S.shared_bytes(),
-                                                        stream, p);
+  if constexpr (kProduct == Product::kGateUp) {
+    if (p.energies.sums != nullptr) return launch_with<T, kShape, kProduct, true>(p, stream);
+  }
+  launch_with<T, kShape, kProduct, false>(p, stream);
 }
 
 template <typename T, Product kProduct>

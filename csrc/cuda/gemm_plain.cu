@@ -5,8 +5,9 @@
 //
 // A block computes one tile, numbered and cut as in tiles.cuh: up to kRows positions of one expert by 64 rows of
 // weights (gate_up: 32 of gate and 32 of up), kInner elements of k at a time through shared memory as float32; a thread
-// holds kRows / 16 x 4 sums, in gate_up two pairs of gate and up. Sums run in order of k: deterministic. Cost of a
-// tile: 2 * rows * 64 * inner FLOPs on the FMA units.
+// holds kRows / 16 x 4 sums, in gate_up two pairs of gate and up. Where energies of channels are observed, the block
+// adds up those of the tile: a thread, then the two of a warp that have the same columns, then the warps. Sums run in
+// order of k, and of positions: deterministic. Cost of a tile: 2 * rows * 64 * inner FLOPs on the FMA units.
 #include "cuda/device/dispatch.cuh"
 #include "cuda/device/next_kernel.cuh"
 #include "cuda/device/numeric.cuh"
@@ -25,7 +26,7 @@ constexpr int kBColumns = 64;
 constexpr int kInner = 32;
 constexpr int kPerThread = kBColumns / kThreadRows;
 
-template <typename TA, typename TB, int kRows, Product kProduct>
+template <typename TA, typename TB, int kRows, Product kProduct, bool kEnergies>
 __global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
   constexpr bool kGateUp = kProduct == Product::kGateUp;
   constexpr int kColumns = kGateUp ? kBColumns / 2 : kBColumns;  // of c
@@ -95,20 +96,40 @@ __global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
     }
   }
 
+  [[maybe_unused]] float energies[kColumns / kThreadRows] = {};
 #pragma unroll
   for (int i = 0; i < kRowsPerThread; ++i) {
     const int row = ty + i * kThreadRows;
     if (row >= rows) continue;
+    [[maybe_unused]] float weight = 0.0f;
+    if constexpr (kEnergies) weight = p.energies.weights[first_position + row];
     float* out = static_cast<float*>(p.c) + (first_position + row) * p.columns + first_column;
 #pragma unroll
     for (int j = 0; j < kColumns / kThreadRows; ++j) {
       const int column = tx + j * kThreadRows;
       if (first_column + column >= p.columns) continue;
       if constexpr (kGateUp) {
-        out[column] = activate<true>(p.activation, sums[i][j]) * sums[i][j + kPerThread / 2];
+        const float h = activate<true>(p.activation, sums[i][j]) * sums[i][j + kPerThread / 2];
+        out[column] = h;
+        if constexpr (kEnergies) add_energy(weight, h, energies[j]);
       } else {
         out[column] = sums[i][j];
       }
+    }
+  }
+  if constexpr (kEnergies) {
+    __shared__ float of_warps[kThreads / kWarpSize][kColumns];
+#pragma unroll
+    for (int j = 0; j < kColumns / kThreadRows; ++j) {
+      const float energy = energies[j] + __shfl_xor_sync(kAllLanes, energies[j], kThreadRows);
+      if (threadIdx.x % kWarpSize < kThreadRows) of_warps[threadIdx.x / kWarpSize][tx + j * kThreadRows] = energy;
+    }
+    __syncthreads();
+    if (threadIdx.x < kColumns && first_column + threadIdx.x < p.columns) {
+      float energy = 0.0f;
+#pragma unroll
+      for (int warp = 0; warp < kThreads / kWarpSize; ++warp) energy += of_warps[warp][threadIdx.x];
+      p.energies.sums[place.tile * p.columns + first_column + threadIdx.x] = energy;
     }
   }
 }
@@ -117,11 +138,13 @@ template <typename T, int kRows>
 void launch_rows(Product product, const GemmParams& p, cudaStream_t stream) {
   const int64_t columns = product == Product::kGateUp ? kBColumns / 2 : kBColumns;
   const unsigned blocks = grid_size(p.max_tiles * ((p.columns + columns - 1) / columns));
-  if (product == Product::kGateUp) {
-    launch_next<plain_gemm_kernel<T, T, kRows, Product::kGateUp>>("plain_gemm_kernel", blocks, kThreads, 0, stream, p);
+  constexpr const char* name = "plain_gemm_kernel";
+  if (product == Product::kDown) {
+    launch_next<plain_gemm_kernel<float, T, kRows, Product::kDown, false>>(name, blocks, kThreads, 0, stream, p);
+  } else if (p.energies.sums == nullptr) {
+    launch_next<plain_gemm_kernel<T, T, kRows, Product::kGateUp, false>>(name, blocks, kThreads, 0, stream, p);
   } else {
-    launch_next<plain_gemm_kernel<float, T, kRows, Product::kDown>>("plain_gemm_kernel", blocks, kThreads, 0, stream,
-                                                                    p);
+    launch_next<plain_gemm_kernel<T, T, kRows, Product::kGateUp, true>>(name, blocks, kThreads, 0, stream, p);
   }
 }
 

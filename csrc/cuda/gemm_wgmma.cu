@@ -11,7 +11,10 @@
 //   consumers   two warpgroups, each 128 of the tile's rows of weights in two wgmmas m64: in gate_up one is gate and
 //               the other up, so that a thread has both of the same element in its accumulators
 // They meet at two mbarriers for each of kStages steps of 64 elements of k: `full` (filled) and `empty` (multiplied).
-// Results are turned by stmatrix on their way through shared memory and leave in rows of 128 bytes.
+// Results are turned by stmatrix on their way through shared memory and leave in rows of 128 bytes. Where energies of
+// channels are observed, the tensor cores of mma.sync weight and add up the squares of a warp's 16 columns, of operands
+// that accumulators and energies.cu's table are as they stand. A position that is not counted has weight 0; where
+// the sum is no number, which such a position alone may cause, a thread adds up once more, from what is staged.
 //
 // Memory order: TMA counts its bytes on `full`. A producer's cp.async are its own writes: it waits for those of the
 // step before, fences them towards wgmma's proxy and only then arrives, so that one step is always under way. Weights
@@ -177,6 +180,54 @@ __device__ __forceinline__ void multiply(float (&sums)[2][kMaxRows / 2], uint32_
   if (threadIdx.x % kWarpSize == 0) ptx::barrier_arrive(empty(shared, previous));
 }
 
+// Energies of a warp's 16 columns: add() takes h of rows lane / 4 + 8 * half of them at positions 8 i + 2 (lane % 4)
+// and the next, in order of i and half.
+struct EnergySums {
+  const uint4* weights;  // of the tile's first fragment, for this lane
+  uint4 of_fragment;
+  uint32_t squares[4];
+  float sums[4] = {};
+
+  // of_lane: p.energies.fragments for this lane.
+  __device__ __forceinline__ EnergySums(const uint4* of_lane, const Place& place)
+      : weights(of_lane + place.tile * static_cast<unsigned>(energy_fragments(kMaxRows))) {}
+  __device__ __forceinline__ void add(int i, int half, float2 h) {
+    if (i % 2 == 0 && half == 0) of_fragment = weights[i / 2 * kEnergyFragment];
+    squares[half] = ptx::square(h.x);
+    squares[half + 2] = ptx::square(h.y);
+    if (half == 0) return;
+    ptx::multiply_add_tf32(sums, squares, i % 2 == 0 ? of_fragment.x : of_fragment.z,
+                           i % 2 == 0 ? of_fragment.y : of_fragment.w);
+  }
+  // That of row lane / 4 + 8 * half.
+  __device__ __forceinline__ float energy(int half) const { return sums[2 * half] + sums[2 * half + 1]; }
+};
+
+// That of one column of what is staged of the tile.
+template <typename T>
+__device__ __forceinline__ float energy_of_staged(const float* weights, int rows, const char* staged, int column) {
+  float energy = 0.0f;
+  for (int row = 0; row < rows; ++row) {
+    const char* chunk = staged + swizzled<kChunks>(row, column / 8);
+    add_energy(weights[row], to_float(reinterpret_cast<const T*>(chunk)[column % 8]), energy);
+  }
+  return energy;
+}
+
+// Leaves the energies of columns [column, column + 64) of the tile, which store() has staged. of_lane: which of them is
+// this lane's, and that of the lane two on. 32 bits hold where (fits_hopper()).
+template <typename T>
+__device__ __forceinline__ void store_energies(const GemmParams& p, const Place& place, int column, int of_lane,
+                                               const char* staged, const EnergySums& energies) {
+  const int columns = static_cast<int>(p.columns), at = column + of_lane;
+  if (at >= columns) return;
+  float energy = (of_lane & 8) == 0 ? energies.energy(0) : energies.energy(1);
+  if (__builtin_expect(!isfinite(energy), false)) {
+    energy = energy_of_staged<T>(p.energies.weights + place.first_position, place.rows, staged, of_lane);
+  }
+  p.energies.sums[static_cast<unsigned>(place.tile * columns + at)] = energy;
+}
+
 // Columns [column, column + 64) of c from pairs of 16-bit results: value(i, half) is row lane / 4 + 8 * half of the
 // warp's 16 columns at positions 8 i + 2 (lane % 4) and the next.
 template <typename T, typename Value>
@@ -201,12 +252,15 @@ __device__ __forceinline__ void store(const GemmParams& p, const Place& place, i
   }
 }
 
-template <typename T, bool kGateUp>
+template <typename T, bool kGateUp, bool kEnergies>
 __device__ __forceinline__ void consume(const GemmParams& p, char* memory, int group, unsigned tiles) {
   constexpr int kColumns = kGateUp ? kBoxRows : kWeightRows;
   const uint32_t shared = ptx::shared_address(memory);
   char* staged = memory + kStages * kStageBytes + group * kOutBytes;
   const int steps = (static_cast<int>(p.inner) + kInner - 1) / kInner;
+  [[maybe_unused]] const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x % kGroupThreads / kWarpSize;
+  [[maybe_unused]] const uint4* weights = p.energies.fragments + lane / 4 % 2 * 4 + lane % 4;
+  [[maybe_unused]] const int energy = warp * 16 + lane % 2 * 8 + lane / 4;
   Ring ring;
   for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
     const Place place = place_of(p, index, kMaxRows, kColumns);
@@ -233,9 +287,24 @@ __device__ __forceinline__ void consume(const GemmParams& p, char* memory, int g
 #undef MOE_EXT_ROWS
     }
     if constexpr (kGateUp) {
-      store<T>(p, place, place.first_column + group * kOutColumns, staged, group, [&](int i, int half) {
-        return pack_gated<T>(p.activation, sums[0] + 4 * i + 2 * half, sums[1] + 4 * i + 2 * half);
-      });
+      const int column = place.first_column + group * kOutColumns;
+      const auto h = [&](int i, int half) {
+        return gated(p.activation, sums[0] + 4 * i + 2 * half, sums[1] + 4 * i + 2 * half);
+      };
+      if constexpr (kEnergies) {
+        EnergySums energies(weights, place);
+        store<T>(p, place, column, staged, group, [&](int i, int half) {
+          const float2 pair = h(i, half);
+          energies.add(i, half, pair);
+          return pack<T>(pair.x, pair.y);
+        });
+        store_energies<T>(p, place, column, energy, staged, energies);
+      } else {
+        store<T>(p, place, column, staged, group, [&](int i, int half) {
+          const float2 pair = h(i, half);
+          return pack<T>(pair.x, pair.y);
+        });
+      }
     } else {
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
@@ -250,7 +319,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, char* memory, int g
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 // Compiled for sm_90a only; elsewhere it is empty, and fits_hopper() keeps it from being launched.
-template <typename T, Product kProduct>
+template <typename T, Product kProduct, bool kEnergies>
 __global__ void __launch_bounds__(kThreads, 1)
     hopper_gemm_kernel([[maybe_unused]] const __grid_constant__ CUtensorMap weights, [[maybe_unused]] GemmParams p,
                        [[maybe_unused]] unsigned tiles) {
@@ -276,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     produce<T, kProduct>(p, &weights, shared, tiles);
   } else {
     ptx::take_registers<kConsumerRegisters>();
-    consume<T, kGateUp>(p, memory, group, tiles);
+    consume<T, kGateUp, kEnergies>(p, memory, group, tiles);
   }
 #endif
 }
@@ -306,14 +375,14 @@ CUtensorMap weights_map(const void* weights, int64_t rows, int64_t inner, DType 
   return map;
 }
 
-template <typename T, Product kProduct>
+template <typename T, Product kProduct, bool kEnergies>
 void launch_product(const GemmParams& p, const CUtensorMap& weights, int multiprocessors, cudaStream_t stream) {
   constexpr int kColumns = kProduct == Product::kGateUp ? kBoxRows : kWeightRows;
   const unsigned tiles = grid_size(p.max_tiles * ((p.columns + kColumns - 1) / kColumns));
-  allow_shared(hopper_gemm_kernel<T, kProduct>, kSharedBytes);
+  allow_shared(hopper_gemm_kernel<T, kProduct, kEnergies>, kSharedBytes);
   const unsigned blocks = std::min(tiles, static_cast<unsigned>(multiprocessors));
-  launch_next<hopper_gemm_kernel<T, kProduct>>("hopper_gemm_kernel", blocks, kThreads, kSharedBytes, stream, weights, p,
-                                               tiles);
+  launch_next<hopper_gemm_kernel<T, kProduct, kEnergies>>("hopper_gemm_kernel", blocks, kThreads, kSharedBytes, stream,
+                                                          weights, p, tiles);
 }
 
 }  // namespace
@@ -321,8 +390,14 @@ void launch_product(const GemmParams& p, const CUtensorMap& weights, int multipr
 void launch_hopper_gemm(Product product, const GemmParams& p, DType dtype, int multiprocessors, cudaStream_t stream) {
   const CUtensorMap weights = weights_map(p.b, p.num_experts * weight_rows(product, p.columns), p.inner, dtype);
   for_16_bit_dtype(dtype, [&](auto type) {
-    for_product(product,
-                [&](auto which) { launch_product<decltype(type), which.value>(p, weights, multiprocessors, stream); });
+    using T = decltype(type);
+    if (product == Product::kDown) {
+      launch_product<T, Product::kDown, false>(p, weights, multiprocessors, stream);
+    } else if (p.energies.sums == nullptr) {
+      launch_product<T, Product::kGateUp, false>(p, weights, multiprocessors, stream);
+    } else {
+      launch_product<T, Product::kGateUp, true>(p, weights, multiprocessors, stream);
+    }
   });
 }
 

@@ -188,7 +188,7 @@ void gram(const GramParams& p, const Scratch& scratch, cudaStream_t stream) {
     LayerParams layer = p;
     layer.x = static_cast<const char*>(p.x) + first * p.hidden * element_size(p.dtype);
     layer.tokens = tokens;
-    launch_gemms(choice, {layer, 1, list.slot_of, list.gate_up, list.down, rows}, device, stream);
+    launch_gemms(choice, {layer, 1, list.slot_of, list.gate_up, list.down, rows, {}}, device, stream);
     double* of_part = p.gram + first * p.num_experts * p.num_experts;
     for_row_dtype(rows.dtype, p.dtype, [&](auto row, auto type) {
       launch_products<decltype(row), decltype(type)>({rows.y, of_part, tokens, p.num_experts, p.hidden}, stream);

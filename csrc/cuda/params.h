@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
+#include <vector_types.h>
 
 #include <cstdint>
 
@@ -46,6 +47,39 @@ int64_t sort_blocks(int64_t slots);
 int64_t max_tiles(int64_t slots, int64_t num_experts, int64_t rows);
 void launch_sort(const SortParams& p, cudaStream_t stream);
 
+// ---- energies of channels (energies.cu): the weights that gate_up's kernels sum with, and what becomes of their sums
+
+inline constexpr int kEnergyFragment = 8;  // uint4s of 16 rows of a tile: (2 parts, 4 lanes) of 4 positions each
+constexpr int64_t energy_fragments(int64_t rows) { return rows / 16 * kEnergyFragment; }  // of a tile of `rows`
+
+// gate_up adds up g^2 h^2 over the positions that a warp, or a block, has of a tile: `sums` holds those parts.
+struct Energies {
+  float* weights;    // (positions): g^2, -1 where a slot is not counted
+  uint4* fragments;  // (max_tiles, energy_fragments(rows)): the same for gemm_wgmma.cu; or null
+  float* sums;       // (max_tiles, parts, I), or null: energies are not observed
+  int64_t parts;     // of a tile
+};
+
+struct EnergyWeightsParams {
+  const int* slot_of;   // (P)
+  const void* weights;  // (T, K) of `weights_dtype`
+  DType weights_dtype;
+  const bool* counted;  // (T) or null
+  int64_t top_k;
+  TileList tiles;
+  Energies energies;  // weights and fragments out
+};
+
+struct EnergySumsParams {
+  TileList tiles;
+  Energies energies;
+  int64_t columns;   // I
+  double* channels;  // (E, I) +=
+};
+
+void launch_energy_weights(const EnergyWeightsParams& p, cudaStream_t stream);
+void launch_energy_sums(const EnergySumsParams& p, cudaStream_t stream);
+
 // ---- grouped products over the sorted slots (gemm_mma.cu: mma.sync; gemm_wgmma.cu: wgmma; gemm_plain.cu: any dtype
 // and size), in the tile shapes of shapes.h
 
@@ -61,6 +95,7 @@ struct GemmParams {
   int64_t columns;  // of c: I or H
   int64_t inner;    // length of the dot products: H or I
   Activation activation;
+  Energies energies;  // gate_up only
 };
 
 enum class Product { kGateUp, kDown };

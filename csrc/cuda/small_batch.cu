@@ -13,6 +13,10 @@
 // memory in a fixed order. A unit goes through produce (activations), load_weights and multiply, leave and reduce (the
 // warps' sums), store.
 //
+// Where energies of channels are observed, a warp reduces the sums of one m16 tile for all tokens of a pass, adds up
+// g^2 h^2 of a column over its lanes, and adds that to the channel: an expert's columns are one block's, so that nobody
+// else does.
+//
 // down: where there are too few units for the device, k is split, too (`splits`, from shapes only). A unit writes its
 // part of y, then arrives at its group's counter (zeroed by gate_up, for whose end down waits). The last to
 // arrive finds all parts there and sums every token's slots in slot order, in float32. Which block that is does not
@@ -218,6 +222,36 @@ __device__ __forceinline__ float4 reduce(const float4* sums, int i) {
   return sum;
 }
 
+// h of a group's columns for `tokens` slots, and the columns' energies.
+template <typename T, int kTokenTiles>
+__device__ __forceinline__ void store_observed(const SmallBatchParams& p, const float4* sums, const int* slots,
+                                               int tokens, int columns, int first_column, int expert) {
+  const ExpertsParams& e = p.experts;
+  const int tile = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  if (tile >= kTiles) return;
+  const int column = first_column + tile * (kGateUpColumns / kTiles) + row_of_lane();
+  float energy = 0.0f;
+#pragma unroll
+  for (int token_tile = 0; token_tile < kTokenTiles; ++token_tile) {
+    const float4 sum = reduce<kTokenTiles>(sums, (tile * kTokenTiles + token_tile) * kWarpSize + lane);
+#pragma unroll
+    for (int next = 0; next < 2; ++next) {
+      const int token = token_tile * 8 + lane % 4 * 2 + next;
+      if (token >= tokens || column >= columns) continue;
+      const float gate = next == 0 ? sum.x : sum.y, up = next == 0 ? sum.z : sum.w;
+      const float h = activate<false>(e.activation, gate) * up;
+      const int slot = slots[token];
+      static_cast<T*>(p.h)[int64_t{slot} * columns + column] = from_float<T>(h);
+      if (e.counted != nullptr && !e.counted[slot / static_cast<int>(e.top_k)]) continue;
+      const float weight = weight_of(e.weights, e.weights_dtype, slot);
+      add_energy(weight * weight, h, energy);
+    }
+  }
+  energy += __shfl_xor_sync(kAllLanes, energy, 1);
+  energy += __shfl_xor_sync(kAllLanes, energy, 2);
+  if (lane % 4 == 0 && column < columns) e.channels[int64_t{expert} * columns + column] += energy;
+}
+
 // h, or down's part of y in split `split`, of a group's columns for `tokens` slots.
 template <typename T, int kTokenTiles, Product kProduct>
 __device__ __forceinline__ void store(const SmallBatchParams& p, const float4* sums, const int* slots, int tokens,
@@ -253,7 +287,7 @@ __device__ __forceinline__ void finish(const SmallBatchParams& p, int group, int
 }
 
 // kTokenTiles: tiles of 8 tokens that a pass over an expert's weights multiplies.
-template <typename T, int kTokenTiles, Product kProduct>
+template <typename T, int kTokenTiles, Product kProduct, bool kEnergies>
 __global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) small_batch_kernel(SmallBatchParams p) {
   constexpr bool kGateUp = kProduct == Product::kGateUp;
   constexpr int kTokens = kTokenTiles * 8;
@@ -330,14 +364,19 @@ __global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) 
 
       leave(acc, sums);
       __syncthreads();
-      store<T, kTokenTiles, kProduct>(p, sums, lists.slots + from, tokens, columns, first_column, splits, split);
+      if constexpr (kEnergies) {
+        const int expert = lists.active[current / splits];
+        store_observed<T, kTokenTiles>(p, sums, lists.slots + from, tokens, columns, first_column, expert);
+      } else {
+        store<T, kTokenTiles, kProduct>(p, sums, lists.slots + from, tokens, columns, first_column, splits, split);
+      }
     }
 
     if constexpr (!kGateUp) finish<T>(p, unit % groups, active * splits, lists);
   }
 }
 
-template <typename T, int kTokenTiles, Product kProduct>
+template <typename T, int kTokenTiles, Product kProduct, bool kEnergies>
 void launch_product(const SmallBatchParams& p, cudaStream_t stream) {
   const ExpertsParams& e = p.experts;
   const int64_t slots = e.tokens * e.top_k;
@@ -346,25 +385,30 @@ void launch_product(const SmallBatchParams& p, cudaStream_t stream) {
   const int64_t splits = kProduct == Product::kGateUp ? 1 : p.splits;
   const int64_t units = std::max<int64_t>(1, std::min(slots, e.num_experts) * groups * splits);
   const int bytes = static_cast<int>(sums_bytes(kTokenTiles) + lists_bytes(slots, e.num_experts) + p.staged_bytes);
-  allow_shared(small_batch_kernel<T, kTokenTiles, kProduct>, static_cast<int>(p.shared_limit));
+  allow_shared(small_batch_kernel<T, kTokenTiles, kProduct, kEnergies>, static_cast<int>(p.shared_limit));
   const unsigned blocks = grid_size(std::min(units, p.blocks));
   if constexpr (kProduct == Product::kGateUp) {
-    small_batch_kernel<T, kTokenTiles, kProduct><<<blocks, kThreads, bytes, stream>>>(p);
+    small_batch_kernel<T, kTokenTiles, kProduct, kEnergies><<<blocks, kThreads, bytes, stream>>>(p);
     check_launch("small_batch_kernel");
   } else {
-    launch_next<small_batch_kernel<T, kTokenTiles, kProduct>>("small_batch_kernel", blocks, kThreads, bytes, stream, p);
+    launch_next<small_batch_kernel<T, kTokenTiles, kProduct, kEnergies>>("small_batch_kernel", blocks, kThreads, bytes,
+                                                                         stream, p);
   }
+}
+
+template <typename T, int kTokenTiles>
+void launch_tiles(const SmallBatchParams& p, cudaStream_t stream) {
+  if (p.experts.channels == nullptr) {
+    launch_product<T, kTokenTiles, Product::kGateUp, false>(p, stream);
+  } else {
+    launch_product<T, kTokenTiles, Product::kGateUp, true>(p, stream);
+  }
+  launch_product<T, kTokenTiles, Product::kDown, false>(p, stream);
 }
 
 template <typename T>
 void launch_typed(const SmallBatchParams& p, cudaStream_t stream) {
-  if (token_tiles_of(p.experts.tokens) == 1) {
-    launch_product<T, 1, Product::kGateUp>(p, stream);
-    launch_product<T, 1, Product::kDown>(p, stream);
-  } else {
-    launch_product<T, 2, Product::kGateUp>(p, stream);
-    launch_product<T, 2, Product::kDown>(p, stream);
-  }
+  token_tiles_of(p.experts.tokens) == 1 ? launch_tiles<T, 1>(p, stream) : launch_tiles<T, 2>(p, stream);
 }
 
 }  // namespace

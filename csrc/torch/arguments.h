@@ -143,7 +143,6 @@ inline void check_observation(const char* op, const ExpertsParams& p, const Tens
     check_type(op, "channels", *channels, {ScalarType::Double});
     check_contiguous(op, "channels", *channels);
     check_device(op, "channels", *channels, "x", x);
-    if (x.is_cuda()) refuse(op, "'channels' is summed on the CPU only; x is on CUDA");
   }
   if (counted.has_value()) check_device(op, "counted", *counted, "x", x);
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_ext.calibration.removal_order import removal_order
 from moe_ext.calibration.routed_inputs import RoutedInputs
-from moe_ext.models.blocks import MoeBlock, device_of, expert_tensors
+from moe_ext.models.blocks import MoeBlock, expert_tensors
 from moe_ext.models.expert_width import width_of
 from moe_ext.runtime.supported import reason_unsupported
 
@@ -20,8 +20,8 @@ def check_channels(channels: str | None, blocks: list[MoeBlock]) -> int | None:
     """The width of the experts whose channels are to be observed; None if none are.
 
     Raises:
-        ValueError: another kind of observation, experts that the operators do not run or not on the CPU, or layers
-            whose experts differ in width (the layer is named).
+        ValueError: another kind of observation, experts that the operators do not run, or layers whose experts differ
+            in width (the layer is named).
     """
     if channels is None:
         return None
@@ -30,8 +30,6 @@ def check_channels(channels: str | None, blocks: list[MoeBlock]) -> int | None:
     for block in blocks:
         if (reason := reason_unsupported(block)) is not None:
             raise ValueError(f"channels: are observed by the operators only; {reason}")
-        if device_of(block.experts, next(block.experts.parameters())).type != "cpu":
-            raise ValueError(f"channels: are observed on the CPU only; {block.name} is elsewhere")
         if width_of(block) != width_of(blocks[0]):
             raise ValueError(
                 f"channels: {blocks[0].name} has experts of {width_of(blocks[0])} channels, {block.name} of "

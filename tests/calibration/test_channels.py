@@ -15,6 +15,7 @@ from moe_ext.calibration.removal_order import removal_order
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.models.blocks import expert_tensors, moe_blocks
 from tests.support.families import ALL, STOCK_ONLY, build, on_experts
+from tests.support.reference import DEVICES
 
 FAMILIES = [name for name in ALL if name not in STOCK_ONLY]
 
@@ -79,12 +80,15 @@ def gram_of(model: PreTrainedModel, text: list[dict[str, Tensor]], layer: int, e
     return gram
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_errors_of_channels_equal_float64_brute_force(family: str) -> None:
+def test_errors_of_channels_equal_float64_brute_force(family: str, device: str) -> None:
     model = build(family)
+    expected = brute_force(model, batches())
+    model.to(device)
     stats = moe_ext.calibrate(model, batches(), channels="energy", progress=False)
     assert stats.channel_errors is not None
-    torch.testing.assert_close(stats.channel_errors, brute_force(model, batches()), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(stats.channel_errors, expected, rtol=1e-3, atol=1e-7)
     assert torch.equal(stats.moments, moe_ext.calibrate(model, batches(), progress=False).moments)
 
 

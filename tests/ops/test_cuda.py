@@ -33,6 +33,7 @@ from tests.support.reference import (
     WGMMA,
     ExpertsCase,
     arithmetic_of,
+    assert_channels_within,
     assert_histograms_close,
     assert_moments_within,
     assert_within,
@@ -64,24 +65,27 @@ def forced(kernels: str) -> Iterator[None]:
             os.environ["MOE_EXT_CUDA_KERNELS"] = before
 
 
-def observed(case: ExpertsCase, kernels: str = "") -> tuple[Tensor, Tensor]:
-    """out (T, H) and moments (E, 3, 3) of a case on the device."""
-    moments = torch.zeros(case.down.shape[0], 3, 3, dtype=torch.float64, device="cuda")
+def observed(case: ExpertsCase, kernels: str = "") -> tuple[Tensor, Tensor, Tensor]:
+    """out (T, H), moments (E, 3, 3) and energies of channels (E, I) of a case on the device."""
+    num_experts, _, intermediate = case.down.shape
+    moments = torch.zeros(num_experts, 3, 3, dtype=torch.float64, device="cuda")
+    channels = torch.zeros(num_experts, intermediate, dtype=torch.float64, device="cuda")
     with forced(kernels):
-        return ops.experts_observed(*case.arguments(), moments), moments
+        return ops.experts_observed(*case.arguments(), moments, None, channels), moments, channels
 
 
 def assert_equals_brute_force(case: ExpertsCase, kernels: str = "") -> None:
-    """experts and experts_observed, which run different code where they combine a token's slots."""
+    """experts and experts_observed, which run different code where they have h and where they combine slots."""
     expected = experts_reference(case, arithmetic_of(case, "cuda", kernels))
     moved = case.to("cuda")
     with forced(kernels):
         out = ops.experts(*moved.arguments())
     assert out.dtype == case.x.dtype
     assert_within(out, expected.out, expected.bound)
-    out, moments = observed(moved, kernels)
+    out, moments, channels = observed(moved, kernels)
     assert_within(out, expected.out, expected.bound)
     assert_moments_within(moments, expected)
+    assert_channels_within(channels, expected)
 
 
 # ---- every set of kernels against brute force
@@ -232,9 +236,10 @@ def test_experts_that_no_token_reaches_are_not_read(kernels: str, dtype: torch.d
     case.experts %= 3
     expected = experts_reference(case, arithmetic_of(case, "cuda", kernels))
     case.gate_up[3:], case.down[3:] = torch.nan, torch.nan
-    out, moments = observed(case.to("cuda"), kernels)
+    out, moments, channels = observed(case.to("cuda"), kernels)
     assert_within(out, expected.out, expected.bound)
     assert_moments_within(moments, expected)
+    assert_channels_within(channels, expected)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -244,16 +249,18 @@ def test_a_batch_without_experts_gives_zeros_and_no_moments(kernels: str, dtype:
     case = experts_case(tokens, 4, 2, 24, 40, dtype=dtype)
     case.experts[:] = 4
     case.weights[:] = torch.nan  # whatever stands in an empty slot is not read
-    out, moments = observed(case.to("cuda"), kernels)
+    out, moments, channels = observed(case.to("cuda"), kernels)
     assert torch.equal(out.cpu(), torch.zeros(tokens, 24, dtype=dtype))
     assert not bool(moments.any())
+    assert not bool(channels.any())
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_no_token_gives_no_row_and_no_moments(kernels: str) -> None:
-    out, moments = observed(experts_case(0, 4, 2, 24, 40, dtype=torch.bfloat16).to("cuda"), kernels)
+    out, moments, channels = observed(experts_case(0, 4, 2, 24, 40, dtype=torch.bfloat16).to("cuda"), kernels)
     assert out.shape == (0, 24)
     assert not bool(moments.any())
+    assert not bool(channels.any())
 
 
 def at_odd_address(tensor: Tensor) -> Tensor:
@@ -273,9 +280,53 @@ def test_a_tensor_may_begin_at_any_element(dtype: torch.dtype, tokens: int, name
     expected = experts_reference(case, arithmetic_of(case, "cuda", kernels))
     moved = case.to("cuda")
     setattr(moved, name, at_odd_address(getattr(moved, name)))
-    out, moments = observed(moved)
+    out, moments, channels = observed(moved)
     assert_within(out, expected.out, expected.bound)
     assert_moments_within(moments, expected)
+    assert_channels_within(channels, expected)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_accumulators_may_begin_at_any_element(kernels: str) -> None:
+    case = experts_case(40, 4, 2, 24, 40, dtype=torch.bfloat16).to("cuda")
+    _, expected_moments, expected_channels = observed(case, kernels)
+    moments = at_odd_address(torch.zeros(4, 3, 3, dtype=torch.float64, device="cuda"))
+    channels = at_odd_address(torch.zeros(4, 40, dtype=torch.float64, device="cuda"))
+    with forced(kernels):
+        ops.experts_observed(*case.arguments(), moments, None, channels)
+    assert torch.equal(moments, expected_moments)
+    assert torch.equal(channels, expected_channels)
+
+
+# ---- energies of channels
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tokens", [12, 40, 300])
+def test_tokens_that_are_not_counted_leave_no_trace_in_energies(kernels: str, dtype: torch.dtype, tokens: int) -> None:
+    case = experts_case(tokens, 4, 2, 40, 136, dtype=dtype, sentinels=0.2)
+    counted = torch.arange(tokens) % 4 != 1
+    case.x[1], case.weights[5] = torch.nan, torch.inf  # padding may be any numbers, and none
+    case.x[9] *= 1000
+    expected = experts_reference(case.tokens(counted), arithmetic_of(case, "cuda", kernels))
+    assert bool(expected.channels.isfinite().all())
+    moved = case.to("cuda")
+    moments = torch.zeros(4, 3, 3, dtype=torch.float64, device="cuda")
+    channels = torch.zeros(4, 136, dtype=torch.float64, device="cuda")
+    with forced(kernels):
+        ops.experts_observed(*moved.arguments(), moments, counted.to("cuda"), channels)
+    assert_channels_within(channels, expected)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("name", ["x", "weights"])
+def test_a_number_that_is_none_reaches_the_energies_of_its_experts_only(kernels: str, name: str) -> None:
+    case = experts_case(40, 5, 2, 40, 136, dtype=torch.bfloat16)
+    getattr(case, name)[7] = torch.nan
+    _, _, channels = observed(case.to("cuda"), kernels)
+    reached = torch.zeros(5, dtype=torch.bool).index_fill(0, case.experts[7].long(), True)
+    assert torch.equal(channels.cpu().isnan(), reached[:, None].expand(5, 136))
 
 
 # ---- Gram matrices
@@ -370,20 +421,19 @@ def test_results_have_the_same_bits_in_every_run(
     kernels: str, dtype: torch.dtype, tokens: int, hidden: int, intermediate: int
 ) -> None:
     case = experts_case(tokens, 5, 3, hidden, intermediate, dtype=dtype, sentinels=0.3).to("cuda")
-    out, moments = observed(case, kernels)
+    first = observed(case, kernels)
     for _ in range(3):
-        again, moments_again = observed(case, kernels)
-        assert torch.equal(again, out)
-        assert torch.equal(moments_again, moments)
+        for again, before in zip(observed(case, kernels), first, strict=True):
+            assert torch.equal(again, before)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("tokens", [13, 150])
 def test_all_tile_shapes_give_the_same_bits(dtype: torch.dtype, tokens: int) -> None:
     case = experts_case(tokens, 5, 3, 136, 72, dtype=dtype, sentinels=0.3).to("cuda")
-    out, moments = observed(case, "tall")
+    out, moments, _ = observed(case, "tall")
     for kernels in ("flat", "narrow"):
-        other, other_moments = observed(case, kernels)
+        other, other_moments, _ = observed(case, kernels)
         assert torch.equal(other, out)
         assert torch.equal(other_moments, moments)
 
@@ -402,7 +452,7 @@ def test_observing_does_not_change_a_bit(kernels: str, dtype: torch.dtype, top_k
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_row_has_the_same_bits_in_any_large_batch(kernels: str, dtype: torch.dtype) -> None:
     case = experts_case(150, 5, 3, 136, 72, dtype=dtype, sentinels=0.3).to("cuda")
-    out, _ = observed(case, kernels)
+    out, _, _ = observed(case, kernels)
     for rows in (slice(0, 1), slice(20, 90), slice(149, 150)):
         assert torch.equal(observed(case.tokens(rows), kernels)[0], out[rows])
 
@@ -416,7 +466,8 @@ def test_inputs_are_not_modified(kernels: str, tokens: int) -> None:
     with forced(kernels):
         ops.experts(*moved.arguments())
         moments = torch.zeros(4, 3, 3, dtype=torch.float64, device="cuda")
-        ops.experts_observed(*moved.arguments(), moments, moved_counted)
+        channels = torch.zeros(4, 40, dtype=torch.float64, device="cuda")
+        ops.experts_observed(*moved.arguments(), moments, moved_counted, channels)
     for before, after in zip((*case.arguments()[:5], counted), (*moved.arguments()[:5], moved_counted), strict=True):
         assert torch.equal(after.cpu(), before)
 
@@ -447,13 +498,14 @@ def test_route_modifies_no_input() -> None:
 # ---- graphs, streams, waiting
 
 
-def layer_of(case: ExpertsCase, logits: Tensor, thresholds: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """A layer on static tensors: moments -> out, out observed, weights, experts."""
+def layer_of(case: ExpertsCase, logits: Tensor, thresholds: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    """A layer on static tensors: moments, channels -> out, out observed, weights, experts."""
 
-    def layer(moments: Tensor) -> tuple[Tensor, ...]:
+    def layer(moments: Tensor, channels: Tensor) -> tuple[Tensor, ...]:
         weights, experts = ops.route(logits, 2, thresholds)
-        out = ops.experts(case.x, case.gate_up, case.down, experts, weights, "silu")
-        again = ops.experts_observed(case.x, case.gate_up, case.down, experts, weights, "silu", moments)
+        arguments = (case.x, case.gate_up, case.down, experts, weights, "silu")
+        out = ops.experts(*arguments)
+        again = ops.experts_observed(*arguments, moments, None, channels)
         return out, again, weights, experts
 
     return layer
@@ -484,9 +536,11 @@ def test_a_replayed_graph_equals_the_eager_operators(
     logits, thresholds = torch.zeros(tokens, 6, device="cuda"), torch.full((1,), 0.6, device="cuda")
     layer = layer_of(case, logits, thresholds)
     moments, expected_moments = torch.zeros(2, 6, 3, 3, dtype=torch.float64, device="cuda")
+    channels, expected_channels = torch.zeros(2, 6, intermediate, dtype=torch.float64, device="cuda")
     with forced(kernels):
-        graph, results = captured(lambda: layer(moments))
+        graph, results = captured(lambda: layer(moments, channels))
         moments.zero_()
+        channels.zero_()
         used = []
         for seed in range(4):
             generator = torch.Generator().manual_seed(seed)
@@ -496,9 +550,10 @@ def test_a_replayed_graph_equals_the_eager_operators(
             logits.copy_(fresh)
             case.x.copy_(torch.randn(tokens, 40, generator=generator))
             graph.replay()
-            for got, expected in zip(results, layer(expected_moments), strict=True):
+            for got, expected in zip(results, layer(expected_moments, expected_channels), strict=True):
                 assert torch.equal(got, expected)
             assert torch.equal(moments, expected_moments)
+            assert torch.equal(channels, expected_channels)
             used.append(int((results[3] < 6).sum()))
     assert used[3] == tokens < used[0]
 
@@ -508,20 +563,22 @@ def test_operators_run_on_the_current_stream(kernels: str) -> None:
     case = experts_case(30, 6, 2, 40, 24, dtype=torch.bfloat16).to("cuda")
     logits, thresholds = torch.randn(30, 6).to("cuda"), torch.full((1,), 0.6, device="cuda")
     moments, expected_moments = torch.zeros(2, 6, 3, 3, dtype=torch.float64, device="cuda")
+    channels, expected_channels = torch.zeros(2, 6, 24, dtype=torch.float64, device="cuda")
     late = ExpertsCase(torch.full_like(case.x, torch.nan), *case.arguments()[1:])
     matrix = torch.eye(512, device="cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with forced(kernels):
-        expected = layer_of(case, logits, thresholds)(expected_moments)
+        expected = layer_of(case, logits, thresholds)(expected_moments, expected_channels)
         torch.cuda.synchronize()
         with torch.cuda.stream(side):
             for _ in range(20):
                 matrix = matrix @ matrix
             late.x.copy_(case.x)  # who does not wait for this stream finds NaN
-            results = layer_of(late, logits, thresholds)(moments)
+            results = layer_of(late, logits, thresholds)(moments, channels)
         side.synchronize()
-    for got, want in zip((*results, moments), (*expected, expected_moments), strict=True):
+    results, expected = (*results, moments, channels), (*expected, expected_moments, expected_channels)
+    for got, want in zip(results, expected, strict=True):
         assert torch.equal(got, want)
 
 
@@ -541,12 +598,14 @@ def test_the_host_does_not_wait_for_the_device(kernels: str) -> None:
     case = experts_case(30, 6, 2, 40, 24, dtype=torch.bfloat16).to("cuda")
     logits, thresholds = torch.randn(30, 6).to("cuda"), torch.full((1,), 0.6).to("cuda")
     moments = torch.zeros(6, 3, 3, dtype=torch.float64).to("cuda")
+    channels = torch.zeros(6, 24, dtype=torch.float64).to("cuda")
     counted = torch.ones(30, dtype=torch.bool).to("cuda")
     with forced(kernels), waiting_refused():
         with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
             logits[0, 0].item()
-        layer_of(case, logits, thresholds)(moments)
+        layer_of(case, logits, thresholds)(moments, channels)
         ops.experts_observed(*case.arguments(), moments, counted)
+        ops.experts_observed(*case.arguments(), moments, counted, channels)
 
 
 # ---- errors
@@ -572,6 +631,9 @@ def test_experts_observed_refuses_accumulators_on_another_device(device: str, ot
     untouched = moments.to(device)
     with pytest.raises(RuntimeError, match="experts_observed: 'counted' " + expected):
         ops.experts_observed(*case.arguments(), untouched, counted.to(other))
+    channels = torch.zeros(4, 24, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="experts_observed: 'channels' " + expected):
+        ops.experts_observed(*case.arguments(), untouched, None, channels.to(other))
     assert not bool(untouched.any())
 
 
@@ -709,11 +771,15 @@ def test_patched_16_bit_logits_equal_the_unpatched_ones_of_the_cpu(
 def test_calibrated_statistics_equal_those_of_the_cpu(tiny_mixtral: MixtralFactory) -> None:
     batches = [{"input_ids": random_tokens(2, 13, seed)} for seed in (1, 2)] + [{"input_ids": random_tokens(1, 7)}]
     batches[1]["attention_mask"] = torch.tensor([[1] * 13, [1] * 5 + [0] * 8])
-    expected = moe_ext.calibrate(tiny_mixtral(), batches, progress=False)
-    got = moe_ext.calibrate(tiny_mixtral().to("cuda"), batches, progress=False)
+    expected = moe_ext.calibrate(tiny_mixtral(), batches, channels="energy", progress=False)
+    got = moe_ext.calibrate(tiny_mixtral().to("cuda"), batches, channels="energy", progress=False)
     assert torch.equal(got.tokens, expected.tokens)
     assert torch.equal(got.coactivation, expected.coactivation)
     torch.testing.assert_close(got.moments, expected.moments, rtol=MODEL_TOLERANCE, atol=0)
+    assert expected.channel_errors is not None
+    largest = float(expected.channel_errors.max())
+    torch.testing.assert_close(got.channel_errors, expected.channel_errors, rtol=0, atol=MODEL_TOLERANCE * largest)
+    torch.testing.assert_close(got.channel_norms, expected.channel_norms, rtol=1e-12, atol=0)
     assert_histograms_close(got.ratio_histogram, expected.ratio_histogram)
 
 

@@ -323,22 +323,26 @@ def test_moments_equal_float64_brute_force(
         torch.testing.assert_close(moments, start + expected.moments, rtol=2.0**-16, atol=1e-12)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @given(shape=experts_shapes(), dtype=st.sampled_from(DTYPES), masked=st.booleans())
 def test_energies_of_channels_equal_float64_brute_force(
-    shape: dict[str, Any], dtype: torch.dtype, masked: bool
+    device: str, shape: dict[str, Any], dtype: torch.dtype, masked: bool
 ) -> None:
     case = experts_case(**shape, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     counted = torch.rand(shape["tokens"], generator=generator) < 0.6 if masked else None
-    moments = torch.zeros(2, shape["num_experts"], 3, 3, dtype=torch.float64)
+    moments = torch.zeros(2, shape["num_experts"], 3, 3, dtype=torch.float64, device=device)
     start = torch.rand(shape["num_experts"], shape["intermediate"], dtype=torch.float64, generator=generator)
-    channels = start.clone()
-    got = ops.experts_observed(*case.arguments(), moments[0], counted, channels)
-    assert torch.equal(got, ops.experts_observed(*case.arguments(), moments[1], counted))
+    channels, moved = start.clone().to(device), case.to(device)
+    moved_counted = None if counted is None else counted.to(device)
+    got = ops.experts_observed(*moved.arguments(), moments[0], moved_counted, channels)
+    assert torch.equal(got, ops.experts_observed(*moved.arguments(), moments[1], moved_counted))
     assert torch.equal(moments[0], moments[1])
-    arithmetic = arithmetic_of(case, "cpu")
+    arithmetic = arithmetic_of(case, device)
     expected = experts_reference(case if counted is None else case.tokens(counted), arithmetic)
     assert_channels_within(channels, expected, start)
+    unreached = torch.bincount(case.experts.flatten(), minlength=shape["num_experts"] + 1)[:-1] == 0
+    assert torch.equal(channels.cpu()[unreached], start[unreached])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -505,14 +509,14 @@ def test_opcheck(device: str, dtype: torch.dtype, check: str) -> None:
     logits = torch.randn(5, 4).to(dtype).to(device)
     moments = torch.zeros(4, 3, 3, dtype=torch.float64).to(device)
     counted = torch.tensor([True, False, True, True, False]).to(device)
-    channels = torch.zeros(4, 24, dtype=torch.float64)
+    channels = torch.zeros(4, 24, dtype=torch.float64).to(device)
     for operator, arguments in (
         (torch.ops.moe_ext.route, (logits, 2)),
         (torch.ops.moe_ext.route, (logits, 2, torch.rand(1).to(device), False)),
         (torch.ops.moe_ext.experts, case.arguments()),
         (torch.ops.moe_ext.experts_observed, (*case.arguments(), moments)),
         (torch.ops.moe_ext.experts_observed, (*case.arguments(), moments, counted)),
-        *([(torch.ops.moe_ext.experts_observed, (*case.arguments(), moments, counted, channels))] * (device == "cpu")),
+        (torch.ops.moe_ext.experts_observed, (*case.arguments(), moments, counted, channels)),
     ):
         torch.library.opcheck(operator, arguments, test_utils=check)
 
@@ -690,6 +694,7 @@ def test_experts_observed_refuses_bad_accumulators(
         ops.experts_observed(*case.arguments(), moments.to(device), None if counted is None else counted.to(device))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("channels", "message"),
     [
@@ -698,10 +703,11 @@ def test_experts_observed_refuses_bad_accumulators(
         (torch.zeros(24, 4).double().T, "'channels' is not contiguous"),
     ],
 )
-def test_experts_observed_refuses_bad_channels(channels: torch.Tensor, message: str) -> None:
-    moments = torch.zeros(4, 3, 3).double()
+def test_experts_observed_refuses_bad_channels(device: str, channels: torch.Tensor, message: str) -> None:
+    case = experts_case(5, 4, 2, 16, 24).to(device)
+    moments = torch.zeros(4, 3, 3).double().to(device)
     with pytest.raises(RuntimeError, match="experts_observed: " + message):
-        ops.experts_observed(*experts_case(5, 4, 2, 16, 24).arguments(), moments, None, channels)
+        ops.experts_observed(*case.arguments(), moments, None, channels.to(device))
     assert not bool(moments.any())
 
 

@@ -69,10 +69,18 @@ __device__ __forceinline__ float activate(Activation activation, float x) {
   return x;
 }
 
-// act(gate) * up of two neighbouring elements, rounded.
-template <typename T>
-__device__ __forceinline__ uint32_t pack_gated(Activation activation, const float* gate, const float* up) {
-  return pack<T>(activate<false>(activation, gate[0]) * up[0], activate<false>(activation, gate[1]) * up[1]);
+// act(gate) * up of two neighbouring elements, to be rounded to 16 bits.
+__device__ __forceinline__ float2 gated(Activation activation, const float* gate, const float* up) {
+  return {activate<false>(activation, gate[0]) * up[0], activate<false>(activation, gate[1]) * up[1]};
+}
+
+// sum += weight * h^2, but nothing of a position that is not counted, whose h need not be a number.
+__device__ __forceinline__ void add_energy(float weight, float h, float& sum) {
+  if (!(weight < 0.0f)) sum += weight * (h * h);
+}
+__device__ __forceinline__ void add_energy(float weight, float2 h, float2& sum) {
+  add_energy(weight, h.x, sum.x);
+  add_energy(weight, h.y, sum.y);
 }
 
 // Sum over the warp, the same in every lane, in a fixed order.

@@ -78,6 +78,23 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The bits of value^2, in a register as mma takes them: a cast of the product would be a move.
+__device__ __forceinline__ uint32_t square(float value) {
+  uint32_t bits;
+  asm("mul.f32 %0, %1, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
+// c (16, 8) += a (16, 8) * b (8, 8) of float32 values cut off to tf32, 10 bits behind the first. With g = lane / 4,
+// t = lane % 4:  a[0..3]: rows g, g + 8, g, g + 8, columns t, t, t + 4, t + 4;  b0, b1: rows t, t + 4, column g;  c as
+// above.
+__device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Adds 1 and returns what was there. Called by one thread after a __syncthreads(): what its block wrote before that is
 // visible to the block of a later arrival after its next __syncthreads().
 __device__ __forceinline__ uint32_t arrive(uint32_t* counter) {
