@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,18 @@ class Skeleton:
 
     def dtype_of(self, target: str) -> torch.dtype:
         """The type in which ``from_pretrained`` would hold a parameter or buffer."""
-        plan: dict[str, torch.dtype] = self.model._get_dtype_plan(self.dtype)
-        for pattern, dtype in plan.items():
-            if re.search(rf"(^|\.){re.escape(pattern)}($|\.)", target):
-                return dtype
-        return self.model.state_dict()[target].dtype
+        return self._dtypes[target]
+
+    @cached_property
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        plan = {
+            re.compile(rf"(^|\.){re.escape(pattern)}($|\.)"): dtype
+            for pattern, dtype in self.model._get_dtype_plan(self.dtype).items()
+        }
+        return {
+            name: next((dtype for pattern, dtype in plan.items() if pattern.search(name)), tensor.dtype)
+            for name, tensor in self.model.state_dict().items()
+        }
 
 
 def skeleton_of(

@@ -168,6 +168,8 @@ def plan(
         out.print(removed_experts(made))
     if made.channels is not None:
         out.print(f"every expert keeps {width} of {made.channels.intermediate_size} channels")
+    if fit is not None:
+        out.print(f"all weights will take {made.made_by['weight_bytes']:,} bytes")
     out.print(f"written to {save_to}")
 
 

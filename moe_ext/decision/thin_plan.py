@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.decision.channels import kept_by_score
-from moe_ext.decision.checkpoint_size import CheckpointSize, checkpoint_size
 from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.decision.super_experts import named, super_experts
-from moe_ext.storage.byte_counts import bytes_in
+from moe_ext.decision.width import Request, planned_width
 from moe_ext.storage.formats import shown
 from moe_ext.version import __version__
 
@@ -69,9 +68,11 @@ def thin_plan(
 
     Raises:
         ValueError: statistics without sums over channels, or of a model whose layers differ; a plan for another model
-            or with channels; neither or both of size and channels; a plan without super experts, unless
-            they are allowed to go (they are named); or a width below ``multiple``, not a multiple of it,
-            or not below what the experts have.
+            or with channels; a plan without super experts, unless they are allowed to go (they are named); other than
+            one of size, channels and fit; a width below ``multiple``, not a multiple of it, or not below what the
+            experts have; bytes that the checkpoint takes anyway or that are too few for it; a model that is not the
+            statistics'; or blocks that do not divide the experts.
+        CheckpointError, OSError: the folder is not whole.
     """
     if stats.channel_errors is None or stats.channel_norms is None:
         raise ValueError('stats: hold no sums over channels; calibrate(..., channels="energy"), or --channels energy')
@@ -102,28 +103,16 @@ def thin_plan(
     if before % blocks:
         raise ValueError(f"blocks: expected a divisor of the {before} channels that experts have, got {blocks}")
     _check_finite(stats)
-    step = math.lcm(multiple, blocks)
-    asked = {"size": size, "channels": channels, "fit": fit}
-    if [value is None for value in asked.values()].count(False) != 1:
-        given = ", ".join(f"{name}={value!r}" for name, value in asked.items())
-        raise ValueError(f"size: expected exactly one of size, channels and fit, got {given}")
-    if (fit is None) != (model is None):
-        raise ValueError("model: expected with fit, and only then")
-    if size is not None:
-        width = _width_for_size(size, before, sum(map(len, keep)) / (experts * stats.num_layers), step)
-    elif fit is not None and model is not None:
-        asked["fit"] = fit = _bytes(fit)
-        width = _width_that_fits(fit, checkpoint_size(model, keep, trust_remote_code=trust_remote_code), stats, step)
-    else:
-        width = _checked_width(channels, before, step)
+    request = Request(size, channels, fit, model, math.lcm(multiple, blocks), trust_remote_code)
+    width, asked = planned_width(request, stats, keep)
     unreached = stats.routing_counts() == 0
     scores = _scores(stats, stats.channel_errors, stats.channel_norms) if select == "energy" else _places(stats)
     kept = [kept_by_score(scores[layer, list(row)], width, blocks) for layer, row in enumerate(keep)]
     alone = sum(int(unreached[layer, list(row)].sum()) for layer, row in enumerate(keep))
     if alone:
         warnings.warn(f"{alone} experts that no token reached keep the channels with the largest weights", stacklevel=2)
-    made_by |= {name: value for name, value in asked.items() if value is not None} | {"channels": width}
-    made_by |= {"select": select, "blocks": blocks, "unreached_experts": alone, "moe_ext": __version__}
+    made_by |= {**asked, "channels": width, "select": select, "blocks": blocks}
+    made_by |= {"unreached_experts": alone, "moe_ext": __version__}
     return PruningPlan.of(stats.layout, keep, made_by, KeptChannels.of(kept, before))
 
 
@@ -137,65 +126,6 @@ def _check_finite(stats: ExpertStatistics) -> None:
                 f"stats: {name} of layer {shown(stats.layers[layer])}, expert {expert}, channel {channel} is "
                 f"{getattr(stats, name)[layer, expert, channel].item()}; expected a finite number"
             )
-
-
-def _width_for_size(size: float, before: int, share: float, multiple: int) -> int:
-    """I' for experts of ``before`` channels, of which a ``share`` is kept."""
-    if not 0 < size < 1:
-        raise ValueError(f"size: expected a share in (0, 1), got {size!r}")
-    # A share such as 0.75 of 0.75 is a hair below 1 in floating point.
-    width = math.floor(size / share * before / multiple + 1e-9) * multiple
-    if width >= before:
-        raise ValueError(f"size: {size!r} is no less than what the kept experts have, {share:.4g} of all parameters")
-    if width < multiple:
-        raise ValueError(
-            f"size: {size!r} leaves fewer than {multiple} of {before} channels; give a larger one, or a smaller "
-            "multiple"
-        )
-    return width
-
-
-def _bytes(fit: int | str) -> int:
-    try:
-        if isinstance(fit, str):
-            return bytes_in(fit)
-        if type(fit) is not int or fit < 1:
-            raise ValueError(f"expected a number of bytes, got {fit!r}")
-    except ValueError as error:
-        raise ValueError(f"fit: {error}") from None
-    return fit
-
-
-def _width_that_fits(fit: int, model: CheckpointSize, stats: ExpertStatistics, multiple: int) -> int:
-    """I' with which a checkpoint, its kept experts thinned, takes no more than so many bytes."""
-    if (different := stats.layout.difference(model.layout)) is not None:
-        raise ValueError(f"model: is another than that of the statistics: {different}")
-    if model.width != stats.width:
-        raise ValueError(f"model: has experts of {model.width} channels; those of the statistics have {stats.width}")
-    if multiple % model.block:
-        raise ValueError(
-            f"blocks: the model holds float8 scales of {model.block} channels each; give blocks={model.block}"
-        )
-    if model.at(model.width) <= fit:
-        raise ValueError(
-            f"fit: {fit:,} bytes hold the kept experts with all their channels, {model.at(model.width):,} bytes; no "
-            "channel has to go"
-        )
-    width = model.widest(fit, multiple)
-    if width == 0:
-        raise ValueError(
-            f"fit: expected {model.at(multiple):,} bytes or more, which the weights take with {multiple} of "
-            f"{model.width} channels an expert, got {fit:,}; keep fewer experts, or give a smaller multiple"
-        )
-    return width
-
-
-def _checked_width(channels: int | None, before: int, multiple: int) -> int:
-    if type(channels) is not int or not multiple <= channels < before or channels % multiple:
-        raise ValueError(
-            f"channels: expected a multiple of {multiple} (see multiple and blocks) below {before}, got {channels!r}"
-        )
-    return channels
 
 
 def _scores(stats: ExpertStatistics, errors: Tensor, norms: Tensor) -> Tensor:

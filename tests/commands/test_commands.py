@@ -251,9 +251,13 @@ def test_a_checkpoint_is_thinned_until_it_fits(text: Path, tmp_path: Path, capsy
     assert inside("calibrate", MODEL, "--text", str(text), "--out", file, "--channels", "energy") == 0
     fit = ("--fit", "6.5MB", "--model", MODEL, "--out", plan)
     assert inside("plan", file, "--keep", "6", *fit, "--multiple", "16", "--blocks", "32") == 0
-    assert "every expert keeps " in capsys.readouterr().out
+    said = re.search(
+        r"every expert keeps \d+ of 224 channels\s+all weights will take ([\d,]+) bytes", capsys.readouterr().out
+    )
+    assert said
     assert inside("prune", MODEL, plan, "--out", thin, "--json") == 0
     written = json.loads(capsys.readouterr().out)["weight_bytes"]
+    assert f"{written:,}" == said[1]
     config = json.loads((tmp_path / "thin" / "config.json").read_text())
     assert config["intermediate_size"] % 32 == 0
     # 32 channels more of 6 experts in each layer would not fit.

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_ext.calibration.channels import channel_errors
@@ -40,6 +42,22 @@ def test_the_highest_scores_are_kept_and_of_equal_ones_the_lower_channel() -> No
     scores[1, 2] = float("nan")
     with pytest.raises(ValueError, match="expert 1 has a NaN score"):
         kept_by_score(scores, 2)
+
+
+@given(blocks=st.integers(1, 6), size=st.integers(1, 5), experts=st.integers(1, 3), seed=st.integers(0, 1000))
+def test_blocks_with_the_highest_sums_are_kept_whole(blocks: int, size: int, experts: int, seed: int) -> None:
+    scores = torch.randint(0, 4, (experts, blocks * size), generator=torch.Generator().manual_seed(seed)).double()
+    for keep in range(1, blocks + 1):
+        for row, kept in zip(scores.tolist(), kept_by_score(scores, keep * size, size).tolist(), strict=True):
+            sums = [sum(row[size * block : size * (block + 1)]) for block in range(blocks)]
+            best = sorted(index for _, index in sorted((-total, index) for index, total in enumerate(sums))[:keep])
+            assert kept == [block * size + place for block in best for place in range(size)]
+
+
+@pytest.mark.parametrize(("keep", "block"), [(4, 3), (3, 2), (4, 0), (4, -2), (6, 4)])
+def test_blocks_that_do_not_divide_are_refused(keep: int, block: int) -> None:
+    with pytest.raises(ValueError, match=f"block: expected a divisor of {keep} and 8 channels, got {block}"):
+        kept_by_score(torch.ones(2, 8), keep, block)
 
 
 @pytest.mark.parametrize("seed", range(4))

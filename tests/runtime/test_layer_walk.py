@@ -216,9 +216,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_statistics(
         ran.append(self._position)
         advance(self, before)
 
-    def noting(stats: Any, layer: int, observer: Any) -> None:
+    def noting(stats: Any, layer: int, observer: Any, total: Any) -> None:
         observed.append(layer)
-        take(stats, layer, observer)
+        take(stats, layer, observer, total)
 
     monkeypatch.setattr(LayerInputs, "advance", counting)
     monkeypatch.setattr(calibrate_module, "take", noting)
