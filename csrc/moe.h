@@ -132,6 +132,7 @@ struct Scratch {
 void route(const RouteParams& p, CUstream_st* stream);
 void experts(const ExpertsParams& p, const Scratch& scratch, CUstream_st* stream);
 void gram(const GramParams& p, const Scratch& scratch, CUstream_st* stream);
+void projection(const ProjectionParams& p, const Scratch& scratch, CUstream_st* stream);
 
 // Which kernels `experts` would launch on the current device for these sizes and dtype, and why.
 std::string describe(const ExpertsParams& p);

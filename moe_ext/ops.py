@@ -243,7 +243,8 @@ def expert_gram(x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Te
 
 def expert_projection(x: Tensor, gate_up: Tensor, down: Tensor, g: Tensor, activation: str) -> Tensor:
     """Scalar products of every expert's output with one vector a token, ``<g[t], f_e(x[t])>``, ``f_e`` as in
-    :func:`experts` and not rounded. The (T, E, H) outputs are not stored. On the CPU only.
+    :func:`experts`. On the CPU the outputs are neither rounded nor stored; on CUDA they are as the kernels for more
+    than 16 tokens leave them, and exist for some tokens at a time.
 
     With ``g`` the gradient of a loss for a layer's output they say to first order what the loss does when a token's
     routing weights change: by ``sum_e d_e out[t, e]`` for a difference ``d``.

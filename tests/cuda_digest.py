@@ -34,7 +34,8 @@ def main() -> None:
                 moments = torch.zeros(shape[1], 3, 3, dtype=torch.float64, device="cuda")
                 out = ops.experts_observed(x, gate_up, down, experts, weights, "silu", moments)
                 gram = ops.expert_gram(x, gate_up, down, "silu")
-                results += [out.cpu(), moments.cpu(), gram.cpu()]
+                projection = ops.expert_projection(x, gate_up, down, x, "silu")
+                results += [out.cpu(), moments.cpu(), gram.cpu(), projection.cpu()]
                 runs += 1
             for tensor in results:
                 digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())

@@ -98,7 +98,9 @@ Tensor expert_projection(const Tensor& x, const Tensor& gate_up, const Tensor& d
   p.down = down.const_data_ptr();
   p.g = dense_g.const_data_ptr();
   p.out = static_cast<double*>(out.mutable_data_ptr());
-  dispatch(op, x, [&](const Threads& threads) { cpu::projection(p, threads); }, [](const auto&, auto*) {});
+  dispatch(
+      op, x, [&](const Threads& threads) { cpu::projection(p, threads); },
+      [&](const auto& scratch, auto* stream) { cuda::projection(p, scratch, stream); });
   return out;
 }
 
@@ -155,5 +157,6 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
   m.impl("experts", TORCH_BOX(&moe_ext::experts));
   m.impl("experts_observed", TORCH_BOX(&moe_ext::experts_observed));
   m.impl("expert_gram", TORCH_BOX(&moe_ext::expert_gram));
+  m.impl("expert_projection", TORCH_BOX(&moe_ext::expert_projection));
 }
 #endif

@@ -19,7 +19,6 @@ from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import (
     MoeBlock,
     decoder_layers,
-    device_of,
     layer_numbers,
     model_type_of,
     moe_blocks,
@@ -81,7 +80,7 @@ def search(
     cross-entropy summed over tokens: to second order the nats a token by which the model's predictions move (the Fisher
     metric; what happens to different tokens is taken as independent). One forward and one backward pass, through
     transformers' differentiable path, one decoder layer at a time; the hidden states before every layer wait in
-    between. Only on the CPU.
+    between.
 
     Memory beside the model: some hundred megabytes, whatever the number of tokens; hidden states, and for greedily
     searched layers a token's products, that need more lie in a temporary file. From a checkpoint folder, hidden states
@@ -170,7 +169,9 @@ def _search(
     counts = request.counts(len(blocks), layout.num_experts, layout.top_k)
     thresholds = request.thresholds(model, layer_numbers(blocks), layout.top_k)
     if request.loss == "fisher":
-        _check_gradients(model, blocks, on_disk)
+        check_head(model)
+        if on_disk is not None:
+            on_disk.load_head()
     listed, counted, tokens = _listed(batches, model)
     asked = request.as_json(counts, thresholds, tokens)
     text, of_model = text_digest(listed), _digest_of_model(model, blocks, on_disk)
@@ -276,17 +277,6 @@ def _check_model(model: PreTrainedModel, blocks: list[MoeBlock]) -> None:
             )
     if len({(block.num_experts, block.top_k) for block in blocks}) > 1:
         raise ValueError("the model's layers have different numbers of experts; search takes the same in every layer")
-
-
-def _check_gradients(model: PreTrainedModel, blocks: list[MoeBlock], on_disk: LayersOnDisk | None) -> None:
-    """ValueError, naming the layer, for a model whose gradients cannot be taken and projected."""
-    check_head(model)
-    for block in blocks:
-        device = device_of(block.experts, next(block.experts.parameters()))
-        if device.type != "cpu":
-            raise ValueError(f"loss: 'fisher' has no kernels for {device}, where {block.name} is; expected the CPU")
-    if on_disk is not None:
-        on_disk.load_head()
 
 
 @contextmanager
