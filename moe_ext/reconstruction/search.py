@@ -109,8 +109,8 @@ def search(
             layers keep as many in all, K at least in each, shared out so that the sum of their losses is the least that
             there is. Reconstruction losses are then squared errors, ``||F(x) - F_R(x)||^2`` summed over all tokens:
             norms of different layers do not add up. Not with "progressive", whose layers are judged one after the
-            other: pass its ``keep`` the numbers found layerwise. With "fisher" subsets of all sizes are evaluated in
-            either case, so that ``SearchResult.predicted`` can say what the other would cost.
+            other: pass its ``keep`` the numbers found layerwise. With "fisher" ``plan.made_by["predicted"]`` says what
+            either would cost; "layer" knows of the other only if no layer needs the greedy search for it.
         skip: (L, K - 1) skip thresholds, to judge layers that are pruned and also skip; "config": those that the
             model's config holds; None: no skipping. In "progressive" the layers before skip, too.
         max_subsets: subsets of one size up to which all of them are evaluated; a layer with more is searched greedily.
@@ -244,10 +244,12 @@ def _listed(
 def _chosen(losses: tuple[LayerLosses, ...], layout: Layout, counts: list[int], asked: dict[str, Any]) -> SearchResult:
     """The best subset of every layer's losses; a model's budget is shared out first."""
     predicted: dict[str, float] = {}
-    if asked["measure"] != "norms":  # subsets of all sizes were evaluated
-        sizes = range(layout.num_experts, layout.top_k - 1, -1)
-        curves = [[layer.best(size)[1] for size in sizes] for layer in losses]
-        shares = {"layer": counts, "model": share_out(curves, sum(counts), layout.num_experts)}
+    if asked["measure"] != "norms":
+        sizes = list(range(layout.num_experts, layout.top_k - 1, -1))
+        shares = {"layer": counts}
+        if all(layer.sizes() == sizes for layer in losses):
+            curves = [[layer.best(size)[1] for size in sizes] for layer in losses]
+            shares["model"] = share_out(curves, sum(counts), layout.num_experts)
         for budget, each in shares.items():
             predicted[budget] = sum(layer.best(count)[1] for layer, count in zip(losses, each, strict=True))
         counts = shares[asked["budget"]]

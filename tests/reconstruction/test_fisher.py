@@ -186,6 +186,14 @@ def test_equal_counts_say_what_they_cost_beside_a_shared_budget(tiny_mixtral: Mi
     assert given.plan.made_by["predicted"]["layer"] == shared.predicted([8, 3, 4])
 
 
+def test_equal_counts_search_one_size_alone_where_the_others_are_many(tiny_mixtral: MixtralFactory) -> None:
+    shared = search(tiny_mixtral(), padded_batches(), keep=5, method="greedy")
+    equal = search(tiny_mixtral(), padded_batches(), keep=5, method="greedy", budget="layer")
+    assert list(shared.plan.made_by["predicted"]) == ["layer", "model"]
+    assert equal.plan.made_by["predicted"] == {"layer": equal.predicted()}
+    assert [layer.sizes() for layer in equal.losses] == [[7, 6, 5]] * 3  # what the walk passes
+
+
 def test_norms_do_not_add_up(tiny_mixtral: MixtralFactory) -> None:
     result = moe_ext.search(tiny_mixtral(), padded_batches(), keep=6, progress=False)
     with pytest.raises(ValueError, match="norms of different layers do not add up"):
