@@ -4,13 +4,16 @@
 
 Tables that the output file has already, and that are not measured this time, stay in it.
 
-Three questions, each of one layer with random weights:
+Four questions, each of one layer with random weights:
 
 - exact: all subsets of E = 8, r = 4 over 4096 tokens. The brute force (NAEE's: transformers' eager layer with a masked
   router, once a subset) runs in the same process and must find the same losses. The whole search is one call of
   moe_ext.search on a model of that one layer; the dense forward runs all experts over all tokens, by the same kernels
   and by transformers' eager experts.
 - greedy: E = 64, K = 8, keep 48 with swaps, 8192 tokens.
+- fisher: the same layer as "exact", by what the model's predictions lose: the whole search with its forward and
+  backward pass, beside the reconstruction search, the projections alone beside the dense forward by the same kernels,
+  and autograd's forward and backward pass of the whole model.
 - memory: a million tokens, batch by batch, exact and greedy, each in a process of its own: how far its peak of resident
   memory rises while it searches.
 """
@@ -172,6 +175,45 @@ def exact_row(dtype_name: str, tokens: int, hidden: int, intermediate: int, roun
     }
 
 
+def fisher_row(dtype_name: str, tokens: int, hidden: int, intermediate: int, rounds: int) -> dict[str, Any]:
+    dtype, num_experts, top_k, keep = DTYPES[dtype_name], 8, 2, 4
+    model = one_layer_model(hidden, intermediate, num_experts, top_k, dtype)
+    batches = token_batches(tokens, batch=512)
+    inputs = router_inputs(model, batches)
+    experts = model.model.layers[0].mlp.experts
+
+    def whole_model() -> None:
+        for batch in batches:
+            with torch.enable_grad():
+                model(**batch, labels=batch["input_ids"]).loss.backward()
+            model.zero_grad()
+
+    def projections() -> None:
+        for x, _ in inputs:
+            ops.expert_projection(x, experts.gate_up_proj, experts.down_proj, x, "silu")
+
+    timed: dict[str, Callable[[], Any]] = {
+        "fisher search s": lambda: moe_ext.search(model, batches, keep=keep, loss="fisher", progress=False),
+        "search s": lambda: moe_ext.search(model, batches, keep=keep, budget="model", progress=False),
+        "projections s": projections,
+        "dense forward s": lambda: [all_experts(experts, x, by_our_kernels) for x, _ in inputs],
+        "autograd s": whole_model,
+    }
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(rounds):  # interleaved: the machine is not always as fast
+        for name, function in timed.items():
+            times[name].append(seconds(function, 1))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "H, I, E, K": f"{hidden}, {intermediate}, {num_experts}, {top_k}",
+        "dtype": dtype_name,
+        "T": tokens,
+        **medians,
+        "projections / dense": medians["projections s"] / medians["dense forward s"],
+        "fisher / autograd": medians["fisher search s"] / medians["autograd s"],
+    }
+
+
 def greedy_row(tokens: int) -> dict[str, Any]:
     hidden, intermediate, num_experts, top_k, keep = 512, 256, 64, 8, 48
     model = one_layer_model(hidden, intermediate, num_experts, top_k, torch.float32)
@@ -235,7 +277,7 @@ def main() -> None:
     parser.add_argument("--memory-tokens", type=int, default=MEMORY_TOKENS)
     parser.add_argument("--dtype", action="append", choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", action="append", choices=["exact", "greedy", "memory"])
+    parser.add_argument("--only", action="append", choices=["exact", "fisher", "greedy", "memory"])
     parser.add_argument("--memory-of", choices=["layerwise", "greedy"], help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -245,12 +287,13 @@ def main() -> None:
         if options.memory_of:
             print(json.dumps(memory_of(options.memory_of, options.memory_tokens)))
             return
-        wanted = options.only or ["exact", "greedy", "memory"]
-        if "exact" in wanted:
-            dtypes = options.dtype or ["float32", "bfloat16"]
-            for name in dtypes:
-                row = exact_row(name, options.tokens, hidden, intermediate, options.rounds)
-                tables[f"exact, {name}"] = [row]
+        wanted = options.only or ["exact", "fisher", "greedy", "memory"]
+        for question, row_of in (("exact", exact_row), ("fisher", fisher_row)):
+            if question not in wanted:
+                continue
+            for name in options.dtype or ["float32", "bfloat16"]:
+                row = row_of(name, options.tokens, hidden, intermediate, options.rounds)
+                tables[f"{question}, {name}"] = [row]
         if "greedy" in wanted:
             tables["greedy"] = [greedy_row(options.greedy_tokens)]
         if "memory" in wanted:

@@ -82,7 +82,7 @@ struct ProjectionParams : LayerParams {
 // are left. N <= E: the experts of the N highest ranks of a token, which are all that it can come to use; pairs
 // i < j of them are stored row by row, (0, 1), (0, 2) ... (1, 2) ...: M = N (N - 1) / 2.
 struct SubsetsParams {
-  const double* distances;  // (T, M): || f_i - f_j ||^2 of the experts of ranks i and j
+  const double* distances;  // (T, M) or null: || f_i - f_j ||^2 of the experts of ranks i and j
   const int64_t* ranks;     // (T, N): expert of a rank, in [0, E)
   const double* scores;     // (T, N): by rank; the weights of the chosen experts are their scores over the scores' sum
   const bool* keep;         // (S, E); at most N - K experts of a subset are not kept
@@ -92,7 +92,8 @@ struct SubsetsParams {
   int64_t num_experts;
   int64_t depth;  // N
   int64_t top_k;
-  int64_t subsets;  // S
+  int64_t subsets;            // S
+  const double* projections;  // (T, N) instead of distances, by rank: an expert's output is this one number; or null
 };
 
 namespace cpu {
@@ -132,6 +133,7 @@ struct Scratch {
 void route(const RouteParams& p, CUstream_st* stream);
 void experts(const ExpertsParams& p, const Scratch& scratch, CUstream_st* stream);
 void gram(const GramParams& p, const Scratch& scratch, CUstream_st* stream);
+void projection(const ProjectionParams& p, const Scratch& scratch, CUstream_st* stream);
 
 // Which kernels `experts` would launch on the current device for these sizes and dtype, and why.
 std::string describe(const ExpertsParams& p);

@@ -65,6 +65,7 @@ _EXPERTS_OBSERVED = _register_autograd("experts_observed")
 _EXPERT_GRAM = _register_autograd("expert_gram")
 _EXPERT_PROJECTION = _register_autograd("expert_projection")
 _SUBSET_ERRORS = _register_autograd("subset_errors")
+_PROJECTED_ERRORS = _register_autograd("projected_errors")
 
 
 def _call(operator: Any, *args: Any) -> Any:
@@ -246,7 +247,8 @@ def expert_gram(x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Te
 
 def expert_projection(x: Tensor, gate_up: Tensor, down: Tensor, g: Tensor, activation: str) -> Tensor:
     """Scalar products of every expert's output with one vector a token, ``<g[t], f_e(x[t])>``, ``f_e`` as in
-    :func:`experts` and not rounded. The (T, E, H) outputs are not stored. On the CPU only.
+    :func:`experts`. On the CPU the outputs are neither rounded nor stored; on CUDA they are as the kernels for more
+    than 16 tokens leave them, and exist for some tokens at a time.
 
     With ``g`` the gradient of a loss for a layer's output they say to first order what the loss does when a token's
     routing weights change: by ``sum_e d_e out[t, e]`` for a difference ``d``.
@@ -295,6 +297,26 @@ def subset_errors(
         RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`route`.
     """
     errors: Tensor = _call(_SUBSET_ERRORS, distances, ranks, scores, keep, top_k, thresholds)
+    return errors
+
+
+def projected_errors(
+    projections: Tensor, ranks: Tensor, scores: Tensor, keep: Tensor, top_k: int, thresholds: Tensor | None = None
+) -> Tensor:
+    """:func:`subset_errors` of experts whose outputs are one number each: their projections on a gradient, from
+    :func:`expert_projection`. ``sum_t (sum_e (w_s[t, e] - w[t, e]) a[t, e])^2``, without a number for every pair.
+
+    Args:
+        projections: (T, N) float64, by rank.
+        ranks, scores, keep, top_k, thresholds: as for :func:`subset_errors`.
+
+    Returns:
+        (S,) float64; the same bits for any number of threads.
+
+    Raises:
+        RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`route`.
+    """
+    errors: Tensor = _call(_PROJECTED_ERRORS, projections, ranks, scores, keep, top_k, thresholds)
     return errors
 
 
@@ -442,17 +464,19 @@ def _expert_projection_fake(x: Tensor, gate_up: Tensor, down: Tensor, g: Tensor,
     return x.new_empty((x.shape[0], gate_up.shape[0]), dtype=torch.float64)
 
 
-@torch.library.register_fake("moe_ext::subset_errors")
-def _subset_errors_fake(
-    distances: Tensor, ranks: Tensor, scores: Tensor, keep: Tensor, top_k: int, thresholds: Tensor | None = None
+def _errors_fake(
+    op: str, outputs: str, given: Tensor, ranks: Tensor, scores: Tensor, keep: Tensor, top_k: int, thresholds: Any
 ) -> Tensor:
-    check = _Arguments("subset_errors", "ranks", ranks)
+    check = _Arguments(op, "ranks", ranks)
     check.dims("ranks", ranks, 2, "(T, N)")
     check.dims("keep", keep, 2, "(S, E)")
     (tokens, depth), (subsets, num_experts) = ranks.shape, keep.shape
     check.typed("ranks", ranks, (torch.int64,))
-    pairs = "(T, N (N - 1) / 2) with T and N from 'ranks'"
-    check.like("distances", distances, (tokens, depth * (depth - 1) // 2), pairs, (torch.float64,))
+    if outputs == "distances":
+        shape, meaning = (tokens, depth * (depth - 1) // 2), "(T, N (N - 1) / 2) with T and N from 'ranks'"
+    else:
+        shape, meaning = (tokens, depth), "(T, N) from 'ranks'"
+    check.like(outputs, given, shape, meaning, (torch.float64,))
     check.like("scores", scores, (tokens, depth), "(T, N) from 'ranks'", (torch.float64,))
     check.like("keep", keep, (subsets, num_experts), "(S, E)", (torch.bool,))
     check.require(
@@ -463,3 +487,17 @@ def _subset_errors_fake(
     if thresholds is not None:
         check.like("thresholds", thresholds, (top_k - 1,), "(top_k - 1,)", (torch.float32,))
     return scores.new_empty((subsets,))
+
+
+@torch.library.register_fake("moe_ext::subset_errors")
+def _subset_errors_fake(
+    distances: Tensor, ranks: Tensor, scores: Tensor, keep: Tensor, top_k: int, thresholds: Tensor | None = None
+) -> Tensor:
+    return _errors_fake("subset_errors", "distances", distances, ranks, scores, keep, top_k, thresholds)
+
+
+@torch.library.register_fake("moe_ext::projected_errors")
+def _projected_errors_fake(
+    projections: Tensor, ranks: Tensor, scores: Tensor, keep: Tensor, top_k: int, thresholds: Tensor | None = None
+) -> Tensor:
+    return _errors_fake("projected_errors", "projections", projections, ranks, scores, keep, top_k, thresholds)

@@ -35,7 +35,8 @@ def main() -> None:
                 channels = torch.zeros(shape[1], shape[4], dtype=torch.float64, device="cuda")
                 out = ops.experts_observed(x, gate_up, down, experts, weights, "silu", moments, None, channels)
                 gram = ops.expert_gram(x, gate_up, down, "silu")
-                results += [out.cpu(), moments.cpu(), channels.cpu(), gram.cpu()]
+                projection = ops.expert_projection(x, gate_up, down, x, "silu")
+                results += [out.cpu(), moments.cpu(), channels.cpu(), gram.cpu(), projection.cpu()]
                 runs += 1
             for tensor in results:
                 digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())

@@ -6,9 +6,12 @@
 //   || sum over i of d_i f_i ||^2 = d^T G d = - sum over i < j of d_i d_j || f_i - f_j ||^2,
 // which is 0 to the bit where experts are equal or no weight changes. d has at most 2 K entries that are not 0.
 //
+// Where an expert's output is one number a_i, its projection on a gradient, that is (sum over i of d_i (a_i - a_0))^2,
+// a_0 that of any expert whose weight changes.
+//
 // A task is a block of subsets over all tokens: every sum is one thread's, in token order, whatever the threads.
 //
-// Cost: about 2 K^2 multiply-adds and N look-ups a token and subset. Memory: S floats.
+// Cost: about 2 K^2 multiply-adds (2 K of projections) and N look-ups a token and subset. Memory: S floats.
 #include <algorithm>
 #include <vector>
 
@@ -67,6 +70,14 @@ double token_error(const SubsetsParams& p, int64_t token, const bool* keep, doub
     difference[i] = 0.0;
   }
 
+  if (p.projections != nullptr) {
+    const double* projections = p.projections + token * p.depth;
+    double change = 0.0;
+    for (int64_t a = 1; a < entries; ++a) {
+      change += scratch.values[a] * (projections[scratch.changed[a]] - projections[scratch.changed[0]]);
+    }
+    return change * change;
+  }
   const double* distances = p.distances + token * (p.depth * (p.depth - 1) / 2);
   double error = 0.0;
   for (int64_t a = 0; a < entries; ++a) {

@@ -1,25 +1,18 @@
 // Gram matrices: gram[t, i, j] = <f_i(x[t, :]), f_j(x[t, :])>, f_e rounded to the dtype                (T, E, E)
 // float64
 //
-// Tokens run in parts that bound the memory. Of a part, the grouped products of the experts operators compute h and y:
-// all tokens are positions of every expert, position e * T + t, so that there is nothing to sort. Then a block takes a
-// token and a pair of tiles of experts: kColumns columns of their rows of y at a time go to shared memory as float64,
-// each thread sums kPer x kPer products over every fourth column, and the four parts are added.
+// Tokens run in parts that bound the memory; all_experts.cu computes y of a part. Then a block takes a token and a pair
+// of tiles of experts: kColumns columns of their rows of y at a time go to shared memory as float64, each thread sums
+// kPer x kPer products over every fourth column, and the four parts are added.
 //
 // A product of two float32 is exact in float64, and every element is summed in one order, wherever its experts stand:
 // deterministic, symmetric, and equal for equal experts. Nothing waits for the device; launches depend on shapes only.
 //
 // Cost: 6 E H I FLOPs a token for y; E (E + 1) H float64 FLOPs and (E / tile) reads of E H elements for the products.
-#include <algorithm>
-#include <limits>
-#include <stdexcept>
-
+#include "cuda/all_experts.h"
 #include "cuda/device/dispatch.cuh"
 #include "cuda/device/numeric.cuh"
-#include "cuda/gemm_launch.h"
-#include "cuda/heuristics.h"
 #include "cuda/launch.h"
-#include "cuda/params.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -28,7 +21,6 @@ constexpr int kThreads = 256;
 constexpr int kSide = 8;                             // threads along the rows, and along the columns of a tile
 constexpr int kSlices = kThreads / (kSide * kSide);  // parts that the columns of y are summed in
 constexpr int kColumns = 64;                         // of y in shared memory
-constexpr int kListThreads = 256;
 
 // y of a part: (E, tokens, H).
 struct ProductsParams {
@@ -123,77 +115,16 @@ void launch_products(const ProductsParams& p, cudaStream_t stream) {
   check_launch("products_kernel");
 }
 
-// The list that a sort would give if every token went to every expert, with one slot a token.
-struct ListParams {
-  int* slot_of;  // (E * tokens) out
-  TileList gate_up;
-  TileList down;
-  int64_t tokens;
-  int64_t num_experts;
-};
-
-__global__ void __launch_bounds__(kListThreads) list_all_kernel(ListParams p) {
-  const int64_t step = int64_t{gridDim.x} * kListThreads;
-  const int64_t begin = int64_t{blockIdx.x} * kListThreads + threadIdx.x;
-  for (int64_t i = begin; i < p.num_experts * p.tokens; i += step) p.slot_of[i] = static_cast<int>(i % p.tokens);
-  const auto list = [&](const TileList& list) {
-    const int64_t of_expert = list.max_tiles / p.num_experts;
-    for (int64_t i = begin; i < list.max_tiles; i += step) {
-      const int64_t expert = i / of_expert;
-      list.tiles[i] = {static_cast<int>(expert), static_cast<int>(expert * of_expert),
-                       static_cast<int>(expert * p.tokens), static_cast<int>(p.tokens)};
-    }
-  };
-  list(p.gate_up);
-  list(p.down);
-}
-
-// Every token in a slot of every expert: what the choice of kernels is made by.
-ExpertsParams as_experts(const LayerParams& layer, int64_t tokens) {
-  ExpertsParams e{};
-  static_cast<LayerParams&>(e) = layer;
-  e.tokens = tokens;
-  e.top_k = layer.num_experts;
-  return e;
-}
-
 }  // namespace
 
 void gram(const GramParams& p, const Scratch& scratch, cudaStream_t stream) {
-  if (p.tokens == 0) return;
-  const int64_t part = gram_part(p);
-  if (part * p.num_experts > std::numeric_limits<int32_t>::max()) {
-    throw std::runtime_error("moe_ext: expert_gram: T * E is beyond 2^31 - 1; pass fewer tokens at a time");
-  }
-  const Device device = current_device();
-  const Choice choice = choose_sorted(as_experts(p, part), device, forced_kernels());
-  const auto tiles_for = [&](int rows, int64_t tokens) { return p.num_experts * ((tokens + rows - 1) / rows); };
-
-  const PositionRows rows = allocate_rows(choice, p, part * p.num_experts, scratch);
-  ListParams list{};
-  list.slot_of = allocate<int>(scratch, part * p.num_experts);
-  list.gate_up = {allocate<Tile>(scratch, tiles_for(choice.gate_up_rows, part)), choice.gate_up_rows, 0};
-  list.down = {allocate<Tile>(scratch, tiles_for(choice.down_rows, part)), choice.down_rows, 0};
-  list.num_experts = p.num_experts;
-
-  for (int64_t first = 0; first < p.tokens; first += part) {
-    const int64_t tokens = std::min(part, p.tokens - first);
-    list.tokens = tokens;
-    list.gate_up.max_tiles = tiles_for(choice.gate_up_rows, tokens);
-    list.down.max_tiles = tiles_for(choice.down_rows, tokens);
-    const int64_t blocks = (tokens * p.num_experts + kListThreads - 1) / kListThreads;
-    list_all_kernel<<<grid_size(blocks), kListThreads, 0, stream>>>(list);
-    check_launch("list_all_kernel");
-
-    LayerParams layer = p;
-    layer.x = static_cast<const char*>(p.x) + first * p.hidden * element_size(p.dtype);
-    layer.tokens = tokens;
-    launch_gemms(choice, {layer, 1, list.slot_of, list.gate_up, list.down, rows, {}}, device, stream);
-    double* of_part = p.gram + first * p.num_experts * p.num_experts;
-    for_row_dtype(rows.dtype, p.dtype, [&](auto row, auto type) {
-      launch_products<decltype(row), decltype(type)>({rows.y, of_part, tokens, p.num_experts, p.hidden}, stream);
+  for_all_experts("expert_gram", p, scratch, stream, [&](const AllOutputs& outputs) {
+    double* of_part = p.gram + outputs.first * p.num_experts * p.num_experts;
+    for_row_dtype(outputs.dtype, p.dtype, [&](auto row, auto type) {
+      launch_products<decltype(row), decltype(type)>({outputs.y, of_part, outputs.tokens, p.num_experts, p.hidden},
+                                                     stream);
     });
-  }
+  });
 }
 
 }  // namespace moe_ext::cuda

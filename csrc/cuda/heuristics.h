@@ -185,15 +185,15 @@ inline void split_combine(CombineParams* p) {
   p->parts = (chunks + chunks_each - 1) / chunks_each;
 }
 
-// ---- Gram matrices (gram.cu)
+// ---- all experts over all tokens (all_experts.cu)
 
-inline constexpr int64_t kGramBytes = 1 << 30;  // of h and y, which are there for some tokens at a time
-inline constexpr int64_t kGramLeastTokens = 256, kGramMostTokens = 2048;
+inline constexpr int64_t kAllExpertsBytes = 1 << 30;  // of h and y, which are there for some tokens at a time
+inline constexpr int64_t kAllExpertsLeastTokens = 256, kAllExpertsMostTokens = 2048;
 
 // Tokens of a part: enough rows an expert to keep the tensor cores busy, and no more memory than that takes.
-inline int64_t gram_part(const GramParams& p) {
+inline int64_t all_experts_part(const LayerParams& p) {
   const int64_t token_bytes = p.num_experts * (p.hidden + p.intermediate) * 4;  // at most: the plain kernels' float32
-  return std::min(p.tokens, std::clamp(kGramBytes / token_bytes, kGramLeastTokens, kGramMostTokens));
+  return std::min(p.tokens, std::clamp(kAllExpertsBytes / token_bytes, kAllExpertsLeastTokens, kAllExpertsMostTokens));
 }
 
 // Elements of k of the parts that down's k is cut into so that every block has a unit of work: two rounds or more.

@@ -176,11 +176,12 @@ inline ProjectionParams check_projection(const Tensor& x, const Tensor& gate_up,
   return p;
 }
 
-// ---- subset_errors
+// ---- subset_errors, projected_errors
 
-inline SubsetsParams check_subsets(const Tensor& distances, const Tensor& ranks, const Tensor& scores,
-                                   const Tensor& keep, int64_t top_k, const std::optional<Tensor>& thresholds) {
-  constexpr const char* op = "subset_errors";
+// `distances` or `projections`: the other is null.
+inline SubsetsParams check_subsets(const char* op, const Tensor* distances, const Tensor* projections,
+                                   const Tensor& ranks, const Tensor& scores, const Tensor& keep, int64_t top_k,
+                                   const std::optional<Tensor>& thresholds) {
   check_dims(op, "ranks", ranks, 2, "(T, N)");
   check_dims(op, "keep", keep, 2, "(S, E)");
   SubsetsParams p{};
@@ -189,10 +190,18 @@ inline SubsetsParams check_subsets(const Tensor& distances, const Tensor& ranks,
   p.subsets = keep.size(0);
   p.num_experts = keep.size(1);
   p.top_k = top_k;
-  check_shape(op, "distances", distances, {p.tokens, p.depth * (p.depth - 1) / 2},
-              "(T, N (N - 1) / 2) with T and N from 'ranks'");
+  if (distances != nullptr) {
+    check_shape(op, "distances", *distances, {p.tokens, p.depth * (p.depth - 1) / 2},
+                "(T, N (N - 1) / 2) with T and N from 'ranks'");
+  } else {
+    check_shape(op, "projections", *projections, {p.tokens, p.depth}, "(T, N) from 'ranks'");
+  }
   check_shape(op, "scores", scores, {p.tokens, p.depth}, "(T, N) from 'ranks'");
-  check_type(op, "distances", distances, {ScalarType::Double});
+  if (distances != nullptr) {
+    check_type(op, "distances", *distances, {ScalarType::Double});
+  } else {
+    check_type(op, "projections", *projections, {ScalarType::Double});
+  }
   check_type(op, "ranks", ranks, {ScalarType::Long});
   check_type(op, "scores", scores, {ScalarType::Double});
   check_type(op, "keep", keep, {ScalarType::Bool});
@@ -208,8 +217,7 @@ inline SubsetsParams check_subsets(const Tensor& distances, const Tensor& ranks,
 }
 
 // Of the values: every rank is an expert's, and every subset leaves K of a token's ranks.
-inline void check_subset_values(const SubsetsParams& p) {
-  constexpr const char* op = "subset_errors";
+inline void check_subset_values(const char* op, const SubsetsParams& p) {
   for (int64_t i = 0; i < p.tokens * p.depth; ++i) {
     if (p.ranks[i] >= 0 && p.ranks[i] < p.num_experts) continue;
     refuse(op, "'ranks' holds ", p.ranks[i], " at token ", i / p.depth, ", rank ", i % p.depth, "; expected 0 to ",

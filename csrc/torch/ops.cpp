@@ -98,30 +98,42 @@ Tensor expert_projection(const Tensor& x, const Tensor& gate_up, const Tensor& d
   p.down = down.const_data_ptr();
   p.g = dense_g.const_data_ptr();
   p.out = static_cast<double*>(out.mutable_data_ptr());
-  dispatch(op, x, [&](const Threads& threads) { cpu::projection(p, threads); }, [](const auto&, auto*) {});
+  dispatch(
+      op, x, [&](const Threads& threads) { cpu::projection(p, threads); },
+      [&](const auto& scratch, auto* stream) { cuda::projection(p, scratch, stream); });
   return out;
 }
 
-Tensor subset_errors(const Tensor& distances, const Tensor& ranks, const Tensor& scores, const Tensor& keep,
-                     int64_t top_k, std::optional<Tensor> thresholds) {
-  constexpr const char* op = "subset_errors";
-  SubsetsParams p = check_subsets(distances, ranks, scores, keep, top_k, thresholds);
-  const Tensor dense_distances = dense(op, "distances", distances);
+Tensor run_subsets(const char* op, const Tensor* distances, const Tensor* projections, const Tensor& ranks,
+                   const Tensor& scores, const Tensor& keep, int64_t top_k, const std::optional<Tensor>& thresholds) {
+  SubsetsParams p = check_subsets(op, distances, projections, ranks, scores, keep, top_k, thresholds);
+  const Tensor dense_outputs =
+      distances != nullptr ? dense(op, "distances", *distances) : dense(op, "projections", *projections);
   const Tensor dense_ranks = dense(op, "ranks", ranks);
   const Tensor dense_scores = dense(op, "scores", scores);
   const Tensor dense_keep = dense(op, "keep", keep);
   const std::optional<Tensor> dense_thresholds = dense(op, "thresholds", thresholds);
-  p.distances = static_cast<const double*>(dense_distances.const_data_ptr());
+  (distances != nullptr ? p.distances : p.projections) = static_cast<const double*>(dense_outputs.const_data_ptr());
   p.ranks = static_cast<const int64_t*>(dense_ranks.const_data_ptr());
   p.scores = static_cast<const double*>(dense_scores.const_data_ptr());
   p.keep = static_cast<const bool*>(dense_keep.const_data_ptr());
   p.thresholds = data_of<float>(dense_thresholds);
-  check_subset_values(p);
+  check_subset_values(op, p);
 
   const Tensor errors = output(op, scores, {p.subsets}, ScalarType::Double);
   p.errors = static_cast<double*>(errors.mutable_data_ptr());
   dispatch(op, scores, [&](const Threads& threads) { cpu::subset_errors(p, threads); }, [](const auto&, auto*) {});
   return errors;
+}
+
+Tensor subset_errors(const Tensor& distances, const Tensor& ranks, const Tensor& scores, const Tensor& keep,
+                     int64_t top_k, std::optional<Tensor> thresholds) {
+  return run_subsets("subset_errors", &distances, nullptr, ranks, scores, keep, top_k, thresholds);
+}
+
+Tensor projected_errors(const Tensor& projections, const Tensor& ranks, const Tensor& scores, const Tensor& keep,
+                        int64_t top_k, std::optional<Tensor> thresholds) {
+  return run_subsets("projected_errors", nullptr, &projections, ranks, scores, keep, top_k, thresholds);
 }
 
 }  // namespace
@@ -138,6 +150,9 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
   m.def(
       "subset_errors(Tensor distances, Tensor ranks, Tensor scores, Tensor keep, int top_k, Tensor? thresholds=None) "
       "-> Tensor");
+  m.def(
+      "projected_errors(Tensor projections, Tensor ranks, Tensor scores, Tensor keep, int top_k, "
+      "Tensor? thresholds=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
@@ -147,6 +162,7 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
   m.impl("expert_gram", TORCH_BOX(&moe_ext::expert_gram));
   m.impl("expert_projection", TORCH_BOX(&moe_ext::expert_projection));
   m.impl("subset_errors", TORCH_BOX(&moe_ext::subset_errors));
+  m.impl("projected_errors", TORCH_BOX(&moe_ext::projected_errors));
 }
 
 #ifdef MOE_EXT_WITH_CUDA
@@ -155,5 +171,6 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
   m.impl("experts", TORCH_BOX(&moe_ext::experts));
   m.impl("experts_observed", TORCH_BOX(&moe_ext::experts_observed));
   m.impl("expert_gram", TORCH_BOX(&moe_ext::expert_gram));
+  m.impl("expert_projection", TORCH_BOX(&moe_ext::expert_projection));
 }
 #endif

@@ -163,4 +163,5 @@ def _predicted(result: SearchResult) -> str:
     other = "model" if asked == "layer" else "layer"
     if result.plan.made_by.get("keep") and not isinstance(result.plan.made_by["keep"], int):
         others["model"] = "with the numbers as given (--budget layer)"
-    return f"predicted to cost {nats[asked]:.4g} nats a token; {nats[other]:.4g} {others[asked]}"
+    known = f"; {nats[other]:.4g} {others[asked]}" if other in nats else ""
+    return f"predicted to cost {nats[asked]:.4g} nats a token{known}"

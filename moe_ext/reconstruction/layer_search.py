@@ -39,7 +39,7 @@ class LayerSearch:
         self.total: Callable[[Tensor], Tensor] = total_of if distributed else lambda losses: losses
         self.distributed = distributed
         self.num_experts, self.top_k = blocks[0].num_experts, blocks[0].top_k
-        self.every_size, self.measure = request.every_size, request.measure
+        self.every_size, self.measure = request.every_size(self.num_experts, self.top_k), request.measure
         self.most = 0 if request.method == "greedy" else request.max_subsets
 
     def search(self, layer: int, inputs: Observable, counted: Sequence[Tensor | None], bar: Any) -> LayerLosses:

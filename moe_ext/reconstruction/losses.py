@@ -7,7 +7,7 @@ come to use: its N = K + (experts dropped at most) highest ranks. All subsets ar
 host.
 
 With a gradient g for a token's output, the loss is ``(sum_e d_e a_e)^2`` for the difference d of two weight vectors and
-``a_e = <g, f_e(x)>``: N numbers a token. It is the reconstruction loss of experts whose output is the one number a_e.
+``a_e = <g, f_e(x)>``: N numbers a token, where Gram matrices have N^2.
 """
 
 from collections.abc import Iterator
@@ -30,13 +30,11 @@ MEMORY = 128 << 20
 
 
 class Ranked(NamedTuple):
-    """What :func:`moe_ext.ops.subset_errors` needs of some tokens; shapes and dtypes are there.
+    """What :func:`moe_ext.ops.subset_errors` or :func:`moe_ext.ops.projected_errors` needs of some tokens; shapes and
+    dtypes are there.
 
     Attributes:
-        outputs: its ``distances`` (T, N (N - 1) / 2), or (T, N) float64, from which they follow: the scalar products of
-            the experts' outputs with the gradient, by rank.
-        ranks: (T, N).
-        scores: (T, N).
+        outputs: ``distances`` or ``projections``.
     """
 
     outputs: Tensor
@@ -57,8 +55,8 @@ def ranked(experts: nn.Module, x: Tensor, logits: Tensor, depth: int) -> Iterato
     assert isinstance(gate_up, Tensor)
     assert isinstance(down, Tensor)
     num_experts = logits.shape[1]
-    first, second = _pairs(depth, x.device)
-    step = _tokens_at_a_time(num_experts)
+    first, second = torch.triu_indices(depth, depth, offset=1, device=x.device)  # (M,) each
+    step = max(16, GRAM_BYTES // (8 * num_experts**2))
     for part, part_logits in zip(x.split(step), logits.split(step), strict=True):
         gram = ops.expert_gram(part.to(gate_up.dtype), gate_up, down, activation)  # (T, E, E)
         scores, ranks = ranked_scores(part_logits, depth)
@@ -74,19 +72,8 @@ def projected(experts: nn.Module, x: Tensor, logits: Tensor, gradient: Tensor, d
     assert isinstance(gate_up, Tensor)
     assert isinstance(down, Tensor)
     projections = ops.expert_projection(x.to(gate_up.dtype), gate_up, down, gradient, activation)  # (T, E)
-    step = _tokens_at_a_time(logits.shape[1])
-    for part, part_logits in zip(projections.split(step), logits.split(step), strict=True):
-        scores, ranks = ranked_scores(part_logits, depth)
-        yield Ranked(part.gather(1, ranks).cpu(), ranks.cpu(), scores.cpu())
-
-
-def _pairs(depth: int, device: torch.device) -> Tensor:
-    """(2, M): the ranks i < j in the order of ``distances``."""
-    return torch.triu_indices(depth, depth, offset=1, device=device)
-
-
-def _tokens_at_a_time(num_experts: int) -> int:
-    return max(16, GRAM_BYTES // (8 * num_experts**2))
+    scores, ranks = ranked_scores(logits, depth)
+    yield Ranked(projections.gather(1, ranks).cpu(), ranks.cpu(), scores.cpu())
 
 
 class LayerErrors:
@@ -148,8 +135,5 @@ class LayerErrors:
             self._stored.close()
 
     def _errors(self, part: Ranked, keep: Tensor) -> Tensor:
-        distances = part.outputs
-        if self.measure == "nats":
-            first, second = _pairs(distances.shape[1], distances.device)
-            distances = (distances[:, first] - distances[:, second]).square()
-        return ops.subset_errors(distances, part.ranks, part.scores, keep, self.top_k, self.thresholds)
+        errors = ops.projected_errors if self.measure == "nats" else ops.subset_errors
+        return errors(*part, keep, self.top_k, self.thresholds)

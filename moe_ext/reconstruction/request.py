@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import comb
 from typing import Any, Literal
 
 from torch import Tensor
@@ -50,10 +51,12 @@ class SearchRequest:
             return "nats"
         return "squares" if self.shares == "model" else "norms"
 
-    @property
-    def every_size(self) -> bool:
-        """Whether subsets of all sizes are evaluated, so that the result knows what either budget costs."""
-        return self.shares == "model" or self.loss == "fisher"
+    def every_size(self, num_experts: int, top_k: int) -> bool:
+        """Whether subsets of all sizes are evaluated: for a model-wide budget, or to know what one would cost, where
+        that is quick."""
+        most = 0 if self.method == "greedy" else self.max_subsets
+        quick = all(comb(num_experts, size) <= most for size in range(top_k, num_experts))
+        return self.shares == "model" or (self.loss == "fisher" and quick)
 
     @property
     def drawn(self) -> Labels:

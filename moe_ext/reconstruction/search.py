@@ -19,7 +19,6 @@ from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import (
     MoeBlock,
     decoder_layers,
-    device_of,
     layer_numbers,
     model_type_of,
     moe_blocks,
@@ -81,7 +80,7 @@ def search(
     cross-entropy summed over tokens: to second order the nats a token by which the model's predictions move (the Fisher
     metric; what happens to different tokens is taken as independent). One forward and one backward pass, through
     transformers' differentiable path, one decoder layer at a time; the hidden states before every layer wait in
-    between. Only on the CPU.
+    between.
 
     Memory beside the model: some hundred megabytes, whatever the number of tokens; hidden states, and for greedily
     searched layers a token's products, that need more lie in a temporary file. From a checkpoint folder, hidden states
@@ -110,8 +109,8 @@ def search(
             layers keep as many in all, K at least in each, shared out so that the sum of their losses is the least that
             there is. Reconstruction losses are then squared errors, ``||F(x) - F_R(x)||^2`` summed over all tokens:
             norms of different layers do not add up. Not with "progressive", whose layers are judged one after the
-            other: pass its ``keep`` the numbers found layerwise. With "fisher" subsets of all sizes are evaluated in
-            either case, so that ``SearchResult.predicted`` can say what the other would cost.
+            other: pass its ``keep`` the numbers found layerwise. With "fisher" ``plan.made_by["predicted"]`` says what
+            either would cost; "layer" knows of the other only if no layer needs the greedy search for it.
         skip: (L, K - 1) skip thresholds, to judge layers that are pruned and also skip; "config": those that the
             model's config holds; None: no skipping. In "progressive" the layers before skip, too.
         max_subsets: subsets of one size up to which all of them are evaluated; a layer with more is searched greedily.
@@ -170,7 +169,9 @@ def _search(
     counts = request.counts(len(blocks), layout.num_experts, layout.top_k)
     thresholds = request.thresholds(model, layer_numbers(blocks), layout.top_k)
     if request.loss == "fisher":
-        _check_gradients(model, blocks, on_disk)
+        check_head(model)
+        if on_disk is not None:
+            on_disk.load_head()
     listed, counted, tokens = _listed(batches, model)
     asked = request.as_json(counts, thresholds, tokens)
     text, of_model = text_digest(listed), _digest_of_model(model, blocks, on_disk)
@@ -243,10 +244,12 @@ def _listed(
 def _chosen(losses: tuple[LayerLosses, ...], layout: Layout, counts: list[int], asked: dict[str, Any]) -> SearchResult:
     """The best subset of every layer's losses; a model's budget is shared out first."""
     predicted: dict[str, float] = {}
-    if asked["measure"] != "norms":  # subsets of all sizes were evaluated
-        sizes = range(layout.num_experts, layout.top_k - 1, -1)
-        curves = [[layer.best(size)[1] for size in sizes] for layer in losses]
-        shares = {"layer": counts, "model": share_out(curves, sum(counts), layout.num_experts)}
+    if asked["measure"] != "norms":
+        sizes = list(range(layout.num_experts, layout.top_k - 1, -1))
+        shares = {"layer": counts}
+        if all(layer.sizes() == sizes for layer in losses):
+            curves = [[layer.best(size)[1] for size in sizes] for layer in losses]
+            shares["model"] = share_out(curves, sum(counts), layout.num_experts)
         for budget, each in shares.items():
             predicted[budget] = sum(layer.best(count)[1] for layer, count in zip(losses, each, strict=True))
         counts = shares[asked["budget"]]
@@ -276,17 +279,6 @@ def _check_model(model: PreTrainedModel, blocks: list[MoeBlock]) -> None:
             )
     if len({(block.num_experts, block.top_k) for block in blocks}) > 1:
         raise ValueError("the model's layers have different numbers of experts; search takes the same in every layer")
-
-
-def _check_gradients(model: PreTrainedModel, blocks: list[MoeBlock], on_disk: LayersOnDisk | None) -> None:
-    """ValueError, naming the layer, for a model whose gradients cannot be taken and projected."""
-    check_head(model)
-    for block in blocks:
-        device = device_of(block.experts, next(block.experts.parameters()))
-        if device.type != "cpu":
-            raise ValueError(f"loss: 'fisher' has no kernels for {device}, where {block.name} is; expected the CPU")
-    if on_disk is not None:
-        on_disk.load_head()
 
 
 @contextmanager

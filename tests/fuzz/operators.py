@@ -170,7 +170,7 @@ def calls(draw: st.DrawFn) -> tuple[Callable[..., Any], Arguments]:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     operators: list[Callable[..., Any]] = [
         ops.route, ops.experts, ops.experts_observed, ops.expert_gram,
-        ops.expert_projection, ops.subset_errors,
+        ops.expert_projection, ops.subset_errors, ops.projected_errors,
     ]  # fmt: skip
     operator = draw(st.sampled_from(operators))
     tokens, num_experts = draw(st.integers(1, 4)), draw(st.integers(1, 4))
@@ -185,11 +185,15 @@ def calls(draw: st.DrawFn) -> tuple[Callable[..., Any], Arguments]:
             "thresholds": thresholds,
             "renormalise": draw(st.booleans()),
         }
-    if operator is ops.subset_errors:
+    if operator in (ops.subset_errors, ops.projected_errors):
         ranks = torch.stack([torch.randperm(num_experts, generator=generator) for _ in range(tokens)])
         pairs = num_experts * (num_experts - 1) // 2
         return operator, {
-            "distances": torch.rand(tokens, pairs, generator=generator, dtype=torch.float64),
+            **(
+                {"distances": torch.rand(tokens, pairs, generator=generator, dtype=torch.float64)}
+                if operator is ops.subset_errors
+                else {"projections": torch.rand(tokens, num_experts, generator=generator, dtype=torch.float64)}
+            ),
             "ranks": ranks,
             "scores": torch.rand(tokens, num_experts, generator=generator, dtype=torch.float64),
             "keep": torch.ones(draw(st.integers(0, 3)), num_experts, dtype=torch.bool),

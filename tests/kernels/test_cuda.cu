@@ -6,10 +6,12 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "check.h"
@@ -155,13 +157,13 @@ TEST("a small batch whose lists do not fit into shared memory takes the kernels 
   CHECK(moe_ext::cuda::choose(shaped(16, 64, 64, 512, 512), kH100, "").way == Choice::Way::kSmallBatch, "sm_90");
 }
 
-TEST("Gram matrices take tiles of positions for few tokens, too, and parts of tokens that bound the memory") {
+TEST("all experts take tiles of positions for few tokens, too, and parts of tokens that bound the memory") {
   CHECK(moe_ext::cuda::choose_sorted(shaped(1, 64, 64, 8, 8), kH100, "").way == Choice::Way::kGrouped, "1 token");
-  moe_ext::GramParams p{};
+  moe_ext::LayerParams p{};
   p.num_experts = 8, p.hidden = 4096, p.intermediate = 14336;
   for (const int64_t tokens : {1, 300, 5000}) {
     p.tokens = tokens;
-    const int64_t part = moe_ext::cuda::gram_part(p);
+    const int64_t part = moe_ext::cuda::all_experts_part(p);
     CHECK(part >= std::min<int64_t>(tokens, 256) && part <= tokens, part, " of ", tokens, " tokens");
     CHECK(part * p.num_experts * (p.hidden + p.intermediate) * 4 <= int64_t{2} << 30, part, " tokens");
   }
@@ -492,4 +494,64 @@ TEST("combine reads rows of y beyond 2^31 elements where they lie") {
   CHECK(run(kFarPosition, &far_norms) == near, "out");
   CHECK(near_norms == far_norms, "squares");
   CHECK(*std::min_element(near_norms.begin(), near_norms.end()) > 0, "squares are zero");
+}
+
+TEST("projections equal double-precision brute force, by every kernel, in more parts than one") {
+  require_gpu();
+  constexpr int64_t kExperts = 3;
+  for (const auto& [dtype, tokens, hidden, intermediate] :
+       std::vector<std::tuple<moe_ext::DType, int64_t, int64_t, int64_t>>{{moe_ext::DType::kBFloat16, 5, 64, 40},
+                                                                          {moe_ext::DType::kFloat16, 70, 72, 48},
+                                                                          {moe_ext::DType::kFloat32, 2050, 19, 5},
+                                                                          {moe_ext::DType::kBFloat16, 1, 7, 3}}) {
+    Random random(static_cast<uint32_t>(tokens));
+    const setting::Array x = random.array(dtype, tokens * hidden, 1.0f);
+    const setting::Array gate_up = random.array(dtype, kExperts * 2 * intermediate * hidden, 0.3f);
+    const setting::Array down = random.array(dtype, kExperts * hidden * intermediate, 0.5f);
+    for (const moe_ext::DType g_dtype : {moe_ext::DType::kFloat32, dtype}) {
+      const setting::Array g = random.array(g_dtype, tokens * hidden, 1.0f);
+      const DeviceArray<char> on_device[] = {DeviceArray<char>(x.bytes()), DeviceArray<char>(gate_up.bytes()),
+                                             DeviceArray<char>(down.bytes()), DeviceArray<char>(g.bytes())};
+      for (const std::string& kernels : all_kernels()) {
+        if (kernels == "small_batch") continue;  // has no positions
+        const bool any = dtype == moe_ext::DType::kFloat32 || hidden % 8 != 0 || intermediate % 8 != 0;
+        if (any && kernels != "plain") continue;  // the tensor cores take none of these
+        const ForcedKernels forced(kernels);
+        const DeviceArray<double> out(tokens * kExperts);
+        moe_ext::ProjectionParams p{};
+        p.x = on_device[0].data(), p.gate_up = on_device[1].data(), p.down = on_device[2].data();
+        p.tokens = tokens, p.num_experts = kExperts, p.hidden = hidden, p.intermediate = intermediate;
+        p.dtype = dtype, p.activation = moe_ext::Activation::kSilu;
+        p.g = on_device[3].data(), p.g_dtype = g_dtype, p.out = out.data();
+        Scratchpad scratchpad;
+        moe_ext::cuda::projection(p, scratchpad.scratch(), nullptr);
+        const std::vector<double> got = out.host();
+        for (int64_t t = 0; t < tokens; t += tokens > 100 ? 683 : 1) {
+          for (int64_t e = 0; e < kExperts; ++e) {
+            double expected = 0.0, size = 0.0;
+            std::vector<double> h(intermediate);
+            for (int64_t i = 0; i < intermediate; ++i) {
+              double gate = 0.0, up = 0.0;
+              for (int64_t k = 0; k < hidden; ++k) {
+                gate += double(gate_up[(2 * e * intermediate + i) * hidden + k]) * x[t * hidden + k];
+                up += double(gate_up[((2 * e + 1) * intermediate + i) * hidden + k]) * x[t * hidden + k];
+              }
+              h[i] = gate / (1.0 + std::exp(-gate)) * up;
+            }
+            for (int64_t k = 0; k < hidden; ++k) {
+              for (int64_t i = 0; i < intermediate; ++i) {
+                const double addend = double(down[(e * hidden + k) * intermediate + i]) * h[i] * g[t * hidden + k];
+                expected += addend;
+                size += std::abs(addend);
+              }
+            }
+            // h and y may be rounded to the dtype; products lose some float32 roundings of their addends' sizes.
+            const double bound = size * (2 * setting::rounding(dtype) + 64 * 0x1p-24) + 1e-6;
+            CHECK(std::abs(got[t * kExperts + e] - expected) <= bound, kernels, ": ", got[t * kExperts + e], " is not ",
+                  expected, " at token ", t, ", expert ", e);
+          }
+        }
+      }
+    }
+  }
 }

@@ -145,7 +145,7 @@ struct Ranking {
                              const moe_ext::Threads& threads) const {
     std::vector<double> out(subsets, std::nan(""));
     const SubsetsParams p{distances.data(), ranks.data(), scores.data(), keep,  thresholds, out.data(),
-                          tokens,           num_experts,  depth,         top_k, subsets};
+                          tokens,           num_experts,  depth,         top_k, subsets,    nullptr};
     moe_ext::cpu::subset_errors(p, threads);
     return out;
   }

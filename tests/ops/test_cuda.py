@@ -40,6 +40,7 @@ from tests.support.reference import (
     experts_case,
     experts_reference,
     gram_reference,
+    projection_reference,
 )
 
 if "cuda" not in DEVICES:
@@ -399,6 +400,37 @@ def test_the_host_does_not_wait_for_the_gram(kernels: str) -> None:
     case = experts_case(30, 6, 2, 40, 24, dtype=torch.bfloat16).to("cuda")
     with forced(kernels), waiting_refused():
         gram_of(case)
+
+
+# ---- projections
+
+
+@pytest.mark.parametrize("kernels", [*GROUPED, "plain"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_projections_by_all_kernels_equal_float64_brute_force(kernels: str, dtype: torch.dtype) -> None:
+    case = experts_case(65, 9, 1, 72, 40, dtype=dtype)
+    g = torch.randn(65, 72, generator=torch.Generator().manual_seed(5))
+    expected, bound = projection_reference(case, g, arithmetic_of(case, "cuda", kernels))
+    moved = case.to("cuda")
+    with forced(kernels):
+        got = ops.expert_projection(moved.x, moved.gate_up, moved.down, g.to("cuda"), "silu")
+    assert_within(got, expected, bound)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_a_replayed_graph_gives_the_eager_projections_and_the_host_does_not_wait() -> None:
+    case = experts_case(30, 3, 1, 40, 24, dtype=torch.bfloat16).to("cuda")
+
+    def projected() -> Tensor:
+        return ops.expert_projection(case.x, case.gate_up, case.down, case.x, "silu")
+
+    graph, projection = captured(projected)
+    for seed in range(3):
+        case.x.copy_(torch.randn(30, 40, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        assert torch.equal(projection, projected())
+    with waiting_refused():
+        projected()
 
 
 @BOTH_WAYS

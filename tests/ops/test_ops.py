@@ -561,6 +561,7 @@ def differentiated(namespace: Any) -> list[tuple[str, Callable[[torch.Tensor], A
         ("expert_gram", lambda x: namespace.expert_gram(x, gate_up, down, activation), x),
         ("expert_projection", lambda g: namespace.expert_projection(x, gate_up, down, g, activation), x),
         ("subset_errors", lambda distances: namespace.subset_errors(distances, ranks, scores, keep, 1), distances),
+        ("projected_errors", lambda values: namespace.projected_errors(values, ranks, scores, keep, 1), scores),
     ]
 
 
@@ -630,6 +631,7 @@ def test_meta_tensors_and_others_do_not_mix(inputs: str) -> None:
         (ops.expert_gram, (x, gate_up, down, activation)),
         (ops.expert_projection, (x, gate_up, down, x, activation)),
         (ops.subset_errors, (scores, ranks, scores, keep, 2, torch.ones(1))),
+        (ops.projected_errors, (scores, ranks, scores, keep, 2, torch.ones(1))),
     ]
     for operator, arguments in calls:
         tensors = [index for index, argument in enumerate(arguments) if isinstance(argument, torch.Tensor)]

@@ -21,6 +21,7 @@ from tests.runtime.test_backward_walk import autograd, counted_in, next_tokens
 from tests.support import families
 from tests.support.batches import padded_batches, random_tokens
 from tests.support.mixtral import MixtralFactory
+from tests.support.reference import DEVICES
 
 Batches = list[dict[str, Tensor]]
 
@@ -68,13 +69,14 @@ def inputs_and_gradients(model: Any, batches: Batches) -> list[tuple[Tensor, Ten
     return [tuple(map(torch.cat, zip(*of_layer, strict=True))) for of_layer in zip(*per_batch, strict=True)]  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("skipping", [False, True])
-def test_losses_equal_their_definition(tiny_mixtral: MixtralFactory, top_k: int, skipping: bool) -> None:
+def test_losses_equal_their_definition(tiny_mixtral: MixtralFactory, device: str, top_k: int, skipping: bool) -> None:
     shape = {"num_local_experts": 6, "num_experts_per_tok": top_k, "num_hidden_layers": 2}
     skip = torch.full((2, top_k - 1), 0.6) if skipping else None
     batches = padded_batches()
-    result = search(tiny_mixtral(**shape), batches, keep=4, labels="text", skip=skip)
+    result = search(tiny_mixtral(**shape).to(device), batches, keep=4, labels="text", skip=skip)
     assert result.is_exact()
     reference = eager(tiny_mixtral(**shape))
     for layer, (x, gradients) in enumerate(inputs_and_gradients(reference, batches)):
@@ -182,6 +184,14 @@ def test_equal_counts_say_what_they_cost_beside_a_shared_budget(tiny_mixtral: Mi
     given = search(tiny_mixtral(), padded_batches(), keep=[8, 3, 4])
     assert given.plan.keep == shared.plan.keep
     assert given.plan.made_by["predicted"]["layer"] == shared.predicted([8, 3, 4])
+
+
+def test_equal_counts_search_one_size_alone_where_the_others_are_many(tiny_mixtral: MixtralFactory) -> None:
+    shared = search(tiny_mixtral(), padded_batches(), keep=5, method="greedy")
+    equal = search(tiny_mixtral(), padded_batches(), keep=5, method="greedy", budget="layer")
+    assert list(shared.plan.made_by["predicted"]) == ["layer", "model"]
+    assert equal.plan.made_by["predicted"] == {"layer": equal.predicted()}
+    assert [layer.sizes() for layer in equal.losses] == [[7, 6, 5]] * 3  # what the walk passes
 
 
 def test_norms_do_not_add_up(tiny_mixtral: MixtralFactory) -> None:

@@ -554,7 +554,7 @@ def test_files_of_the_first_version_are_read_and_gone_on_with(tiny_mixtral: Mixt
 
 def test_a_measure_that_is_not_known_is_refused(tiny_mixtral: MixtralFactory) -> None:
     text = search(tiny_mixtral(), padded_batches(), keep=6).to_json().replace('"norms"', '"inches"')
-    with pytest.raises(SearchFileError, match="made_by: measure: expected one of norms, squares, got 'inches'"):
+    with pytest.raises(SearchFileError, match="made_by: measure: expected one of norms, squares, nats, got 'inches'"):
         SearchResult.from_json(text)
 
 

@@ -40,6 +40,7 @@ HOT = (
     "route_kernel",
     "plain_gemm_kernel",
     "products_kernel",
+    "dots_kernel",
 )
 
 
