@@ -174,6 +174,23 @@ def search_tables(result: Mapping[str, Any], link: str) -> str:
     return "\n\n".join(parts)
 
 
+def quality_tables(result: Mapping[str, Any], link: str) -> str:
+    parts = []
+    for name, model in result["models"].items():
+        rows = [
+            {**row, "size": f"{row['size']:.0%}", "parameters": f"{row['parameters'] / 1e6:.2f}M"}
+            for row in model["rows"]
+        ]
+        outside = [{**row, "size": f"{row['size']:.0%}"} for row in model["out of domain"]]
+        parts.append(
+            f"**{name}**: unpruned perplexity {model['unpruned']:.2f}, {model['parameters'] / 1e6:.2f}M parameters, "
+            f"{model['calibration tokens']:,} calibration tokens\n\n{table(rows)}\n\nOut of domain, of the unpruned "
+            f"model's perplexity:\n\n{table(outside)}"
+        )
+    parts.append(f"{where(result)}: {result['what']} ({link}).")
+    return "\n\n".join(parts)
+
+
 # The place of a table, between markers, and what goes there; a summary is of the result that its name begins with.
 README, BENCHMARKS = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 PLACES: list[tuple[Path, str, Callable[[Mapping[str, Any], str], str]]] = [
@@ -184,6 +201,7 @@ PLACES: list[tuple[Path, str, Callable[[Mapping[str, Any], str], str]]] = [
     (BENCHMARKS, "cpu", cpu_table),
     (BENCHMARKS, "decode", decode_table),
     (BENCHMARKS, "search", search_tables),
+    (BENCHMARKS, "quality", quality_tables),
     (BENCHMARKS, "cuda-counters", counters_tables),
     (BENCHMARKS, "cuda-ptxas", ptxas_table),
 ]

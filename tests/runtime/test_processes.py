@@ -18,6 +18,7 @@ import torch.distributed as dist
 from typer.testing import CliRunner
 
 import moe_ext
+from moe_ext.calibration.progress import CalibrationProgress
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import load_checkpoint
 from moe_ext.commands.main import app
@@ -72,7 +73,7 @@ def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> ExpertStatist
 
 def assert_equal_up_to_the_order_of_sums(got: ExpertStatistics, expected: ExpertStatistics) -> None:
     for name, tensor in expected.tensors().items():
-        if tensor.dtype == torch.int64:
+        if not tensor.is_floating_point():
             assert torch.equal(got.tensors()[name], tensor), name
         else:  # every addend is the same; float64 sums of a few thousand in another order differ by less than 1e-12
             torch.testing.assert_close(got.tensors()[name], tensor, rtol=1e-12, atol=0)
@@ -182,6 +183,56 @@ def test_a_process_without_a_batch_takes_part(folder: bool, tmp_path: Path) -> N
     assert forked(3, tmp_path, calibrating) == [0, 0, 0]
     expected = moe_ext.calibrate(model, batches, progress=False)
     for rank in range(3):
+        got = ExpertStatistics.load(tmp_path / f"{rank}.safetensors")
+        assert_equal_up_to_the_order_of_sums(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("folder", [False, True])
+def test_the_order_of_channels_is_that_of_the_text_of_all_processes(folder: bool, tmp_path: Path) -> None:
+    model: Any = build("mixtral")
+    model.save_pretrained(tmp_path / "source")
+    if folder:
+        model = tmp_path / "source"
+
+    def calibrating(rank: int) -> None:
+        stats = moe_ext.calibrate(model, five_batches(), channels="gram", progress=False, distributed=True)
+        stats.save(tmp_path / f"{rank}.safetensors")
+
+    assert forked(2, tmp_path, calibrating) == [0, 0]
+    expected = moe_ext.calibrate(model, five_batches(), channels="gram", progress=False)
+    for rank in range(2):
+        got = ExpertStatistics.load(tmp_path / f"{rank}.safetensors")
+        assert_equal_up_to_the_order_of_sums(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_that_died_takes_the_orders_from_one_that_had_come_further(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    build("mixtral").save_pretrained(source)
+    expected = moe_ext.calibrate(source, five_batches(), channels="gram", progress=False)
+    options: dict[str, Any] = {"channels": "gram", "progress": False, "distributed": True}
+
+    def dying(rank: int) -> None:
+        write = CalibrationProgress.write
+
+        def dies(self: Any, layer: int) -> None:
+            if rank == 1 and layer == 2:
+                os.kill(os.getpid(), 9)  # the other one has written the second layer
+            write(self, layer)
+
+        CalibrationProgress.write = dies  # type: ignore[method-assign]
+        moe_ext.calibrate(source, five_batches(), resume=tmp_path / f"unfinished-{rank}", **options)
+
+    assert forked(2, tmp_path, dying) == [1, -9]
+    (tmp_path / "meeting").unlink()
+
+    def going_on(rank: int) -> None:
+        stats = moe_ext.calibrate(source, five_batches(), resume=tmp_path / f"unfinished-{rank}", **options)
+        stats.save(tmp_path / f"{rank}.safetensors")
+
+    assert forked(2, tmp_path, going_on) == [0, 0]
+    for rank in range(2):
         got = ExpertStatistics.load(tmp_path / f"{rank}.safetensors")
         assert_equal_up_to_the_order_of_sums(got, expected)
 
