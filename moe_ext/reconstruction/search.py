@@ -37,7 +37,7 @@ from moe_ext.runtime.batches import check_batch
 from moe_ext.runtime.head_gradients import LabelKind, Labels, check_head
 from moe_ext.runtime.hidden_states import MEMORY, FolderOptions, room_for_all, waiting_states
 from moe_ext.runtime.layer_walk import LayerInputs
-from moe_ext.runtime.patching import active_thresholds, patched
+from moe_ext.runtime.patching import altered_gates, patched
 from moe_ext.runtime.processes import place_among, share_of
 from moe_ext.runtime.same_job import check_same_job
 from moe_ext.storage.digests import joined_digest, tensor_bytes, text_digest
@@ -267,8 +267,8 @@ def _chosen(losses: tuple[LayerLosses, ...], layout: Layout, counts: list[int], 
 
 def _check_model(model: PreTrainedModel, blocks: list[MoeBlock]) -> None:
     """ValueError, naming the layer, for a model that cannot be searched."""
-    if active_thresholds(model) is not None:
-        raise ValueError("the model skips experts; patch(model, skip=None) before searching, and pass skip=thresholds")
+    if (altered := altered_gates(model)) is not None:
+        raise ValueError(f"the model {altered}; patch(model, skip=None) before searching, and pass skip=thresholds")
     refuse_offloaded(blocks, "search")
     refuse_shared_out(blocks, "search")
     for block in blocks:
