@@ -6,7 +6,8 @@
 // add to one sum, so that the result does not depend on scheduling, and the halves have the same bits. With a sorted
 // list a block reads its own slots only; without one (small batches) it looks through all of them.
 //
-// Cost: K additions a slot and thread, T K^2 E / 32 warp instructions a layer at most; next to nothing is read.
+// Cost: K comparisons a slot and thread, about T K^2 E / 32 a warp in all; next to nothing is read. Blocks are as even
+// as the routing: with all slots on one expert one block does it all.
 #include "cuda/device/next_kernel.cuh"
 #include "cuda/device/numeric.cuh"
 #include "cuda/device/ptx_sm80.cuh"

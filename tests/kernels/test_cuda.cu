@@ -627,3 +627,52 @@ TEST("products of pairs equal brute force in float64, with a sorted list and wit
     }
   }
 }
+
+TEST("every way of the experts adds up pairs beside moments: an expert with itself is its g^2 ||f||^2") {
+  require_gpu();
+  constexpr int64_t kExperts = 5, kTopK = 2, kTokens = 13, kHidden = 64, kIntermediate = 48;
+  Random random(6);
+  const DeviceArray<Bits> x(random_bfloat16(random, kTokens * kHidden, 1.0f));
+  const DeviceArray<Bits> gate_up(random_bfloat16(random, kExperts * 2 * kIntermediate * kHidden, 0.2f));
+  const DeviceArray<Bits> down(random_bfloat16(random, kExperts * kHidden * kIntermediate, 0.2f));
+  std::vector<int64_t> chosen(kTokens * kTopK);
+  std::vector<float> gates(kTokens * kTopK);
+  for (int64_t slot = 0; slot < kTokens * kTopK; ++slot) {
+    chosen[slot] = (slot / kTopK + slot % kTopK * 2) % (kExperts + 1);  // the last marks an empty slot
+    gates[slot] = random.between(0.1f, 1.0f);
+  }
+  const DeviceArray<int64_t> experts(chosen);
+  const DeviceArray<float> weights(gates);
+  for (const std::string& kernels : all_kernels()) {
+    const ForcedKernels forced(kernels);
+    const DeviceArray<Bits> out(kTokens * kHidden), alone(kTokens * kHidden);
+    const DeviceArray<double> moments(std::vector<double>(kExperts * 9)), before(std::vector<double>(kExperts * 9));
+    const DeviceArray<double> pairs(std::vector<double>(kExperts * kExperts));
+    moe_ext::ExpertsParams p = shaped(kTokens, kHidden, kIntermediate, kExperts, kTopK);
+    p.x = x.data();
+    p.gate_up = gate_up.data();
+    p.down = down.data();
+    p.experts = experts.data();
+    p.experts_are_int64 = true;
+    p.weights = weights.data();
+    p.weights_dtype = moe_ext::DType::kFloat32;
+    p.activation = moe_ext::Activation::kSilu;
+    for (const bool with_pairs : {false, true}) {
+      Scratchpad memory;
+      p.out = (with_pairs ? out : alone).data();
+      p.moments = (with_pairs ? moments : before).data();
+      p.pairs = with_pairs ? pairs.data() : nullptr;
+      moe_ext::cuda::experts(p, memory.scratch(), nullptr);
+    }
+    CHECK(out.host() == alone.host() && moments.host() == before.host(), kernels, ": pairs change the rest");
+    const std::vector<double> sums = moments.host(), products = pairs.host();
+    double off_diagonal = 0.0;
+    for (int64_t i = 0; i < kExperts; ++i) {
+      const double wanted = sums[i * 9 + 8];
+      CHECK(wanted > 0.0 && std::fabs(products[i * kExperts + i] - wanted) <= 1e-12 * wanted, kernels, ": expert ", i,
+            " is ", products[i * kExperts + i], ", expected ", wanted);
+      for (int64_t j = 0; j < kExperts; ++j) off_diagonal += i == j ? 0.0 : products[i * kExperts + j];
+    }
+    CHECK(off_diagonal > 0.0, kernels, ": no pair was added");
+  }
+}

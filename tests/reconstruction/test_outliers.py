@@ -14,7 +14,6 @@ from tests.support.command_line import inside, moe_json
 from tests.support.mixtral import MixtralFactory
 from tests.support.paths import DEMO_MODEL
 
-
 LAYER = "model.layers.1.mlp"
 
 
