@@ -104,6 +104,7 @@ EXPERTS: dict[str, Method] = {
     "man": lambda case, size: case.by_criterion("man", size),
     "reap": lambda case, size: case.by_criterion("reap", size),
     "weighted_ean": lambda case, size: case.by_criterion("weighted_ean", size),
+    "hope": lambda case, size: case.by_criterion("hope", size),
     "search layerwise": lambda case, size: case.searched(size),
     "search layerwise, model": lambda case, size: case.searched(size, budget="model"),
     "search fisher, equal": lambda case, size: case.searched(size, loss="fisher", budget="layer"),

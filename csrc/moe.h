@@ -59,6 +59,7 @@ struct ExpertsParams : LayerParams {
   const void* weights;  // (T, K) of `weights_dtype`
   void* out;            // (T, H) of `dtype`
   double* moments;      // (E, 3, 3) += sum over counted slots of g^a ||f_e||^b, or null: nothing is observed
+  double* pairs;        // (E, E) += sum over counted tokens with slots of both of (g ||f||) (g ||f||); or null
   double* channels;     // (E, I) += sum over counted slots of g^2 h^2, h = act(gate x) * (up x); or null
   const bool* counted;  // (T) tokens that enter the sums, or null: all
   int64_t top_k;

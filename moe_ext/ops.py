@@ -190,12 +190,14 @@ def experts_observed(
     moments: Tensor,
     counted: Tensor | None = None,
     channels: Tensor | None = None,
+    pairs: Tensor | None = None,
 ) -> Tensor:
     """:func:`experts` that also adds every routed slot to its expert's moments, in the same pass, and if asked to the
-    energies of its channels.
+    energies of its channels and to the products of pairs.
 
-    ``moments[e, a, b] += sum over counted slots of e of weights^a * ||f_e(x)||_2^b`` for a, b in {0, 1, 2}, and
+    ``moments[e, a, b] += sum over counted slots of e of weights^a * ||f_e(x)||_2^b`` for a, b in {0, 1, 2},
     ``channels[e, j] += sum over counted slots of e of weights^2 * h_j^2`` with ``h = act(gate[e] x) * (up[e] x)``.
+    ``pairs[i, j] += sum over counted tokens with slots of both of g_i ||f_i(x)||_2 * g_j ||f_j(x)||_2``, g the weights.
 
     Args:
         moments: (E, 3, 3) float64, contiguous; updated in place. Left as it was if an argument is refused.
@@ -204,6 +206,7 @@ def experts_observed(
             float64, squares of h as the down projection takes it; CUDA those of h before it is rounded to the dtype of
             ``x``, in float32 over up to 192 slots and then in float64: to 2^-18, and where the H100's large-batch
             kernels run to 2^-11, of every square.
+        pairs: (E, E) float64, contiguous; updated in place, the halves by the same bits. None: they are not observed.
 
     Returns:
         The same bits as :func:`experts`.
@@ -217,7 +220,8 @@ def experts_observed(
             "experts_observed: 'moments' is updated in place, which torch.func.functionalize cannot express for this "
             "operator. Call it outside; torch.compile does express it."
         )
-    out: Tensor = _call(_EXPERTS_OBSERVED, x, gate_up, down, experts, weights, activation, moments, counted, channels)
+    observed = (moments, counted, channels, pairs)
+    out: Tensor = _call(_EXPERTS_OBSERVED, x, gate_up, down, experts, weights, activation, *observed)
     return out
 
 
@@ -436,6 +440,7 @@ def _experts_observed_fake(
     moments: Tensor,
     counted: Tensor | None = None,
     channels: Tensor | None = None,
+    pairs: Tensor | None = None,
 ) -> Tensor:
     check = _check_experts("experts_observed", x, gate_up, down, experts, weights, activation)
     shape = (gate_up.shape[0], 3, 3)
@@ -444,6 +449,9 @@ def _experts_observed_fake(
     if channels is not None:
         check.like("channels", channels, tuple(down.shape[::2]), "(E, I) from 'gate_up'", (torch.float64,))
         check.contiguous("channels", channels)
+    if pairs is not None:
+        check.like("pairs", pairs, (gate_up.shape[0], gate_up.shape[0]), "(E, E) from 'gate_up'", (torch.float64,))
+        check.contiguous("pairs", pairs)
     if counted is not None:
         check.like("counted", counted, (x.shape[0],), "(T,) with T from 'x'", (torch.bool,))
     return x.new_empty(x.shape)

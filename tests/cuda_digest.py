@@ -33,10 +33,11 @@ def main() -> None:
                 os.environ["MOE_EXT_CUDA_KERNELS"] = kernels
                 moments = torch.zeros(shape[1], 3, 3, dtype=torch.float64, device="cuda")
                 channels = torch.zeros(shape[1], shape[4], dtype=torch.float64, device="cuda")
-                out = ops.experts_observed(x, gate_up, down, experts, weights, "silu", moments, None, channels)
+                pairs = torch.zeros(shape[1], shape[1], dtype=torch.float64, device="cuda")
+                out = ops.experts_observed(x, gate_up, down, experts, weights, "silu", moments, None, channels, pairs)
                 gram = ops.expert_gram(x, gate_up, down, "silu")
                 projection = ops.expert_projection(x, gate_up, down, x, "silu")
-                results += [out.cpu(), moments.cpu(), channels.cpu(), gram.cpu(), projection.cpu()]
+                results += [out.cpu(), moments.cpu(), channels.cpu(), pairs.cpu(), gram.cpu(), projection.cpu()]
                 runs += 1
             for tensor in results:
                 digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())

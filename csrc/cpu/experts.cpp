@@ -9,8 +9,9 @@
 //             weights the products and adds them to the tokens' sums, expert by expert; at the end rounds the sums
 //             into out. When observing it takes its part of ||f_e||^2 from the same registers.
 // While a thread multiplies a block of weights it fetches the one that comes next, so that memory and arithmetic
-// overlap. Then the observed norms are summed per expert in position order, in float64. Every element is computed by
-// one thread in a fixed order, so the result depends neither on the number of threads nor on the rest of the batch.
+// overlap. Then the observed norms are summed per expert in position order, and where pairs are observed g ||f_e||
+// times the same of the token's other slots in token order, in float64. Every element is computed by one thread in a
+// fixed order, so the result depends neither on the number of threads nor on the rest of the batch.
 //
 // Cost: reads 3 H I weights of each expert that has a token, once per kTokensPerRun tokens; 6 H I FLOPs a slot.
 // Memory: P (H + I) operands, H / 32 floats a slot when observing, and for each thread 256 bytes for every token and
@@ -61,7 +62,10 @@ class ExpertsRun {
   void run() {
     gate_up();
     down();
-    if (p_.moments != nullptr) add_moments();
+    if (p_.moments == nullptr) return;
+    const std::vector<double> square_of = squared_norms();
+    add_moments(square_of);
+    if (p_.pairs != nullptr) add_pairs(square_of);
   }
 
  private:
@@ -171,15 +175,20 @@ class ExpertsRun {
     return {row, nullptr, kBlockColumns};
   }
 
-  // ---- moments
+  // ---- moments and pairs
 
-  // One thread and position order: the sums are the same for any number of threads, and P * 9 additions are few.
-  void add_moments() {
+  // (P) ||f_e||^2, summed over the down tasks in their order.
+  std::vector<double> squared_norms() const {
     const int64_t positions = slots_.positions();
-    std::vector<double> square_of(positions, 0.0);  // ||f_e||^2, summed over the down tasks in their order
+    std::vector<double> square_of(positions, 0.0);
     for (size_t i = 0; i < squares_.size(); i += positions) {
       for (int64_t position = 0; position < positions; ++position) square_of[position] += squares_[i + position];
     }
+    return square_of;
+  }
+
+  // One thread and position order: the sums are the same for any number of threads, and P * 9 additions are few.
+  void add_moments(const std::vector<double>& square_of) {
     for (const int64_t expert : active_) {
       double added[9] = {};
       for (int64_t position = slots_.first[expert]; position < slots_.first[expert + 1]; ++position) {
@@ -192,6 +201,28 @@ class ExpertsRun {
         }
       }
       for (int i = 0; i < 9; ++i) p_.moments[expert * 9 + i] += added[i];
+    }
+  }
+
+  // One thread and token order, T * K^2 additions: symmetric to the bit, as both halves add the same products.
+  void add_pairs(const std::vector<double>& square_of) {
+    std::vector<int64_t> expert_of(p_.tokens * p_.top_k, -1);  // of a slot, -1 where it counts in nothing
+    std::vector<double> share_of(p_.tokens * p_.top_k, 0.0);   // g ||f_e||
+    for (const int64_t expert : active_) {
+      for (int64_t position = slots_.first[expert]; position < slots_.first[expert + 1]; ++position) {
+        if (!counts(position)) continue;
+        expert_of[slots_.slot_of[position]] = expert;
+        share_of[slots_.slot_of[position]] = double{slots_.weight_of[position]} * std::sqrt(square_of[position]);
+      }
+    }
+    for (int64_t first = 0; first < p_.tokens * p_.top_k; first += p_.top_k) {
+      for (int64_t one = first; one < first + p_.top_k; ++one) {
+        if (expert_of[one] < 0) continue;
+        double* row = p_.pairs + expert_of[one] * p_.num_experts;
+        for (int64_t other = first; other < first + p_.top_k; ++other) {
+          if (expert_of[other] >= 0) row[expert_of[other]] += share_of[one] * share_of[other];
+        }
+      }
     }
   }
 

@@ -24,11 +24,13 @@ SortedSlots sort_typed(const Index* experts, const ExpertsParams& p) {
   for (int64_t expert = 0; expert < p.num_experts; ++expert) sorted.first[expert + 1] += sorted.first[expert];
 
   std::vector<int64_t> next(sorted.first.begin(), sorted.first.end() - 1);
+  sorted.slot_of.resize(sorted.positions());
   sorted.token_of.resize(sorted.positions());
   sorted.weight_of.resize(sorted.positions());
   for (int64_t slot = 0; slot < slots; ++slot) {
     if (experts[slot] == p.num_experts) continue;
     const int64_t position = next[experts[slot]]++;
+    sorted.slot_of[position] = slot;
     sorted.token_of[position] = slot / p.top_k;
     sorted.weight_of[position] = weight(p, slot);
   }

@@ -12,7 +12,8 @@ namespace moe_ext::cpu {
 // position.
 struct SortedSlots {
   std::vector<int64_t> first;     // (E + 1) first position of each expert; the last is the number of positions P
-  std::vector<int64_t> token_of;  // (P) token of a position
+  std::vector<int64_t> slot_of;   // (P) index of a position in the flattened (token, slot) order
+  std::vector<int64_t> token_of;  // (P) its token
   std::vector<float> weight_of;   // (P) its routing weight
 
   int64_t count(int64_t expert) const { return first[expert + 1] - first[expert]; }

@@ -4,9 +4,9 @@
 //   large batch   sort, gate_up, down, combine                  4 launches (6 where the sort takes three)
 //   hopper        the same as large, with gemm_wgmma.cu for one product or both
 //   plain         the same as large, with gemm_plain.cu         float32 and odd sizes
-// and the moments after any of them when observing; where energies of channels are observed, too, launches of weights
-// before gate_up and of sums at the end, but for small batches. Nothing waits for the device, and grids depend on
-// shapes only: all of it can be captured in a CUDA graph.
+// and the moments, and pairs where they are asked for, after any of them when observing; where energies of channels are
+// observed, too, launches of weights before gate_up and of sums at the end, but for small batches. Nothing waits for
+// the device, and grids depend on shapes only: all of it can be captured in a CUDA graph.
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -37,6 +37,12 @@ MomentsParams moments_params(const ExpertsParams& p, const float* squares, int64
   return m;
 }
 
+// What is observed of the slots once their squares are there.
+void observe(const ExpertsParams& p, const MomentsParams& m, const Scratch& scratch, cudaStream_t stream) {
+  launch_moments(m, stream);
+  if (p.pairs != nullptr) launch_pairs({m, allocate<double>(scratch, m.slots), p.pairs}, stream);
+}
+
 void run_small_batch(const ExpertsParams& p, const Device& device, const Scratch& scratch, cudaStream_t stream) {
   const int64_t slots = p.tokens * p.top_k;
   SmallBatchParams s{};
@@ -52,7 +58,7 @@ void run_small_batch(const ExpertsParams& p, const Device& device, const Scratch
   s.staged_bytes = small_batch_staged_bytes(p, device);
   s.shared_limit = device.shared_per_block - 128;  // beside static variables
   launch_small_batch(s, stream);
-  if (p.moments != nullptr) launch_moments(moments_params(p, s.squares, parts), stream);
+  if (p.moments != nullptr) observe(p, moments_params(p, s.squares, parts), scratch, stream);
 }
 
 void run_sorted(const ExpertsParams& p, const Choice& choice, const Device& device, const Scratch& scratch,
@@ -102,7 +108,7 @@ void run_sorted(const ExpertsParams& p, const Choice& choice, const Device& devi
     MomentsParams m = moments_params(p, c.squares, c.parts);
     m.slot_of = s.slot_of;
     m.first = s.first;
-    launch_moments(m, stream);
+    observe(p, m, scratch, stream);
   }
   if (p.channels != nullptr) launch_energy_sums({s.gate_up, energies, p.intermediate, p.channels}, stream);
 }

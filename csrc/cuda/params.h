@@ -180,4 +180,14 @@ struct MomentsParams {
 
 void launch_moments(const MomentsParams& p, cudaStream_t stream);
 
+// ---- pairs of experts, of the same slots (pairs.cu)
+
+struct PairsParams {
+  MomentsParams slots;  // all but `moments`
+  double* shares;       // (T, K) scratch: g ||f_e||
+  double* pairs;        // (E, E) +=
+};
+
+void launch_pairs(const PairsParams& p, cudaStream_t stream);
+
 }  // namespace moe_ext::cuda

@@ -129,7 +129,7 @@ inline ExpertsParams check_experts(const char* op, const Tensor& x, const Tensor
 
 inline void check_observation(const char* op, const ExpertsParams& p, const Tensor& moments,
                               const std::optional<Tensor>& counted, const std::optional<Tensor>& channels,
-                              const Tensor& x) {
+                              const std::optional<Tensor>& pairs, const Tensor& x) {
   check_shape(op, "moments", moments, {p.num_experts, 3, 3}, "(E, 3, 3) with E from 'gate_up'");
   check_type(op, "moments", moments, {ScalarType::Double});
   check_contiguous(op, "moments", moments);
@@ -143,6 +143,12 @@ inline void check_observation(const char* op, const ExpertsParams& p, const Tens
     check_type(op, "channels", *channels, {ScalarType::Double});
     check_contiguous(op, "channels", *channels);
     check_device(op, "channels", *channels, "x", x);
+  }
+  if (pairs.has_value()) {
+    check_shape(op, "pairs", *pairs, {p.num_experts, p.num_experts}, "(E, E) from 'gate_up'");
+    check_type(op, "pairs", *pairs, {ScalarType::Double});
+    check_contiguous(op, "pairs", *pairs);
+    check_device(op, "pairs", *pairs, "x", x);
   }
   if (counted.has_value()) check_device(op, "counted", *counted, "x", x);
 }

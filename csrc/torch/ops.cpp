@@ -31,12 +31,13 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, std::optio
   return {weights, experts};
 }
 
-// moments, counted, channels: of experts_observed; null for experts.
+// moments, counted, channels, pairs: of experts_observed; null for experts.
 Tensor run_experts(const char* op, const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts,
                    const Tensor& weights, const std::string& activation, const Tensor* moments,
-                   const std::optional<Tensor>& counted, const std::optional<Tensor>& channels) {
+                   const std::optional<Tensor>& counted, const std::optional<Tensor>& channels,
+                   const std::optional<Tensor>& pairs) {
   ExpertsParams p = check_experts(op, x, gate_up, down, experts, weights, activation);
-  if (moments != nullptr) check_observation(op, p, *moments, counted, channels, x);
+  if (moments != nullptr) check_observation(op, p, *moments, counted, channels, pairs, x);
 
   const Tensor dense_x = aligned(op, "x", x);
   const Tensor dense_experts = dense(op, "experts", experts);
@@ -49,6 +50,7 @@ Tensor run_experts(const char* op, const Tensor& x, const Tensor& gate_up, const
   p.weights = dense_weights.const_data_ptr();
   p.moments = moments != nullptr ? static_cast<double*>(moments->mutable_data_ptr()) : nullptr;
   p.channels = channels.has_value() ? static_cast<double*>(channels->mutable_data_ptr()) : nullptr;
+  p.pairs = pairs.has_value() ? static_cast<double*>(pairs->mutable_data_ptr()) : nullptr;
   p.counted = data_of<bool>(dense_counted);
   if (x.is_cpu()) check_expert_range(op, p);  // on CUDA the kernels assert it: the host does not wait for them
 
@@ -62,13 +64,15 @@ Tensor run_experts(const char* op, const Tensor& x, const Tensor& gate_up, const
 
 Tensor experts(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts, const Tensor& weights,
                std::string activation) {
-  return run_experts("experts", x, gate_up, down, experts, weights, activation, nullptr, std::nullopt, std::nullopt);
+  return run_experts("experts", x, gate_up, down, experts, weights, activation, nullptr, std::nullopt, std::nullopt,
+                     std::nullopt);
 }
 
 Tensor experts_observed(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts,
                         const Tensor& weights, std::string activation, const Tensor& moments,
-                        std::optional<Tensor> counted, std::optional<Tensor> channels) {
-  return run_experts("experts_observed", x, gate_up, down, experts, weights, activation, &moments, counted, channels);
+                        std::optional<Tensor> counted, std::optional<Tensor> channels, std::optional<Tensor> pairs) {
+  return run_experts("experts_observed", x, gate_up, down, experts, weights, activation, &moments, counted, channels,
+                     pairs);
 }
 
 Tensor expert_gram(const Tensor& x, const Tensor& gate_up, const Tensor& down, std::string activation) {
@@ -144,7 +148,7 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
   m.def("experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights, str activation) -> Tensor");
   m.def(
       "experts_observed(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights, str activation, "
-      "Tensor(a!) moments, Tensor? counted=None, Tensor(b!)? channels=None) -> Tensor");
+      "Tensor(a!) moments, Tensor? counted=None, Tensor(b!)? channels=None, Tensor(c!)? pairs=None) -> Tensor");
   m.def("expert_gram(Tensor x, Tensor gate_up, Tensor down, str activation) -> Tensor");
   m.def("expert_projection(Tensor x, Tensor gate_up, Tensor down, Tensor g, str activation) -> Tensor");
   m.def(

@@ -32,7 +32,7 @@ from moe_ext.models.wrapped import unwrapped
 from moe_ext.runtime.batches import check_batch
 from moe_ext.runtime.hidden_states import FolderOptions
 from moe_ext.runtime.layer_walk import LayerInputs
-from moe_ext.runtime.patching import active_thresholds, layer_state
+from moe_ext.runtime.patching import altered_gates, layer_state
 from moe_ext.runtime.processes import check_same, share_of, total_of
 from moe_ext.runtime.same_job import check_same_job
 from moe_ext.storage.digests import joined_digest
@@ -139,9 +139,9 @@ def _start(
     model: PreTrainedModel, blocks: list[MoeBlock], dataset: str, outputs: bool, channels: str | None, shard: str
 ) -> ExpertStatistics:
     """Statistics of no text, for a model that can be calibrated; ValueError for another."""
-    if active_thresholds(model) is not None:
+    if (altered := altered_gates(model)) is not None:
         raise ValueError(
-            "the model skips experts, which would bias its statistics; patch(model, skip=None) before calibrating"
+            f"the model {altered}, which would bias its statistics; patch(model, skip=None) before calibrating"
         )
     refuse_novices(blocks, "calibrate")
     refuse_shared_out(blocks, "calibrate")

@@ -1,6 +1,6 @@
 """What watches a layer's experts during calibration.
 
-An observer is attached to every experts module for the duration of the run. The moments come out of the
+An observer is attached to every experts module for the duration of the run. The moments and the pairs come out of the
 ``experts_observed`` operator; ratios and coactivation are a few small tensor operations on the routing. Where the
 operator cannot run, or sums of outputs are asked for, the observer evaluates the family's own code expert by expert.
 """
@@ -34,6 +34,7 @@ class Observer:
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.ratio_histogram = torch.zeros(self.top_k - 1, RATIO_BINS, dtype=torch.int64, device=device)
         self.coactivation = torch.zeros(self.num_experts, self.num_experts, dtype=torch.int64, device=device)
+        self.pairs = torch.zeros(self.num_experts, self.num_experts, dtype=torch.float64, device=device)
         self.channels = (
             None if width is None else torch.zeros(self.num_experts, width, dtype=torch.float64, device=device)
         )
@@ -46,7 +47,7 @@ class Observer:
         self, x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
     ) -> Tensor:
         out = ops.experts_observed(
-            x, gate_up, down, experts, weights, activation, self.moments, self.counted, self.channels
+            x, gate_up, down, experts, weights, activation, self.moments, self.counted, self.channels, self.pairs
         )
         if self.inputs is not None:
             self.inputs.add(x, experts, weights, self.counted)
@@ -61,7 +62,7 @@ class Observer:
         self._count(experts.long(), weights.float())
 
     def _evaluate(self, x: Tensor, experts: Tensor, weights: Tensor, *, moments: bool) -> None:
-        """Adds the counted slots' outputs to their sums, and their norms to the moments, with the model's own code.
+        """Adds the counted slots' outputs to their sums, and norms to moments and pairs, with the model's own code.
 
         One expert after the other, each on its own rows with weight 1: exact for whatever that code computes. Slower
         than the operator, and it waits for a GPU.
@@ -69,6 +70,7 @@ class Observer:
         if self.outputs and self.output_sum is None:
             self.output_sum = torch.zeros(self.num_experts, x.shape[1], dtype=torch.float64, device=x.device)
         counted = torch.ones_like(experts, dtype=torch.bool) if self.counted is None else self.counted[:, None]
+        shares = torch.zeros(x.shape[0], self.num_experts, dtype=torch.float64, device=x.device)  # g ||f||
         for expert in range(self.num_experts):
             tokens, slots = ((experts == expert) & counted).nonzero(as_tuple=True)  # (R,) each
             if len(tokens) == 0:
@@ -83,6 +85,9 @@ class Observer:
                 for a in range(3):
                     for b in range(3):
                         self.moments[expert, a, b] += (gate**a * norm**b).sum()
+                shares[tokens, expert] = gate * norm
+        if moments:
+            self.pairs += shares.T @ shares
 
     def _count(self, experts: Tensor, weights: Tensor) -> None:
         """experts, weights: (T, K). Sizes depend on shapes only, so that a GPU is not waited for."""
@@ -142,6 +147,8 @@ def take(
     stats.tokens[layer] = observer.tokens
     stats.ratio_histogram[layer] = observer.ratio_histogram
     stats.coactivation[layer, :count, :count] = observer.coactivation
+    if stats.output_pairs is not None:
+        stats.output_pairs[layer, :count, :count] = observer.pairs
     if stats.output_sum is not None and observer.output_sum is not None:
         stats.output_sum[layer, :count] = observer.output_sum
     if stats.channel_errors is not None and stats.channel_norms is not None and observer.channels is not None:

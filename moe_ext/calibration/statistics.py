@@ -23,7 +23,7 @@ from moe_ext.storage.tensor_file import read_tensors, write_tensors
 RATIO_BINS = 1024
 """Bins of equal width over [0, 1] that ``ratio_histogram`` counts ``w_j / w_1`` in; a ratio of 1 falls in the last."""
 
-FORMAT = Format("moe_ext.expert_statistics", 1, "a statistics file")
+FORMAT = Format("moe_ext.expert_statistics", 2, "a statistics file", oldest=1)  # 1: without output_pairs
 
 MOST_COUNTED = 2**53
 """The largest count: beyond it float64, in which the moments count as well, leaves numbers out."""
@@ -47,6 +47,8 @@ class ExpertStatistics(WithLayout):
         ratio_histogram: (L, K - 1, RATIO_BINS) int64; ``[l, j]`` counts tokens by ``w_{j + 2} / w_1``, the routing
             weight of rank j + 2 over the largest (arXiv 2402.14800, dynamic skipping).
         coactivation: (L, E, E) int64; tokens routed to both experts, on the diagonal tokens routed to e.
+        output_pairs: (L, E, E) float64, sum over tokens routed to both experts of ``g_i ||f_i||_2 g_j ||f_j||_2``
+            (arXiv 2609.18916); None in statistics from files of format version 1.
         output_sum: (L, E, H) float64, sum over routed tokens of ``f_e``; None unless calibration was asked for it.
         channel_errors: (L, E, I) float64, sum over routed tokens of ``g_e^2 h_j^2 ||down[:, j]||^2``, what the squared
             error of the layer's output gains if channel j alone goes; None unless calibration was asked for it.
@@ -69,6 +71,7 @@ class ExpertStatistics(WithLayout):
     tokens: torch.Tensor
     ratio_histogram: torch.Tensor
     coactivation: torch.Tensor
+    output_pairs: torch.Tensor | None = None
     output_sum: torch.Tensor | None = None
     channel_errors: torch.Tensor | None = None
     channel_norms: torch.Tensor | None = None
@@ -193,7 +196,7 @@ class ExpertStatistics(WithLayout):
 
     def _check_optional(self, other: ExpertStatistics) -> None:
         """ValueError unless both have the same optional tensors, of the same model."""
-        for name in ("output_sum", "channel_errors"):
+        for name in ("output_pairs", "output_sum", "channel_errors"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if (ours is None) != (theirs is None):
                 raise ValueError(f"other: one of the two has {name} and the other has none; calibrate both alike")
@@ -224,6 +227,7 @@ class ExpertStatistics(WithLayout):
         self._check_values()
         metadata = {
             **FORMAT.metadata(),
+            **({"format_version": "1"} if self.output_pairs is None else {}),
             "model_type": self.model_type,
             "layers": json.dumps(self.layers),
             "top_k": str(self.top_k),
@@ -251,7 +255,7 @@ class ExpertStatistics(WithLayout):
         """
         try:
             tensors, metadata = read_tensors(path, FORMAT)
-            _check_names(tensors.keys())
+            _check_names(tensors.keys(), int(metadata["format_version"]))
             fields: dict[str, Any] = {**_parse_metadata(metadata, tensors), **tensors}
             loaded = cls(**fields)
             loaded._check_values()
@@ -304,6 +308,7 @@ def _tensor_layout(
         "tokens": ((layers,), torch.int64),
         "ratio_histogram": ((layers, top_k - 1, RATIO_BINS), torch.int64),
         "coactivation": ((layers, experts, experts), torch.int64),
+        "output_pairs": ((layers, experts, experts), torch.float64),
         **optional,
     }
 
@@ -325,12 +330,13 @@ def _last_size(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.shape[-1] if tensor.dim() else 0
 
 
-def _check_names(names: AbstractSet[str]) -> None:
-    """ValueError unless ``names`` are the tensor fields, with or without the optional ones."""
-    if missing := sorted(_tensor_layout(1, 1, 1, None, None).keys() - names):
+def _check_names(names: AbstractSet[str], version: int) -> None:
+    """ValueError unless ``names`` are the tensor fields of a format version, with or without the optional ones."""
+    later = {"output_pairs"} if version == 1 else set()
+    if missing := sorted(_tensor_layout(1, 1, 1, None, None).keys() - names - later):
         raise ValueError(f"tensor {missing[0]!r} is missing")
-    if unexpected := sorted(names - _tensor_layout(1, 1, 1, 1, 1).keys()):
-        raise ValueError(f"tensor {shown(unexpected[0])} is not part of format version {FORMAT.version}")
+    if unexpected := sorted(names - (_tensor_layout(1, 1, 1, 1, 1).keys() - later)):
+        raise ValueError(f"tensor {shown(unexpected[0])} is not part of format version {version}")
 
 
 def _parse_metadata(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

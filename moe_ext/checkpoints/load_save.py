@@ -18,7 +18,14 @@ from moe_ext.checkpoints.other_files import copy_other_files
 from moe_ext.checkpoints.read_config import model_class, read_config
 from moe_ext.checkpoints.stored_tensors import stored_tensors
 from moe_ext.checkpoints.written_config import CONFIG, changed_content, read_content, write_content
-from moe_ext.models.config_section import CONFIG_KEY, section_of, section_with, set_section
+from moe_ext.models.config_section import (
+    CONFIG_KEY,
+    GateScale,
+    section_of,
+    section_with,
+    section_with_scale,
+    set_section,
+)
 from moe_ext.models.dtypes import DTYPES
 from moe_ext.models.uneven_layers import built
 from moe_ext.storage.files import replace_folder
@@ -200,10 +207,16 @@ def check_config_file(checkpoint: str | Path) -> None:
 
 
 def write_thresholds(
-    checkpoint: str | Path, thresholds: Tensor, layers: Sequence[int], *, trust_remote_code: bool = False
+    checkpoint: str | Path,
+    thresholds: Tensor,
+    layers: Sequence[int],
+    *,
+    renormalise: GateScale = "kept",
+    trust_remote_code: bool = False,
 ) -> None:
-    """Stores skip thresholds (L, K - 1) of those decoder layers in a checkpoint folder's ``config.json``, replacing
-    that one file: in the part that is of the text decoder, where every class that loads the folder finds it.
+    """Stores skip thresholds (L, K - 1) of those decoder layers, and what becomes of the kept weights (``renormalise``,
+    as for :func:`moe_ext.patch`), in a checkpoint folder's ``config.json``, replacing that one file: in the part of the
+    text decoder, where every class that loads the folder finds it.
 
     Raises:
         ValueError: ``config.json`` holds no JSON object, or a section that is none.
@@ -216,7 +229,7 @@ def write_thresholds(
     section = section_of(after)
     if section is not None and not isinstance(section, dict):
         raise ValueError(f"{Path(checkpoint) / CONFIG}: expected a JSON object under {CONFIG_KEY!r}")
-    set_section(after, section_with(thresholds, section, layers))
+    set_section(after, section_with_scale(renormalise, section_with(thresholds, section, layers)))
     write_content(checkpoint, changed_content(content, before, after))
 
 

@@ -6,9 +6,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.commands.destinations import check_places
 from moe_ext.commands.options import (
     AllowMissing,
+    AllowSuper,
     BatchSize,
     Device,
     Dtype,
@@ -71,6 +73,11 @@ def search(
             "File of all losses; an interrupted search goes on from it. <plan>.safetensors if absent.", "--losses"
         ),
     ] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(help="File written by `moe-ext calibrate`: super experts that it shows are kept."),
+    ] = None,
+    allow_super: AllowSuper = False,
     dataset: Annotated[str, typer.Option(help="Label of the text; the domain names if empty.")] = "",
     sequential: Sequential = False,
     scratch: Scratch = None,
@@ -89,6 +96,8 @@ def search(
     """
     if (keep is None) == (ratio is None):
         raise typer.BadParameter("give --keep or --ratio, one of them")
+    if allow_super and statistics is None:
+        raise typer.BadParameter("--allow-super goes with --statistics: nothing else looks for super experts")
     if scratch is not None and not sequential:
         raise typer.BadParameter("--scratch goes with --sequential")
     if equal and budget == "model":
@@ -101,6 +110,7 @@ def search(
     losses = losses or save_to.with_suffix(".safetensors")
     check_places({"--out": save_to, "--losses": losses}, {"model": model, "text": text})
     file_destination(losses)
+    stats = None if statistics is None else ExpertStatistics.load(statistics)
     texts = read_domains(text)
     several = started_by_torchrun()
     with process_group(device, timeout) if several else nullcontext(device) as place:
@@ -120,6 +130,8 @@ def search(
             skip="config" if skip else None,
             max_subsets=max_subsets,
             resume=losses,
+            statistics=stats,
+            allow_super=allow_super,
             progress=not as_json and rank() == 0,
             dataset=dataset or " + ".join(texts),
             distributed=several,

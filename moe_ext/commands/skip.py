@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -27,6 +27,7 @@ from moe_ext.commands.shared import load
 from moe_ext.decision.thresholds import skip_thresholds
 from moe_ext.evaluation.skip_rates import skip_rates
 from moe_ext.models.blocks import layer_numbers, moe_blocks
+from moe_ext.models.config_section import is_scale
 from moe_ext.models.layout import layout_of
 from moe_ext.runtime.batches import read_domains, token_batches
 from moe_ext.runtime.patching import patch
@@ -39,6 +40,13 @@ def skip(
     quantile: Annotated[float, typer.Option(min=0, max=1, help="Share of the weaker slots to skip.")] = 0.5,
     text: Annotated[list[Path] | None, typer.Option("--text", help="Text to measure skip rates on.")] = None,
     save_to: Annotated[Path | None, destination("Folder for a copy with the thresholds.")] = None,
+    renormalise: Annotated[
+        str,
+        typer.Option(
+            help="Gate weights of kept experts: kept (they sum to what all K did), none (as they were), or a number: "
+            "softmax over so many of the largest logits, for a model that runs with fewer experts than in training."
+        ),
+    ] = "kept",
     in_place: Annotated[bool, typer.Option("--in-place", help="Write them into the model's own config.json.")] = False,
     window: Window = 512,
     batch_size: BatchSize = 8,
@@ -52,6 +60,9 @@ def skip(
     """Set the thresholds below which a token's weaker experts are skipped, and measure how often they are."""
     if (save_to is None) == (not in_place):
         raise typer.BadParameter("give --out or --in-place, one of them")
+    scale: Any = int(renormalise) if renormalise.isascii() and renormalise.isdigit() else renormalise
+    if not is_scale(scale):
+        raise typer.BadParameter(f"--renormalise {renormalise}: expected kept, none or a number of experts")
     stats = ExpertStatistics.load(statistics)
     texts = read_domains(text) if text else {}
     if save_to is not None:
@@ -64,14 +75,15 @@ def skip(
     if (different := stats.layout.difference(routed)) is not None:
         raise ValueError(f"{statistics} is of another model: {different}. Calibrate {model} itself")
     thresholds = skip_thresholds(stats, quantile)
-    patch(loaded, skip=thresholds, strict=strict)
+    patch(loaded, skip=thresholds, strict=strict, renormalise=scale)
     rates = None
     if texts:
         rates = skip_rates(loaded, token_batches(texts, tokenizer, window=window, batch_size=batch_size))
     if save_to is not None:
         save_checkpoint(loaded, tokenizer, save_to)
     else:
-        write_thresholds(model, thresholds, layer_numbers(blocks), trust_remote_code=trust_remote_code)
+        numbers = layer_numbers(blocks)
+        write_thresholds(model, thresholds, numbers, renormalise=scale, trust_remote_code=trust_remote_code)
     if as_json:
         print_json({"layers": list(stats.layers), "thresholds": thresholds.tolist(), "skip_rates": rates})
         return

@@ -7,7 +7,7 @@ Most criteria are a point ``(avg, a, b)`` of the unified family of arXiv 2606.15
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,8 +28,8 @@ CRITERIA: dict[str, tuple[int, int, int]] = {
 }
 """Named points ``(avg, a, b)`` of the family."""
 
-OUTSIDE = ("mone", "aimer", "random")
-"""Criteria outside the family: output variance, weights only, and the control."""
+OUTSIDE = ("hope", "mone", "aimer", "random")
+"""Criteria outside the family: pairs of experts, output variance, weights only, and the control."""
 
 OBJECTIVES: dict[str, str] = {"task-agnostic": "man", "task-specific": "weighted_ean"}
 """Default criterion of an objective: averaged and gate-free for any task, frequency and gate kept for a given one
@@ -47,6 +47,9 @@ class Scores(WithLayout):
             of experts mean nothing.
         dataset: label of the calibration text.
         super_experts: those that :func:`super_experts` finds, which plans keep; none where scores are of no statistics.
+        pairs: (L, E, E) float64 for a criterion by which experts cost together: a plan then removes the set p of a
+            layer with the least ``p^T pairs p``, and ``values`` is the diagonal, what each costs alone. None: experts
+            go by ``values``.
     """
 
     values: torch.Tensor
@@ -54,12 +57,19 @@ class Scores(WithLayout):
     layout: Layout
     dataset: str
     super_experts: tuple[SuperExpert, ...] = ()
+    pairs: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or self.values.shape[0] != len(self.layers) or self.values.dtype != torch.float64:
             raise ValueError(
                 f"values: is {self.values.dtype} of shape {tuple(self.values.shape)}; "
                 f"expected torch.float64 of shape ({len(self.layers)}, E)"
+            )
+        square = (*self.values.shape, self.values.shape[1])
+        if self.pairs is not None and (tuple(self.pairs.shape) != square or self.pairs.dtype != torch.float64):
+            raise ValueError(
+                f"pairs: is {self.pairs.dtype} of shape {tuple(self.pairs.shape)}; "
+                f"expected torch.float64 of shape {square}"
             )
         check_label("criterion", self.criterion)
         check_label("dataset", self.dataset)
@@ -79,6 +89,7 @@ def score(
     Args:
         stats: statistics of the calibration text.
         criterion: a name in ``CRITERIA``; a point ``(avg, a, b)`` with avg in {0, 1} and a, b in {0, 1, 2};
+            ``"hope"``, by which a plan removes the set whose pairs cost least together (arXiv 2609.18916);
             ``"mone"``, access frequency times output variance (arXiv 2507.00390), of statistics with an
             ``output_sum``; or ``"random"``: uniform in [0, 1). ``"aimer"`` needs no statistics: see :func:`aimer`.
         objective: a name in ``OBJECTIVES``, which chooses the criterion; ``"task-agnostic"`` when neither is given.
@@ -89,7 +100,8 @@ def score(
 
     Raises:
         ValueError: both criterion and objective, an unknown one, a point outside the family, ``"mone"`` of statistics
-            without an ``output_sum``, or a seed for a criterion that draws nothing.
+            without an ``output_sum``, ``"hope"`` of statistics without ``output_pairs``, or a seed for a criterion that
+            draws nothing.
     """
     if criterion is not None and objective is not None:
         raise ValueError(f"criterion {criterion!r} and objective {objective!r}: expected one of them, not both")
@@ -103,6 +115,11 @@ def score(
         return _scores(stats, values, f"random(seed={seed})")
     if seed is not None:
         raise ValueError(f"seed: only criterion 'random' takes one, got {seed} with {criterion!r}")
+    if criterion == "hope":
+        if stats.output_pairs is None:
+            raise ValueError("criterion 'hope' needs the products of pairs, which these statistics have not: calibrate")
+        pairs = stats.output_pairs.clone()
+        return replace(_scores(stats, pairs.diagonal(dim1=1, dim2=2).clone(), "hope"), pairs=pairs)
     if criterion == "mone":
         return _scores(stats, _frequency_times_variance(stats), "mone")
     average, gate_power, norm_power = point_of(criterion)

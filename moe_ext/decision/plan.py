@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from moe_ext.decision.criteria import Scores
+from moe_ext.decision.pair_subsets import is_exact
 from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.decision.ranking import (
+    NORMALISATIONS,
+    kept_beside_least,
+    kept_in_layer,
+    normalised,
+    removed_from_all,
+)
 from moe_ext.decision.super_experts import named
 from moe_ext.storage.formats import shown
 from moe_ext.version import __version__
@@ -29,7 +37,9 @@ def plan(
 
     The lowest score is removed first; of equal scores that of the later layer, then of the higher expert index. In a
     layer with expert groups one expert of every group goes at a time, the lowest of each: their mean score counts (with
-    ``scope="model"`` a number that whole steps do not make up is rounded down).
+    ``scope="model"`` a number that whole steps do not make up is rounded down). With ``"hope"`` the set of a layer's
+    experts goes that costs least together: exact up to ``pair_subsets.MOST_SETS`` sets, beyond that by a greedy walk
+    with swaps; ``made_by["exact"]`` says which.
 
     With ``scope="model"`` all layers' experts stand in one ranking, and a layer keeps at least what its router needs
     (top_k where there are no groups). Criteria that sum norms grow with depth, so that a ranking of raw scores would
@@ -59,8 +69,9 @@ def plan(
     Raises:
         ValueError: neither or both of keep and ratio, a ``keep`` that is no integer, fewer than K or more than E
             experts to keep, too few for the super experts, a number that the groups do not share equally, layers that
-            differ in their number of experts already, an unknown scope or normalisation, or a score that is NaN, or
-            infinite in one ranking of all layers (the layer and expert are named).
+            differ in their number of experts already, an unknown scope or normalisation, ``"hope"`` with
+            ``scope="model"``, as its costs are a layer's own, or a score that is NaN, or infinite in one ranking of all
+            layers (the layer and expert are named).
     """
     layers, experts = scores.values.shape
     if len(set(scores.experts)) > 1:
@@ -70,6 +81,8 @@ def plan(
         )
     if scope not in ("layer", "model"):
         raise ValueError(f"scope: expected layer or model, got {scope!r}")
+    if scores.pairs is not None and scope == "model":
+        raise ValueError(f"scope: {scores.criterion!r} compares sets within a layer; expected layer, got 'model'")
     if normalise is not None and (scope == "layer" or normalise not in NORMALISATIONS):
         expected = f"one of {', '.join(NORMALISATIONS)}" if scope == "model" else "none with scope 'layer'"
         raise ValueError(f"normalise: expected {expected}, got {normalise!r}")
@@ -96,24 +109,28 @@ def plan(
     if scope == "layer" and kept % scores.groups:
         raise ValueError(f"{name}: {asked!r} keeps {kept} experts, which {scores.groups} groups do not share equally")
     # Within a layer infinite scores have an order; over layers they leave none to the others.
-    useless = scores.values.isnan() if scope == "layer" else ~scores.values.isfinite()
+    table = scores.values if scores.pairs is None else scores.pairs.abs().sum(2)
+    useless = table.isnan() if scope == "layer" else ~table.isfinite()
     if useless.any():
         layer, expert = useless.nonzero()[0].tolist()
-        kind = "a NaN" if scores.values[layer, expert].isnan() else "an infinite"
+        kind = "a NaN" if table[layer, expert].isnan() else "an infinite"
         raise ValueError(f"scores: layer {shown(scores.layers[layer])} has {kind} score for expert {expert}")
-    values = scores.values
+    values, lost = scores.values, (experts - kept) // scores.groups  # of a group, with scope "layer"
     if scope == "model":
         normalise = normalise or "sum"
         made_by |= {"scope": "model", "normalise": normalise}
-        values = _normalised(values, normalise)
+        values = normalised(values, normalise)
 
     def kept_beside(protected: Tensor) -> tuple[tuple[int, ...], ...]:
+        if scores.pairs is not None:
+            matrices = zip(scores.pairs, protected, strict=True)
+            return tuple(kept_beside_least(*each, scores.groups, lost) for each in matrices)
         if scope == "model":
-            removed = _removed_from_all(values, protected, scores.groups, all_of_them - kept, fewest)
+            removed = removed_from_all(values, protected, scores.groups, all_of_them - kept, fewest)
         else:
-            removed = [(experts - kept) // scores.groups] * layers
+            removed = [lost] * layers
         rows = zip(values, protected, removed, strict=True)
-        return tuple(_kept_in_layer(row, super_ones, scores.groups, count) for row, super_ones, count in rows)
+        return tuple(kept_in_layer(row, super_ones, scores.groups, count) for row, super_ones, count in rows)
 
     nobody = torch.zeros(layers, experts, dtype=torch.bool)
     keeps = kept_beside(nobody)
@@ -131,52 +148,12 @@ def plan(
             f"by the scores would go, and are {what}: {named(gone)}{'' if allow_super else f'; {_LET_THEM_GO}'}",
             stacklevel=2,
         )
+    if scores.pairs is not None:
+        made_by["exact"] = is_exact(nobody[0], scores.groups, lost)
     return PruningPlan.of(scores.layout, keeps, {**made_by, "moe_ext": __version__})
 
 
 _LET_THEM_GO = "allow_super=True (--allow-super) lets them go"
-NORMALISATIONS = ("sum", "max", "none")
-
-
-def _normalised(values: Tensor, normalise: str) -> Tensor:
-    if normalise == "none":
-        return values
-    scale = values.sum(1, keepdim=True) if normalise == "sum" else values.amax(1, keepdim=True)
-    return torch.where(scale == 0, 0.0, values / scale)
-
-
-def _worst_first(row: Tensor, protected: Tensor, groups: int) -> Tensor:
-    """(groups, E / groups) expert indices, every group's in the order of removal; the protected go last."""
-    # Stable: equal scores stay in index order, so that the higher index comes first once the order is turned around.
-    ranked = row.view(groups, -1).sort(dim=1, descending=True, stable=True).indices
-    last = protected.view(groups, -1).gather(1, ranked).sort(dim=1, descending=True, stable=True).indices
-    ranked = ranked.gather(1, last).flip(1)
-    return ranked + torch.arange(groups)[:, None] * ranked.shape[1]
-
-
-def _kept_in_layer(row: Tensor, protected: Tensor, groups: int, removed: int) -> tuple[int, ...]:
-    """What is left of a layer with scores (E,) once every group has lost its ``removed`` lowest."""
-    return tuple(sorted(_worst_first(row, protected, groups)[:, removed:].flatten().tolist()))
-
-
-def _removed_from_all(values: Tensor, protected: Tensor, groups: int, wanted: int, fewest: int) -> list[int]:
-    """How many experts every group of a layer loses when ``wanted`` experts go, the lowest of all layers first; steps
-    that a protected one is in come last."""
-    layers, experts = values.shape
-    steps = []
-    for layer, (row, super_ones) in enumerate(zip(values, protected, strict=True)):
-        order = _worst_first(row, super_ones, groups)
-        rows = zip(super_ones[order].any(0).tolist(), row[order].mean(0).tolist(), strict=True)
-        steps += [
-            (last, score, -layer, step)
-            for step, (last, score) in enumerate(rows)
-            if experts - (step + 1) * groups >= fewest
-        ]
-    # Within a layer steps with protected experts come last, and before them scores ascend: sorting keeps their order.
-    removed = [0] * layers
-    for _, _, negative_layer, _ in sorted(steps)[: wanted // groups]:
-        removed[-negative_layer] += 1
-    return removed
 
 
 def kept_after_removing(ratio: float, experts: int) -> int:

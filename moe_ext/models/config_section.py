@@ -1,11 +1,11 @@
-"""The ``moe_ext`` section of a model's config: skip thresholds, and experts left beside means.
+"""The ``moe_ext`` section of a model's config: skip thresholds, the gate scale, and experts left beside means.
 
 It is in the part of the text decoder, which every class has that loads the checkpoint.
 """
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -52,6 +52,43 @@ def experts_left(section: object, layers: int) -> dict[int, int]:
     ):
         raise ValueError(f"config.moe_ext.{LEFT_KEY} is {shown(stored)}; expected layers with their numbers of experts")
     return {int(layer): count for layer, count in stored.items()}
+
+
+GateScale = Literal["kept", "none"] | int
+"""What becomes of a token's routing weights when some of its experts are skipped, or fewer are chosen than were in
+training. "kept": those that are kept sum to what all K summed to. "none": they stay as they are. K2: they are softmax
+values over the sum of the K2 largest (arXiv 2609.04575)."""
+
+SCALE_KEY = "renormalise"
+
+
+def scale_in_config(config: Any) -> GateScale:
+    """The gate scale that a model's config holds; "kept" if it holds none.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    section = section_of(config)
+    stored = section.get(SCALE_KEY, "kept") if isinstance(section, dict) else "kept"
+    if not is_scale(stored):
+        raise ValueError(
+            f"config.{CONFIG_KEY}.{SCALE_KEY} is {shown(stored)}; expected 'kept', 'none' or a number of experts"
+        )
+    return stored
+
+
+def is_scale(value: object) -> TypeGuard[GateScale]:
+    """Whether it is a :data:`GateScale`."""
+    return value in ("kept", "none") if isinstance(value, str) else type(value) is int and value > 0
+
+
+def section_with_scale(scale: GateScale, section: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A config's ``moe_ext`` section with that gate scale in it, whatever else it holds kept; None if that is nothing.
+    "kept" is what readers take where none is named."""
+    rest = {name: value for name, value in (section or {}).items() if name != SCALE_KEY}
+    if scale != "kept":
+        rest[SCALE_KEY] = scale
+    return rest or None
 
 
 THRESHOLDS_KEY = "skip_thresholds"

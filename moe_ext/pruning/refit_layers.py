@@ -29,7 +29,7 @@ from moe_ext.pruning.replace import replace_tensor
 from moe_ext.pruning.thin import thin_layer
 from moe_ext.runtime.batches import check_batch
 from moe_ext.runtime.layer_walk import LayerInputs
-from moe_ext.runtime.patching import active_thresholds, layer_state, patched
+from moe_ext.runtime.patching import altered_gates, layer_state, patched
 from moe_ext.runtime.supported import activation_of
 from moe_ext.storage.spilled_tensors import SpillingList
 
@@ -156,9 +156,9 @@ class _Refit:
     short: list[_Short] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if active_thresholds(self.model) is not None:
+        if (altered := altered_gates(self.model)) is not None:
             raise ValueError(
-                "refit: the model skips experts, which the fit would make up for; patch(model, skip=None) before"
+                f"refit: the model {altered}, which the fit would make up for; patch(model, skip=None) before"
             )
         self.checked = [check_batch(index, batch, self.model) for index, batch in enumerate(self.batches)]
         counted = [each.inputs["input_ids"].numel() if each.counted is None else each.counted for each in self.checked]

@@ -34,8 +34,10 @@ class LayerSearch:
         thresholds: Tensor | None,
         distributed: bool,
         tokens: int,
+        protected: Sequence[Sequence[int]],
     ) -> None:
         self.blocks, self.counts, self.thresholds, self.tokens = blocks, counts, thresholds, tokens
+        self.protected = protected
         self.total: Callable[[Tensor], Tensor] = total_of if distributed else lambda losses: losses
         self.distributed = distributed
         self.num_experts, self.top_k = blocks[0].num_experts, blocks[0].top_k
@@ -45,7 +47,7 @@ class LayerSearch:
     def search(self, layer: int, inputs: Observable, counted: Sequence[Tensor | None], bar: Any) -> LayerLosses:
         """Losses of the layer's subsets; those of every size where the budget is the model's."""
         block = self.blocks[layer]
-        smallest = self.top_k if self.every_size else self.counts[layer]
+        smallest = max(self.top_k, len(self.protected[layer])) if self.every_size else self.counts[layer]
         sizes = range(self.num_experts, smallest - 1, -1) if self.every_size else [smallest]
         # All experts are one subset: there is nothing to be greedy about.
         exact = [size for size in sizes if size == self.num_experts or comb(self.num_experts, size) <= self.most]
@@ -81,6 +83,7 @@ class LayerSearch:
                     lambda subsets: self.total(errors.losses_of(subsets)),
                     self.num_experts,
                     lambda size, loss: bar.set_postfix(kept=size, best=f"{loss:.4g}"),
+                    self.protected[layer],
                 )
                 walk.run(greedy)
                 walked = walk.subsets()

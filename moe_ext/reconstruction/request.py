@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_ext.models.config_section import check_thresholds, thresholds_in_config
+from moe_ext.models.config_section import check_thresholds, scale_in_config, thresholds_in_config
 from moe_ext.reconstruction.budgets import counts_per_layer
 from moe_ext.reconstruction.measures import Measure
 from moe_ext.runtime.head_gradients import LabelKind, Labels
@@ -104,6 +104,10 @@ class SearchRequest:
             return check_thresholds(self.skip, len(layers), top_k)
         if self.skip != "config":
             raise ValueError(f"skip is {self.skip!r}; expected thresholds, 'config' or None")
+        if (scale := scale_in_config(model.config)) != "kept":
+            raise ValueError(
+                f"skip: the model's config has renormalise={scale!r}, which search does not judge; pass its thresholds"
+            )
         found = thresholds_in_config(model.config, layers, top_k)
         if found is None:
             raise ValueError(f"skip: {model.config.name_or_path} holds no skip thresholds; moe-ext skip sets them")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
@@ -65,6 +65,24 @@ class LayerLosses:
         """Whether every subset of that size was evaluated, so that :meth:`best` is the optimum."""
         return int((self.keep.sum(1) == size).sum()) == comb(self.keep.shape[1], size)
 
+    def that_keep(self, experts: Iterable[int]) -> LayerLosses:
+        """The subsets that keep all of those experts."""
+        fitting = self.keep[:, list(experts)].all(1)
+        return LayerLosses(self.keep[fitting], self.losses[fitting])
+
+    def loss_of(self, kept: Sequence[int]) -> float:
+        """The loss of a subset.
+
+        Raises:
+            ValueError: it was not evaluated.
+        """
+        row = torch.zeros(self.keep.shape[1], dtype=torch.bool)
+        row[list(kept)] = True
+        places = (self.keep == row).all(1).nonzero().flatten()
+        if len(places) == 0:
+            raise ValueError(f"kept: the subset {tuple(kept)} was not evaluated")
+        return float(self.losses[int(places[0])])
+
     def best(self, size: int) -> tuple[tuple[int, ...], float]:
         """The evaluated subset of that size with the lowest loss, and its loss. Equal losses (but for rounding): the
         lexicographically first set of dropped experts.
@@ -120,7 +138,7 @@ class SearchResult:
 
     def layer_losses(self) -> list[float]:
         """The loss of what the plan keeps, layer by layer."""
-        return [layer.best(len(kept))[1] for layer, kept in zip(self.losses, self.plan.keep, strict=True)]
+        return [layer.loss_of(kept) for layer, kept in zip(self.losses, self.plan.keep, strict=True)]
 
     def predicted(self, counts: Sequence[int] | None = None) -> float:
         """The sum of the layers' losses: with ``loss="fisher"`` the nats a token that the model is predicted to lose.
@@ -134,7 +152,9 @@ class SearchResult:
         """
         if self.measure == "norms":
             raise ValueError("norms of different layers do not add up; search with budget='model' or loss='fisher'")
-        sizes = [len(kept) for kept in self.plan.keep] if counts is None else list(counts)
+        if counts is None:
+            return sum(self.layer_losses())
+        sizes = list(counts)
         if len(sizes) != len(self.losses):
             raise ValueError(f"counts: expected one number for each of {len(self.losses)} layers, got {len(sizes)}")
         return sum(layer.best(size)[1] for layer, size in zip(self.losses, sizes, strict=True))

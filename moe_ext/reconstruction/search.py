@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.streamed_model import LayersOnDisk
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import (
@@ -29,6 +30,7 @@ from moe_ext.models.layout import Layout, layout_of
 from moe_ext.models.wrapped import unwrapped
 from moe_ext.reconstruction.budgets import share_out
 from moe_ext.reconstruction.layer_search import LayerSearch, RouterMasks
+from moe_ext.reconstruction.outliers import Outliers
 from moe_ext.reconstruction.progress import SearchProgress
 from moe_ext.reconstruction.request import Budget, Loss, Method, SearchRequest
 from moe_ext.reconstruction.result import LayerLosses, SearchResult
@@ -37,7 +39,7 @@ from moe_ext.runtime.batches import check_batch
 from moe_ext.runtime.head_gradients import LabelKind, Labels, check_head
 from moe_ext.runtime.hidden_states import MEMORY, FolderOptions, room_for_all, waiting_states
 from moe_ext.runtime.layer_walk import LayerInputs
-from moe_ext.runtime.patching import active_thresholds, patched
+from moe_ext.runtime.patching import altered_gates, patched
 from moe_ext.runtime.processes import place_among, share_of
 from moe_ext.runtime.same_job import check_same_job
 from moe_ext.storage.digests import joined_digest, tensor_bytes, text_digest
@@ -66,6 +68,8 @@ def search(
     scratch: str | os.PathLike[str] | None = None,
     read_ahead: bool | None = None,
     trust_remote_code: bool | None = None,
+    statistics: ExpertStatistics | None = None,
+    allow_super: bool = False,
 ) -> SearchResult:
     """The experts to keep by reconstruction loss (arXiv 2402.14800, section 3.2), or by what the model loses.
 
@@ -125,13 +129,18 @@ def search(
             result. The first one reads and writes ``resume``.
         dtype, device, scratch, read_ahead, trust_remote_code: for a checkpoint folder only: the fields of
             :class:`moe_ext.runtime.hidden_states.FolderOptions`, which has what holds where one is None.
+        statistics: of the model, from :func:`moe_ext.calibrate`: the super experts that they show
+            (:func:`moe_ext.super_experts`, arXiv 2507.23279) are kept. Without them none is looked for; the losses see
+            what an outlier does to its layer's output.
+        allow_super: whether super experts may go as others do. A warning names those that the losses alone drop.
 
     Returns:
         The plan, and the losses of every subset that was evaluated. With "model", or a list, the plan's layers keep
         different numbers.
 
     Raises:
-        ValueError: an argument is not as above, a malformed batch, a token that the model does not have, no counted
+        ValueError: an argument is not as above, statistics of another model or with more super experts in a layer than
+            it keeps, a malformed batch, a token that the model does not have, no counted
             one, a model that is skipping, losses that are not finite (the layer is named), a ``resume`` file of
             another search (says what differs), or processes that differ in text, options or model (says which and in
             what).
@@ -144,11 +153,15 @@ def search(
     if not isinstance(model, str | os.PathLike):
         FolderOptions.refuse(**in_folder)
         inside: PreTrainedModel = unwrapped(model)
-        return _search(inside, moe_blocks(inside), batches, request, None, None, resume, progress, distributed)
+        outliers = Outliers.of(statistics, allow_super)
+        return _search(
+            inside, moe_blocks(inside), batches, request, None, None, resume, progress, distributed, outliers
+        )
     options = FolderOptions.given(**in_folder)
     with options.opened(model) as layers:
         return _search(
-            layers.model, layers.blocks, batches, request, layers, options.scratch, resume, progress, distributed
+            *(layers.model, layers.blocks, batches, request, layers, options.scratch, resume, progress, distributed),
+            Outliers.of(statistics, allow_super),
         )
 
 
@@ -162,24 +175,26 @@ def _search(
     resume: str | os.PathLike[str] | None,
     progress: bool,
     distributed: bool,
+    outliers: Outliers,
 ) -> SearchResult:
     """:func:`search`, of a model in memory or one whose layers are on the disk."""
     _check_model(model, blocks)
     layout = layout_of(model, blocks)
     counts = request.counts(len(blocks), layout.num_experts, layout.top_k)
     thresholds = request.thresholds(model, layer_numbers(blocks), layout.top_k)
+    protected = outliers.protected(layout, counts)
     if request.loss == "fisher":
         check_head(model)
         if on_disk is not None:
             on_disk.load_head()
     listed, counted, tokens = _listed(batches, model)
-    asked = request.as_json(counts, thresholds, tokens)
+    asked = {**request.as_json(counts, thresholds, tokens), **outliers.as_json()}
     text, of_model = text_digest(listed), _digest_of_model(model, blocks, on_disk)
     numbers = list(range(len(listed)))
     if distributed:
         check_same_job(listed, model, on_disk, {name: asked[name] for name in asked if name != "tokens"})
         listed, counted, numbers = list(share_of(listed)), list(share_of(counted)), list(share_of(numbers))
-    layers = LayerSearch(blocks, counts, request, thresholds, distributed, tokens)
+    layers = LayerSearch(blocks, counts, request, thresholds, distributed, tokens, protected)
     record = SearchProgress(resume, {**asked, "model": of_model, "text": text}, distributed)
     found = record.layers
     left = [layer for layer in range(len(blocks)) if layer not in found]
@@ -190,8 +205,9 @@ def _search(
                 for layer in reversed(left):
                     found[layer] = layers.search(layer, inputs, counted, bar)
                     record.write()
-        result = _chosen(tuple(found[layer] for layer in range(len(blocks))), layout, counts, asked)
+        result = _chosen(tuple(found[layer] for layer in range(len(blocks))), layout, counts, asked, protected)
         record.finish(result.plan)
+        outliers.warn(result)
         return result
     states, position = None, 0
     if on_disk is not None:
@@ -216,12 +232,13 @@ def _search(
                 record.write()
             if request.method == "progressive":
                 kept = torch.zeros(layout.num_experts, dtype=torch.bool)
-                kept[list(found[layer].best(counts[layer])[0])] = True
+                kept[list(found[layer].that_keep(protected[layer]).best(counts[layer])[0])] = True
                 masks.add(block, kept, None if thresholds is None else thresholds[layer])
-    result = _chosen(tuple(found[layer] for layer in range(len(blocks))), layout, counts, asked)
+    result = _chosen(tuple(found[layer] for layer in range(len(blocks))), layout, counts, asked, protected)
     if states is not None:
         states.remove()
     record.finish(result.plan)
+    outliers.warn(result)
     return result
 
 
@@ -241,19 +258,28 @@ def _listed(
     return listed, counted, tokens
 
 
-def _chosen(losses: tuple[LayerLosses, ...], layout: Layout, counts: list[int], asked: dict[str, Any]) -> SearchResult:
-    """The best subset of every layer's losses; a model's budget is shared out first."""
+def _chosen(
+    losses: tuple[LayerLosses, ...],
+    layout: Layout,
+    counts: list[int],
+    asked: dict[str, Any],
+    protected: Sequence[Sequence[int]],
+) -> SearchResult:
+    """The best subset of every layer that keeps the protected experts; a model's budget is shared out first."""
+    allowed = [layer.that_keep(stay) for layer, stay in zip(losses, protected, strict=True)]
     predicted: dict[str, float] = {}
     if asked["measure"] != "norms":
-        sizes = list(range(layout.num_experts, layout.top_k - 1, -1))
+        sizes = [list(range(layout.num_experts, max(layout.top_k, len(stay)) - 1, -1)) for stay in protected]
         shares = {"layer": counts}
-        if all(layer.sizes() == sizes for layer in losses):
-            curves = [[layer.best(size)[1] for size in sizes] for layer in losses]
+        if all(layer.sizes() == of_layer for layer, of_layer in zip(allowed, sizes, strict=True)):
+            curves = [
+                [layer.best(size)[1] for size in of_layer] for layer, of_layer in zip(allowed, sizes, strict=True)
+            ]
             shares["model"] = share_out(curves, sum(counts), layout.num_experts)
         for budget, each in shares.items():
-            predicted[budget] = sum(layer.best(count)[1] for layer, count in zip(losses, each, strict=True))
+            predicted[budget] = sum(layer.best(count)[1] for layer, count in zip(allowed, each, strict=True))
         counts = shares[asked["budget"]]
-    chosen = [layer.best(count) for layer, count in zip(losses, counts, strict=True)]
+    chosen = [layer.best(count) for layer, count in zip(allowed, counts, strict=True)]
     made_by = {
         "criterion": f"{'Fisher' if asked['loss'] == 'fisher' else 'reconstruction'} loss, {asked['method']}",
         **asked,
@@ -267,8 +293,8 @@ def _chosen(losses: tuple[LayerLosses, ...], layout: Layout, counts: list[int], 
 
 def _check_model(model: PreTrainedModel, blocks: list[MoeBlock]) -> None:
     """ValueError, naming the layer, for a model that cannot be searched."""
-    if active_thresholds(model) is not None:
-        raise ValueError("the model skips experts; patch(model, skip=None) before searching, and pass skip=thresholds")
+    if (altered := altered_gates(model)) is not None:
+        raise ValueError(f"the model {altered}; patch(model, skip=None) before searching, and pass skip=thresholds")
     refuse_offloaded(blocks, "search")
     refuse_shared_out(blocks, "search")
     for block in blocks:

@@ -36,15 +36,19 @@ class GreedySearch:
         losses_of: evaluates subsets.
         num_experts: E.
         seen: called with the size and the lowest loss after each step.
+        stay: experts that no set drops.
 
     Attributes:
         evaluated: every subset that was evaluated (its E bytes, 1 for a kept expert) with its loss.
     """
 
-    def __init__(self, losses_of: Losses, num_experts: int, seen: Callable[[int, float], None]) -> None:
+    def __init__(
+        self, losses_of: Losses, num_experts: int, seen: Callable[[int, float], None], stay: Iterable[int] = ()
+    ) -> None:
         self._losses_of = losses_of
         self._num_experts = num_experts
         self._seen = seen
+        self._stay = frozenset(stay)
         self.evaluated: dict[bytes, float] = {}
 
     def run(self, sizes: Iterable[int]) -> None:
@@ -52,7 +56,8 @@ class GreedySearch:
         wanted = set(sizes)
         keep = torch.ones(self._num_experts, dtype=torch.bool)
         for size in range(self._num_experts - 1, min(wanted) - 1, -1):
-            keep, loss = self._best([_without(keep, expert) for expert in keep.nonzero().flatten().tolist()])
+            free = [expert for expert in keep.nonzero().flatten().tolist() if expert not in self._stay]
+            keep, loss = self._best([_without(keep, expert) for expert in free])
             if size in wanted:
                 keep, loss = self._refined(keep, loss)
             self._seen(size, loss)
@@ -62,7 +67,7 @@ class GreedySearch:
         while improved:
             improved = False
             for expert in range(self._num_experts):  # each kept one in turn gives way to the best of those dropped
-                if not keep[expert]:
+                if not keep[expert] or expert in self._stay:
                     continue
                 smaller = _without(keep, expert)
                 swaps = [_with(smaller, other) for other in (~keep).nonzero().flatten().tolist()]

@@ -110,7 +110,9 @@ class Report:
 
     def scores(self) -> dict[str, Scores]:
         """Every criterion that the statistics hold the sums for."""
-        names = [*CRITERIA, *(["mone"] if self.stats.output_sum is not None else [])]
+        names = list(CRITERIA)
+        names += ["hope"] if self.stats.output_pairs is not None else []
+        names += ["mone"] if self.stats.output_sum is not None else []
         return {name: score(self.stats, name) for name in names}
 
     def plans(self) -> dict[str, PruningPlan]:

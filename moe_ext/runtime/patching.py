@@ -22,10 +22,21 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_ext import ops
 from moe_ext.models.blocks import MoeBlock, eager_forward, evaluation_mode, layer_numbers, moe_blocks
-from moe_ext.models.config_section import check_thresholds, section_of, section_with, set_section, thresholds_in_config
+from moe_ext.models.config_section import (
+    GateScale,
+    check_thresholds,
+    is_scale,
+    scale_in_config,
+    section_of,
+    section_with,
+    section_with_scale,
+    set_section,
+    thresholds_in_config,
+)
 from moe_ext.models.wrapped import unwrapped
-from moe_ext.runtime.skipping import skip_weak
+from moe_ext.runtime.skipping import share_of_largest, skip_weak
 from moe_ext.runtime.supported import activation_of, check_experts, check_tensors, reason_unsupported
+from moe_ext.storage.formats import shown
 
 IMPLEMENTATION = "moe_ext"
 
@@ -42,6 +53,7 @@ class _ModelState:
     of_experts: str | None  # the one of the model's part that holds the experts
     config_entry: dict[str, Any] | None  # config.moe_ext before the patch
     thresholds: Tensor | None  # (L, K - 1) in use
+    scale: GateScale = "kept"
 
 
 @dataclass
@@ -53,6 +65,7 @@ class LayerState:
         stock: whether the operators cannot run the experts.
         thresholds: (K - 1,) skip thresholds, or None.
         renormalise: as for the ``route`` operator; None: the router runs its own code.
+        scale: what becomes of the weights of experts that are kept.
         observer: called in the place of the ``experts`` operator during calibration.
     """
 
@@ -60,6 +73,7 @@ class LayerState:
     stock: bool
     thresholds: Tensor | None
     renormalise: bool | None
+    scale: GateScale = "kept"
     observer: Any = None
 
 
@@ -73,6 +87,16 @@ def active_thresholds(model: PreTrainedModel) -> Tensor | None:
     return None if state is None else state.thresholds
 
 
+def altered_gates(model: PreTrainedModel) -> str | None:
+    """How a patched model's routing weights differ from its router's own: ``"skips experts"``; None if they do not."""
+    state = _state_of(model)
+    if state is not None and state.thresholds is not None:
+        return "skips experts"
+    if state is not None and isinstance(state.scale, int):
+        return f"runs with renormalise={state.scale}"
+    return None
+
+
 def _state_of(model: PreTrainedModel) -> _ModelState | None:
     return getattr(model, STATE, None)
 
@@ -83,7 +107,11 @@ def layer_state(block: MoeBlock) -> LayerState:
 
 
 def patch(
-    model: PreTrainedModel, *, skip: Tensor | Literal["config"] | None = "config", strict: bool = True
+    model: PreTrainedModel,
+    *,
+    skip: Tensor | Literal["config"] | None = "config",
+    strict: bool = True,
+    renormalise: GateScale | Literal["config"] = "config",
 ) -> PreTrainedModel:
     """Runs a model's MoE layers on moe_ext's operators, in place. Patching again replaces the skip thresholds.
 
@@ -97,6 +125,13 @@ def patch(
         strict: False leaves experts that the operators cannot run (an activation, layout, dtype or device that they do
             not have) on transformers' implementation, with one warning that says why. Their routers are patched all
             the same; skipping a slot then saves no time in them.
+        renormalise: what becomes of a token's routing weights when some of its experts are skipped. "kept": the kept
+            ones are scaled to sum to what all K summed to, as arXiv 2402.14800 does. "none": they stay as they are, for
+            routers that were trained without renormalisation (arXiv 2610.41366). K2, from K to E: they are the softmax
+            over the K2 largest logits, K of them used (arXiv 2609.04575), for models that run with fewer experts a
+            token than they were trained with; for routers that take the softmax over the selected logits. Like
+            thresholds it is written into ``model.config``. "config" (default): what the config holds; "kept" if
+            nothing, or with ``skip=None``.
 
     Returns:
         The same model.
@@ -104,15 +139,20 @@ def patch(
     Raises:
         TypeError: not a transformers model.
         ValueError: no MoE layers, an unsupported model type, weights that are not plain or not in memory, thresholds
-            that do not fit or, if strict, experts that the operators cannot run. The model is left as it was.
+            or a ``renormalise`` that do not fit or, if strict, experts that the operators cannot run. The model is left
+            as it was.
     """
     inside = unwrapped(model)
-    _patch_blocks(inside, moe_blocks(inside), skip, strict)
+    _patch_blocks(inside, moe_blocks(inside), skip, strict, renormalise)
     return model
 
 
 def _patch_blocks(
-    model: PreTrainedModel, blocks: list[MoeBlock], skip: Tensor | Literal["config"] | None, strict: bool
+    model: PreTrainedModel,
+    blocks: list[MoeBlock],
+    skip: Tensor | Literal["config"] | None,
+    strict: bool,
+    renormalise: GateScale | Literal["config"] = "config",
 ) -> PreTrainedModel:
     for block in blocks:
         check_tensors(block)
@@ -127,6 +167,7 @@ def _patch_blocks(
         thresholds = thresholds_in_config(model.config, layer_numbers(blocks), blocks[0].top_k)
     else:
         thresholds = None if skip is None else check_thresholds(skip, len(blocks), blocks[0].top_k)
+    scale = _scale_asked(model, blocks, renormalise, stored=skip is not None)
 
     state = _state_of(model)
     if state is None:
@@ -138,11 +179,14 @@ def _patch_blocks(
         )
     model.set_experts_implementation(IMPLEMENTATION)  # before anything else changes: transformers may refuse
     setattr(model, STATE, state)
-    state.thresholds = thresholds
-    if not isinstance(skip, str):
-        _restore_config_entry(model, state)  # thresholds of an earlier patch are replaced, not kept
-        if thresholds is not None:
-            set_section(model.config, section_with(thresholds, state.config_entry, layer_numbers(blocks)))
+    state.thresholds, state.scale = thresholds, scale
+    if not isinstance(skip, str) or renormalise != "config":
+        section = None if state.config_entry is None else dict(state.config_entry)
+        if thresholds is not None:  # those of an earlier patch are replaced, not kept
+            section = section_with(thresholds, section, layer_numbers(blocks))
+        if skip is not None or renormalise != "config":
+            section = section_with_scale(scale, section)
+        set_section(model.config, section)
     named = "eager" if state.of_experts in (None, IMPLEMENTATION) else state.of_experts
     for layer, block in enumerate(blocks):
         stock = block.name in unsupported
@@ -152,6 +196,7 @@ def _patch_blocks(
             stock=stock,
             thresholds=None if thresholds is None else thresholds[layer].clone(),
             renormalise=block.family.renormalise is True if block.family.fused else None,
+            scale=scale,
         )
         setattr(block.experts, STATE, own)
         setattr(block.router, STATE, own)
@@ -163,6 +208,34 @@ def _patch_blocks(
         more = f" (and {len(others)} more such layers)" if others else ""
         warnings.warn(f"{first}{more}: left on transformers' {named!r} experts", stacklevel=3)
     return model
+
+
+def _scale_asked(
+    model: PreTrainedModel, blocks: list[MoeBlock], renormalise: GateScale | Literal["config"], *, stored: bool
+) -> GateScale:
+    """The gate scale of a patch; ValueError for one that the model cannot have."""
+    if renormalise == "config":
+        scale: GateScale = scale_in_config(model.config) if stored else "kept"
+    elif is_scale(renormalise):
+        scale = renormalise
+    else:
+        raise ValueError(
+            f"renormalise is {shown(renormalise)}; expected 'kept', 'none', a number of experts, or 'config'"
+        )
+    if isinstance(scale, str):
+        return scale
+    for block in blocks:
+        if not block.family.fused or block.family.renormalise is not True:
+            raise ValueError(
+                f"renormalise is {scale}: a number is for routers that take the softmax over the selected logits, and "
+                f"that of {block.name} does not"
+            )
+        if not block.top_k <= scale <= block.num_routed:
+            raise ValueError(
+                f"renormalise is {scale}; expected {block.top_k} to {block.num_routed} (top_k to the experts of "
+                f"{block.name})"
+            )
+    return scale
 
 
 def _check_unpatched(blocks: list[MoeBlock]) -> None:
@@ -248,18 +321,29 @@ def _stock_forward(experts: nn.Module, state: LayerState | None) -> Any:
 def _router_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """A patched router: logits (T, E), weights (T, K), experts (T, K) int64, E where a slot is skipped."""
     state = cast(LayerState, getattr(self, STATE))
-    thresholds, renormalise = state.thresholds, state.renormalise
+    thresholds, renormalise, scale = state.thresholds, state.renormalise, state.scale
+    num_experts, top_k = cast(int, self.num_experts), cast(int, self.top_k)
     if thresholds is not None and thresholds.device != hidden_states.device:
         thresholds = state.thresholds = thresholds.to(hidden_states.device)
     if renormalise is None or ops.gradients_required(hidden_states, self.weight, getattr(self, "bias", None)):
         output: tuple[Tensor, ...] = type(self).forward(self, hidden_states, *args, **kwargs)
-        if thresholds is None:
+        if thresholds is None and not isinstance(scale, int):
             return output
         logits, weights, experts, *more = output
-        return logits, *skip_weak(weights, experts, thresholds, cast(int, self.num_experts)), *more
+        if isinstance(scale, int):
+            weights = (weights * share_of_largest(logits, top_k, scale)).to(weights.dtype)
+        if thresholds is not None:
+            weights, experts = skip_weak(weights, experts, thresholds, num_experts, rescale=scale == "kept")
+        return logits, weights, experts, *more
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     logits = F.linear(flat, cast(Tensor, self.weight), cast(Tensor | None, getattr(self, "bias", None)))  # (T, E)
-    weights, experts = ops.route(logits, cast(int, self.top_k), thresholds, renormalise)
+    if scale == "kept":
+        return logits, *ops.route(logits, top_k, thresholds, renormalise)
+    # The operator scales; what is scaled otherwise is made of its output, which is small.
+    weights, experts = ops.route(logits, scale if isinstance(scale, int) else top_k, None, renormalise)
+    weights, experts = weights[:, :top_k].contiguous(), experts[:, :top_k].contiguous()
+    if thresholds is not None:
+        weights, experts = skip_weak(weights, experts, thresholds, num_experts, rescale=False)
     return logits, weights, experts
 
 

@@ -1,7 +1,8 @@
 """Dynamic expert skipping (arXiv 2402.14800, section 3.3) at work: the rule, and how often it applies.
 
 A token's expert of rank j >= 2 is skipped when ``w_j < threshold[j - 2] * w_1``. The kept weights are scaled so that
-they sum to what all K summed to. For K = 2 with renormalised weights this is the paper's rule.
+they sum to what all K summed to; for K = 2 with renormalised weights this is the paper's rule. Or they are left as they
+were, or the K weights take the share that they have among the K2 largest (:data:`GateScale`).
 """
 
 import inspect
@@ -18,7 +19,9 @@ from moe_ext.models.blocks import moe_blocks
 from moe_ext.models.wrapped import unwrapped
 
 
-def skip_weak(weights: Tensor, experts: Tensor, thresholds: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def skip_weak(
+    weights: Tensor, experts: Tensor, thresholds: Tensor, num_experts: int, *, rescale: bool = True
+) -> tuple[Tensor, Tensor]:
     """Applies the skip rule to routed slots, differentiably in the weights.
 
     Ranks are those of the weights, whatever order the slots are in: a router that selects by corrected scores or within
@@ -29,6 +32,7 @@ def skip_weak(weights: Tensor, experts: Tensor, thresholds: Tensor, num_experts:
         experts: (T, K) integer.
         thresholds: (K - 1,).
         num_experts: E, the index that marks a skipped slot.
+        rescale: whether the kept weights are scaled to sum to what all K summed to.
 
     Returns:
         weights (T, K) with 0 and experts (T, K) with E in skipped slots.
@@ -49,10 +53,27 @@ def skip_weak(weights: Tensor, experts: Tensor, thresholds: Tensor, num_experts:
     weak[:, 1:] = ranked[:, 1:] < thresholds.to(ranked) * ranked[:, :1]
     skipped = torch.zeros_like(weak).scatter(-1, order, weak)
     kept = precise.masked_fill(skipped, 0.0)
+    if not rescale:
+        return kept.to(weights.dtype), experts.masked_fill(skipped, num_experts)
     total = kept.sum(-1, keepdim=True)
     # A sigmoid router may give a token weights of 0 only: they stay 0.
     scale = precise.sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
     return (kept * scale).to(weights.dtype), experts.masked_fill(skipped, num_experts)
+
+
+def share_of_largest(logits: Tensor, top_k: int, among: int) -> Tensor:
+    """What the K largest of a token's softmax values sum to over what the largest ``among`` of them do, differentiably.
+
+    Args:
+        logits: (T, E).
+        top_k: K.
+        among: K2, from K to E.
+
+    Returns:
+        (T, 1) float32, or float64 of such logits.
+    """
+    largest = logits.to(torch.promote_types(logits.dtype, torch.float32)).topk(among, dim=-1).values
+    return (largest[:, :top_k].logsumexp(-1, keepdim=True) - largest.logsumexp(-1, keepdim=True)).exp()
 
 
 @dataclass

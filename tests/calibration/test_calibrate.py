@@ -21,6 +21,7 @@ def brute_force(model: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str,
     moments = torch.zeros(layers, num_experts, 3, 3, dtype=torch.float64)
     histogram = torch.zeros(layers, top_k - 1, RATIO_BINS, dtype=torch.int64)
     coactivation = torch.zeros(layers, num_experts, num_experts, dtype=torch.int64)
+    pairs = torch.zeros(layers, num_experts, num_experts, dtype=torch.float64)
     tokens = torch.zeros(layers, dtype=torch.int64)
     seen: dict[int, tuple[torch.Tensor, ...]] = {}
 
@@ -48,17 +49,24 @@ def brute_force(model: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str,
                 tokens[layer] += 1
                 ratio = float(weights[token, 1]) / float(weights[token, 0])
                 histogram[layer, 0, min(int(ratio * RATIO_BINS), RATIO_BINS - 1)] += 1
+                norms = [float(expert_output(case, expert, token).norm()) for expert in experts[token].tolist()]
                 for slot in range(top_k):
-                    expert, gate = int(experts[token, slot]), float(weights[token, slot])
-                    norm = float(expert_output(case, expert, token).norm())
+                    expert, gate, norm = int(experts[token, slot]), float(weights[token, slot]), norms[slot]
                     for a in range(3):
                         for b in range(3):
                             moments[layer, expert, a, b] += gate**a * norm**b
-                    for other in experts[token].tolist():
+                    for place, other in enumerate(experts[token].tolist()):
                         coactivation[layer, expert, other] += 1
+                        pairs[layer, expert, other] += gate * norm * float(weights[token, place]) * norms[place]
     for handle in handles:
         handle.remove()
-    return {"moments": moments, "ratio_histogram": histogram, "coactivation": coactivation, "tokens": tokens}
+    return {
+        "moments": moments,
+        "ratio_histogram": histogram,
+        "coactivation": coactivation,
+        "output_pairs": pairs,
+        "tokens": tokens,
+    }
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -73,6 +81,8 @@ def test_statistics_equal_float64_brute_force_from_eager(
     stats = moe_ext.calibrate(model, batches, progress=False, dataset="random")
     with torch.no_grad():
         expected = brute_force(tiny_mixtral().to(device), batches)
+    tolerance = 1e-5 if device == "cpu" else 1e-4
+    torch.testing.assert_close(stats.output_pairs, expected["output_pairs"], rtol=tolerance, atol=0)
     if device == "cpu":
         torch.testing.assert_close(stats.moments, expected["moments"], rtol=1e-5, atol=0)
         assert torch.equal(stats.ratio_histogram, expected["ratio_histogram"])
@@ -96,6 +106,7 @@ def test_calibration_over_parts_merges_to_one_run(tiny_mixtral: MixtralFactory, 
     torch.testing.assert_close(merged.moments, whole.moments, rtol=1e-12, atol=0)
     assert torch.equal(merged.ratio_histogram, whole.ratio_histogram)
     assert torch.equal(merged.coactivation, whole.coactivation)
+    torch.testing.assert_close(merged.output_pairs, whole.output_pairs, rtol=1e-12, atol=0)
 
 
 def is_observed(module: nn.Module) -> bool:

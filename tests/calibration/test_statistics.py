@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from moe_ext.calibration.statistics import RATIO_BINS, ExpertStatistics, StatisticsFileError
 
-TENSORS = ("moments", "tokens", "ratio_histogram", "coactivation")
+TENSORS = ("moments", "tokens", "ratio_histogram", "coactivation", "output_pairs")
 LABELS = ("model_type", "layers", "top_k", "gate", "dataset")
 Slot = tuple[int, float, float]  # expert, gate weight, output norm
 Routing = list[list[list[Slot]]]  # layers, tokens, K slots with the largest gate weight first
@@ -58,8 +58,10 @@ def accumulated(routing: Routing, experts: int, top_k: int) -> ExpertStatistics:
                 for a in range(3):
                     for b in range(3):
                         stats.moments[layer, expert, a, b] += gate**a * norm**b
-                for other, _, _ in slots:
+                for other, its_gate, its_norm in slots:
                     stats.coactivation[layer, expert, other] += 1
+                    assert stats.output_pairs is not None
+                    stats.output_pairs[layer, expert, other] += gate * norm * its_gate * its_norm
                 if rank:
                     ratio_bin = min(RATIO_BINS - 1, int(gate / slots[0][1] * RATIO_BINS))
                     stats.ratio_histogram[layer, rank - 1, ratio_bin] += 1
@@ -110,6 +112,7 @@ def test_zeros_has_the_documented_shapes() -> None:
         "tokens": (3,),
         "ratio_histogram": (3, 2, RATIO_BINS),
         "coactivation": (3, 8, 8),
+        "output_pairs": (3, 8, 8),
     }
     assert (stats.num_layers, stats.num_experts) == (3, 8)
 
@@ -266,7 +269,7 @@ def test_the_header_tells_a_reader_what_the_file_is(saved: Path) -> None:
         metadata = file.metadata()
     assert metadata == {
         "format": "moe_ext.expert_statistics",
-        "format_version": "1",
+        "format_version": "2",
         "model_type": "mixtral",
         "layers": json.dumps(["layers.0", "layers.1"]),
         "top_k": "2",
@@ -279,6 +282,33 @@ def test_the_header_tells_a_reader_what_the_file_is(saved: Path) -> None:
         "model_digest": "",
         "shards": "[]",
     }
+
+
+def first_version(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Makes the content of a file that of one of format version 1."""
+    del tensors["output_pairs"]
+    metadata["format_version"] = "1"
+
+
+def test_files_of_the_first_version_are_read_and_written_again(saved: Path, tmp_path: Path) -> None:
+    rewrite(saved, first_version)
+    loaded = ExpertStatistics.load(saved)
+    assert loaded.output_pairs is None
+    for name in TENSORS[:-1]:
+        assert torch.equal(getattr(loaded, name), getattr(filled((2, 4, 2), seed=0), name))
+    assert (loaded + loaded).output_pairs is None
+    with pytest.raises(ValueError, match="one of the two has output_pairs and the other has none"):
+        loaded + filled((2, 4, 2), seed=0)
+    loaded.save(tmp_path / "again.safetensors")  # as what it was
+    assert_equal_throughout(ExpertStatistics.load(tmp_path / "again.safetensors"), loaded)
+    with safe_open(tmp_path / "again.safetensors", framework="pt") as file:
+        assert file.metadata()["format_version"] == "1"
+
+
+def test_the_first_version_has_no_products_of_pairs(saved: Path) -> None:
+    rewrite(saved, lambda _, metadata: metadata.update(format_version="1"))
+    with pytest.raises(StatisticsFileError, match="tensor 'output_pairs' is not part of format version 1"):
+        ExpertStatistics.load(saved)
 
 
 # ---- groups, layers of different sizes, sums of outputs
@@ -425,10 +455,10 @@ def test_a_missing_file_stays_a_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": "2"}, "written by a newer moe_ext .*upgrade"),
-        ({"format_version": "0"}, "format_version: expected 1, got 0"),
-        ({"format_version": ""}, "format_version: expected 1, got ''"),
-        ({"format_version": "one"}, "format_version: expected 1, got 'one'"),
+        ({"format_version": "3"}, "written by a newer moe_ext .*upgrade"),
+        ({"format_version": "0"}, "format_version: expected 1 to 2, got 0"),
+        ({"format_version": ""}, "format_version: expected 1 to 2, got ''"),
+        ({"format_version": "one"}, "format_version: expected 1 to 2, got 'one'"),
         ({"top_k": "two"}, "'top_k' is 'two'; expected an integer"),
         ({"top_k": "3"}, "ratio_histogram: has shape"),
         ({"top_k": str(10**18)}, "top_k: expected 1 to 4 experts"),
@@ -451,7 +481,7 @@ def test_a_newer_file_is_recognised_whatever_else_it_lacks(saved: Path) -> None:
         metadata["format_version"] = "7"
 
     rewrite(saved, into_the_future)
-    with pytest.raises(StatisticsFileError, match=r"newer moe_ext \(format version 7, known is 1\): upgrade moe_ext"):
+    with pytest.raises(StatisticsFileError, match=r"newer moe_ext \(format version 7, known is 2\): upgrade moe_ext"):
         ExpertStatistics.load(saved)
 
 
@@ -471,7 +501,7 @@ def test_a_missing_tensor_is_named(saved: Path, name: str) -> None:
 
 def test_an_unknown_tensor_is_refused_rather_than_dropped(saved: Path) -> None:
     rewrite(saved, lambda tensors, _: tensors.update(surprise=torch.ones(1)))
-    with pytest.raises(StatisticsFileError, match="tensor 'surprise' is not part of format version 1"):
+    with pytest.raises(StatisticsFileError, match="tensor 'surprise' is not part of format version 2"):
         ExpertStatistics.load(saved)
 
 

@@ -211,6 +211,8 @@ def calls(draw: st.DrawFn) -> tuple[Callable[..., Any], Arguments]:
     if operator is ops.experts_observed:
         arguments["moments"] = torch.zeros(num_experts, 3, 3, dtype=torch.float64)
         arguments["counted"] = torch.rand(tokens, generator=generator) < 0.7 if draw(st.booleans()) else None
+        if draw(st.booleans()):
+            arguments["pairs"] = torch.zeros(num_experts, num_experts, dtype=torch.float64)
     return operator, arguments
 
 
@@ -318,7 +320,7 @@ def test_wrong_calls_are_refused_by_name_and_change_nothing(call: tuple[Callable
     }
     kind, said = outcome(operator, arguments)
     for name, before in kept.items():
-        assert same(tensors[name].detach(), before) or (name == "moments" and kind == "returned")
+        assert same(tensors[name].detach(), before) or (name in ("moments", "pairs") and kind == "returned")
     if kind == "refused":
         assert said.startswith(f"{operator.__name__}: "), said
         assert len(said) <= LONGEST_MESSAGE, said

@@ -1,7 +1,7 @@
-// The CUDA kernels below the operators: the sort against std::stable_sort, and index arithmetic beyond 2^31 and 2^32.
-// For the latter an array is huge, but only the part that a kernel may touch exists: the kernel gets the address where
-// the whole array would begin. Any other access is outside of every allocation, and a result computed at offset 0 must
-// come out with the same bits.
+// The CUDA kernels below the operators: the sort against std::stable_sort, pairs against brute force, and index
+// arithmetic beyond 2^31 and 2^32. For the latter an array is huge, but only the part that a kernel may touch exists:
+// the kernel gets the address where the whole array would begin. Any other access is outside of every allocation, and a
+// result computed at offset 0 must come out with the same bits.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -553,5 +553,126 @@ TEST("projections equal double-precision brute force, by every kernel, in more p
         }
       }
     }
+  }
+}
+
+// ---- observation
+
+TEST("products of pairs equal brute force in float64, with a sorted list and without, beyond a block's columns") {
+  require_gpu();
+  constexpr int64_t kTokens = 37, kTopK = 3, kParts = 2, kSlots = kTokens * kTopK;
+  for (const int64_t num_experts : {4, 130, 300}) {
+    for (const bool masked : {false, true}) {
+      Random random(5);
+      std::vector<int> experts(kSlots);
+      std::vector<float> weights(kSlots), squares(kSlots * kParts);
+      std::vector<int64_t> wide(kSlots);
+      for (int64_t slot = 0; slot < kSlots; ++slot) {  // E marks an empty slot, whose square is anything
+        experts[slot] = static_cast<int>((slot * 7 + slot / kTopK) % (num_experts + 1));
+        wide[slot] = experts[slot];
+        weights[slot] = random.between(0.1f, 1.0f);
+        for (int64_t part = 0; part < kParts; ++part) squares[slot * kParts + part] = random.between(0.0f, 9.0f);
+      }
+      const auto counted = [&](int64_t slot) { return !masked || slot / kTopK % 3 != 1; };
+      std::vector<double> wanted(num_experts * num_experts, 0.5);
+      const auto share = [&](int64_t slot) {
+        return double{weights[slot]} * std::sqrt(double{squares[slot * kParts]} + double{squares[slot * kParts + 1]});
+      };
+      for (int64_t one = 0; one < kSlots; ++one) {
+        for (int64_t other = one / kTopK * kTopK; other < (one / kTopK + 1) * kTopK; ++other) {
+          if (!counted(one) || experts[one] == num_experts || experts[other] == num_experts) continue;
+          wanted[experts[one] * num_experts + experts[other]] += share(one) * share(other);
+        }
+      }
+      std::vector<int> order(kSlots), first(num_experts + 1);
+      std::iota(order.begin(), order.end(), 0);
+      std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return experts[a] < experts[b]; });
+      for (int64_t expert = 0; expert <= num_experts; ++expert) {
+        first[expert] =
+            static_cast<int>(std::count_if(experts.begin(), experts.end(), [&](int other) { return other < expert; }));
+      }
+      std::vector<char> mask(kSlots);
+      for (int64_t token = 0; token < kTokens; ++token) mask[token] = counted(token * kTopK);
+
+      const DeviceArray<int64_t> device_wide(wide);
+      const DeviceArray<int> device_experts(experts), slot_of(order), device_first(first);
+      const DeviceArray<float> device_weights(weights), device_squares(squares);
+      const DeviceArray<char> device_mask(mask);
+      const DeviceArray<double> shares(kSlots);
+      std::vector<std::vector<double>> results;
+      for (const bool sorted : {true, false}) {
+        const DeviceArray<double> pairs(std::vector<double>(num_experts * num_experts, 0.5));
+        moe_ext::cuda::PairsParams p{};
+        p.slots.squares = device_squares.data();
+        p.slots.parts = kParts;
+        p.slots.experts = sorted ? static_cast<const void*>(device_experts.data()) : device_wide.data();
+        p.slots.experts_are_int64 = !sorted;
+        p.slots.slot_of = sorted ? slot_of.data() : nullptr;
+        p.slots.first = sorted ? device_first.data() : nullptr;
+        p.slots.weights = device_weights.data();
+        p.slots.weights_dtype = moe_ext::DType::kFloat32;
+        p.slots.counted = masked ? reinterpret_cast<const bool*>(device_mask.data()) : nullptr;
+        p.slots.slots = kSlots, p.slots.top_k = kTopK, p.slots.num_experts = num_experts;
+        p.shares = shares.data();
+        p.pairs = pairs.data();
+        moe_ext::cuda::launch_pairs(p, nullptr);
+        results.push_back(pairs.host());
+      }
+      CHECK(results[0] == results[1], num_experts, " experts: the ways differ");
+      for (int64_t i = 0; i < num_experts * num_experts; ++i) {
+        CHECK(std::fabs(results[0][i] - wanted[i]) <= 1e-12 * wanted[i], num_experts, " experts: pairs[", i, "] is ",
+              results[0][i], ", expected ", wanted[i]);
+        CHECK(results[0][i] == results[0][i % num_experts * num_experts + i / num_experts], "pairs are not symmetric");
+      }
+    }
+  }
+}
+
+TEST("every way of the experts adds up pairs beside moments: an expert with itself is its g^2 ||f||^2") {
+  require_gpu();
+  constexpr int64_t kExperts = 5, kTopK = 2, kTokens = 13, kHidden = 64, kIntermediate = 48;
+  Random random(6);
+  const DeviceArray<Bits> x(random_bfloat16(random, kTokens * kHidden, 1.0f));
+  const DeviceArray<Bits> gate_up(random_bfloat16(random, kExperts * 2 * kIntermediate * kHidden, 0.2f));
+  const DeviceArray<Bits> down(random_bfloat16(random, kExperts * kHidden * kIntermediate, 0.2f));
+  std::vector<int64_t> chosen(kTokens * kTopK);
+  std::vector<float> gates(kTokens * kTopK);
+  for (int64_t slot = 0; slot < kTokens * kTopK; ++slot) {
+    chosen[slot] = (slot / kTopK + slot % kTopK * 2) % (kExperts + 1);  // the last marks an empty slot
+    gates[slot] = random.between(0.1f, 1.0f);
+  }
+  const DeviceArray<int64_t> experts(chosen);
+  const DeviceArray<float> weights(gates);
+  for (const std::string& kernels : all_kernels()) {
+    const ForcedKernels forced(kernels);
+    const DeviceArray<Bits> out(kTokens * kHidden), alone(kTokens * kHidden);
+    const DeviceArray<double> moments(std::vector<double>(kExperts * 9)), before(std::vector<double>(kExperts * 9));
+    const DeviceArray<double> pairs(std::vector<double>(kExperts * kExperts));
+    moe_ext::ExpertsParams p = shaped(kTokens, kHidden, kIntermediate, kExperts, kTopK);
+    p.x = x.data();
+    p.gate_up = gate_up.data();
+    p.down = down.data();
+    p.experts = experts.data();
+    p.experts_are_int64 = true;
+    p.weights = weights.data();
+    p.weights_dtype = moe_ext::DType::kFloat32;
+    p.activation = moe_ext::Activation::kSilu;
+    for (const bool with_pairs : {false, true}) {
+      Scratchpad memory;
+      p.out = (with_pairs ? out : alone).data();
+      p.moments = (with_pairs ? moments : before).data();
+      p.pairs = with_pairs ? pairs.data() : nullptr;
+      moe_ext::cuda::experts(p, memory.scratch(), nullptr);
+    }
+    CHECK(out.host() == alone.host() && moments.host() == before.host(), kernels, ": pairs change the rest");
+    const std::vector<double> sums = moments.host(), products = pairs.host();
+    double off_diagonal = 0.0;
+    for (int64_t i = 0; i < kExperts; ++i) {
+      const double wanted = sums[i * 9 + 8];
+      CHECK(wanted > 0.0 && std::fabs(products[i * kExperts + i] - wanted) <= 1e-12 * wanted, kernels, ": expert ", i,
+            " is ", products[i * kExperts + i], ", expected ", wanted);
+      for (int64_t j = 0; j < kExperts; ++j) off_diagonal += i == j ? 0.0 : products[i * kExperts + j];
+    }
+    CHECK(off_diagonal > 0.0, kernels, ": no pair was added");
   }
 }

@@ -59,10 +59,12 @@ struct Case {
 struct Result {
   Array out;                    // (T, H)
   std::vector<double> moments;  // (E, 3, 3)
+  std::vector<double> pairs;    // (E, E)
 
   bool same_bits(const Result& other) const {
     return out.bytes() == other.out.bytes() &&
-           std::memcmp(moments.data(), other.moments.data(), moments.size() * sizeof(double)) == 0;
+           std::memcmp(moments.data(), other.moments.data(), moments.size() * sizeof(double)) == 0 &&
+           std::memcmp(pairs.data(), other.pairs.data(), pairs.size() * sizeof(double)) == 0;
   }
 };
 
@@ -94,7 +96,8 @@ Options with_int32_experts() {
 
 Result run(const Case& c, const Threads& threads, const Options& options = {}) {
   Result result{Array(c.dtype, c.shape.tokens * c.shape.hidden),
-                std::vector<double>(c.shape.num_experts * 9, options.moments_before)};
+                std::vector<double>(c.shape.num_experts * 9, options.moments_before),
+                std::vector<double>(c.shape.num_experts * c.shape.num_experts, options.moments_before)};
   for (int64_t i = 0; i < result.out.size(); ++i) result.out.set(i, kNan);  // what is not written will be noticed
   const std::vector<int32_t> narrow(c.experts.begin(), c.experts.end());
   moe_ext::ExpertsParams p{};
@@ -105,6 +108,7 @@ Result run(const Case& c, const Threads& threads, const Options& options = {}) {
   p.weights = c.weights.data();
   p.out = result.out.data();
   p.moments = options.observe ? result.moments.data() : nullptr;
+  p.pairs = options.observe ? result.pairs.data() : nullptr;
   p.counted = options.masked ? c.counted.get() : nullptr;
   p.tokens = c.shape.tokens;
   p.num_experts = c.shape.num_experts;
@@ -136,13 +140,16 @@ struct Reference {
   std::vector<double> h_bound;          // (T, H) likewise of |weight down h|: what a rounding of h passes through
   std::vector<double> moments;          // (E, 3, 3)
   std::vector<double> moments_h_bound;  // (E, 3, 3) likewise for the moments
+  std::vector<double> shares;           // (T K) weight * norm of a slot that counts
+  std::vector<double> shares_h_bound;   // (T K) likewise
 };
 
 Reference brute_force(const Case& c, bool masked) {
   const auto [tokens, num_experts, top_k, hidden, intermediate] = c.shape;
   Reference r{std::vector<double>(tokens * hidden), std::vector<double>(tokens * hidden),
               std::vector<double>(tokens * hidden), std::vector<double>(num_experts * 9),
-              std::vector<double>(num_experts * 9)};
+              std::vector<double>(num_experts * 9), std::vector<double>(tokens * top_k),
+              std::vector<double>(tokens * top_k)};
   std::vector<double> h(intermediate), h_bound(intermediate);
   for (int64_t slot = 0; slot < tokens * top_k; ++slot) {
     const int64_t token = slot / top_k, expert = c.experts[slot];
@@ -178,6 +185,8 @@ Reference brute_force(const Case& c, bool masked) {
       squares_h_bound += y_h_bound * y_h_bound;
     }
     if (masked && !c.counted[token]) continue;
+    r.shares[slot] = weight * std::sqrt(squares);
+    r.shares_h_bound[slot] = std::fabs(weight) * std::sqrt(squares_h_bound);
     for (int a = 0; a < 3; ++a) {
       for (int b = 0; b < 3; ++b) {
         r.moments[expert * 9 + a * 3 + b] += std::pow(weight, a) * std::pow(squares, b / 2.0);
@@ -220,6 +229,26 @@ void check_moments(const Case& c, const Result& got, const Reference& expected, 
   }
 }
 
+void check_pairs(const Case& c, const Result& got, const Reference& expected, double before, const std::string& isa) {
+  const int64_t num_experts = c.shape.num_experts, top_k = c.shape.top_k;
+  std::vector<double> wanted(num_experts * num_experts, before), bound(num_experts * num_experts);
+  for (int64_t one = 0; one < c.shape.tokens * top_k; ++one) {
+    for (int64_t other = one / top_k * top_k; other < (one / top_k + 1) * top_k; ++other) {
+      if (c.experts[one] == num_experts || c.experts[other] == num_experts) continue;
+      const int64_t i = c.experts[one] * num_experts + c.experts[other];
+      wanted[i] += expected.shares[one] * expected.shares[other];
+      bound[i] += 1.01 * (std::fabs(expected.shares[one]) * expected.shares_h_bound[other] +
+                          std::fabs(expected.shares[other]) * expected.shares_h_bound[one]);
+    }
+  }
+  for (int64_t i = 0; i < num_experts * num_experts; ++i) {
+    const double allowed = 1e-5 * (std::fabs(wanted[i]) + 1.0) + h_rounding(c.dtype, isa) * bound[i];
+    CHECK(std::fabs(got.pairs[i] - wanted[i]) <= allowed, isa, " ", name_of(c.dtype), ": pairs[", i / num_experts, ", ",
+          i % num_experts, "] is ", got.pairs[i], ", expected ", wanted[i]);
+    CHECK(got.pairs[i] == got.pairs[i % num_experts * num_experts + i / num_experts], "pairs are not symmetric");
+  }
+}
+
 const std::vector<Shape> kOddShapes = {
     {1, 1, 1, 1, 1},    {1, 4, 2, 8, 16},   {2, 3, 1, 17, 5},    {7, 2, 3, 31, 33},
     {13, 3, 2, 75, 43}, {40, 2, 2, 64, 97}, {3, 2, 1, 2081, 37}, {9, 2, 2, 38, 2500},  // several chunks of a row
@@ -227,7 +256,7 @@ const std::vector<Shape> kOddShapes = {
 
 }  // namespace
 
-TEST("experts and moments equal brute force, for every instruction set, dtype, activation and odd size") {
+TEST("experts, moments and pairs equal brute force, for every instruction set, dtype, activation and odd size") {
   with_every_isa([](const char* isa) {
     for (const DType dtype : kDTypes) {
       for (const Activation activation : kActivations) {
@@ -237,6 +266,7 @@ TEST("experts and moments equal brute force, for every instruction set, dtype, a
           const Result got = run(c, serial());
           check_out(c, got, expected, isa);
           check_moments(c, got, expected, 0.0, isa);
+          check_pairs(c, got, expected, 0.0, isa);
         }
       }
     }
@@ -255,11 +285,12 @@ TEST("experts on std::threads equals brute force") {
   });
 }
 
-TEST("only counted tokens enter the moments, which are added to") {
+TEST("only counted tokens enter the moments and pairs, which are added to") {
   with_every_isa([](const char* isa) {
     const Case c({50, 3, 2, 20, 24}, DType::kFloat32);
     const Result got = run(c, serial(), masked(7.5));
     check_moments(c, got, brute_force(c, true), 7.5, isa);
+    check_pairs(c, got, brute_force(c, true), 7.5, isa);
   });
 }
 

@@ -137,6 +137,7 @@ def brute_force(model: Any, name: str) -> list[dict[str, Tensor]]:
             "output_sum": torch.zeros(block.num_experts, 32, dtype=torch.float64),
             "ratio_histogram": torch.zeros(block.top_k - 1, RATIO_BINS, dtype=torch.int64),
             "coactivation": torch.zeros(block.num_experts, block.num_experts, dtype=torch.int64),
+            "output_pairs": torch.zeros(block.num_experts, block.num_experts, dtype=torch.float64),
         }
         for block in blocks
     ]
@@ -151,6 +152,7 @@ def brute_force(model: Any, name: str) -> list[dict[str, Tensor]]:
             ranked = sorted(weights[token].tolist(), reverse=True)
             for rank, weight in enumerate(ranked[1:]):
                 sums["ratio_histogram"][rank, min(int(weight / ranked[0] * RATIO_BINS), RATIO_BINS - 1)] += 1
+            shares = torch.zeros(len(sums["moments"]), dtype=torch.float64)
             for slot, expert in enumerate(experts[token].tolist()):
                 if name in STOCK_ONLY:
                     out = gpt_oss_output(module.cpu(), expert, x[token].double())
@@ -159,11 +161,13 @@ def brute_force(model: Any, name: str) -> list[dict[str, Tensor]]:
                     out = expert_output(case, expert, token)
                 gate, norm = float(weights[token, slot]), float(out.norm())
                 sums["output_sum"][expert] += out
+                shares[expert] = gate * norm
                 for a in range(3):
                     for b in range(3):
                         sums["moments"][expert, a, b] += gate**a * norm**b
                 for other in experts[token].tolist():
                     sums["coactivation"][expert, other] += 1
+            sums["output_pairs"] += shares.outer(shares)
 
     model.set_experts_implementation("eager")
     on_experts(model, watch)
@@ -183,6 +187,8 @@ def test_calibrate_equals_float64_brute_force(name: str, device: str) -> None:
     for layer, expected in enumerate(brute_force(build(name), name)):
         # float32 through up to 4 layers, summed in another order than the eager model's.
         torch.testing.assert_close(stats.moments[layer], expected["moments"], rtol=1e-4, atol=1e-6)
+        assert stats.output_pairs is not None
+        torch.testing.assert_close(stats.output_pairs[layer], expected["output_pairs"], rtol=1e-4, atol=1e-6)
         scale = float(expected["output_sum"].abs().max())
         assert stats.output_sum is not None
         torch.testing.assert_close(stats.output_sum[layer], expected["output_sum"], rtol=1e-4, atol=1e-5 * scale)

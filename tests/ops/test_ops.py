@@ -25,6 +25,7 @@ from tests.support.reference import (
     arithmetic_of,
     assert_channels_within,
     assert_moments_within,
+    assert_pairs_within,
     assert_within,
     experts_case,
     experts_reference,
@@ -345,6 +346,50 @@ def test_energies_of_channels_equal_float64_brute_force(
     assert torch.equal(channels.cpu()[unreached], start[unreached])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@given(shape=experts_shapes(), dtype=st.sampled_from(DTYPES), masked=st.booleans())
+def test_products_of_pairs_equal_float64_brute_force(
+    device: str, shape: dict[str, Any], dtype: torch.dtype, masked: bool
+) -> None:
+    case = experts_case(**shape, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    counted = torch.rand(shape["tokens"], generator=generator) < 0.6 if masked else None
+    moments = torch.zeros(2, shape["num_experts"], 3, 3, dtype=torch.float64).to(device)
+    start = torch.rand(shape["num_experts"], shape["num_experts"], dtype=torch.float64, generator=generator)
+    start = start + start.T
+    pairs, moved = start.clone().to(device), case.to(device)
+    there = None if counted is None else counted.to(device)
+    got = ops.experts_observed(*moved.arguments(), moments[0], there, None, pairs)
+    assert torch.equal(got, ops.experts_observed(*moved.arguments(), moments[1], there))
+    assert torch.equal(moments[0], moments[1])
+    expected = experts_reference(case if counted is None else case.tokens(counted), arithmetic_of(case, device))
+    assert_pairs_within(pairs, expected, start)
+    assert torch.equal(pairs, pairs.T)
+    # An expert with itself: the moment of g^2 ||f||^2, whose parts are summed in another order.
+    torch.testing.assert_close((pairs - start.to(device)).diagonal(), moments[0][:, 2, 2], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_products_of_pairs_do_not_see_padding_threads_or_batches(device: str) -> None:
+    case = experts_case(200, 6, 3, 64, 48, sentinels=0.3)
+    counted = torch.arange(200) % 3 > 0
+    case.x[0] = float("nan")
+    case.weights[3] = float("inf")
+    moved, threads = case.to(device), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            moments, pairs = torch.zeros(6, 3, 3).double().to(device), torch.zeros(6, 6).double().to(device)
+            ops.experts_observed(*moved.arguments(), moments, counted.to(device), None, pairs)
+            results.append(pairs.cpu())
+    finally:
+        torch.set_num_threads(threads)
+    assert_pairs_within(results[0], experts_reference(case.tokens(counted), arithmetic_of(case, device)))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_energies_of_channels_do_not_see_padding_or_threads(dtype: torch.dtype) -> None:
     case = experts_case(200, 4, 2, 64, 48, dtype=dtype)
@@ -510,6 +555,7 @@ def test_opcheck(device: str, dtype: torch.dtype, check: str) -> None:
     moments = torch.zeros(4, 3, 3, dtype=torch.float64).to(device)
     counted = torch.tensor([True, False, True, True, False]).to(device)
     channels = torch.zeros(4, 24, dtype=torch.float64).to(device)
+    pairs = torch.zeros(4, 4, dtype=torch.float64).to(device)
     for operator, arguments in (
         (torch.ops.moe_ext.route, (logits, 2)),
         (torch.ops.moe_ext.route, (logits, 2, torch.rand(1).to(device), False)),
@@ -517,6 +563,7 @@ def test_opcheck(device: str, dtype: torch.dtype, check: str) -> None:
         (torch.ops.moe_ext.experts_observed, (*case.arguments(), moments)),
         (torch.ops.moe_ext.experts_observed, (*case.arguments(), moments, counted)),
         (torch.ops.moe_ext.experts_observed, (*case.arguments(), moments, counted, channels)),
+        (torch.ops.moe_ext.experts_observed, (*case.arguments(), moments, counted, None, pairs)),
     ):
         torch.library.opcheck(operator, arguments, test_utils=check)
 
@@ -710,6 +757,23 @@ def test_experts_observed_refuses_bad_channels(device: str, channels: torch.Tens
     moments = torch.zeros(4, 3, 3).double().to(device)
     with pytest.raises(RuntimeError, match="experts_observed: " + message):
         ops.experts_observed(*case.arguments(), moments, None, channels.to(device))
+    assert not bool(moments.any())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (torch.zeros(4, 3).double(), r"'pairs' has shape \(4, 3\); expected \(4, 4\) = \(E, E\)"),
+        (torch.zeros(4, 4), "'pairs' has dtype float32; expected float64"),
+        (torch.zeros(4, 8).double()[:, ::2], "'pairs' is not contiguous"),
+    ],
+)
+def test_experts_observed_refuses_bad_pairs(device: str, pairs: torch.Tensor, message: str) -> None:
+    moments, pairs = torch.zeros(4, 3, 3).double().to(device), pairs.to(device)
+    pairs = pairs if pairs.is_contiguous() or device == "cpu" else torch.zeros(4, 8).double().to(device)[:, ::2]
+    with pytest.raises(RuntimeError, match="experts_observed: " + message):
+        ops.experts_observed(*experts_case(5, 4, 2, 16, 24).to(device).arguments(), moments, None, None, pairs)
     assert not bool(moments.any())
 
 

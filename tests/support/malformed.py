@@ -19,7 +19,14 @@ from moe_ext.decision.pruning_plan import PlanFileError, PruningPlan
 from moe_ext.evaluation.predictions import PredictionsFileError, StoredPredictions, save_predictions
 from moe_ext.evaluation.results import VariantsFileError, read_variants
 from moe_ext.evaluation.windows import Window
-from moe_ext.models.config_section import experts_left, section_with, section_with_novices, thresholds_in_config
+from moe_ext.models.config_section import (
+    experts_left,
+    scale_in_config,
+    section_with,
+    section_with_novices,
+    section_with_scale,
+    thresholds_in_config,
+)
 from moe_ext.reconstruction.result import LayerLosses, SearchFileError, SearchResult
 from moe_ext.storage.formats import parse_json
 from tests.support.letters import letter_tokenizer, small_mixtral
@@ -147,10 +154,13 @@ def _read_config(file: Path, elsewhere: Path) -> None:
     if not isinstance(config, dict):
         raise ValueError("no object")
     experts_left(config.get("moe_ext"), 3)
+    scale_in_config(StoredConfig(**{name: value for name, value in config.items() if name}))
     thresholds_in_config(StoredConfig(**{name: value for name, value in config.items() if name}), [0, 2], 2)
 
 
-_SECTION = section_with(torch.tensor([[0.5], [0.25]]), section_with_novices({"0": 3, "2": 2}, None), [0, 2])
+_SECTION = section_with_scale(
+    4, section_with(torch.tensor([[0.5], [0.25]]), section_with_novices({"0": 3, "2": 2}, None), [0, 2])
+)
 _ROW = {"checkpoint": "a", "mean": 5.5, "weight_bytes": 120, "tokens_per_second": 3.5, "perplexity": {"text": 5.5}}
 _DEMO = {"rows": [{"name": "unpruned", "mean": 5.5, "file_bytes": 120, "speed": 1.0}, {"name": "6 of 8", "mean": 7,
                    "file_bytes": 90, "speed": None}]}  # fmt: skip

@@ -131,6 +131,8 @@ class Expected:
     moments_bound: Tensor  # (E, 3, 3)
     channels: Tensor  # (E, I)
     channels_bound: Tensor  # (E, I)
+    pairs: Tensor  # (E, E)
+    pairs_bound: Tensor  # (E, E)
 
 
 def experts_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None) -> Expected:
@@ -145,6 +147,8 @@ def experts_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None) -
     moments_bound = torch.zeros_like(moments)
     channels = torch.zeros(num_experts, intermediate, dtype=torch.float64)
     channels_bound = torch.zeros_like(channels)
+    shares = torch.zeros(tokens, num_experts, dtype=torch.float64)  # g ||y||
+    shares_bound = torch.zeros_like(shares)
 
     def rounded(value: Tensor, error: Tensor, dtype: torch.dtype) -> Tensor:
         """The error of a value with that error once it is rounded to a dtype."""
@@ -182,12 +186,15 @@ def experts_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None) -
         norm, error = y.norm(dim=-1), y_error.norm(dim=-1)
         error = error + (hidden + 1) / 2 * FLOAT32 * (norm + error)
         errors = (torch.zeros_like(norm), error, (2 * norm + error) * error)
+        shares[rows, expert], shares_bound[rows, expert] = weights * norm, weights.abs() * error
         for a in range(3):
             for b in range(3):
                 moments[expert, a, b] = (weights**a * norm**b).sum()
                 moments_bound[expert, a, b] = (weights.abs() ** a * errors[b]).sum()
     bound += (case.experts.shape[1] + 1) * FLOAT32 * magnitude
-    return Expected(out, bound, moments, moments_bound, channels, channels_bound)
+    pairs = torch.einsum("ti,tj->ij", shares, shares)
+    cross = torch.einsum("ti,tj->ij", shares.abs() + shares_bound, shares_bound)
+    return Expected(out, bound, moments, moments_bound, channels, channels_bound, pairs, cross + cross.T)
 
 
 def gram_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None) -> tuple[Tensor, Tensor]:
@@ -237,6 +244,13 @@ def assert_channels_within(got: Tensor, expected: Expected, start: Tensor | floa
     """Energies of channels that were added to ``start``, in float64."""
     want = start + expected.channels
     excess = (got.cpu() - want).abs() - expected.channels_bound - 1e-12 * want.abs()
+    assert bool((excess <= 0).all()), f"off by up to {float(excess.max()):.3g} beyond the bound"
+
+
+def assert_pairs_within(got: Tensor, expected: Expected, start: Tensor | float = 0.0) -> None:
+    """Products of pairs that were added to ``start``; their own sums are float64."""
+    want = start + expected.pairs
+    excess = (got.cpu() - want).abs() - expected.pairs_bound - 1e-12 * want.abs()
     assert bool((excess <= 0).all()), f"off by up to {float(excess.max()):.3g} beyond the bound"
 
 
