@@ -2,6 +2,8 @@
 
     python benchmarks/quality.py [--only channels] [--output benchmarks/results/<date>-quality.json]
 
+Models that the output file has already, and that are not judged this time, stay in it.
+
 On two small, really trained models in examples/: the demo Mixtral (8 experts, top-2) and a fine-grained Qwen3-MoE (16
 experts, top-4). Every method that removes experts or channels, at three sizes, each run in three ways:
 
@@ -15,10 +17,10 @@ Small, undertrained models: what is measured here ranks methods on these two, an
 
 import argparse
 import copy
+import json
 import math
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -162,20 +164,17 @@ class Judge:
     def perplexity(self, model: PreTrainedModel, texts: Mapping[str, str]) -> float:
         return moe_ext.perplexity(model, texts, self.tokenizer, window=WINDOW, stride=STRIDE, batch_size=BATCH).mean
 
-    def pruned(self, case: Case, method: Method, refit: bool, size: float) -> tuple[PreTrainedModel, float]:
-        """The patched result, and the seconds that it took beside the statistics."""
-        _ = case.stats
-        begin = time.perf_counter()
+    def pruned(self, case: Case, method: Method, refit: bool, size: float) -> PreTrainedModel:
+        """The patched result."""
         plan = method(case, size)
         model = copy.deepcopy(self.model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # few tokens for some experts: seen in the numbers
             moe_ext.prune(model, plan, refit=case.batches if refit else None)
-        seconds = time.perf_counter() - begin
-        return moe_ext.patch(model), seconds
+        return moe_ext.patch(model)
 
     def row(self, case: Case, name: str, method: Method, refit: bool, size: float) -> dict[str, Any]:
-        model, seconds = self.pruned(case, method, refit, size)
+        model = self.pruned(case, method, refit, size)
         found = moe_ext.divergence(
             model, self.reference, self.held_out, self.tokenizer, window=WINDOW, stride=STRIDE, batch_size=BATCH
         )
@@ -190,7 +189,6 @@ class Judge:
             "seen half, of unpruned": seen,
             "held-back half, of unpruned": held_back,
             "parameters": model.num_parameters(),
-            "seconds": seconds,
         }
 
 
@@ -204,7 +202,7 @@ def out_of_domain(judge: Judge, only: str | None) -> Iterator[dict[str, Any]]:
             continue
         ratios = []
         for case, each, unpruned in zip(cases, texts, before, strict=True):
-            model, _ = judge.pruned(case, method, refit, size)
+            model = judge.pruned(case, method, refit, size)
             ratios.append(judge.perplexity(model, each) / unpruned)
         yield {
             "size": size,
@@ -223,6 +221,8 @@ def main() -> None:
     arguments = parser.parse_args()
     root = Path(__file__).parent.parent / "examples"
     result: dict[str, Any] = {}
+    if arguments.output is not None and arguments.output.exists():
+        result = json.loads(arguments.output.read_text(encoding="utf-8"))["models"]
     for folder in arguments.models or [root / name for name in MODELS]:
         with tempfile.TemporaryDirectory() as scratch:
             judge = Judge(folder, Path(scratch))
@@ -244,15 +244,15 @@ def main() -> None:
             "out of domain": outside,
         }
         print(f"\n{folder.name}: unpruned {judge.unpruned.mean:.2f}\n\n{table(rows)}\n\n{table(outside)}\n")
-    if arguments.output is not None:
-        write_result(
-            arguments.output,
-            f"benchmarks/quality.py: {CHARACTERS} characters of each of five held-out domains, windows of {WINDOW}",
-            machine=processor(),
-            threads=torch.get_num_threads(),
-            variant=_C.active_cpu_variant(),
-            models=result,
-        )
+        if arguments.output is not None:
+            write_result(
+                arguments.output,
+                f"benchmarks/quality.py: {CHARACTERS} characters of each of five held-out domains, windows of {WINDOW}",
+                machine=processor(),
+                threads=torch.get_num_threads(),
+                variant=_C.active_cpu_variant(),
+                models=result,
+            )
 
 
 if __name__ == "__main__":
