@@ -24,8 +24,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     shutil.copytree(DEMO_MODEL, model)
     for text in model.glob("*/*.txt"):
         text.write_text(text.read_text()[:1200])
+    fewer = {"KEEPS": (6,), "SIZES": (0.75,), "RANDOM_SEEDS": (0, 1), "DECODE_TOKENS": 2, "DECODE_ROUNDS": 1}
     with pytest.MonkeyPatch.context() as changed:
-        for name, value in {"KEEPS": (6,), "RANDOM_SEEDS": (0, 1), "DECODE_TOKENS": 2, "DECODE_ROUNDS": 1}.items():
+        for name, value in fewer.items():
             changed.setattr(demo, name, value)
         return demo.run(model, folder / "out", progress=False), folder / "out"
 
@@ -43,6 +44,10 @@ def test_the_table_holds_every_variant(finished: tuple[dict[str, Any], Path]) ->
         "8→6 search layerwise",
         "8→6 search progressive",
         "8→6 random (mean of 2)",
+        "thin 75%",
+        "thin 75% + refit",
+        "thin 75% obs + refit",
+        "thin 75% + refit + skip",
         "skip at the median",
         "8→6 weighted_ean + skip",
     ]
@@ -50,6 +55,9 @@ def test_the_table_holds_every_variant(finished: tuple[dict[str, Any], Path]) ->
     assert patched["mean"] == pytest.approx(stock["mean"], rel=5e-3)  # bfloat16 rounding, averaged over the tokens
     assert man["parameters"] < patched["parameters"]
     assert man["file_bytes"] < patched["file_bytes"]
+    thin, fitted = rows["thin 75%"], rows["thin 75% + refit"]
+    assert thin["parameters"] == fitted["parameters"] < patched["parameters"]
+    assert patched["mean"] < fitted["mean"] < thin["mean"]
     assert stock["skipped"] == man["skipped"] == 0
     assert 0.15 < rows["skip at the median"]["skipped"] < 0.35
     assert stock["speed"] == 1.0
