@@ -82,24 +82,25 @@ __global__ void __launch_bounds__(kThreads) energy_sums_kernel(EnergySumsParams 
   const int index = static_cast<int>(blockIdx.x / column_blocks);
   const int first = static_cast<int>(blockIdx.x % column_blocks) * kThreads * kAtOnce + static_cast<int>(threadIdx.x);
   const Tile tile = p.tiles.tiles[index];
-  if (tile.expert < 0 || tile.first_tile != index) return;
+  if (tile.expert < 0 || tile.first_tile != index || first >= vectors) return;
   const int rows = static_cast<int>(p.tiles.rows), parts = static_cast<int>(p.energies.parts);
   const int end = (tile.count + rows - 1) / rows * parts;
   const Vector* of_first = reinterpret_cast<const Vector*>(p.energies.sums) + int64_t{index} * parts * vectors + first;
   auto* channels = reinterpret_cast<Sums*>(p.channels) + int64_t{tile.expert} * vectors + first;
+  int at[kAtOnce];  // beyond the last vector: the first once more, for nothing
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) at[i] = first + i * kThreads < vectors ? i * kThreads : 0;
   Sums sums[kAtOnce] = {};
   for (int part = 0; part < end; ++part, of_first += vectors) {
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (first + i * kThreads < vectors) add(sums[i], of_first[i * kThreads]);
-    }
+    for (int i = 0; i < kAtOnce; ++i) add(sums[i], of_first[at[i]]);
   }
 #pragma unroll
   for (int i = 0; i < kAtOnce; ++i) {
-    if (first + i * kThreads >= vectors) return;
-    Sums channel = channels[i * kThreads];
+    if (i > 0 && at[i] == 0) return;
+    Sums channel = channels[at[i]];
     add(channel, sums[i]);
-    channels[i * kThreads] = channel;
+    channels[at[i]] = channel;
   }
 }
 

@@ -180,6 +180,22 @@ __device__ __forceinline__ void multiply(float (&sums)[2][kMaxRows / 2], uint32_
   if (threadIdx.x % kWarpSize == 0) ptx::barrier_arrive(empty(shared, previous));
 }
 
+// What of a tile's energies is this lane's, as that of the lane two on: kept, for a tile has few instructions to spare.
+struct EnergyLane {
+  const uint4* weights;  // p.energies.fragments, from this lane's on
+  int column;            // of the 64 that its consumer stores
+  int half;              // which of EnergySums::energy()
+  int columns;           // of c, which 32 bits hold with those of all tiles (fits_hopper())
+};
+
+__device__ __forceinline__ EnergyLane energy_lane(const GemmParams& p) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x % kGroupThreads / kWarpSize;
+  const uint4* weights = p.energies.fragments + lane / 4 % 2 * 4 + lane % 4;
+  EnergyLane found{weights, warp * 16 + lane % 2 * 8 + lane / 4, lane % 2, static_cast<int>(p.columns)};
+  ptx::keep(found.column), ptx::keep(found.half), ptx::keep(found.columns);
+  return found;
+}
+
 // Energies of a warp's 16 columns: add() takes h of rows lane / 4 + 8 * half of them at positions 8 i + 2 (lane % 4)
 // and the next, in order of i and half.
 struct EnergySums {
@@ -188,9 +204,8 @@ struct EnergySums {
   uint32_t squares[4];
   float sums[4] = {};
 
-  // of_lane: p.energies.fragments for this lane.
-  __device__ __forceinline__ EnergySums(const uint4* of_lane, const Place& place)
-      : weights(of_lane + place.tile * static_cast<unsigned>(energy_fragments(kMaxRows))) {}
+  __device__ __forceinline__ EnergySums(const EnergyLane& lane, const Place& place)
+      : weights(lane.weights + place.tile * static_cast<unsigned>(energy_fragments(kMaxRows))) {}
   __device__ __forceinline__ void add(int i, int half, float2 h) {
     if (i % 2 == 0 && half == 0) of_fragment = weights[i / 2 * kEnergyFragment];
     squares[half] = ptx::square(h.x);
@@ -207,25 +222,25 @@ struct EnergySums {
 template <typename T>
 __device__ __forceinline__ float energy_of_staged(const float* weights, int rows, const char* staged, int column) {
   float energy = 0.0f;
-  for (int row = 0; row < rows; ++row) {
+  int row = 0;
+  do {
     const char* chunk = staged + swizzled<kChunks>(row, column / 8);
     add_energy(weights[row], to_float(reinterpret_cast<const T*>(chunk)[column % 8]), energy);
-  }
+  } while (++row < rows);  // no tile is empty
   return energy;
 }
 
-// Leaves the energies of columns [column, column + 64) of the tile, which store() has staged. of_lane: which of them is
-// this lane's, and that of the lane two on. 32 bits hold where (fits_hopper()).
+// Leaves the energies of columns [column, column + 64) of the tile, which store() has staged.
 template <typename T>
-__device__ __forceinline__ void store_energies(const GemmParams& p, const Place& place, int column, int of_lane,
-                                               const char* staged, const EnergySums& energies) {
-  const int columns = static_cast<int>(p.columns), at = column + of_lane;
-  if (at >= columns) return;
-  float energy = (of_lane & 8) == 0 ? energies.energy(0) : energies.energy(1);
+__device__ __forceinline__ void store_energies(const GemmParams& p, const Place& place, int column, const char* staged,
+                                               const EnergyLane& lane, const EnergySums& energies) {
+  const int at = column + lane.column;
+  if (at >= lane.columns) return;
+  float energy = lane.half == 0 ? energies.energy(0) : energies.energy(1);
   if (__builtin_expect(!isfinite(energy), false)) {
-    energy = energy_of_staged<T>(p.energies.weights + place.first_position, place.rows, staged, of_lane);
+    energy = energy_of_staged<T>(p.energies.weights + place.first_position, place.rows, staged, lane.column);
   }
-  p.energies.sums[static_cast<unsigned>(place.tile * columns + at)] = energy;
+  p.energies.sums[static_cast<unsigned>(place.tile * lane.columns + at)] = energy;
 }
 
 // Columns [column, column + 64) of c from pairs of 16-bit results: value(i, half) is row lane / 4 + 8 * half of the
@@ -258,9 +273,8 @@ __device__ __forceinline__ void consume(const GemmParams& p, char* memory, int g
   const uint32_t shared = ptx::shared_address(memory);
   char* staged = memory + kStages * kStageBytes + group * kOutBytes;
   const int steps = (static_cast<int>(p.inner) + kInner - 1) / kInner;
-  [[maybe_unused]] const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x % kGroupThreads / kWarpSize;
-  [[maybe_unused]] const uint4* weights = p.energies.fragments + lane / 4 % 2 * 4 + lane % 4;
-  [[maybe_unused]] const int energy = warp * 16 + lane % 2 * 8 + lane / 4;
+  [[maybe_unused]] EnergyLane lane;
+  if constexpr (kEnergies) lane = energy_lane(p);
   Ring ring;
   for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
     const Place place = place_of(p, index, kMaxRows, kColumns);
@@ -292,13 +306,13 @@ __device__ __forceinline__ void consume(const GemmParams& p, char* memory, int g
         return gated(p.activation, sums[0] + 4 * i + 2 * half, sums[1] + 4 * i + 2 * half);
       };
       if constexpr (kEnergies) {
-        EnergySums energies(weights, place);
+        EnergySums energies(lane, place);
         store<T>(p, place, column, staged, group, [&](int i, int half) {
           const float2 pair = h(i, half);
           energies.add(i, half, pair);
           return pack<T>(pair.x, pair.y);
         });
-        store_energies<T>(p, place, column, energy, staged, energies);
+        store_energies<T>(p, place, column, staged, lane, energies);
       } else {
         store<T>(p, place, column, staged, group, [&](int i, int half) {
           const float2 pair = h(i, half);

@@ -41,6 +41,8 @@ HOT = (
     "plain_gemm_kernel",
     "products_kernel",
     "dots_kernel",
+    "energy_weights_kernel",
+    "energy_sums_kernel",
 )
 
 

@@ -78,6 +78,9 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Nothing, but that the compiler does not compute the value again where it is used.
+__device__ __forceinline__ void keep(int& value) { asm volatile("" : "+r"(value)); }
+
 // The bits of value^2, in a register as mma takes them: a cast of the product would be a move.
 __device__ __forceinline__ uint32_t square(float value) {
   uint32_t bits;
