@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from moe_ext import ops
 from moe_ext.calibration.channels import check_channels, check_gram_memory
 from moe_ext.calibration.routed_inputs import MEMORY, RoutedInputs
 from moe_ext.decision.pruning_plan import PruningPlan
@@ -27,9 +26,10 @@ from moe_ext.pruning.keep_experts import keep_experts
 from moe_ext.pruning.refit import CHANNEL_DAMPING, FITTED_BY, OutputFit, refitted_down, ridge_for
 from moe_ext.pruning.replace import replace_tensor
 from moe_ext.pruning.thin import thin_layer
+from moe_ext.pruning.watched_experts import Watch, scale_of_experts, watching
 from moe_ext.runtime.batches import check_batch
 from moe_ext.runtime.layer_walk import LayerInputs
-from moe_ext.runtime.patching import altered_gates, layer_state, patched
+from moe_ext.runtime.patching import altered_gates, patched
 from moe_ext.runtime.supported import activation_of
 from moe_ext.storage.spilled_tensors import SpillingList
 
@@ -113,25 +113,6 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
             each._buffers.update(buffers)
 
 
-class _Watch:
-    """Called in the place of a layer's experts: keeps what they are given, and gives a multiple of what they would."""
-
-    def __init__(self, inputs: RoutedInputs | None, factor: int) -> None:
-        self.inputs, self.factor = inputs, factor
-        self.counted: Tensor | None = None
-        self.output: Tensor | None = None
-
-    def __call__(
-        self, x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
-    ) -> Tensor:
-        if self.inputs is not None:
-            self.inputs.add(x, experts, weights, self.counted)
-        if self.factor == 0:
-            return torch.zeros_like(x)
-        self.output = ops.experts(x, gate_up, down, experts, weights, activation)
-        return self.factor * self.output
-
-
 @dataclass
 class _Short:
     """An expert with too few calibration tokens."""
@@ -211,8 +192,8 @@ class _Refit:
     ) -> SpillingList:
         """Fills ``inputs``; what the experts should give in every batch, if experts are removed."""
         wanted = SpillingList(MEMORY)
-        scale = 1.0 if whole is None else self._scale(block, pruned)
-        watch = _Watch(inputs, 0)
+        scale = 1.0 if whole is None else scale_of_experts(block, pruned, self.model.dtype)
+        watch = Watch(inputs, 0)
 
         def before(batch: int) -> None:
             mask = self.checked[batch].counted
@@ -224,32 +205,9 @@ class _Refit:
                 missing = ((target.float() - output.float()) / scale).flatten(0, 1)
                 wanted.append(missing if watch.counted is None else missing[watch.counted])
 
-        with _watching(block, watch):
+        with watching(block, watch):
             pruned.stay(before, after)
         return wanted
-
-    def _scale(self, block: MoeBlock, pruned: LayerInputs) -> float:
-        """What the decoder layer multiplies its experts' outputs by before it adds them to the rest.
-
-        Raises:
-            ValueError: it does something else with them.
-        """
-        outputs, given = [], torch.empty(0)
-        for factor in (0, 1, 2):
-            with _watching(block, watch := _Watch(None, factor)):
-                pruned.stay(after=lambda _, output: outputs.append(output.double().flatten(0, 1)), batches=1)
-            if watch.output is not None:
-                given = watch.output.double()
-        first, second = outputs[1] - outputs[0], outputs[2] - outputs[1]
-        scale = float((first * given).sum() / given.square().sum().clamp(min=1e-300))
-        tolerance = 0.01 if self.model.dtype == torch.float32 else 0.2  # of what rounding the hidden states does
-        for change in (first, second):
-            if not (change - scale * given).norm() <= tolerance * first.norm():
-                raise ValueError(
-                    f"refit: {block.name}: its decoder layer does not just add the experts' outputs to the hidden "
-                    "states, so that nothing says what they should be; refit channels, or prune this family without"
-                )
-        return scale
 
     def _of_channels(self, layer: int, inputs: RoutedInputs, activation: str) -> Tensor:
         """Every expert's, fitted to its own outputs."""
@@ -288,13 +246,3 @@ class _Refit:
 
     def _name(self, layer: int, expert: int) -> str:
         return f"{self.blocks[layer].name}, expert {self.plan.keep[layer][expert]}"
-
-
-@contextmanager
-def _watching(block: MoeBlock, watch: _Watch) -> Iterator[None]:
-    state = layer_state(block)
-    before, state.observer = state.observer, watch
-    try:
-        yield
-    finally:
-        state.observer = before
