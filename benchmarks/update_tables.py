@@ -191,8 +191,33 @@ def quality_tables(result: Mapping[str, Any], link: str) -> str:
     return "\n\n".join(parts)
 
 
+def quality_summary(result: Mapping[str, Any], link: str) -> str:
+    """A method a row, a model and size a column."""
+    columns: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, model in result["models"].items():
+        for row in model["rows"]:
+            if row["size"] >= 0.5:
+                columns.setdefault(f"{name} {row['size']:.0%}", {})[row["method"]] = row
+    methods = dict.fromkeys(method for column in columns.values() for method in column)
+    rows = []
+    for method in methods:
+        cells = {
+            column: f"{found[method]['perplexity']:.2f}, {found[method]['KL']:.3f}, {found[method]['top-1']:.0%}"
+            if method in found
+            else ""
+            for column, found in columns.items()
+        }
+        rows.append({"method": method, "stock": "no" if ", model" in method else "yes", **cells})
+    unpruned = ", ".join(f"{name} {model['unpruned']:.2f}" for name, model in result["models"].items())
+    return (
+        f"{table(rows)}\n\nPerplexity, KL divergence from the unpruned model in nats a token, and top-1 agreement with "
+        f"it, on held-out text. Unpruned: {unpruned}. {where(result)}; {result['what']} ({link})."
+    )
+
+
 # The place of a table, between markers, and what goes there; a summary is of the result that its name begins with.
 README, BENCHMARKS = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
+CRITERIA = ROOT / "docs" / "criteria.md"
 PLACES: list[tuple[Path, str, Callable[[Mapping[str, Any], str], str]]] = [
     (README, "demo-summary", demo_summary),
     (README, "decode-summary", decode_summary),
@@ -202,6 +227,7 @@ PLACES: list[tuple[Path, str, Callable[[Mapping[str, Any], str], str]]] = [
     (BENCHMARKS, "decode", decode_table),
     (BENCHMARKS, "search", search_tables),
     (BENCHMARKS, "quality", quality_tables),
+    (CRITERIA, "quality-summary", quality_summary),
     (BENCHMARKS, "cuda-counters", counters_tables),
     (BENCHMARKS, "cuda-ptxas", ptxas_table),
 ]
