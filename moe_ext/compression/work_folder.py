@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,11 @@ class WorkFolder:
                     if self.file(name).is_file():
                         shutil.copyfile(self.file(name), temporary / name)
                 (temporary / RESULT).write_text(found.to_json(), encoding="utf-8")
-        for path in self.path.iterdir():
-            if path.name not in ("job", "finished.json"):  # until all else is gone
-                _remove(path)
-        shutil.rmtree(self.path)
+        with suppress(FileNotFoundError):  # another process has found the same and removes it, too
+            for path in self.path.iterdir():
+                if path.name not in ("job", "finished.json"):  # until all else is gone
+                    _remove(path)
+            shutil.rmtree(self.path)
 
 
 def _kept(keep_files: Path, found: Compressed) -> bool:

@@ -129,6 +129,13 @@ def test_every_method_writes_what_the_single_commands_write_byte_for_byte(method
     assert sorted(path.name for path in here.iterdir()) == ["judge", "kept", "model", "out", "single", "text"]
     stock = len({len(kept) for kept in PruningPlan.load("single/plan.json").keep}) == 1
     assert found["stock"] == stock
+
+
+@pytest.mark.parametrize("method", ["thin", "search"])
+def test_before_and_after_are_what_eval_finds(method: str, here: Path) -> None:
+    found = answer(
+        f"compress model --text text --judge judge --out out {METHODS[method]} --method {method} --window 16"
+    )
     judged = answer("eval out --text judge --reference model --window 16")
     assert found["after"]["perplexity"] == judged["perplexity"]
     assert found["tokens"] == judged["tokens"]
@@ -184,9 +191,11 @@ def test_bytes_to_fit_are_what_the_plan_command_takes(here: Path) -> None:
 
 
 def test_the_python_twin_takes_texts_and_returns_what_the_command_prints(here: Path) -> None:
-    texts, judge = read_domains([Path("text")]), read_domains([Path("judge")])
-    found = moe_ext.compress("model", texts, "out", method="experts", keep=3, judge=judge, window=16, progress=False)
-    printed = answer("compress model --text text --judge judge --method experts --keep 3 --window 16 -o o")
+    options: Any = {"method": "experts", "keep": 3, "refit": False, "skip": False, "judge": None, "progress": False}
+    found = moe_ext.compress("model", read_domains([Path("text")]), "out", window=16, **options)
+    printed = answer(
+        "compress model --text text --method experts --keep 3 --no-refit --no-skip --no-judge --window 16 --out o"
+    )
     assert content("out") == content("o")
     assert json.loads(found.to_json()) == {**printed, "checkpoint": str(here / "out")}
 
@@ -230,29 +239,22 @@ def killing(target: Any, name: str, at: int, *, after: bool = False) -> Callable
     return patch
 
 
-SAVE_STATISTICS = killing(ExpertStatistics, "save", 1, after=True)
 KILLS: dict[str, dict[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "thin": {
-        "before the first layer is calibrated": killing(calibration, "take", 1),
         "in the calibration": killing(calibration, "take", 2),
-        "once the statistics are written": SAVE_STATISTICS,
+        "once the statistics are written": killing(ExpertStatistics, "save", 1, after=True),
         "once planned": killing(PruningPlan, "save", 1, after=True),
         "in the refit": killing(refit_layers._Refit, "fit", 2),
         "once pruned": killing(stages, "prune_checkpoint", 1, after=True),
         "in the second calibration": killing(calibration, "take", 2),
-        "once its statistics are written": SAVE_STATISTICS,
-        "before the thresholds": killing(stages, "write_thresholds", 1),
         "once the thresholds are written": killing(stages, "write_thresholds", 1, after=True),
-        "before the reference": killing(stages, "record_reference", 1),
         "before judging": killing(stages, "judged", 1),
         "before the result is in place": killing(work_folder, "put_in_place", 1),
         "once the result is in place": killing(work_folder.WorkFolder, "end", 1),
         "once the files are kept": killing(work_folder, "_remove", 1),
         "amid cleaning up": killing(work_folder, "_remove", 2),
     },
-    "thin-obs": {"in the calibration": killing(calibration, "take", 2)},
     "experts": {"in the refit": killing(refit_layers._Refit, "fit", 2)},
-    "experts+thin": {"in the refit": killing(refit_layers._Refit, "fit", 2)},
     "search": {
         "in the search": killing(LayerSearch, "search", 2),
         "once searched": killing(stages, "search", 1, after=True),
@@ -261,14 +263,12 @@ KILLS: dict[str, dict[str, Callable[[pytest.MonkeyPatch], None]]] = {
 }
 SIZES: dict[str, dict[str, Any]] = {
     "thin": {"size": 0.5, "multiple": 4},
-    "thin-obs": {"size": 0.5, "multiple": 4},
     "experts": {"keep": 3},
-    "experts+thin": {"ratio": 0.25, "size": 0.5, "multiple": 4},
     "search": {"keep": 3},
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KILLS)
 def test_killed_in_every_stage_and_run_again_it_ends_with_the_same_bytes_and_nothing_else(
     method: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
