@@ -10,6 +10,8 @@ import moe_ext.binary  # noqa: F401  first: one clear ImportError if torch or th
 from moe_ext.calibration.calibrate import calibrate
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import from_pretrained
+from moe_ext.compression.compress import compress
+from moe_ext.compression.result import Compressed
 from moe_ext.decision.criteria import CRITERIA, OBJECTIVES, Scores, score
 from moe_ext.decision.plan import plan
 from moe_ext.decision.pruning_plan import PruningPlan
@@ -32,6 +34,7 @@ from moe_ext.version import __version__
 __all__ = [
     "CRITERIA",
     "OBJECTIVES",
+    "Compressed",
     "Divergence",
     "ExpertPair",
     "ExpertStatistics",
@@ -45,6 +48,7 @@ __all__ = [
     "__version__",
     "aimer",
     "calibrate",
+    "compress",
     "count_skips",
     "divergence",
     "from_pretrained",

@@ -14,6 +14,7 @@ import typer
 from moe_ext.commands.bench import bench
 from moe_ext.commands.calibrate import calibrate, merge
 from moe_ext.commands.compare import compare
+from moe_ext.commands.compress import compress
 from moe_ext.commands.decide import plan, redundancy, score
 from moe_ext.commands.demo import demo
 from moe_ext.commands.destinations import checked
@@ -34,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS: dict[str, Callable[..., None]] = {
+    "compress": compress,
     "calibrate": calibrate,
     "merge": merge,
     "score": score,

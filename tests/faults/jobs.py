@@ -39,6 +39,9 @@ JOBS = {
         ("out/pruned",),
         once=True,
     ),
+    "compress": Job(
+        f"compress {_READING} --method experts --keep 3 --out out/small", ("out/small",), once=True, faults=12
+    ),
     "search": Job(
         f"search {_READING} --keep 3 --out out/plan.json --losses out/losses.safetensors",
         ("out/plan.json",),
