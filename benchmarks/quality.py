@@ -2,7 +2,9 @@
 
     python benchmarks/quality.py [--only channels] [--output benchmarks/results/<date>-quality.json]
 
-Models that the output file has already, and that are not judged this time, stay in it.
+Models that the output file has already, and that are not judged this time, stay in it. With --seconds nothing is judged:
+the seconds that every method takes from the model and the text to the pruned model are added to the rows of the output
+file; to be run alone on a machine.
 
 On two small, really trained models in examples/: the demo Mixtral (8 experts, top-2) and a fine-grained Qwen3-MoE (16
 experts, top-4). Every method that removes experts or channels, at three sizes, each run in three ways:
@@ -21,6 +23,7 @@ import json
 import math
 import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -192,6 +195,27 @@ class Judge:
         }
 
 
+def seconds(judge: Judge, only: str | None) -> dict[str, float]:
+    """From the model and the text to the pruned model, by size and method; a calibration of its own in each."""
+    found, batches = {}, judge.batches(judge.seen)
+    for name, method, refit, size in ways(only):
+        channels: Any = {
+            "energy": "energy",
+            "random channels": "energy",
+            "experts, then channels": "energy",
+            "obs": "gram",
+        }
+        case, begin = Case(judge.model, batches), time.perf_counter()
+        if not name.startswith("search"):
+            case.stats = moe_ext.calibrate(
+                judge.model, batches, channels=channels.get(name.removesuffix(" + refit")), progress=False
+            )
+        judge.pruned(case, method, refit, size)
+        found[f"{size} {name}"] = time.perf_counter() - begin
+        print(f"{size} {name}: {found[f'{size} {name}']:.1f} s", flush=True)
+    return found
+
+
 def out_of_domain(judge: Judge, only: str | None) -> Iterator[dict[str, Any]]:
     """Geometric means over domains that were not calibrated on, as multiples of the unpruned model's."""
     cases = [Case(judge.model, judge.batches({name: judge.calibration[name] for name in seen})) for seen, _ in FOLDS]
@@ -213,12 +237,26 @@ def out_of_domain(judge: Judge, only: str | None) -> Iterator[dict[str, Any]]:
         }
 
 
+def write(path: Path, models: dict[str, Any]) -> None:
+    write_result(
+        path,
+        f"benchmarks/quality.py: {CHARACTERS} characters of each of five held-out domains, windows of {WINDOW}",
+        machine=processor(),
+        threads=torch.get_num_threads(),
+        variant=_C.active_cpu_variant(),
+        models=models,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, nargs="+", help="folders like examples/demo_model")
     parser.add_argument("--only", choices=("experts", "channels"))
+    parser.add_argument("--seconds", action="store_true", help="add times to the output file; judge nothing")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    if arguments.seconds and arguments.output is None:
+        parser.error("--seconds adds to --output")
     root = Path(__file__).parent.parent / "examples"
     result: dict[str, Any] = {}
     if arguments.output is not None and arguments.output.exists():
@@ -226,6 +264,12 @@ def main() -> None:
     for folder in arguments.models or [root / name for name in MODELS]:
         with tempfile.TemporaryDirectory() as scratch:
             judge = Judge(folder, Path(scratch))
+            if arguments.seconds:
+                took = seconds(judge, arguments.only)
+                for row in result[folder.name]["rows"]:
+                    row["seconds"] = took[f"{row['size']} {row['method']}"]
+                write(arguments.output, result)
+                continue
             case = Case(judge.model, judge.batches(judge.seen))
             rows: list[dict[str, Any]] = []
             for way in ways(arguments.only):
@@ -245,14 +289,7 @@ def main() -> None:
         }
         print(f"\n{folder.name}: unpruned {judge.unpruned.mean:.2f}\n\n{table(rows)}\n\n{table(outside)}\n")
         if arguments.output is not None:
-            write_result(
-                arguments.output,
-                f"benchmarks/quality.py: {CHARACTERS} characters of each of five held-out domains, windows of {WINDOW}",
-                machine=processor(),
-                threads=torch.get_num_threads(),
-                variant=_C.active_cpu_variant(),
-                models=result,
-            )
+            write(arguments.output, result)
 
 
 if __name__ == "__main__":
