@@ -79,7 +79,8 @@ def compress(
             the optimal brain surgeon removes; O(I^3) an expert. "experts": whole experts go by the criterion
             weighted_ean (``keep`` or ``ratio``). "experts+thin": first experts, then channels, with both. "search":
             experts by what the model's predictions lose, the number shared out over the layers (``keep`` or ``ratio``
-            on average); the result loads through :func:`moe_ext.from_pretrained` only if layers keep different numbers.
+            on average); where these differ the result loads through :func:`moe_ext.from_pretrained` only. Super experts
+            (:func:`moe_ext.super_experts`) stay.
         size: share of all expert parameters that is left, in (0, 1).
         fit: bytes that all weights may take, a number or a text such as ``"48GB"``.
         keep: experts that a layer keeps.
@@ -237,6 +238,8 @@ class _Stages:
     def _plan(self) -> PruningPlan:
         file = self.work.file("plan.json")
         if not file.is_file():
+            observed = {"channels": self.request.channels, **self._options}
+            stats = self._statistics("statistics.safetensors", self.folder, **observed)
             if self.request.method == "search":
                 made = search(
                     self.folder,
@@ -246,12 +249,10 @@ class _Stages:
                     loss="fisher",
                     resume=self.work.file("search.safetensors"),
                     dataset=self.dataset,
+                    statistics=stats,  # for super experts, which stay
                     **self._options,
                 ).plan
             else:
-                stats = self._statistics(
-                    "statistics.safetensors", self.folder, channels=self.request.channels, **self._options
-                )
                 made = self.request.plan(stats, self.folder, self.trust_remote_code, CRITERION)
             made.save(file)
         return PruningPlan.load(file)

@@ -31,6 +31,7 @@ def broken(tmp_path: Path) -> Path:
         ("calibrate", "--text", TEXT, "--out", "s.safetensors"),
         ("calibrate", "--sequential", "--text", TEXT, "--out", "s.safetensors"),
         ("search", "--text", TEXT, "--keep", "6", "--out", "p.json"),
+        ("compress", "--text", TEXT, "--size", "0.5", "--out", "half"),
         ("eval", "--text", TEXT),
         ("compare", "--text", TEXT),
         ("generate", "a prompt"),

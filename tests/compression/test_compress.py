@@ -43,9 +43,12 @@ DECISIONS = {
         "--channels energy",
         "plan {s} --ratio 0.25 --criterion weighted_ean --size 0.5 --multiple 4 --out {p}",
     ),
-    "search": (None, "search model --text {t} --keep 3 --loss fisher --window 16 --sequential --out {p}"),
+    "search": (
+        "",
+        "search model --text {t} --keep 3 --loss fisher --statistics {s} --window 16 --sequential --out {p}",
+    ),
 }
-"""What calibration observes of channels (None: no calibration), and the command that makes the plan."""
+"""What calibration observes of channels, and the command that makes the plan."""
 
 
 def small_model(top_k: int = 2) -> MixtralForCausalLM:
@@ -106,8 +109,7 @@ def single_commands(method: str, text: str, folder: str) -> None:
     Path(folder).mkdir()
     channels, decide = DECISIONS[method]
     names = {"s": f"{folder}/statistics.safetensors", "p": f"{folder}/plan.json", "t": text}
-    if channels is not None:
-        run(f"calibrate model --text {text} {channels} --window 16 --sequential --out {names['s']}")
+    run(f"calibrate model --text {text} {channels} --window 16 --sequential --out {names['s']}")
     run(decide.format(**names))
     out = f"{folder}/out"
     run(f"prune model {names['p']} --refit --text {text} --window 16 --out {out}")
@@ -254,7 +256,6 @@ KILLS: dict[str, dict[str, Callable[[pytest.MonkeyPatch], None]]] = {
         "once the files are kept": killing(work_folder, "_remove", 1),
         "amid cleaning up": killing(work_folder, "_remove", 2),
     },
-    "experts": {"in the refit": killing(refit_layers._Refit, "fit", 2)},
     "search": {
         "in the search": killing(LayerSearch, "search", 2),
         "once searched": killing(stages, "search", 1, after=True),
@@ -263,7 +264,6 @@ KILLS: dict[str, dict[str, Callable[[pytest.MonkeyPatch], None]]] = {
 }
 SIZES: dict[str, dict[str, Any]] = {
     "thin": {"size": 0.5, "multiple": 4},
-    "experts": {"keep": 3},
     "search": {"keep": 3},
 }
 
