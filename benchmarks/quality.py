@@ -25,7 +25,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -125,7 +125,7 @@ REFITTED = ("weighted_ean", "search fisher, model", *CHANNELS)
 OUT_OF_DOMAIN = ("weighted_ean", "search fisher, model", "energy", "obs")  # and the same refitted
 
 
-def ways(only: str | None) -> Iterator[tuple[str, Method, bool, float]]:
+def ways(only: str | None, without: Sequence[str] = ()) -> Iterator[tuple[str, Method, bool, float]]:
     """Name, method, whether its result is refitted, and size."""
     kinds = {"experts": EXPERTS, "channels": CHANNELS}
     for size in SIZES:
@@ -133,7 +133,7 @@ def ways(only: str | None) -> Iterator[tuple[str, Method, bool, float]]:
             if only not in (None, kind) or (kind == "experts" and size < 0.5):
                 continue
             for name, method in methods.items():
-                if name == "experts, then channels" and size > 0.5:
+                if name in without or (name == "experts, then channels" and size > 0.5):
                     continue
                 yield name, method, False, size
                 if name in REFITTED:
@@ -195,10 +195,10 @@ class Judge:
         }
 
 
-def seconds(judge: Judge, only: str | None) -> dict[str, float]:
+def seconds(judge: Judge, only: str | None, without: Sequence[str]) -> dict[str, float]:
     """From the model and the text to the pruned model, by size and method; a calibration of its own in each."""
     found, batches = {}, judge.batches(judge.seen)
-    for name, method, refit, size in ways(only):
+    for name, method, refit, size in ways(only, without):
         channels: Any = {
             "energy": "energy",
             "random channels": "energy",
@@ -216,12 +216,12 @@ def seconds(judge: Judge, only: str | None) -> dict[str, float]:
     return found
 
 
-def out_of_domain(judge: Judge, only: str | None) -> Iterator[dict[str, Any]]:
+def out_of_domain(judge: Judge, only: str | None, without: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Geometric means over domains that were not calibrated on, as multiples of the unpruned model's."""
     cases = [Case(judge.model, judge.batches({name: judge.calibration[name] for name in seen})) for seen, _ in FOLDS]
     texts = [{name: judge.held_out[name] for name in judged} for _, judged in FOLDS]
     before = [judge.perplexity(judge.model, each) for each in texts]
-    for name, method, refit, size in ways(only):
+    for name, method, refit, size in ways(only, without):
         if name.removesuffix(" + refit") not in OUT_OF_DOMAIN:
             continue
         ratios = []
@@ -252,6 +252,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, nargs="+", help="folders like examples/demo_model")
     parser.add_argument("--only", choices=("experts", "channels"))
+    parser.add_argument("--without", nargs="*", default=[], help="methods to leave out, such as slow searches")
+    parser.add_argument("--without-outside", nargs="*", help="the same out of domain, where that differs")
     parser.add_argument("--seconds", action="store_true", help="add times to the output file; judge nothing")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -265,18 +267,18 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             judge = Judge(folder, Path(scratch))
             if arguments.seconds:
-                took = seconds(judge, arguments.only)
+                took = seconds(judge, arguments.only, arguments.without)
                 for row in result[folder.name]["rows"]:
                     row["seconds"] = took[f"{row['size']} {row['method']}"]
                 write(arguments.output, result)
                 continue
             case = Case(judge.model, judge.batches(judge.seen))
             rows: list[dict[str, Any]] = []
-            for way in ways(arguments.only):
+            for way in ways(arguments.only, arguments.without):
                 rows.append(judge.row(case, *way))
                 print(rows[-1], flush=True)
             outside = []
-            for row in out_of_domain(judge, arguments.only):
+            for row in out_of_domain(judge, arguments.only, arguments.without_outside or arguments.without):
                 outside.append(row)
                 print(row, flush=True)
         tokens = sum(int(batch["attention_mask"].sum()) for batch in case.batches)
