@@ -26,7 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class Case:
 
     model: PreTrainedModel
     batches: list[dict[str, Tensor]]
+    found: dict[str, PruningPlan] = field(default_factory=dict)  # of searches, which take long
 
     @cached_property
     def stats(self) -> ExpertStatistics:
@@ -76,7 +77,11 @@ class Case:
         return plan_from(moe_ext.score(self.stats, criterion, seed=seed), keep=self.kept(size))
 
     def searched(self, size: float, **options: Any) -> PruningPlan:
-        return moe_ext.search(self.model, self.batches, keep=self.kept(size), progress=False, **options).plan
+        job = f"{size} {options}"
+        if job not in self.found:
+            found = moe_ext.search(self.model, self.batches, keep=self.kept(size), progress=False, **options)
+            self.found[job] = found.plan
+        return self.found[job]
 
     def thinner(self, size: float, select: Any) -> PruningPlan:
         return moe_ext.thin_plan(self.stats, size=size, multiple=MULTIPLE, select=select)
@@ -269,7 +274,7 @@ def main() -> None:
             if arguments.seconds:
                 took = seconds(judge, arguments.only, arguments.without)
                 for row in result[folder.name]["rows"]:
-                    row["seconds"] = took[f"{row['size']} {row['method']}"]
+                    row["seconds"] = took.get(f"{row['size']} {row['method']}")
                 write(arguments.output, result)
                 continue
             case = Case(judge.model, judge.batches(judge.seen))
