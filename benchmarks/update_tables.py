@@ -110,7 +110,8 @@ def decode_summary(result: Mapping[str, Any], link: str) -> str:
     model, _, shape = result["model"].partition(": ")
     return (
         f"Patched, a {model} ({shape}) decodes {rows['moe_ext']['/ grouped_mm']:.2f}x the tokens/s of transformers' "
-        f"`grouped_mm`, {skipping['/ grouped_mm']:.2f}x with {skipping['slots skipped']:.0%} of the slots skipped "
+        f"`grouped_mm`, {skipping['/ grouped_mm']:.2f}x with {skipping['slots skipped']:.0%} of the slots skipped, "
+        f"{rows['moe_ext, 50% of the width']['/ grouped_mm']:.2f}x with experts of half the width "
         f"({result['date']}, {result['machine']}; {link})."
     )
 
