@@ -115,8 +115,6 @@ def _refusal(what: str, value: Any, argument: Any, error: Exception) -> Exceptio
     if value.is_nested or value.is_quantized or value.layout != torch.strided:
         kind = "nested" if value.is_nested else "quantized" if value.is_quantized else f"of layout {value.layout}"
         return TypeError(f"{what} {kind}; expected a dense tensor")
-    if value.is_neg() and argument.is_write:  # torch can read through such a view, not write
-        return ValueError(f"{what} a negated view; expected a tensor of its own values")
     if value.device.type not in ("cpu", "meta") and str(error).startswith("Could not run"):
         return NotImplementedError(f"{what} on {value.device}; there is no kernel for it")
     return None
@@ -215,6 +213,11 @@ def experts_observed(
         RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`experts`; or ``moments`` is a tensor of
             torch.func.functionalize.
     """
+    if not torch.compiler.is_compiling():
+        for name, sums in (("moments", moments), ("channels", channels), ("pairs", pairs)):
+            # Torch reads through such a view; that it cannot write, it finds after the other sums are written.
+            if isinstance(sums, Tensor) and sums.is_neg():
+                raise ValueError(f"experts_observed: '{name}' is a negated view; expected a tensor of its own values")
     if not torch.compiler.is_compiling() and isinstance(moments, Tensor) and torch._is_functional_tensor(moments):
         raise NotImplementedError(
             "experts_observed: 'moments' is updated in place, which torch.func.functionalize cannot express for this "

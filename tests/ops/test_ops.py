@@ -823,9 +823,12 @@ def test_what_no_kernel_sees_is_refused_by_name_in_a_line(
     x, gate_up, down, experts, weights, activation = experts_case(5, 4, 2, 16, 24).arguments()
     arguments: dict[str, Any] = {"x": x, "gate_up": gate_up, "down": down, "experts": experts, "weights": weights}
     arguments |= {"activation": activation, "moments": torch.zeros(4, 3, 3, dtype=torch.float64)}
+    arguments |= {"channels": torch.zeros(4, 24).double(), "pairs": torch.zeros(4, 4).double()}
     with pytest.raises(error, match="experts_observed: " + message) as refused:
         ops.experts_observed(**(arguments | change))
     assert len(str(refused.value)) < 200
+    assert not arguments["channels"].any()
+    assert not arguments["pairs"].any()
 
 
 def test_sizes_beyond_memory_are_refused() -> None:
