@@ -83,8 +83,8 @@ def calibrate(
         outputs: also sum every expert's outputs, for the criterion ``mone``. Slower: the experts run twice, the second
             time one by one in transformers' code.
         channels: "energy": also what every channel of the experts contributes, for plans of thinner experts
-            (:func:`moe_ext.thin_plan`); out of the experts' own pass. On the CPU, and where the operators run. "gram":
-            beside that the order in which the optimal brain surgeon removes them, from every expert's Gram matrix
+            (:func:`moe_ext.thin_plan`); out of the experts' own pass, where the operators run. "gram": beside that the
+            order in which the optimal brain surgeon removes them, from every expert's Gram matrix
             ``sum g^2 h h^T``, one in memory at a time: the layers then run one after the other, also of a model in
             memory, and the experts' inputs wait in a temporary file. O(I^3) an expert.
         strict: as for :func:`moe_ext.patch`, if the model is not patched. With False, layers that the operators cannot

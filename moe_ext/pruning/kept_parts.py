@@ -104,17 +104,17 @@ def _fitted(part: Part, source: Source, kept: Slice, stored: StoredTensor) -> Pa
     Raises:
         ValueError: it is stored in another form than the model holds it.
     """
-    inner, position = stored.size // len(kept.keep), 0
-    whole = (0, stored.size)
+    begin, end = 0, stored.size
     if source.expert is not None and source.part is not None:
-        position = kept.keep.index(source.expert)
-        whole = (position * inner, (position + 1) * inner)
+        size = stored.size // len(kept.keep)
+        begin = kept.keep.index(source.expert) * size
+        end = begin + size
     elif source.converted and (not source.transposed or part.shape != stored.shape):
         raise ValueError(
             f"refit: {part.source.file}: {part.name!r} is stored in another form than transformers holds it; refit the "
             "loaded model, moe_ext.prune(model, plan, refit=...)"
         )
-    return replace(part, source=stored, ranges=(whole,), selections=())
+    return replace(part, source=stored, ranges=((begin, end),), selections=())
 
 
 def _sliced(

@@ -31,12 +31,14 @@ class RefitFiles:
 
     def known(self, layer: int) -> Tensor | None:
         """A MoE layer's down projections (E', H, I'), if an earlier run has come to it."""
-        path = self._path(layer)
-        return read_tensors(path, _FORMAT)[0]["down"] if path.is_file() else None
+        return read_tensors(self._path(layer), _FORMAT)[0]["down"] if self.holds(layer) else None
+
+    def holds(self, layer: int) -> bool:
+        return self._path(layer).is_file()
 
     def write(self, layer: int, down: Tensor) -> None:
         """The file takes its name once it is whole."""
-        if not self._path(layer).is_file():
+        if not self.holds(layer):
             write_tensors(self._path(layer), {"down": down.detach().cpu()}, _FORMAT.metadata())
 
     def stored(self, layer: int) -> StoredTensor:

@@ -47,7 +47,7 @@ def refit_into(
         ValueError, MemoryError: as for :func:`refitted_layers`.
     """
     count = len(plan.keep)
-    if any(files.known(layer) is None for layer in range(count)):
+    if not all(files.holds(layer) for layer in range(count)):
         with (
             LayersOnDisk(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code) as layers,
             closing(

@@ -1,6 +1,7 @@
 """Sums over channels, against float64 brute force on the family's own modules."""
 
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,29 @@ def batches(count: int = 2) -> list[dict[str, Tensor]]:
     return made
 
 
+Hook = Callable[[int, nn.Module, tuple[Tensor, ...], Tensor], None]
+"""Called with a layer, its experts, what they are given, and which tokens count (T,)."""
+
+
+def look(model: PreTrainedModel, text: list[dict[str, Tensor]], hook: Hook) -> None:
+    """Runs a model over text, and a hook before every layer's experts."""
+    counted = torch.ones(0, dtype=torch.bool)
+    handles = on_experts(model, lambda layer, module, args: hook(layer, module, args, counted))
+    with torch.no_grad():
+        for batch in text:
+            counted = batch["attention_mask"].reshape(-1).bool()
+            model.base_model(**batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+
+
 def brute_force(model: PreTrainedModel, text: list[dict[str, Tensor]]) -> Tensor:
     """(L, E, I): sum over routed, counted tokens of g^2 h_j^2 ||down[:, j]||^2, from the definitions."""
     blocks = moe_blocks(model)
     width = expert_tensors(blocks[0])["down_proj"].shape[2]
     errors = torch.zeros(len(blocks), blocks[0].num_experts, width, dtype=torch.float64)
-    counted = torch.ones(0, dtype=torch.bool)
 
-    def hook(layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def hook(layer: int, module: nn.Module, args: tuple[Tensor, ...], counted: Tensor) -> None:
         x, experts, weights = args
         gate_up, down = (expert_tensors(blocks[layer])[name].double() for name in ("gate_up_proj", "down_proj"))
         for token in counted.nonzero().flatten().tolist():
@@ -46,13 +62,7 @@ def brute_force(model: PreTrainedModel, text: list[dict[str, Tensor]]) -> Tensor
                 h = ACT2FN[module.config.hidden_act](gate) * up  # type: ignore[union-attr]
                 errors[layer, expert] += (weight * h) ** 2 * down[expert].square().sum(0)
 
-    hooks = on_experts(model, hook)
-    with torch.no_grad():
-        for batch in text:
-            counted = batch["attention_mask"].reshape(-1).bool()
-            model.base_model(**batch, use_cache=False)
-    for handle in hooks:
-        handle.remove()
+    look(model, text, hook)
     return errors
 
 
@@ -61,22 +71,15 @@ def gram_of(model: PreTrainedModel, text: list[dict[str, Tensor]], layer: int, e
     block = moe_blocks(model)[layer]
     gate_up = expert_tensors(block)["gate_up_proj"][expert].double()
     gram = torch.zeros(len(gate_up) // 2, len(gate_up) // 2, dtype=torch.float64)
-    counted = torch.ones(0, dtype=torch.bool)
 
-    def hook(seen: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def hook(seen: int, module: nn.Module, args: tuple[Tensor, ...], counted: Tensor) -> None:
         x, experts, weights = args
         for token, slot in ((experts == expert) & counted[:, None]).nonzero().tolist() if seen == layer else ():
             gate, up = (gate_up @ x[token].double()).chunk(2)
             h = weights[token, slot].double() * ACT2FN[module.config.hidden_act](gate) * up  # type: ignore[union-attr]
             gram.addr_(h, h)
 
-    hooks = on_experts(model, hook)
-    with torch.no_grad():
-        for batch in text:
-            counted = batch["attention_mask"].reshape(-1).bool()
-            model.base_model(**batch, use_cache=False)
-    for handle in hooks:
-        handle.remove()
+    look(model, text, hook)
     return gram
 
 
