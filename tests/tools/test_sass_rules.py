@@ -346,7 +346,7 @@ def hopper_kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
     sources = (ROOT / "csrc" / "cuda").glob("*.cu")
     source = next(path for path in sources if "hopper_gemm_kernel" in KERNEL.findall(path.read_text()))
     kernels = compile_one(source, "90a", tmp_path_factory.mktemp("hopper"))
-    return next(kernel for kernel in kernels if kernel.name == "hopper_gemm_kernel<__half, down>")
+    return next(kernel for kernel in kernels if kernel.name == "hopper_gemm_kernel<__half, down, false>")
 
 
 @pytest.mark.slow
