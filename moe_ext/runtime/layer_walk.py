@@ -21,7 +21,7 @@ from moe_ext.runtime.hidden_states import MEMORY, HiddenStates, SpillingStates
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 Seen = Callable[[int, Tensor, Tensor], None]
-"""Called with the index of a batch, and the router's input (T, H) and logits (T, E)."""
+"""Called with the index of a batch, the experts' input (T, H) and the router's logits (T, E)."""
 
 
 class LayerInputs:
@@ -127,8 +127,8 @@ class LayerInputs:
                 run_base(self._model, inputs)
 
     def observe(self, block: int, seen: Seen) -> None:
-        """Calls ``seen`` for every batch with what the router of an MoE layer sees, given what the layers before it
-        compute now.
+        """Calls ``seen`` for every batch with what the experts of an MoE layer are given, and its router computes, with
+        what the layers before it compute now.
 
         Args:
             block: index of the layer; not before that of an earlier call.
@@ -138,20 +138,24 @@ class LayerInputs:
             self.advance()
         router, experts = self._blocks[block].router, self._blocks[block].experts
         batch, routed = 0, 0
+        logits: Tensor
 
         def enter(original: Callable[..., Any]) -> Callable[..., Any]:
             return lambda hidden, *args, **kwargs: original(self._entering(batch, hidden), *args, **kwargs)
 
         def look(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+            nonlocal logits
+            logits = output[0]
+
+        def stop(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             nonlocal routed
             routed += 1
-            seen(batch, args[0].reshape(-1, args[0].shape[-1]), output[0])
+            seen(batch, hidden.reshape(-1, hidden.shape[-1]), logits)
+            return torch.zeros_like(hidden)  # what follows is not looked at
 
         with alone(self._layers, target, self._need) as replace:
             replace(self._layers[target], enter)
-            replace(
-                experts, lambda _: lambda hidden, *args, **kwargs: torch.zeros_like(hidden)
-            )  # what follows is not looked at
+            replace(experts, lambda _: stop)
             handle = router.register_forward_hook(look)
             try:
                 for batch, inputs in enumerate(self._batches):  # noqa: B007  the closures read it
@@ -160,7 +164,7 @@ class LayerInputs:
                 handle.remove()
         if routed != len(self._batches):
             raise RuntimeError(
-                f"{self._blocks[block].name}: the router ran {routed} times in {len(self._batches)} batches"
+                f"{self._blocks[block].name}: the experts ran {routed} times in {len(self._batches)} batches"
             )
 
     def _entering(self, batch: int, hidden: Tensor) -> Tensor:

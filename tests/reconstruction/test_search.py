@@ -18,6 +18,7 @@ import moe_ext
 from moe_ext import LayerLosses, SearchResult, ops
 from moe_ext.checkpoints.load_save import load_checkpoint
 from moe_ext.models.blocks import moe_blocks
+from moe_ext.reconstruction import expert_outputs
 from moe_ext.reconstruction import losses as layer_losses
 from moe_ext.reconstruction.result import SearchFileError
 from moe_ext.runtime import layer_walk
@@ -354,7 +355,7 @@ def test_what_does_not_fit_into_memory_changes_nothing(
     expected = search(tiny_mixtral(), padded_batches(), keep=4, method=method)
     monkeypatch.setattr(layer_walk, "MEMORY", 4000)  # one batch's hidden states
     monkeypatch.setattr(layer_losses, "MEMORY", 5000)
-    monkeypatch.setattr(layer_losses, "GRAM_BYTES", 0)  # 16 tokens at a time
+    monkeypatch.setattr(expert_outputs, "GRAM_BYTES", 0)  # 16 tokens at a time
     got = search(tiny_mixtral(), padded_batches(), keep=4, method=method)
     assert got.plan.keep == expected.plan.keep
     for a, b in zip(got.losses, expected.losses, strict=True):
