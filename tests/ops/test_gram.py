@@ -229,7 +229,8 @@ def test_subset_errors_compile_without_graph_breaks() -> None:
 
 def test_subset_errors_have_the_same_bits_for_any_number_of_threads_and_other_subsets() -> None:
     _, _, ranking = random_ranking(3000, 9, 9)
-    drops = list(itertools.combinations(range(9), 4))
+    # So many that what a token can come to use is worked out first; of three, it is not.
+    drops = [drop for dropped in range(5) for drop in itertools.combinations(range(9), dropped)]
     keep = torch.ones(len(drops), 9, dtype=torch.bool)
     for row, drop in zip(keep, drops, strict=True):
         row[list(drop)] = False
@@ -239,7 +240,7 @@ def test_subset_errors_have_the_same_bits_for_any_number_of_threads_and_other_su
         expected = ops.subset_errors(*ranking, keep, 3)
         torch.set_num_threads(4)
         assert torch.equal(ops.subset_errors(*ranking, keep, 3), expected)
-        assert torch.equal(ops.subset_errors(*ranking, keep[5:8], 3), expected[5:8])
+        assert torch.equal(ops.subset_errors(*ranking, keep[50:53], 3), expected[50:53])
     finally:
         torch.set_num_threads(threads)
 
