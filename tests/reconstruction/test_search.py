@@ -220,12 +220,6 @@ def test_a_familys_loss_is_what_its_pruned_output_differs_by(family: str) -> Non
     assert result.layer_losses()[0] == pytest.approx(float((outputs[0] - outputs[1]).norm()), rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "phimoe", "jamba", "qwen2_moe"])
-def test_a_family_with_another_router_is_refused(family: str) -> None:
-    with pytest.raises(ValueError, match="this one routes otherwise; use calibrate, score and plan"):
-        search(families.build(family), [{"input_ids": random_tokens(1, 4)}], keep=6)
-
-
 def test_padding_counts_in_no_loss(tiny_mixtral: MixtralFactory) -> None:
     tokens = random_tokens(1, 9)
     padded = {
