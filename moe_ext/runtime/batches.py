@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from moe_ext.data.tokens import token_ids
 from moe_ext.models.blocks import text_config
 from moe_ext.storage.formats import parse_json, shown
 
@@ -17,7 +18,7 @@ _NO_PROSE = (
     *(".npy", ".npz", ".pt", ".pth", ".pkl", ".bin", ".safetensors", ".gguf", ".pdf", ".docx", ".xlsx"),
     *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz"),
 )
-_INSTEAD = "write the texts themselves into a *.txt file, one domain a file"
+_INSTEAD = "give it as data (--data, moe_ext.data.batches), which reads rows of text and chats"
 
 
 def read_domains(paths: Iterable[Path]) -> dict[str, str]:
@@ -66,16 +67,6 @@ def _is_json_lines(text: str) -> bool:
         except ValueError:
             return False
     return True
-
-
-def token_ids(text: str, tokenizer: Any) -> list[int]:
-    """A text's tokens with the special ones that the tokenizer adds. A text that begins with the BOS token itself, as
-    chat templates write it, gets no second one."""
-    tokens: list[int] = tokenizer(text, verbose=False)["input_ids"]  # not verbose: windows may be shorter than the text
-    first, number = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
-    if first and text.startswith(first) and tokens[:2] == [number, number]:
-        return tokens[1:]
-    return tokens
 
 
 def prompt_batch(text: str, tokenizer: Any, model: Any) -> dict[str, Tensor]:

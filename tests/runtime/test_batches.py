@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from transformers import BatchEncoding
 
 import moe_ext
+from moe_ext.data.tokens import token_ids
 from moe_ext.evaluation.skip_rates import skip_rates
-from moe_ext.runtime.batches import check_batch, prompt_batch, read_domains, token_batches, token_ids
+from moe_ext.runtime.batches import check_batch, prompt_batch, read_domains, token_batches
 from tests.support.batches import random_tokens
 from tests.support.mixtral import MixtralFactory
 
@@ -55,7 +56,7 @@ def test_a_file_and_a_folder_are_read_by_domain(tmp_path: Path) -> None:
         (["a.txt", "twin/a.txt"], "two text files are named 'a'"),
         (["blank.txt"], "blank.txt is empty"),
         (["latin.txt"], "latin.txt is not UTF-8 text"),
-        (["chat.jsonl"], "chat.jsonl is no prose but jsonl: write the texts themselves into a"),
+        (["chat.jsonl"], "chat.jsonl is no prose but jsonl: give it as data \\(--data"),
         (["table.CSV"], "table.CSV is no prose but CSV"),
         (["chat.txt"], "chat.txt is no prose but lines of JSON"),
         (["chats"], "chat.txt is no prose but lines of JSON"),
