@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moe_ext.models.blocks import MoeBlock, decoder_layers
 from moe_ext.runtime.base_forward import alone, run_base
-from moe_ext.runtime.course import Course, course_of, split_state
+from moe_ext.runtime.course import Course, course_of, split_state, unwritten
 from moe_ext.runtime.head_gradients import Labels, check_head, head_gradient
 from moe_ext.runtime.hidden_states import MEMORY
 from moe_ext.runtime.layer_walk import LayerInputs
@@ -172,7 +172,7 @@ class OutputGradients:
             def forward(*args: Any, **kwargs: Any) -> Tensor:
                 hidden, (others, named) = split_state(args, kwargs)
                 stored = hidden if layer == 0 else self._states.before(layer, batch).to(hidden.device)
-                with torch.enable_grad():
+                with torch.enable_grad(), unwritten(self._layers[layer], (others, named)):
                     entered.append(stored.detach().clone().requires_grad_())
                     left.append(original(entered[0], *others, **named))
                 return left[0].detach()

@@ -5,7 +5,8 @@ The model's own code says so, in two dry runs whose decoder layers compute nothi
 others in each. What differs between the runs depends on what layers return.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -204,7 +205,9 @@ def _difference(first: _DryRun, second: _DryRun, layers: Sequence[nn.Module]) ->
         kind = type(layers[one.layer]).__name__
         if not _same(one.others, other.others):
             return f"what decoder layer {one.layer}, a {kind}, is given depends on earlier layers than the one before"
-        for thing in _mutable(one.others):
+        for thing in _containers(one.others):
+            if isinstance(thing, dict) and thing:
+                continue  # something to read; :func:`unwritten` sees that nobody writes to it
             if shared.setdefault(id(thing), one.layer) != one.layer:
                 return f"decoder layers {shared[id(thing)]} and {one.layer} share a {type(thing).__name__}"
     if not _same(first.calls[0].state, second.calls[0].state):
@@ -225,11 +228,27 @@ def _same(one: Any, other: Any) -> bool:
     return one is other or (type(one) is type(other) and isinstance(one, int | float | str) and one == other)
 
 
-def _mutable(value: Any) -> list[Any]:
+@contextmanager
+def unwritten(layer: nn.Module, others: Any) -> Iterator[None]:
+    """RuntimeError if a decoder layer writes to a dict that it is given, which later layers may read.
+
+    Args:
+        others: what it is given beside hidden states.
+    """
+    before = [(each, dict(each)) for each in _containers(others) if isinstance(each, dict)]
+    yield
+    for each, content in before:
+        if each.keys() != content.keys() or any(each[key] is not value for key, value in content.items()):
+            raise RuntimeError(
+                f"a {type(layer).__name__} writes to a dict, which stored hidden states do not bring back"
+            )
+
+
+def _containers(value: Any) -> list[Any]:
     """The containers within a layer's arguments that a layer could write to."""
     if isinstance(value, tuple):
-        return [found for each in value for found in _mutable(each)]
+        return [found for each in value for found in _containers(each)]
     if isinstance(value, dict | list):
         inside = value.values() if isinstance(value, dict) else value
-        return [value, *(found for each in inside for found in _mutable(each))]
+        return [value, *(found for each in inside for found in _containers(each))]
     return []

@@ -97,7 +97,8 @@ class ParkedStates:
 
     def _written(self, batch: int, place: int, tensor: Tensor) -> int:
         """The slot of the list that has a tensor's content now."""
-        tensor = tensor.detach().clone()  # numpy, which writes the file, would hold its memory for good
+        if tensor.device.type == "cpu":
+            tensor = tensor.clone()  # numpy, which writes the file, would hold its memory for good
         if self._list is None:
             self._list = SpillingList(0 if tensor.device.type == "cpu" else self._memory)
         slot = self._slots.get((batch, place))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moe_ext.models.blocks import MoeBlock, decoder_layers
 from moe_ext.runtime.base_forward import alone, give_back_holes, replaced_forwards, run_base
-from moe_ext.runtime.course import Course, course_of, split_state
+from moe_ext.runtime.course import Course, course_of, split_state, unwritten
 from moe_ext.runtime.hidden_states import MEMORY, HiddenStates, ParkedStates
 from moe_ext.runtime.suspended import Entry, SuspendedForward, suspending
 
@@ -304,7 +304,8 @@ class _InStates:
             def forward(*args: Any, **kwargs: Any) -> Tensor:
                 state, (others, named) = split_state(args, kwargs)
                 entering = self._states.read(batch).to(state.device) if self._stored else state
-                output = original(entering, *others, **named)
+                with unwritten(self._layers[layer], (others, named)):
+                    output = original(entering, *others, **named)
                 if not isinstance(output, Tensor):
                     kind = type(self._layers[layer]).__name__
                     raise ValueError(f"a {kind} returns {type(output).__name__}; expected a tensor")
