@@ -95,14 +95,14 @@ def write_shard(path: Path, parts: list[Part], bar: Any) -> list[str]:
     with replace_file(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for part in parts:
-            if not _write_part(file, part):
+            if not write_part(file, part):
                 strange.append(part.name)
             bar.update(part.size)
     return strange
 
 
-def _write_part(file: IO[bytes], part: Part) -> bool:
-    """Whether all numbers are finite."""
+def write_part(file: IO[bytes], part: Part) -> bool:
+    """Writes a part at the end of a file; returns whether all numbers are finite."""
     if part.content is not None:
         file.write(part.content)
         return True

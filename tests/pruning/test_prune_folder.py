@@ -203,7 +203,7 @@ def test_tokenizer_files_go_along_and_the_model_card_does_not(
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize(
     ("function", "calls"),
-    [("write_shard", 0), ("_write_part", 5), ("_write_part", 30), ("_write_rest", 0), ("flush_to_disk", 3)],
+    [("write_shard", 0), ("write_part", 5), ("write_part", 30), ("_write_rest", 0), ("flush_to_disk", 3)],
 )
 def test_a_killed_run_leaves_no_result_and_the_next_one_finishes_it(
     function: str, calls: int, mixtral: tuple[Path, PruningPlan], tmp_path: Path
@@ -215,7 +215,7 @@ def test_a_killed_run_leaves_no_result_and_the_next_one_finishes_it(
         moe_ext.prune_checkpoint(source, plan, tmp_path / "got", shard_size=SHARD, progress=False)
 
     def killed() -> None:
-        owner = shard_writer if function == "_write_part" else prune_folder
+        owner = shard_writer if function == "write_part" else prune_folder
         original, left = getattr(owner, function), [calls]
 
         def dies(*args: Any) -> Any:
