@@ -81,7 +81,8 @@ def _router(name: str, module: nn.Module, experts: nn.Module, config: Any) -> tu
     """The name of the router beside a layer's experts, and K."""
     beside = [(key, child) for key, child in module.named_children() if child is not experts]
     said = [(key, child) for key, child in beside if hasattr(child, "top_k") and hasattr(child, "num_experts")]
-    found = [(key, child.top_k) for key, child in said if isinstance(child.top_k, int)]
+    numbers: list[tuple[str, Any]] = [(key, child.top_k) for key, child in said]
+    found: list[tuple[str, int]] = [(key, top_k) for key, top_k in numbers if isinstance(top_k, int)]
     if not said:
         # A router has a tensor of a row an expert; what has none is not tried.
         might = [(key, child) for key, child in beside if _counts(child, num_routed(experts))]
