@@ -261,10 +261,22 @@ def moe_blocks(model: PreTrainedModel) -> list[MoeBlock]:
             f"{type(model).__name__} has no MoE layers that are supported: no module of it goes through transformers' "
             f"experts interface (model type {config.model_type!r})"
         )
+    _refuse_shared_weights(blocks)
     for block in blocks:
         if not 1 <= block.top_k <= block.num_routed:
             raise ValueError(f"{block.name}: top_k is {block.top_k}; expected 1 to {block.num_routed} experts a token")
     return blocks
+
+
+def _refuse_shared_weights(blocks: Sequence[MoeBlock]) -> None:
+    """ValueError if two layers have the same experts: what is counted, kept or skipped in one holds for the other."""
+    owner: dict[int, str] = {}
+    for block in blocks:
+        for tensor in block.experts.parameters():
+            if owner.setdefault(id(tensor), block.name) != block.name:
+                raise ValueError(
+                    f"{owner[id(tensor)]} and {block.name} share their experts (tied weights), which is not supported"
+                )
 
 
 def _groups(config: Any, family: Family) -> tuple[int, int]:

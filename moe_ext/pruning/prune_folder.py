@@ -31,6 +31,7 @@ from moe_ext.pruning.refit_files import RefitFiles
 from moe_ext.pruning.refit_folder import down_projections, planned, refit_into
 from moe_ext.pruning.renumbered_names import positions_of, renumbered
 from moe_ext.pruning.shard_writer import Part, shards_of, write_shard
+from moe_ext.pruning.tables_on_disk import tables_left, with_tables
 from moe_ext.pruning.unfinished import PROGRESS, begin, check_space, fingerprint, locked
 from moe_ext.storage.digests import text_digest
 from moe_ext.storage.files import flush_to_disk, folder_destination, put_in_place
@@ -112,12 +113,12 @@ def prune_checkpoint(
             "refit a checkpoint in bfloat16"
         )
     before, config = skeleton.model.num_parameters(), copy.deepcopy(skeleton.model.config)
-    slices = slices_of(skeleton, blocks, plan)
+    slices, tables = slices_of(skeleton, blocks, plan), tables_left(skeleton, stored, blocks, plan)
     written, further = _changed_quantisation(Path(checkpoint), skeleton, slices)
     downs = [] if refit is None else down_projections(skeleton, blocks)
     prune(skeleton.model, plan)  # checks the plan, writes the config, and gives the shapes to arrive at
     fitted = planned(skeleton, downs)
-    parts = parts_of(skeleton, stored, slices, fitted)
+    parts = with_tables(parts_of(skeleton, stored, slices, fitted), tables)
     if len(names := {part.name for part in parts}) != len(parts):
         raise CheckpointError(f"{checkpoint}: {len(parts)} tensors would have only {len(names)} names")
     shards = shards_of(parts, shard_size)
@@ -139,7 +140,7 @@ def prune_checkpoint(
                 trust_remote_code=trust_remote_code,
             )
             by_name = dict(zip(downs, found, strict=True))
-            shards = shards_of(parts_of(skeleton, stored, slices, by_name), shard_size)
+            shards = shards_of(with_tables(parts_of(skeleton, stored, slices, by_name), tables), shard_size)
         total, strange = sum(part.size for part in parts), list[str]()
         with tqdm(total=total, desc="prune", unit="B", unit_scale=True, disable=not progress) as bar:
             for name, content in shards.items():
