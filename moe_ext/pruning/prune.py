@@ -137,15 +137,35 @@ def prune(
             :func:`moe_ext.pruning.refit_layers.refitted_layers`). The model is left as it was.
     """
     given, model = model, unwrapped_to_change(model, "prune")
-    blocks = moe_blocks(model)
-    check_plan(model, blocks, plan)
     if novices is not None:
+        blocks = moe_blocks(model)
+        check_plan(model, blocks, plan)
         if plan.channels is not None:
             raise ValueError("novices: go with experts that keep all their channels; this plan thins them")
         if refit is not None:
             raise ValueError("refit: kept experts make up for removed ones already by novices; expected one of the two")
         _put_novices(model, blocks, plan, novices)
         return given
+    prune_whole(model, plan, refit=refit, progress=progress)
+    return given
+
+
+def prune_whole(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    *,
+    refit: Iterable[Mapping[str, Tensor]] | None = None,
+    progress: bool = False,
+    further_layers: bool = False,
+) -> None:
+    """:func:`prune` of a model without a wrapper, without novices.
+
+    Args:
+        further_layers: whether layers for multi-token prediction, which the model does not have, are kept where it is
+            saved; the config then goes on counting them.
+    """
+    blocks = moe_blocks(model)
+    check_plan(model, blocks, plan)
     thinning = None if plan.channels is None else Thinning.of(model, blocks, plan.channels, list(map(len, plan.keep)))
     fitted: dict[int, Tensor] = {}
     if refit is not None:
@@ -161,12 +181,12 @@ def prune(
     for module, name, value in attributes:
         setattr(module, name, value)
     with_counts(text_config(model), fields, counts_by_layer(blocks, counts))
-    _announce_no_further_layers(model)
+    if not further_layers:
+        _announce_no_further_layers(model)
     if thinning is not None:
         thinning.apply(model, blocks)
     for layer, down in fitted.items():
         replace_tensor(blocks[layer].experts, "down_proj", expert_tensors(blocks[layer])["down_proj"], down)
-    return given
 
 
 def _announce_no_further_layers(model: PreTrainedModel) -> None:
