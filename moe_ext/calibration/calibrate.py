@@ -148,10 +148,16 @@ def calibrate(
             )
     if distributed:
         add_up(stats)
-    if not bool((stats.tokens > 0).all()):
+    without = [name for name, tokens in zip(stats.layers, stats.tokens.tolist(), strict=True) if tokens == 0]
+    if len(without) == stats.num_layers:
         raise ValueError(
             "no token was counted: 'batches' is empty, every token is padding, "
             "or set_experts_implementation was called on the patched model"
+        )
+    if without:
+        raise ValueError(
+            f"no token came to {len(without)} of {stats.num_layers} MoE layers, the first {without[0]}: its experts "
+            "are for other inputs than these batches hold, such as images; add batches with them"
         )
     return stats
 

@@ -92,6 +92,7 @@ class Observer:
     def __call__(
         self, x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
     ) -> Tensor:
+        experts = self._chosen(x, experts, weights)
         out = ops.experts_observed(
             x, gate_up, down, experts, weights, activation, self.moments, self.counted, self.channels, self.pairs
         )
@@ -104,8 +105,25 @@ class Observer:
 
     def observe(self, x: Tensor, experts: Tensor, weights: Tensor) -> None:
         """The same statistics without the operator: x (T, H), experts (T, K), weights (T, K)."""
+        experts = self._chosen(x, experts, weights)
         self._evaluate(x, experts, weights, moments=True)
         self._count(experts.long(), weights.float())
+
+    def _chosen(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """The experts (T, K) that count: E where a weight is 0, which some routers give to a choice of no expert.
+
+        Raises:
+            ValueError: the router chooses another number of experts than its module says, or the tokens are not those
+                of the whole batch, of which it is known which are padding.
+        """
+        if experts.shape[1] != self.top_k:
+            raise ValueError(f"{self.block.name} gives a token {experts.shape[1]} experts; expected {self.top_k}")
+        if self.counted is not None and len(self.counted) != len(x):
+            raise ValueError(
+                f"{self.block.name} has {len(x)} of a batch's {len(self.counted)} tokens, and which of them are "
+                "padding is not known: give this model batches without padding"
+            )
+        return experts.masked_fill(weights == 0, self.num_experts)
 
     def _evaluate(self, x: Tensor, experts: Tensor, weights: Tensor, *, moments: bool) -> None:
         """Adds the counted slots' outputs to their sums, and norms to moments and pairs, with the model's own code.
@@ -142,13 +160,15 @@ class Observer:
         ones = torch.ones(experts.shape[0], dtype=torch.int64, device=experts.device)
         counted = ones if self.counted is None else self.counted.long()  # (T,) 1 for tokens that count
         self.tokens += counted.sum()
-        ranked = weights.sort(dim=-1, descending=True).values
+        ranked = weights.abs().sort(dim=-1, descending=True).values
         ratios = (ranked[:, 1:] / ranked[:, :1]).nan_to_num(0.0)  # a NaN is reported once the moments are read
         bins = (ratios * RATIO_BINS).long().clamp(0, RATIO_BINS - 1)  # (T, K - 1)
         ranks = torch.arange(self.top_k - 1, device=bins.device) * RATIO_BINS
-        _add_counts(self.ratio_histogram, bins + ranks, counted[:, None])
+        _add_counts(self.ratio_histogram, bins + ranks, counted[:, None] * (ranked[:, 1:] != 0))
+        chosen = experts < self.num_experts  # (T, K)
+        experts = experts.where(chosen, 0)
         pairs = experts.unsqueeze(2) * self.num_experts + experts.unsqueeze(1)  # (T, K, K)
-        _add_counts(self.coactivation, pairs, counted[:, None, None])
+        _add_counts(self.coactivation, pairs, counted[:, None, None] * (chosen.unsqueeze(2) & chosen.unsqueeze(1)))
 
 
 def _add_counts(histogram: Tensor, bins: Tensor, counts: Tensor) -> None:
@@ -210,7 +230,7 @@ def _take_sums(stats: ExpertStatistics, layer: int, observer: Observer) -> None:
     count = observer.num_experts
     stats.moments[layer, :count] = observer.moments
     stats.tokens[layer] = observer.tokens
-    stats.ratio_histogram[layer] = observer.ratio_histogram
+    stats.ratio_histogram[layer, : observer.top_k - 1] = observer.ratio_histogram
     stats.coactivation[layer, :count, :count] = observer.coactivation
     if stats.output_pairs is not None:
         stats.output_pairs[layer, :count, :count] = observer.pairs

@@ -259,12 +259,33 @@ def moe_blocks(model: PreTrainedModel) -> list[MoeBlock]:
     if not blocks:
         raise ValueError(
             f"{type(model).__name__} has no MoE layers that are supported: no module of it goes through transformers' "
-            f"experts interface (model type {config.model_type!r})"
+            f"experts interface (model type {config.model_type!r}){_experts_of_its_own(model)}"
         )
+    _refuse_shared_weights(blocks)
     for block in blocks:
         if not 1 <= block.top_k <= block.num_routed:
             raise ValueError(f"{block.name}: top_k is {block.top_k}; expected 1 to {block.num_routed} experts a token")
     return blocks
+
+
+def _experts_of_its_own(model: PreTrainedModel) -> str:
+    """What in a model seems to be experts all the same, for the refusal."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if "expert" in kind.lower() or name.rpartition(".")[2] == "experts":
+            return f"; its experts, {name}, are a {kind} with code of their own, which is not known here"
+    return ""
+
+
+def _refuse_shared_weights(blocks: Sequence[MoeBlock]) -> None:
+    """ValueError if two layers have the same experts: what is counted, kept or skipped in one holds for the other."""
+    owner: dict[int, str] = {}
+    for block in blocks:
+        for tensor in block.experts.parameters():
+            if owner.setdefault(id(tensor), block.name) != block.name:
+                raise ValueError(
+                    f"{owner[id(tensor)]} and {block.name} share their experts (tied weights), which is not supported"
+                )
 
 
 def _groups(config: Any, family: Family) -> tuple[int, int]:

@@ -88,9 +88,7 @@ def parts_of(
                 parts += _kept(stored[key], stored[key].dtype, source, slices, weight, piece)
             continue
         tensor = stored[name]
-        plain = QuantisedWeight(name, tensor.shape, {}, _not_quantised)
-        piece = Piece("weight", tuple((dim, 1) for dim in range(len(tensor.shape))))
-        for part in _kept(tensor, dtype, source, slices, plain, piece):
+        for part in plain_parts(tensor, dtype, source, slices):
             if source.target in fitted:
                 part = _fitted(part, source, slices[source.target], fitted[source.target])
             if not source.converted and part.shape != shapes[source.target]:
@@ -100,6 +98,13 @@ def parts_of(
                 )
             parts.append(part)
     return parts
+
+
+def plain_parts(tensor: StoredTensor, dtype: torch.dtype, source: Source, slices: dict[str, Slice]) -> list[Part]:
+    """What is left of a tensor that is stored as it is: a part, or none."""
+    plain = QuantisedWeight(tensor.name, tensor.shape, {}, _not_quantised)
+    piece = Piece("weight", tuple((dim, 1) for dim in range(len(tensor.shape))))
+    return _kept(tensor, dtype, source, slices, plain, piece)
 
 
 def _whole(tensor: StoredTensor, dtype: torch.dtype) -> Part:

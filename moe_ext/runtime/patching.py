@@ -166,12 +166,13 @@ def _patch_blocks(
         raise ValueError(
             f"{next(iter(unsupported.values()))}. With strict=False such layers stay on transformers' implementation"
         )
+    top_k = max(block.top_k for block in blocks)
     if isinstance(skip, str):
         if skip != "config":
             raise ValueError(f"skip is {skip!r}; expected thresholds, 'config' or None")
-        thresholds = thresholds_in_config(model.config, layer_numbers(blocks), blocks[0].top_k)
+        thresholds = thresholds_in_config(model.config, layer_numbers(blocks), top_k)
     else:
-        thresholds = None if skip is None else check_thresholds(skip, len(blocks), blocks[0].top_k)
+        thresholds = None if skip is None else check_thresholds(skip, len(blocks), top_k)
     scale = _scale_asked(model, blocks, renormalise, stored=skip is not None)
 
     state = _state_of(model)
@@ -199,7 +200,7 @@ def _patch_blocks(
         own = LayerState(
             fallback="eager" if thresholds is not None and not stock else named,
             stock=stock,
-            thresholds=None if thresholds is None else thresholds[layer].clone(),
+            thresholds=None if thresholds is None else thresholds[layer, : block.top_k - 1].clone(),
             renormalise=block.family.renormalise is True if block.family.fused else None,
             scale=scale,
             top_k=block.top_k,
