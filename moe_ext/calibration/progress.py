@@ -68,7 +68,7 @@ class CalibrationProgress:
         """Says that the layer calls before ``position`` are done."""
         if self._path is not None:
             metadata = {"job": self._job, "layer": str(position), "digests": json.dumps(self.digests)}
-            write_tensors(self._path, self._stats.tensors(), metadata)
+            write_tensors(self._path, self._stats.every_tensor(), metadata)
         if isinstance(self.states, MappedStates):
             self.states.forget_earlier()
 
@@ -88,7 +88,7 @@ class CalibrationProgress:
                         f"resume: {self._path} is of another run (model, text or options differ); "
                         "name a new file, or delete it"
                     )
-                for name, tensor in self._stats.tensors().items():
+                for name, tensor in self._stats.every_tensor().items():
                     tensor.copy_(file.get_tensor(name))
                 self.digests = {int(layer): digest for layer, digest in json.loads(metadata["digests"]).items()}
                 return int(metadata["layer"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -41,6 +42,7 @@ class Batches:
         counts: what became of the rows up to the last batch that was given out.
         tokens: how many tokens were asked for; None: all.
         domains: names of the sources.
+        waiting: share of the time since the first batch that was spent waiting for one.
     """
 
     def __init__(
@@ -51,12 +53,21 @@ class Batches:
         self.counts = Counts()
         self.tokens = mix.tokens
         self.domains = [source.name for source in sources]
+        self.waiting = 0.0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self.counts = Counts()
-        for arrays, counts in made_ahead(self._made, self._ahead) if self._ahead else self._made():
-            self.counts = counts
-            yield {name: value if isinstance(value, str) else torch.from_numpy(value) for name, value in arrays.items()}
+        self.counts, self.waiting = Counts(), 0.0
+        made = made_ahead(self._made, self._ahead) if self._ahead else self._made()
+        waited, begun, asked = 0.0, 0.0, time.monotonic()
+        for arrays, counts in made:
+            batch = {name: each if isinstance(each, str) else torch.from_numpy(each) for name, each in arrays.items()}
+            now = time.monotonic()
+            if begun:  # the first batch, before which a process starts and files are opened, says nothing of the pace
+                waited += now - asked
+                self.waiting = waited / (now - begun)
+            begun, self.counts = begun or now, counts
+            yield batch
+            asked = time.monotonic()
 
     def _made(self) -> Iterator[tuple[Arrays, Counts]]:
         counts, mix = Counts(), self._mix

@@ -22,7 +22,7 @@ from moe_ext.runtime.hidden_states import MEMORY, HiddenStates, ParkedStates
 from moe_ext.runtime.suspended import Entry, SuspendedForward, suspending
 
 Seen = Callable[[int, Tensor, Tensor], None]
-"""Called with the index of a batch, and the router's input (T, H) and logits (T, E)."""
+"""Called with the index of a batch, the experts' input (T, H) and the router's logits (T, E)."""
 
 After = Callable[[int, Tensor], None]
 
@@ -104,8 +104,8 @@ class LayerInputs:
         return self._way.states(batch)
 
     def observe(self, block: int, seen: Seen) -> None:
-        """Calls ``seen`` for every batch with what the router of an MoE layer sees, given what the layers before it
-        compute now.
+        """Calls ``seen`` for every batch with what the experts of an MoE layer are given, and its router computes, with
+        what the layers before it compute now.
 
         Args:
             block: index of the layer; not before that of an earlier call.
@@ -114,20 +114,24 @@ class LayerInputs:
             self.advance()
         router, experts = self._blocks[block].router, self._blocks[block].experts
         batch, routed = 0, 0
+        logits: Tensor
 
         def enter(index: int) -> None:
             nonlocal batch
             batch = index
 
         def look(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+            nonlocal logits
+            logits = output[0]
+
+        def stop(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             nonlocal routed
             routed += 1
-            seen(batch, args[0].reshape(-1, args[0].shape[-1]), output[0])
+            seen(batch, hidden.reshape(-1, hidden.shape[-1]), logits)
+            return torch.zeros_like(hidden)  # what follows is not looked at
 
         with replaced_forwards() as replace:
-            replace(
-                experts, lambda _: lambda hidden, *args, **kwargs: torch.zeros_like(hidden)
-            )  # what follows is not looked at
+            replace(experts, lambda _: stop)
             handle = router.register_forward_hook(look)
             try:
                 self.stay(enter)
@@ -135,7 +139,7 @@ class LayerInputs:
                 handle.remove()
         if routed != len(self._batches):
             raise RuntimeError(
-                f"{self._blocks[block].name}: the router ran {routed} times in {len(self._batches)} batches"
+                f"{self._blocks[block].name}: the experts ran {routed} times in {len(self._batches)} batches"
             )
 
     def _run(

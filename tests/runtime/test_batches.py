@@ -106,7 +106,7 @@ def test_a_templated_text_gets_no_second_bos() -> None:
 def test_what_a_tokenizer_adds_is_left_out_and_nothing_else(tiny_mixtral: MixtralFactory) -> None:
     model, tokens = tiny_mixtral(), random_tokens(2, 5)
     given = {"input_ids": tokens, "position_ids": torch.arange(5)[None], "token_type_ids": tokens, "length": [5, 5]}
-    inputs, counted = check_batch(0, given, model)  # type: ignore[arg-type]
+    inputs, counted = check_batch(0, given, model)
     assert list(inputs) == ["input_ids", "position_ids"]
     assert counted is None
     with pytest.raises(ValueError, match="batch 3: MixtralModel takes no 'attention_masks'"):
