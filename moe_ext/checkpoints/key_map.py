@@ -42,7 +42,7 @@ class Source:
         part: where the tensor goes among those of its expert, which lie one above the other in the parameter's
             slice of that expert; None if transformers' conversion is another one.
         stands_in: whether the tensor is stored under the name of another parameter, which is tied to this one.
-        others: further parameters that it feeds, by a conversion that makes several of one tensor.
+        others: further parameters that the same conversion makes, of the same tensor or of tensors of one numbering.
         in_pieces: whether these and the target are equal pieces of it, one above the other.
         before: parameters whose experts are numbered before those of the target, in keys that count the experts of
             several modules.
@@ -108,7 +108,8 @@ def _shared_out(source: Source, targets: tuple[str, ...], places: Mapping[str, T
     assert source.expert is not None
     share = -(-sum(places[target].shape[0] for target in targets) // len(targets))
     at = min(source.expert // share, len(targets) - 1)
-    return replace(source, target=targets[at], expert=source.expert - at * share, before=targets[:at])
+    others = (*targets[:at], *targets[at + 1 :])
+    return replace(source, target=targets[at], expert=source.expert - at * share, others=others, before=targets[:at])
 
 
 def _transposes(converter: WeightConverter, dims: set[int]) -> bool:
