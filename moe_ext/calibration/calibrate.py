@@ -27,8 +27,8 @@ from moe_ext.models.blocks import (
     refuse_novices,
     refuse_shared_out,
     router_digest,
-    text_config,
 )
+from moe_ext.models.boundary import output_width
 from moe_ext.models.layout import layout_of
 from moe_ext.models.wrapped import unwrapped
 from moe_ext.runtime.batches import as_batches, check_batch, domain_of
@@ -166,7 +166,7 @@ def _start(
         )
     refuse_novices(blocks, "calibrate")
     refuse_shared_out(blocks, "calibrate")
-    hidden_size = text_config(model).hidden_size if outputs else None
+    hidden_size = output_width(blocks[0].experts) if outputs else None
     width = check_channels(channels, blocks)
     layout, ordered = layout_of(model, blocks), channels == "gram"
     stats = ExpertStatistics.empty(layout, family_of(model).gate, dataset, hidden_size, width, ordered)

@@ -155,6 +155,6 @@ def _counting(
     for block, kept in zip(blocks, keep, strict=True):
         for name, tensor in expert_tensors(block).items():
             found[names[id(tensor)]] = block.num_experts, kept, channel_dimension(block, name) is not None
-        for _, _, tensor, _ in block.routing_tensors():
-            found[names[id(tensor)]] = block.num_experts, kept, False
+        for part in block.routing_tensors():
+            found[names[id(part.tensor)]] = block.num_experts, kept, False
     return found

@@ -13,6 +13,7 @@ from moe_ext.checkpoints.quantised_weight import Piece, QuantisedWeight
 from moe_ext.checkpoints.stored_tensors import CheckpointError, StoredTensor
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import MoeBlock, expert_tensors
+from moe_ext.models.counted import Dimension
 from moe_ext.models.expert_width import channel_dimension
 from moe_ext.pruning.shard_writer import Part, Selection
 from moe_ext.pruning.thin import channel_places
@@ -23,7 +24,7 @@ class Slice:
     """What is kept of a tensor that counts experts.
 
     Attributes:
-        dim: its dimension of experts.
+        dimension: its dimension of experts.
         keep: the experts that are kept, of ``experts``.
         shape: its shape in the model.
         channel_dim: its dimension of channels there, if some of them go.
@@ -32,7 +33,7 @@ class Slice:
         layer: name of the Mixture-of-Experts block.
     """
 
-    dim: int
+    dimension: Dimension
     keep: tuple[int, ...]
     experts: int
     layer: str
@@ -55,14 +56,14 @@ def slices_of(skeleton: Skeleton, blocks: list[MoeBlock], plan: PruningPlan) -> 
         for name, tensor in expert_tensors(block).items():
             dim = None if kept is None else channel_dimension(block, name)
             if dim is None or kept is None:
-                found[names[id(tensor)]] = Slice(0, keep, block.num_experts, block.name)
+                found[names[id(tensor)]] = Slice(Dimension(0), keep, block.num_experts, block.name)
             else:
                 places = channel_places(block, name, kept)
                 found[names[id(tensor)]] = Slice(
-                    0, keep, block.num_experts, block.name, tuple(tensor.shape), dim, kept, places
+                    Dimension(0), keep, block.num_experts, block.name, tuple(tensor.shape), dim, kept, places
                 )
-        for _, _, tensor, dim in block.routing_tensors():
-            found[names[id(tensor)]] = Slice(dim, keep, block.num_experts, block.name)
+        for part in block.routing_tensors():
+            found[names[id(part.tensor)]] = Slice(part.dimension, keep, block.num_experts, block.name)
     return found
 
 
@@ -211,24 +212,24 @@ def _sliced(
         if kept.channels is None:
             return part
         return _selected(part, source, kept, [position], weight, piece)
-    counting = piece.axis(kept.dim)
+    size = kept.dimension.size(kept.experts)
+    counting = piece.axis(kept.dimension.index)
     if counting is None and piece.holds == "numbers" and weight.pieces and weight.indivisible is None:
         return part  # a scale that all experts share
-    dim, together = counting or (kept.dim, 1)
-    if together != 1 or len(shape) <= dim or shape[dim] != kept.experts:
-        raise CheckpointError(
-            f"{tensor.file}: {name!r} has shape {tensor.shape}; expected {kept.experts} in place {kept.dim}"
-        )
+    dim, together = counting or (kept.dimension.index, 1)
+    if together != 1 or len(shape) <= dim or shape[dim] != size:
+        raise CheckpointError(f"{tensor.file}: {name!r} has shape {tensor.shape}; expected {size} in place {dim}")
     inner = math.prod(shape[dim + 1 :]) * tensor.dtype.itemsize
     ranges: list[tuple[int, int]] = []
+    positions = kept.dimension.places(kept.keep, kept.experts)
     for outer in range(math.prod(shape[:dim])):
-        for expert in kept.keep:
-            begin = (outer * kept.experts + expert) * inner
+        for position in positions:
+            begin = (outer * size + position) * inner
             if kept.channels is None and ranges and ranges[-1][1] == begin:
                 ranges[-1] = (ranges[-1][0], begin + inner)
             else:
                 ranges.append((begin, begin + inner))
-    part = replace(part, shape=(*shape[:dim], len(kept.keep), *shape[dim + 1 :]), ranges=tuple(ranges))
+    part = replace(part, shape=(*shape[:dim], len(positions), *shape[dim + 1 :]), ranges=tuple(ranges))
     if kept.places is None:
         return part
     return _selected(part, source, kept, list(range(len(kept.keep))), weight, piece)

@@ -24,6 +24,7 @@ from moe_ext.checkpoints.stored_tensors import INDEX, CheckpointError, stored_te
 from moe_ext.checkpoints.written_config import changed_content, read_content, write_content
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import moe_blocks, refuse_novices, text_config
+from moe_ext.models.counted import counts_differ
 from moe_ext.pruning.kept_parts import Slice, parts_of, slices_of
 from moe_ext.pruning.prune import prune
 from moe_ext.pruning.refit_files import RefitFiles
@@ -101,7 +102,7 @@ def prune_checkpoint(
     target = folder_destination(out)
     stored = stored_tensors(checkpoint)
     skeleton = skeleton_of(checkpoint, stored, dtype=dtype, trust_remote_code=trust_remote_code)
-    if text_config(skeleton.model).is_heterogeneous:
+    if counts_differ(text_config(skeleton.model)):
         raise ValueError(f"{checkpoint}: its layers differ already; prune the model that it was made of")
     blocks = moe_blocks(skeleton.model)
     refuse_novices(blocks, "prune")
