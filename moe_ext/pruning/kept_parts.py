@@ -44,7 +44,7 @@ class Slice:
 
     def swapped(self) -> "Slice":
         """The same of the transposed matrix."""
-        return replace(self, dim=1 - self.dim)
+        return replace(self, dimension=replace(self.dimension, index=1 - self.dimension.index))
 
 
 def slices_of(skeleton: Skeleton, blocks: list[MoeBlock], plan: PruningPlan) -> dict[str, Slice]:
