@@ -427,13 +427,18 @@ def decoder_layers(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> tuple[
     """The name of the list of decoder layers, the layers, and which of them every MoE layer is in.
 
     Raises:
-        ValueError: there is no such list.
+        ValueError: there is no such list, or more than one.
     """
     modules = dict(model.named_modules())
     parts = blocks[0].name.split(".")
     for depth in range(len(parts) - 1, 0, -1):
         owner = ".".join(parts[:depth])
         if isinstance(modules[owner], nn.ModuleList):
+            for block in blocks:
+                if not block.name.startswith(f"{owner}."):
+                    raise ValueError(
+                        f"{blocks[0].name} and {block.name} are in two lists of decoder layers; expected one"
+                    )
             of_block = [int(block.name.removeprefix(owner + ".").split(".")[0]) for block in blocks]
             return owner, list(modules[owner].children()), of_block
     raise ValueError(f"{blocks[0].name} is in no list of decoder layers")

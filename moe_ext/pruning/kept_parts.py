@@ -64,6 +64,10 @@ def slices_of(skeleton: Skeleton, blocks: list[MoeBlock], plan: PruningPlan) -> 
                 )
         for part in block.routing_tensors():
             found[names[id(part.tensor)]] = Slice(part.dimension, keep, block.num_experts, block.name)
+    for name, origin in skeleton.model.all_tied_weights_keys.items():  # stored under one of its names
+        for one, other in ((name, origin), (origin, name)):
+            if one in found:
+                found.setdefault(other, found[one])
     return found
 
 

@@ -203,6 +203,8 @@ def _difference(first: _DryRun, second: _DryRun, layers: Sequence[nn.Module]) ->
     shared: dict[int, int] = {}
     for one, other in zip(first.calls, second.calls, strict=True):
         kind = type(layers[one.layer]).__name__
+        if (strange := _strange(one.others, other.others)) is not None:
+            return f"decoder layer {one.layer} is given a {type(strange).__name__}, which layers may write to"
         if not _same(one.others, other.others):
             return f"what decoder layer {one.layer}, a {kind}, is given depends on earlier layers than the one before"
         for thing in _containers(one.others):
@@ -226,6 +228,15 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, tuple | list) and isinstance(other, tuple | list):
         return len(one) == len(other) and all(map(_same, one, other))
     return one is other or (type(one) is type(other) and isinstance(one, int | float | str) and one == other)
+
+
+def _strange(one: Any, other: Any) -> Any:
+    """The first object that is another one in the second run and neither a tensor nor a plain value or container."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        one, other = list(one.values()), list(other.values())
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return next((found for pair in zip(one, other, strict=False) if (found := _strange(*pair)) is not None), None)
+    return None if one is other or isinstance(one, Tensor | int | float | str | None) else one
 
 
 @contextmanager
