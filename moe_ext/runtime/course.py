@@ -26,6 +26,7 @@ class Course:
     Attributes:
         calls: the decoder layers in the order in which a forward pass runs them; some may run more than once.
         token_bytes: of the hidden states of a token, before the first layer.
+        waiting_bytes: of all that a layer is given for a token, before the last layer.
         token_shape: of the same (B, S, ...), without the first two dimensions.
         dtype: of the same.
         obstacle: why hidden states alone do not tell what a layer is given; None: they do, and every layer runs once.
@@ -33,6 +34,7 @@ class Course:
 
     calls: tuple[int, ...]
     token_bytes: int = 0
+    waiting_bytes: int = 0
     token_shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     obstacle: str | None = None
@@ -115,8 +117,12 @@ def _course(model: PreTrainedModel, layers: Sequence[nn.Module], batch: Mapping[
             obstacle = f"hidden states have shape {tuple(state.shape)} for tokens {tuple(batch['input_ids'].shape)}"
         else:
             obstacle = _difference(first, _dry_run(model, layers, batch, 1, last=len(calls)), layers)
-    shape = tuple(state.shape[2:])
-    return Course(calls, -(-state.numel() * state.element_size() // tokens), shape, state.dtype, obstacle)
+    given = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in _tensors((first.calls[-1].state, first.calls[-1].others))
+    }
+    sizes = -(-state.nbytes // tokens), -(-sum(given.values()) // tokens)
+    return Course(calls, *sizes, tuple(state.shape[2:]), state.dtype, obstacle)
 
 
 def shortened(numbers: Sequence[int]) -> str:
@@ -253,6 +259,13 @@ def unwritten(layer: nn.Module, others: Any) -> Iterator[None]:
             raise RuntimeError(
                 f"a {type(layer).__name__} writes to a dict, which stored hidden states do not bring back"
             )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, dict | tuple | list):
+        inside = value.values() if isinstance(value, dict) else value
+        return [found for each in inside for found in _tensors(each)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def _containers(value: Any) -> list[Any]:

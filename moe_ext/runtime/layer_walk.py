@@ -1,10 +1,10 @@
 """What the routers of a model see, one MoE layer after the other: every decoder layer runs once over all batches before
 the next one does.
 
-Between the layers every batch's forward pass is suspended (:mod:`moe_ext.runtime.suspended`), so that all that a layer
-is given is what the model's own code makes of it. Where only hidden states wait, because another process may have to go
-on with them, the model's forward runs anew for every layer, and the other layers pass the hidden states through: for
-models of which :class:`moe_ext.runtime.course.Course` says that this is the same.
+Where :class:`moe_ext.runtime.course.Course` says that hidden states are all that a layer needs of those before it, they
+alone wait between the layers, a bounded part of them in memory: the model's forward runs anew for every layer, and the
+other layers pass the hidden states through. Of other models every batch's own forward pass waits, suspended
+(:mod:`moe_ext.runtime.suspended`), so that all that a layer is given is what the model's own code makes of it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from moe_ext.models.blocks import MoeBlock, decoder_layers
 from moe_ext.runtime.base_forward import alone, give_back_holes, replaced_forwards, run_base
 from moe_ext.runtime.course import Course, course_of, split_state, unwritten
-from moe_ext.runtime.hidden_states import MEMORY, HiddenStates, ParkedStates
+from moe_ext.runtime.hidden_states import MEMORY, HiddenStates, ParkedStates, states_of
 from moe_ext.runtime.suspended import Entry, SuspendedForward, suspending
 
 Seen = Callable[[int, Tensor, Tensor], None]
@@ -60,8 +60,9 @@ class LayerInputs:
         self._course = course or course_of(model, blocks, batches)
         self._position = position  # number of layer calls that are done
         self._way: _Way
-        if states is None or isinstance(states, ParkedStates):
-            self._way = _InFrames(model, layers, batches, states or ParkedStates(MEMORY))
+        states = states or states_of(self._course, MEMORY)
+        if isinstance(states, ParkedStates):
+            self._way = _InFrames(model, layers, batches, states)
         else:
             self._course.refuse_obstacles("this walk")
             self._way = _InStates(model, layers, batches, states, position)
