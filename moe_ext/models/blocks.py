@@ -431,17 +431,35 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def refuse_several_in_a_layer(blocks: Sequence[MoeBlock], of_block: Sequence[int], job: str) -> None:
+    """ValueError if a decoder layer has several MoE blocks, such as one for text and one for images.
+
+    Args:
+        of_block: from :func:`decoder_layers`.
+    """
+    for first, second in zip(range(len(blocks)), range(1, len(blocks)), strict=False):
+        if of_block[first] == of_block[second]:
+            raise ValueError(
+                f"{job}: {blocks[first].name} and {blocks[second].name} are in one decoder layer; expected one a layer"
+            )
+
+
 def decoder_layers(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> tuple[str, list[nn.Module], list[int]]:
     """The name of the list of decoder layers, the layers, and which of them every MoE layer is in.
 
     Raises:
-        ValueError: there is no such list.
+        ValueError: there is no such list, or more than one.
     """
     modules = dict(model.named_modules())
     parts = blocks[0].name.split(".")
     for depth in range(len(parts) - 1, 0, -1):
         owner = ".".join(parts[:depth])
         if isinstance(modules[owner], nn.ModuleList):
+            for block in blocks:
+                if not block.name.startswith(f"{owner}."):
+                    raise ValueError(
+                        f"{blocks[0].name} and {block.name} are in two lists of decoder layers; expected one"
+                    )
             of_block = [int(block.name.removeprefix(owner + ".").split(".")[0]) for block in blocks]
             return owner, list(modules[owner].children()), of_block
     raise ValueError(f"{blocks[0].name} is in no list of decoder layers")

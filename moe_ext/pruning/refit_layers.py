@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from moe_ext.calibration.channels import check_channels, check_gram_memory
 from moe_ext.calibration.routed_inputs import MEMORY, RoutedInputs
 from moe_ext.decision.pruning_plan import PruningPlan
-from moe_ext.models.blocks import MoeBlock, decoder_layers, expert_tensors
+from moe_ext.models.blocks import MoeBlock, decoder_layers, expert_tensors, refuse_several_in_a_layer
 from moe_ext.models.expert_width import width_of
 from moe_ext.pruning.keep_experts import keep_experts
 from moe_ext.pruning.refit import CHANNEL_DAMPING, FITTED_BY, OutputFit, refitted_down, ridge_for
@@ -58,8 +58,9 @@ def refitted_layers(
             not a sum of its experts' and others, or activations that are not finite (layer and expert are named).
         MemoryError: no room for an expert's Gram matrix.
     """
-    refit = _Refit(model, blocks, plan, batches)
     _, _, of_block = decoder_layers(model, blocks)
+    refuse_several_in_a_layer(blocks, of_block, "refit")
+    refit = _Refit(model, blocks, plan, batches)
     last = of_block[-1]
     removes = any(len(keep) < block.num_experts for keep, block in zip(plan.keep, blocks, strict=True))
     given = [each.inputs for each in refit.checked]
