@@ -29,12 +29,12 @@ def packs(model: PreTrainedModel) -> bool:
             again = _states(model, torch.cat([other, second], 1), positions)[:, _FIRST:]
             alone = _states(model, second, None)
             seen = _states(model, torch.cat([first, second], 1), None)[:, _FIRST:]
+            # Against what the first document changes where it is seen. Behind another one nothing differs but the order
+            # of sums, if that; alone, what is computed at once differs as well, and rounds, in bfloat16 to 8 bits.
+            change = (seen - alone).norm()
+            return bool((packed - again).norm() <= 1e-3 * change and (packed - alone).norm() <= 0.05 * change)
     except (TypeError, ValueError, RuntimeError):
         return False  # it takes no positions, or not such ones
-    # Against what the first document changes where it is seen. Behind another one nothing differs but the order of
-    # sums, if that; alone, what is computed at once differs as well, and rounds, in bfloat16 to 8 bits.
-    change = (seen - alone).norm()
-    return bool((packed - again).norm() <= 1e-3 * change and (packed - alone).norm() <= 0.05 * change)
 
 
 def _states(model: PreTrainedModel, tokens: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
