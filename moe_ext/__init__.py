@@ -26,6 +26,7 @@ from moe_ext.evaluation.perplexity import Perplexity, perplexity
 from moe_ext.evaluation.predictions import save_predictions
 from moe_ext.pruning.prune import prune
 from moe_ext.pruning.prune_folder import PrunedCheckpoint, prune_checkpoint
+from moe_ext.pruning.prune_gguf import prune_gguf
 from moe_ext.reconstruction.result import LayerLosses, SearchResult
 from moe_ext.reconstruction.search import search
 from moe_ext.runtime.patching import patch, unpatch
@@ -59,6 +60,7 @@ __all__ = [
     "plan",
     "prune",
     "prune_checkpoint",
+    "prune_gguf",
     "redundant_pairs",
     "save_predictions",
     "score",

@@ -27,11 +27,12 @@ from moe_ext.models.blocks import (
     refuse_novices,
     refuse_shared_out,
     router_digest,
-    text_config,
 )
+from moe_ext.models.boundary import output_width
 from moe_ext.models.layout import layout_of
 from moe_ext.models.wrapped import unwrapped
 from moe_ext.runtime.batches import as_batches, check_batch, domain_of
+from moe_ext.runtime.course import course_of
 from moe_ext.runtime.hidden_states import FolderOptions
 from moe_ext.runtime.layer_walk import LayerInputs
 from moe_ext.runtime.patching import altered_gates, layer_state
@@ -142,7 +143,9 @@ def calibrate(
         with options.opened(model) as layers:
             stats = _start(layers.model, layers.blocks, dataset, outputs, channels, shard)
             listed = _share(checked, layers.model, layers, asked, stats) if distributed else list(checked)
-            _run_layers(layers, listed, stats, options, progress, outputs, strict, distributed)
+            _run_in_turn(
+                *(layers.model, layers.blocks, listed, stats, progress, outputs, strict, distributed), (layers, options)
+            )
     if distributed:
         add_up(stats)
     if not bool((stats.tokens > 0).all()):
@@ -163,7 +166,7 @@ def _start(
         )
     refuse_novices(blocks, "calibrate")
     refuse_shared_out(blocks, "calibrate")
-    hidden_size = text_config(model).hidden_size if outputs else None
+    hidden_size = output_width(blocks[0].experts) if outputs else None
     width = check_channels(channels, blocks)
     layout, ordered = layout_of(model, blocks), channels == "gram"
     stats = ExpertStatistics.empty(layout, family_of(model).gate, dataset, hidden_size, width, ordered)
@@ -250,43 +253,14 @@ def _run(
     stats.model_digest = joined_digest(digests)
 
 
-def _run_in_turn(
-    model: PreTrainedModel,
-    blocks: list[MoeBlock],
-    batches: list[Mapping[str, Tensor]],
-    stats: ExpertStatistics,
-    progress: bool,
-    outputs: bool,
-    strict: bool,
-    distributed: bool,
-) -> None:
-    """Fills the statistics of a model in memory, one layer after the other."""
-    _, _, of_block = decoder_layers(model, blocks)
-    checked = [check_batch(index, batch, model) for index, batch in enumerate(batches)]
-    domains = _domains(batches)
-    with (
-        tqdm(total=(of_block[-1] + 1) * len(checked), desc="calibrate", unit="batch", disable=not progress) as bar,
-        torch.no_grad(),
-        observing(model, blocks, outputs, strict, stats.width, True) as observers,
-        LayerInputs(model, blocks, [each.inputs for each in checked]) as inputs,
-    ):
-        for layer in range(of_block[-1] + 1):
-            index = of_block.index(layer) if layer in of_block else None
-            observer = None if index is None else observers[index]
-            inputs.advance(_before_batches(bar, layer, observer, [each.counted for each in checked], domains))
-            if observer is not None and index is not None:
-                take(stats, index, observer, total_of if distributed else _mine)
-    stats.model_digest = joined_digest([router_digest(block) for block in blocks])
-
-
 def _before_batches(
-    bar: Any, layer: int, observer: Observer | None, counted: list[Tensor | None], domains: list[str | None]
+    bar: Any, layer: int, observers: list[Observer], counted: list[Tensor | None], domains: list[str | None]
 ) -> Callable[[int], None]:
     """What is to be done before a layer runs a batch."""
     bar.set_description(f"calibrate layer {layer}")
 
     def before(batch: int) -> None:
-        if observer is not None:
+        for observer in observers:
             observer.begin(domains[batch], counted[batch])
         bar.update()
 
@@ -297,49 +271,66 @@ def _mine(sums: Tensor) -> Tensor:
     return sums
 
 
-def _run_layers(
-    layers: LayersOnDisk,
+def _run_in_turn(
+    model: PreTrainedModel,
+    blocks: list[MoeBlock],
     batches: list[Mapping[str, Tensor]],
     stats: ExpertStatistics,
-    options: FolderOptions,
     progress: bool,
     outputs: bool,
     strict: bool,
     distributed: bool,
+    on_disk: tuple[LayersOnDisk, FolderOptions] | None = None,
 ) -> None:
-    """Fills the statistics of a model one decoder layer at a time."""
-    model, blocks = layers.model, layers.blocks
+    """Fills the statistics of a model one decoder layer after the other."""
     _, _, of_block = decoder_layers(model, blocks)
     checked = [check_batch(index, batch, model) for index, batch in enumerate(batches)]
     given, counted, domains = [each.inputs for each in checked], [each.counted for each in checked], _domains(batches)
     for domain in domains:
         if domain is not None:
             stats.of_domain(domain)  # before the sums of an interrupted run are read
-    record = CalibrationProgress(layers, given, stats, options, outputs, show=progress)
-    done = len(record.digests) == len(blocks)
-    ordered = _layers_ordered(stats, record.digests, distributed)
-    left = range(record.position, record.position if done else of_block[-1] + 1)
+    course = course_of(model, blocks, given)
+    ends = course.last_calls(of_block)
+    record = None
+    if on_disk is not None:
+        record = CalibrationProgress(on_disk[0], given, stats, on_disk[1], outputs, course, show=progress)
+    digests = {} if record is None else record.digests
+    ordered = _layers_ordered(stats, digests, distributed)
+    start = 0 if record is None else record.position
+    left = range(start, start if len(digests) == len(blocks) else max(ends) + 1)
     bar = tqdm(total=len(left) * len(given), desc="calibrate", unit="batch", disable=not progress)
+    walk = LayerInputs(
+        *(model, blocks, given),
+        course=course,
+        states=None if record is None else record.states,
+        need=None if on_disk is None else on_disk[0].need,
+        position=start,
+    )
     with (
         bar,
         torch.no_grad(),
         observing(model, blocks, outputs, strict, stats.width, stats.channel_order is not None) as observers,
-        LayerInputs(model, blocks, given, states=record.states, need=layers.need, position=record.position) as inputs,
+        walk as inputs,
     ):
-        for layer in left:
-            index = of_block.index(layer) if layer in of_block else None
-            observer = None if index is None or index in record.digests else observers[index]
-            if index is not None and observer is None:
-                layer_state(blocks[index]).observer = None  # its sums are there from before the interruption
-            if observer is not None and index in ordered:
-                observer.inputs = None
-            inputs.advance(_before_batches(bar, layer, observer, counted, domains))
-            if observer is not None and index is not None:
-                take(stats, index, observer, total_of if distributed else _mine)
-                record.digests[index] = router_digest(blocks[index])
-            record.write(layer + 1)
-    stats.model_digest = joined_digest([record.digests[index] for index in range(len(blocks))])
-    record.finish()
+        for index in digests:
+            layer_state(blocks[index]).observer = None  # its sums are there from before the interruption
+        for position in left:
+            layer = course.calls[position]
+            watched = {
+                index: observers[index] for index, of in enumerate(of_block) if of == layer and index not in digests
+            }
+            for index in ordered & watched.keys():
+                watched[index].inputs = None
+            inputs.advance(_before_batches(bar, layer, list(watched.values()), counted, domains))
+            for index, observer in watched.items():
+                if position == ends[index]:
+                    take(stats, index, observer, total_of if distributed else _mine)
+                    digests[index] = router_digest(blocks[index])
+            if record is not None:
+                record.write(position + 1)
+    stats.model_digest = joined_digest([digests[index] for index in range(len(blocks))])
+    if record is not None:
+        record.finish()
 
 
 def _layers_ordered(stats: ExpertStatistics, digests: Mapping[int, str], distributed: bool) -> set[int]:

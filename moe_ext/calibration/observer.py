@@ -16,7 +16,8 @@ from moe_ext import ops
 from moe_ext.calibration.channels import channel_errors, channel_norms, removal_orders
 from moe_ext.calibration.routed_inputs import RoutedInputs
 from moe_ext.calibration.statistics import RATIO_BINS, ExpertStatistics
-from moe_ext.models.blocks import MoeBlock, device_of, eager_forward, expert_tensors
+from moe_ext.models.blocks import MoeBlock, device_of, expert_tensors
+from moe_ext.models.boundary import eager_forward, output_width
 from moe_ext.runtime.patching import is_patched, layer_state, patched
 from moe_ext.runtime.supported import activation_of
 
@@ -113,7 +114,9 @@ class Observer:
         than the operator, and it waits for a GPU.
         """
         if self.outputs and self.output_sum is None:
-            self.output_sum = torch.zeros(self.num_experts, x.shape[1], dtype=torch.float64, device=x.device)
+            self.output_sum = torch.zeros(
+                self.num_experts, output_width(self.experts), dtype=torch.float64, device=x.device
+            )
         counted = torch.ones_like(experts, dtype=torch.bool) if self.counted is None else self.counted[:, None]
         shares = torch.zeros(x.shape[0], self.num_experts, dtype=torch.float64, device=x.device)  # g ||f||
         for expert in range(self.num_experts):

@@ -27,6 +27,7 @@ from moe_ext.commands.options import (
     Scratch,
     Sequential,
     SkipBadRows,
+    Strict,
     Template,
     Text,
     Timeout,
@@ -108,6 +109,7 @@ def search(
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    strict: Strict = True,
     trust_remote_code: TrustRemoteCode = False,
     allow_missing: AllowMissing = False,
     as_json: Json = False,
@@ -171,6 +173,7 @@ def search(
             progress=not as_json and rank() == 0,
             dataset=dataset or reading.label,
             distributed=several,
+            strict=strict,
             **options,
         )
         first = rank() == 0
