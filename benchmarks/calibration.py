@@ -3,8 +3,8 @@
 Makes a random Mixture-of-Experts model and a JSONL file of text, and for rows of several lengths compares tokens a
 second of ``moe_ext.calibrate`` on ``moe_ext.data.batches`` with those of the patched model's forward pass alone on
 batches that are there already, and with those of calibration on such batches. ``waiting`` is the share of the time in
-which calibration waited for text: to be below 2 %. Then reads a small and a large file in a process of its own each: the
-peak resident memory is to be the same.
+which calibration waited for text: to be below 2 %. Then reads a small and a large file in a process of its own each:
+the peak resident memory is to be the same.
 
     python benchmarks/calibration.py --write benchmarks/results/DATE-calibration.json
 """

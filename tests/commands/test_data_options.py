@@ -14,6 +14,7 @@ import moe_ext
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import load_checkpoint
 from moe_ext.data import stream
+from moe_ext.evaluation.compare import Setting, measure
 from moe_ext.runtime.batches import read_domains
 from tests.support.command_line import inside, moe_json
 from tests.support.paths import DEMO_MODEL
@@ -92,6 +93,23 @@ def test_every_command_that_reads_text_reads_data(folder: Path) -> None:
         assert found["data"]["bad"] == 1
         assert set(found["perplexity"]) == {"chat"}
     assert found["mean_kl"] > 0
+    smaller = moe_json("compress", MODEL, *few, "--method", "experts", "--keep", "7", "--no-refit", "--out", "seven")
+    assert set(smaller["kl"]) == {"chat"}
+    assert smaller["after"]["parameters"] < smaller["before"]["parameters"]
+
+
+def test_a_checkpoint_is_measured_on_documents_that_its_template_wrote(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, tokenizer = load_checkpoint(MODEL)
+    texts, _ = moe_ext.data.documents("chat.jsonl", tokenizer, template="chat.jinja", skip_bad_rows=True, samples=3)
+    row = measure(MODEL, texts, Setting(window=64, decode_tokens=1))
+    assert row.perplexity == {"chat": pytest.approx(row.mean)}
+    # In this process: starting others is tested where all commands are.
+    inline = lambda models, texts, setting: [measure(model, texts, setting) for model in models]  # noqa: E731
+    monkeypatch.setattr("moe_ext.commands.compare.run_comparison", inline)
+    alone = moe_json("compare", MODEL, *CHAT[:-2], "--samples", "3", "--window", "64", "--decode-tokens", "1")
+    assert alone["checkpoints"][0]["perplexity"] == pytest.approx(row.perplexity)
 
 
 def test_evaluated_rows_are_documents_of_their_own(folder: Path) -> None:
