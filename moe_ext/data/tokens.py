@@ -1,7 +1,10 @@
 """Texts to tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+Texts = Mapping[str, str | Sequence[str]]
+"""Domain to a text, or to several that are separate documents."""
 
 
 class Templated(str):

@@ -34,6 +34,7 @@ from moe_ext.pruning.renumbered_names import positions_of, renumbered
 from moe_ext.pruning.shard_writer import Part, shards_of, write_shard
 from moe_ext.pruning.tables_on_disk import tables_left, with_tables
 from moe_ext.pruning.unfinished import PROGRESS, begin, check_space, fingerprint, locked
+from moe_ext.runtime.batches import as_batches
 from moe_ext.storage.digests import text_digest
 from moe_ext.storage.files import flush_to_disk, folder_destination, put_in_place
 from moe_ext.storage.formats import parse_json
@@ -128,6 +129,7 @@ def prune_checkpoint(
     shards = shards_of(parts, shard_size)
     work = target.with_name(f".{target.name}.partial")
     with locked(work, target):
+        refit = None if refit is None else list(as_batches(refit))
         text = None if refit is None else text_digest(refit)
         finished = begin(work, fingerprint(checkpoint, stored, plan, shard_size, dtype, text), shards)
         left = sum(part.size for name, parts in shards.items() if name not in finished for part in parts)

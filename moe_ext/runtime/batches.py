@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from moe_ext.data.tokens import token_ids
+from moe_ext.data.tokens import Texts, token_ids
 from moe_ext.models.blocks import text_config
 from moe_ext.storage.formats import check_label, parse_json, shown
 
@@ -84,12 +84,12 @@ def prompt_batch(text: str, tokenizer: Any, model: Any) -> dict[str, Tensor]:
 
 
 def token_batches(
-    texts: Mapping[str, str] | Sequence[str], tokenizer: Any, *, window: int = 512, batch_size: int = 8
+    texts: Texts | Sequence[str], tokenizer: Any, *, window: int = 512, batch_size: int = 8
 ) -> Iterator[dict[str, Tensor]]:
     """Cuts texts into windows that do not overlap, padded on the right to the longest of their batch.
 
     Args:
-        texts: documents; a mapping's keys are not used.
+        texts: documents, or domain to one or several; the domains are not used.
         tokenizer: a transformers tokenizer.
         window: tokens a sequence, at most.
         batch_size: sequences a batch.
@@ -102,7 +102,11 @@ def token_batches(
     """
     if window < 1 or batch_size < 1:
         raise ValueError(f"window is {window}, batch_size is {batch_size}; expected at least 1")
-    documents = texts.values() if isinstance(texts, Mapping) else texts
+    documents = [
+        document
+        for given in (texts.values() if isinstance(texts, Mapping) else texts)
+        for document in ([given] if isinstance(given, str) else given)
+    ]
     windows: list[list[int]] = []
     for document in documents:
         tokens = token_ids(document, tokenizer)

@@ -102,7 +102,9 @@ def test_extras_bring_what_they_are_for() -> None:
         ("datasets", "data"),
     ):
         assert any(line.startswith(package) and f'extra == "{extra}"' in line for line in needed), package
-    assert not any(line.startswith(("matplotlib", "lm-eval")) and "extra" not in line for line in needed)
+    assert not any(
+        line.startswith(("matplotlib", "lm-eval", "datasets", "pyarrow")) and "extra" not in line for line in needed
+    )
 
 
 def test_lm_eval_finds_the_model_by_its_entry_point() -> None:
