@@ -1,12 +1,9 @@
 """Pruned checkpoints load in vLLM and generate what they generate in transformers. Opt-in: ``make test-vllm``.
 
 vLLM wants another transformers than moe_ext: it lives in an environment of its own, whose Python MOE_EXT_VLLM_PYTHON
-names. That there is no moe_ext in it is part of the test.
+names. That there is no moe_ext in it is part of the test; our plugin, which is there, is switched off.
 """
 
-import json
-import os
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +18,9 @@ from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import moe_blocks
 from tests.support.batches import random_tokens
 from tests.support.families import HALVES, build, channels_for, keep_of, plan_for
-from tests.support.paths import DEMO_MODEL, ROOT
+from tests.support.paths import DEMO_MODEL
+from tests.support.vllm_process import STOCK, VLLM, generated
 
-VLLM = os.environ.get("MOE_EXT_VLLM_PYTHON", "")
 pytestmark = pytest.mark.skipif(not VLLM, reason="opt-in: make test-vllm")
 
 TOKENS = 64
@@ -90,20 +87,7 @@ def in_vllm(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     """What one process of vLLM says of all checkpoints."""
     folder = tmp_path_factory.mktemp("vllm")
     jobs = {name: {"checkpoint": str(path), "prompts": PROMPTS} for name, path in checkpoints.items()}
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-    script = ROOT / "tests" / "support" / "vllm_generate.py"
-    result = subprocess.run(
-        [VLLM, str(script), "jobs.json", "results.json", str(TOKENS)],
-        cwd=folder,
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    done: dict[str, dict[str, Any]] = json.loads((folder / "results.json").read_text())
-    return done
+    return generated(folder, jobs, TOKENS, STOCK)
 
 
 def greedy_of_transformers(folder: Path, prompt: list[int]) -> tuple[list[int], float]:

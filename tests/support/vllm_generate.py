@@ -1,9 +1,9 @@
-"""Run by test_vllm.py in vLLM's environment, which has no moe_ext: greedy tokens of checkpoints, or why there are none.
+"""Run by tests in vLLM's environment, which has no moe_ext: greedy tokens of checkpoints, or why there are none.
 
     python vllm_generate.py JOBS.json RESULTS.json TOKENS
 
-JOBS: name to {"checkpoint": folder, "prompts": [[token, ...], ...]}. RESULTS: name to {"tokens": [[token, ...], ...]},
-or to {"error": text} for a checkpoint that vLLM does not load.
+JOBS: name to {"checkpoint": folder, "prompts": [[token, ...], ...], "settings": {what else LLM is given}}.
+RESULTS: name to {"tokens": [[token, ...], ...]}, or to {"error": text} for a checkpoint that vLLM does not load.
 """
 
 import json
@@ -14,11 +14,12 @@ from typing import Any
 from vllm import LLM, SamplingParams
 
 
-def generated(checkpoint: str, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+def generated(
+    checkpoint: str, prompts: list[list[int]], tokens: int, settings: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    common = {"skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, "max_model_len": 128, "seed": 0}
     try:
-        model = LLM(
-            checkpoint, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=128, seed=0
-        )
+        model = LLM(checkpoint, **{**common, **(settings or {})})
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     greedy = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
