@@ -79,6 +79,8 @@ class SkippingRunner(MoERunner):
         if issubclass(experts, MoeExtExperts):
             return Carried.PAST_THE_LAST
         if experts.__module__.endswith(".gpt_oss_triton_kernels_moe"):
+            if self.moe_config.moe_parallel_config.use_ep:  # -1 would be looked up in its map of experts to ranks
+                raise ValueError(f"{self.layer_name}: triton_kernels and expert parallelism do not skip together")
             return Carried.MINUS_ONE  # its bitmatrix of a token's experts has no room for one of them twice
         return Carried.STRONGEST
 
@@ -113,6 +115,12 @@ def _check(
         raise ValueError(f"{layer_name}: config.moe_ext has {has} skip thresholds of this layer; expected {top_k - 1}")
     if isinstance(router, ZeroExpertRouter):
         raise ValueError(f"{layer_name}: layers with zero-computation experts do not skip")
+    if moe_config.moe_parallel_config.use_all2all_kernels:
+        raise ValueError(
+            f"{layer_name}: a skipped slot has never been sent through the kernels that exchange tokens between ranks "
+            "(data and expert parallelism together). Serve with tensor parallelism, or with MOE_EXT_VLLM=0 and without "
+            "skipping."
+        )
     if getattr(router, "num_fused_shared_experts", 0) or moe_config.num_experts != moe_config.num_logical_experts:
         raise ValueError(f"{layer_name}: shared experts among the routed ones, or redundant experts, do not skip")
     if isinstance(checkpoint.scale, int) and not top_k <= checkpoint.scale <= moe_config.num_experts:
