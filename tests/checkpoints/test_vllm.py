@@ -52,6 +52,13 @@ def write_checkpoints(folder: Path) -> dict[str, Path]:
         moe_ext.prune(model, plan_for(model, keep_of(model, family))).save_pretrained(folder / f"{family}, pruned")
         write_thinned(family, folder / f"{family}, thin", fewer=False)
         write_thinned(family, folder / f"{family}, fewer and thin", fewer=True)
+    for family in FAMILIES:
+        model = build(family, **SIZES)
+        text = [{"input_ids": random_tokens(2, 24, vocabulary=256)}]
+        means = moe_ext.calibrate(model, text, progress=False, outputs=True)
+        moe_ext.prune(model, plan_for(model, keep_of(model, family)), novices=means).save_pretrained(
+            folder / f"{family}, novices"
+        )
     for family in UNEVEN:
         model = build(family, **SIZES)
         moe_ext.prune(model, plan_for(model, keep_of(model, family, fewer=1))).save_pretrained(
@@ -126,3 +133,9 @@ def test_vllm_generates_the_tokens_of_transformers(
 @pytest.mark.parametrize("family", UNEVEN)
 def test_vllm_refuses_layers_with_different_numbers_of_experts(family: str, in_vllm: dict[str, dict[str, Any]]) -> None:
     assert "is a per-layer attribute and may vary across layers" in in_vllm[f"{family}, uneven"]["error"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vllm_refuses_means_in_the_place_of_experts(family: str, in_vllm: dict[str, dict[str, Any]]) -> None:
+    assert "There is no module or parameter named" in in_vllm[f"{family}, novices"]["error"]
+    assert "moe_ext_novices" in in_vllm[f"{family}, novices"]["error"]
