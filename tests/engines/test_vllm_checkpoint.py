@@ -64,6 +64,12 @@ def test_other_checkpoints_are_plain() -> None:
     assert read(config(per_layer_attributes={"num_key_value_heads", "intermediate_size"})).is_plain
 
 
+def test_a_draft_of_speculative_decoding_is_plain() -> None:
+    draft = config(moe_ext={"skip_thresholds": {"0": [0.5]}})
+    draft.runner_type = "draft"
+    assert read(draft).is_plain
+
+
 def test_layers_that_differ_and_means_in_the_place_of_experts_are_seen() -> None:
     assert read(config(per_layer_attributes={"num_local_experts"})).unequal == {"num_local_experts"}
     assert read(config(moe_ext={"experts_left": {"0": 5}})).novices

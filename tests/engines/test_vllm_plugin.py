@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import moe_ext
+from moe_ext.checkpoints.load_save import load_checkpoint
 from moe_ext.models.blocks import moe_blocks
 from moe_ext.models.config_section import GateScale
 from tests.support.batches import random_tokens
 from tests.support.families import build, channels_for, keep_of, plan_for
+from tests.support.paths import DEMO_MODEL
 from tests.support.vllm_process import STOCK, VLLM, environment, generated
 
 pytestmark = pytest.mark.skipif(not VLLM, reason="opt-in: make test-vllm")
@@ -215,6 +217,35 @@ def test_what_vllm_would_serve_otherwise_than_the_checkpoint_says_is_refused_by_
     name: str, said: str, with_our_kernel: dict[str, Any]
 ) -> None:
     assert said in with_our_kernel[name].get("error", "no error")
+
+
+def scores(checkpoint: Path, prompts: list[list[int]], skip: bool) -> torch.Tensor:
+    """What a patched model in bfloat16 gives the tokens of the prompts, but for the first of each."""
+    model = moe_ext.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    moe_ext.patch(model) if skip else moe_ext.patch(model, skip=None)
+    found = []
+    for prompt in prompts:
+        tokens = torch.tensor(prompt)
+        with torch.no_grad():
+            said = model(tokens[None]).logits[0, :-1].float().log_softmax(-1)
+        found.append(said.gather(1, tokens[1:, None])[:, 0])
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("kernel", [LIBRARY, NO_LIBRARY], ids=["ours", "its"])
+def test_bfloat16_scores_are_those_of_a_patched_model(kernel: dict[str, str], tmp_path: Path) -> None:
+    model, tokenizer = load_checkpoint(DEMO_MODEL)
+    folder = tmp_path / "demo"
+    moe_ext.patch(model, skip=torch.full((4, 1), 0.9)).save_pretrained(folder)
+    texts = [path.read_text()[:300] for path in sorted((DEMO_MODEL / "held_out").iterdir())[:4]]
+    prompts = [tokenizer(text).input_ids[:100] for text in texts]
+    jobs = {"demo": {"checkpoint": str(folder), "prompts": prompts, "scores": True, "settings": {"dtype": "bfloat16"}}}
+    got = torch.cat([torch.tensor(row) for row in generated(tmp_path, jobs, 1, kernel)["demo"]["scores"]])
+    off = (got - scores(folder, prompts, skip=True)).abs().mean()
+    # Roundings of bfloat16, which may also skip another expert where a ratio is near its threshold; not skipping at all
+    # is farther away.
+    assert off < 0.05
+    assert off < 0.3 * (got - scores(folder, prompts, skip=False)).abs().mean()
 
 
 REFUSED = """
