@@ -265,7 +265,8 @@ class OtherRunner(MoERunner):
 text = Fields(num_hidden_layers=2)
 model_config = Fields(hf_text_config=text, get_layers_start_end_indices=lambda parallel: (0, 2))
 runner = SkippingRunner.__new__(SkippingRunner)
-runner.__dict__.update(skips=True, layer_name="model.layers.0.mlp.experts")
+alone = Fields(moe_parallel_config=Fields(use_ep=False))
+runner.__dict__.update(skips=True, moe_config=alone, layer_name="model.layers.0.mlp.experts")
 method = Fields(experts_cls=object, is_monolithic=True)
 runner.__dict__.update(_modules={}, _parameters={}, _buffers={}, routed_experts=Fields(quant_method=method))
 rows = Checkpoint({0: (0.5,)})
@@ -276,6 +277,7 @@ for call in (
     lambda: _look_over(Fields(modules=lambda: [OtherRunner.__new__(OtherRunner)]), rows, model_config, None),
     lambda: _look_over(Fields(modules=lambda: [runner]), Checkpoint({0: (0.5,), 1: (0.5,)}), model_config, None),
     lambda: runner._apply_quant_method(),
+    lambda: runner._carried_to(type("TrtLlmBf16ExpertsModular", (), {})),
 ):
     try:
         call()
@@ -289,12 +291,13 @@ def test_what_this_processor_cannot_run_is_refused_by_name() -> None:
         [VLLM, "-c", REFUSED], env=environment(LIBRARY), capture_output=True, text=True, check=False
     )
     said = [line for line in result.stdout.splitlines() if line.startswith("said: ")]
-    assert len(said) == 5, result.stderr[-2000:]
+    assert len(said) == 6, result.stderr[-2000:]
     assert "--enable-eplb" in said[0]
     assert "--enable-expert-parallel" in said[1]
     assert "as OtherRunner, which moe_ext_vllm does not know" in said[2]
     assert "thresholds of decoder layers [1]" in said[3]
-    assert "--moe-backend" in said[4]
+    assert "routes by itself. Choose another with --moe-backend" in said[4]
+    assert "(TrtLlmBf16ExpertsModular). Choose another with --moe-backend" in said[5]
 
 
 def test_a_graph_compiled_without_skipping_is_not_used_with_it(
@@ -320,6 +323,22 @@ try:
 except RuntimeError as error:
     print("said:", error)
 """
+
+
+TAKEN = """
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+RoutedExperts.register_oot(type("Another", (RoutedExperts,), {}), name="RoutedExperts")
+import moe_ext_vllm
+try:
+    moe_ext_vllm.register()
+except RuntimeError as error:
+    print("said:", error)
+"""
+
+
+def test_another_plugin_in_the_same_place_is_an_error() -> None:
+    result = subprocess.run([VLLM, "-c", TAKEN], env=environment(LIBRARY), capture_output=True, text=True, check=True)
+    assert "in the place of vLLM's RoutedExperts" in result.stdout.partition("said: ")[2]
 
 
 def test_a_vllm_that_moved_a_hook_is_one_error() -> None:

@@ -16,7 +16,7 @@ def register() -> None:
     """Puts moe_ext's parts into vLLM, once a process.
 
     Raises:
-        RuntimeError: this vLLM does not have what the plugin builds on; the part is named.
+        RuntimeError: this vLLM does not have what the plugin builds on, or another plugin has replaced it; it is named.
         OSError: ``MOE_EXT_VLLM_LIBRARY`` names a file that cannot be loaded.
     """
     if os.environ.get(SWITCH) == "0":

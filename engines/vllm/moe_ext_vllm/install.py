@@ -21,15 +21,29 @@ _installed = False
 
 
 def install() -> None:
-    """Once a process; a second call does nothing."""
+    """Once a process; a second call does nothing.
+
+    Raises:
+        RuntimeError: another plugin has taken a place.
+        OSError: the library that is named cannot be loaded.
+    """
     global _installed
     if _installed:
         return
     _installed = True
     library.load()  # a file that is named and cannot be loaded is an error now, not amid a model
-    MoERunner.register_oot(SkippingRunner, name="MoERunner")
-    RoutedExperts.register_oot(SkippingRoutedExperts, name="RoutedExperts")
-    UnquantizedFusedMoEMethod.register_oot(MoeExtMethod, name="UnquantizedFusedMoEMethod")
+    for theirs, ours in (
+        (MoERunner, SkippingRunner),
+        (RoutedExperts, SkippingRoutedExperts),
+        (UnquantizedFusedMoEMethod, MoeExtMethod),
+    ):
+        try:
+            theirs.register_oot(ours, name=theirs.__name__)
+        except AssertionError:
+            raise RuntimeError(
+                f"another plugin has put its own class in the place of vLLM's {theirs.__name__}: moe_ext_vllm cannot "
+                "work beside it. VLLM_PLUGINS chooses plugins; MOE_EXT_VLLM=0 leaves this one out."
+            ) from None
     # No doors here. Modules take these two by name when they are imported, and models are imported after plugins.
     model_utils.make_layers = make_layers
     loader_utils.initialize_model = initialize_model

@@ -47,4 +47,6 @@ def _as_in_layer(config: Any, layer: int) -> Iterator[None]:
             stored = config.attribute_map.get(name, name)
             if stored in before:
                 config.__dict__[stored] = before[stored]
+            else:  # a default of its class
+                config.__dict__.pop(stored, None)
         config.__dict__[_SPEC] = before[_SPEC]

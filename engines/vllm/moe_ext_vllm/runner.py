@@ -16,6 +16,21 @@ from moe_ext_vllm.experts import MoeExtExperts
 from moe_ext_vllm.router import SkippingRouter
 from moe_ext_vllm.rule import Carried
 
+TAKE_ONE_TWICE = frozenset(
+    {
+        "CPUUnquantizedExperts",
+        "TritonExperts",
+        "MarlinExperts",
+        "DeepGemmExperts",
+        "CutlassExpertsFp8",
+        "TritonOrDeepGemmExperts",
+        "TritonOrCutlassExperts",
+    }
+)
+"""Kernels of vLLM's that compute a token's slots each by itself: the same expert may be in two of them."""
+TAKE_MINUS_ONE = frozenset({"OAITritonExperts", "UnfusedOAITritonExperts"})
+"""Kernels on triton_kernels, whose bitmatrix of a token's experts has no room for one of them twice."""
+
 
 def of_layer(layer_name: str) -> tuple[Checkpoint, int | None]:
     """What the checkpoint under construction says, and the number of a decoder layer; None of a layer that is none, as
@@ -67,22 +82,35 @@ class SkippingRunner(MoERunner):
         if skips:
             router.runner = self
             self._refuse_monolithic()
+            # Before weights are loaded, where the kernel is known by then; otherwise by the first token.
+            if (experts := getattr(self._quant_method, "experts_cls", None)) is not None:
+                self._carried_to(experts)
         if counted is not None:
             counts.add(layer_name, self)
 
     def carried(self) -> Carried:
-        """What a skipped slot of this layer carries to its kernel."""
+        """What a skipped slot of this layer carries to its kernel.
+
+        Raises:
+            ValueError: the kernel that vLLM chose has not been seen to take any mark.
+        """
         kernel = self._quant_method.moe_kernel
-        if kernel is None:
-            return Carried.STRONGEST
-        experts = type(kernel.fused_experts)
-        if issubclass(experts, MoeExtExperts):
+        return self._carried_to(type(self._quant_method if kernel is None else kernel.fused_experts))
+
+    def _carried_to(self, experts: type) -> Carried:
+        if experts is MoeExtExperts:
             return Carried.PAST_THE_LAST
-        if experts.__module__.endswith(".gpt_oss_triton_kernels_moe"):
-            if self.moe_config.moe_parallel_config.use_ep:  # -1 would be looked up in its map of experts to ranks
-                raise ValueError(f"{self.layer_name}: triton_kernels and expert parallelism do not skip together")
-            return Carried.MINUS_ONE  # its bitmatrix of a token's experts has no room for one of them twice
-        return Carried.STRONGEST
+        parallel = self.moe_config.moe_parallel_config
+        for cls in experts.__mro__:
+            if cls.__name__ in TAKE_MINUS_ONE and not parallel.use_ep:  # a map of experts to ranks has no place -1
+                return Carried.MINUS_ONE
+            if cls.__name__ in TAKE_ONE_TWICE:
+                return Carried.STRONGEST
+        raise ValueError(
+            f"{self.layer_name}: the checkpoint skips experts, and nobody has looked at what a skipped slot does to "
+            f"the kernel that vLLM chose ({experts.__name__}). Choose another with --moe-backend (triton), or serve "
+            "with MOE_EXT_VLLM=0 and without skipping."
+        )
 
     def _apply_quant_method(self, *args: Any, **kwargs: Any) -> Any:
         if self.skips:
