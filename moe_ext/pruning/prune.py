@@ -19,6 +19,7 @@ from moe_ext.models.blocks import (
     check_layout,
     counted_of,
     counting_attributes,
+    decoder_layers,
     expert_tensors,
     model_type_of,
     moe_blocks,
@@ -218,6 +219,7 @@ def _put_novices(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPl
         {str(block.layer): len(keep) for block, keep in zip(blocks, plan.keep, strict=True)},
         section_of(model.config),
     )
+    _, layers, inside = decoder_layers(model, blocks)
     with torch.no_grad():
         for layer, (block, keep) in enumerate(zip(blocks, plan.keep, strict=True)):
             removed = list(plan.removed(layer))
@@ -229,5 +231,5 @@ def _put_novices(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPl
             places, mean = places.to(weight.device), mean.to(weight.device, weight.dtype)
             keep_slices(keep, plan.num_experts, expert_parts(block))
             block.experts.num_experts = len(keep)  # type: ignore[assignment]
-            add_novices(block.experts, places, mean)
+            add_novices(layers[inside[layer]], block.experts, places, mean)
     set_section(model.config, section)
