@@ -5,8 +5,11 @@ An observer is attached to every experts module for the duration of the run. The
 operator cannot run, or sums of outputs are asked for, the observer evaluates the family's own code expert by expert.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +19,12 @@ from moe_ext import ops
 from moe_ext.calibration.channels import channel_errors, channel_norms, removal_orders
 from moe_ext.calibration.routed_inputs import RoutedInputs
 from moe_ext.calibration.statistics import RATIO_BINS, ExpertStatistics
-from moe_ext.models.blocks import MoeBlock, device_of, eager_forward, expert_tensors
+from moe_ext.models.blocks import MoeBlock, device_of, eager_forward
+from moe_ext.runtime.formulas import experts_layer
 from moe_ext.runtime.patching import is_patched, layer_state, patched
-from moe_ext.runtime.supported import activation_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Observer:
@@ -44,11 +50,17 @@ class Observer:
         self.counted: Tensor | None = None  # (T,) bool for the batch under way
 
     def __call__(
-        self, x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
+        self,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        activation: str,
+        **options: Unpack[ops.LayerOptions],
     ) -> Tensor:
-        out = ops.experts_observed(
-            x, gate_up, down, experts, weights, activation, self.moments, self.counted, self.channels, self.pairs
-        )
+        observed = (self.moments, self.counted, self.channels, self.pairs)
+        out = ops.experts_observed(x, gate_up, down, experts, weights, activation, *observed, **options)
         if self.inputs is not None:
             self.inputs.add(x, experts, weights, self.counted)
         if self.outputs:
@@ -152,13 +164,11 @@ def take(
     if stats.output_sum is not None and observer.output_sum is not None:
         stats.output_sum[layer, :count] = observer.output_sum
     if stats.channel_errors is not None and stats.channel_norms is not None and observer.channels is not None:
-        down = expert_tensors(observer.block)["down_proj"].detach()
-        stats.channel_errors[layer, :count] = channel_errors(observer.channels, down)
-        stats.channel_norms[layer, :count] = channel_norms(observer.block)
+        stats.channel_errors[layer, :count] = channel_errors(observer.channels, experts_layer(observer.experts))
+        stats.channel_norms[layer, :count] = channel_norms(experts_layer(observer.experts))
     finite = stats.channel_errors is None or bool(stats.channel_errors[layer].isfinite().all())
     if not finite or not bool(stats.moments[layer].isfinite().all()):
         raise ValueError(f"layer {stats.layers[layer]} gave activations or routing weights that are not finite")
     if stats.channel_order is not None and observer.inputs is not None:
-        activation = activation_of(observer.experts.config)
-        stats.channel_order[layer, :count] = removal_orders(observer.block, observer.inputs, activation, total)
+        stats.channel_order[layer, :count] = removal_orders(observer.block, observer.inputs, total)
         observer.inputs.close()

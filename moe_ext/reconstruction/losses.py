@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moe_ext import ops
 from moe_ext.reconstruction.measures import Measure, loss_of_batch
 from moe_ext.reconstruction.router_formula import ranked_scores
-from moe_ext.runtime.supported import activation_of
+from moe_ext.runtime.formulas import experts_layer
 from moe_ext.storage.spilled_tensors import SpillingList
 
 GRAM_BYTES = 32 << 20
@@ -51,14 +51,13 @@ def ranked(experts: nn.Module, x: Tensor, logits: Tensor, depth: int) -> Iterato
         logits: (T, E), its router's output.
         depth: N, ranks that are kept of a token.
     """
-    gate_up, down, activation = experts.gate_up_proj, experts.down_proj, activation_of(experts.config)
-    assert isinstance(gate_up, Tensor)
-    assert isinstance(down, Tensor)
+    layer = experts_layer(experts)
+    weights, options = (layer.gate_up, layer.down), layer.options()
     num_experts = logits.shape[1]
     first, second = torch.triu_indices(depth, depth, offset=1, device=x.device)  # (M,) each
     step = max(16, GRAM_BYTES // (8 * num_experts**2))
     for part, part_logits in zip(x.split(step), logits.split(step), strict=True):
-        gram = ops.expert_gram(part.to(gate_up.dtype), gate_up, down, activation)  # (T, E, E)
+        gram = ops.expert_gram(part.to(layer.gate_up.dtype), *weights, layer.activation, **options)  # (T, E, E)
         scores, ranks = ranked_scores(part_logits, depth)
         squares = gram.diagonal(dim1=1, dim2=2).gather(1, ranks)  # (T, N)
         products = gram.flatten(1).gather(1, ranks[:, first] * num_experts + ranks[:, second])  # (T, M)
@@ -68,10 +67,10 @@ def ranked(experts: nn.Module, x: Tensor, logits: Tensor, depth: int) -> Iterato
 
 def projected(experts: nn.Module, x: Tensor, logits: Tensor, gradient: Tensor, depth: int) -> Iterator[Ranked]:
     """As :func:`ranked`, with what the experts' outputs are along the gradient (T, H) for the layer's output."""
-    gate_up, down, activation = experts.gate_up_proj, experts.down_proj, activation_of(experts.config)
-    assert isinstance(gate_up, Tensor)
-    assert isinstance(down, Tensor)
-    projections = ops.expert_projection(x.to(gate_up.dtype), gate_up, down, gradient, activation)  # (T, E)
+    layer = experts_layer(experts)
+    weights, options = (layer.gate_up, layer.down), layer.options()
+    x = x.to(layer.gate_up.dtype)
+    projections = ops.expert_projection(x, *weights, gradient, layer.activation, **options)  # (T, E)
     scores, ranks = ranked_scores(logits, depth)
     yield Ranked(projections.gather(1, ranks).cpu(), ranks.cpu(), scores.cpu())
 
