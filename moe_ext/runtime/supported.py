@@ -78,8 +78,6 @@ def reason_unsupported(block: MoeBlock) -> str | None:
             f"{block.name} is on {device}, but this build of moe_ext has no CUDA kernels; "
             "move the model to the CPU, or build with MOE_EXT_CUDA=1"
         )
-    if device.type == "cuda" and layer.options():
-        return f"{block.name} is on {device}, and the CUDA kernels do not compute {layer.formula.described()} yet"
     if device.type not in ("cpu", "cuda"):
         return f"{block.name}: device {device} is not supported; use the CPU"
     for name, parameter in block.experts.named_parameters():
