@@ -19,6 +19,7 @@ from moe_ext.commands.options import (
     Model,
     Scratch,
     Sequential,
+    Strict,
     Text,
     Timeout,
     TrustRemoteCode,
@@ -86,6 +87,7 @@ def search(
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    strict: Strict = True,
     trust_remote_code: TrustRemoteCode = False,
     allow_missing: AllowMissing = False,
     as_json: Json = False,
@@ -135,6 +137,7 @@ def search(
             progress=not as_json and rank() == 0,
             dataset=dataset or " + ".join(texts),
             distributed=several,
+            strict=strict,
             **options,
         )
         first = rank() == 0

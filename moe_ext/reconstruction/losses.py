@@ -14,16 +14,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_ext import ops
+from moe_ext.models.blocks import MoeBlock
+from moe_ext.reconstruction import expert_outputs
 from moe_ext.reconstruction.measures import Measure, loss_of_batch
 from moe_ext.reconstruction.router_formula import ranked_scores
-from moe_ext.runtime.formulas import experts_layer
 from moe_ext.storage.spilled_tensors import SpillingList
-
-GRAM_BYTES = 32 << 20
-"""Bytes of Gram matrices that exist at a time."""
 
 MEMORY = 128 << 20
 """Bytes of tokens that a layer keeps in memory to evaluate subsets later; more go to a temporary file."""
@@ -42,22 +40,20 @@ class Ranked(NamedTuple):
     scores: Tensor
 
 
-def ranked(experts: nn.Module, x: Tensor, logits: Tensor, depth: int) -> Iterator[Ranked]:
+def ranked(block: MoeBlock, x: Tensor, logits: Tensor, depth: int) -> Iterator[Ranked]:
     """Runs all experts over all tokens, some tokens at a time.
 
     Args:
-        experts: the layer's experts, of a model that :func:`moe_ext.patch` takes.
-        x: (T, H), the layer's input.
+        block: the layer, of a patched model.
+        x: (T, H), its experts' input.
         logits: (T, E), its router's output.
         depth: N, ranks that are kept of a token.
     """
-    layer = experts_layer(experts)
-    weights, options = (layer.gate_up, layer.down), layer.options()
     num_experts = logits.shape[1]
     first, second = torch.triu_indices(depth, depth, offset=1, device=x.device)  # (M,) each
-    step = max(16, GRAM_BYTES // (8 * num_experts**2))
+    step = expert_outputs.tokens_at_a_time(block, x.shape[1])
     for part, part_logits in zip(x.split(step), logits.split(step), strict=True):
-        gram = ops.expert_gram(part.to(layer.gate_up.dtype), *weights, layer.activation, **options)  # (T, E, E)
+        gram = expert_outputs.gram_of(block, part)  # (T, E, E)
         scores, ranks = ranked_scores(part_logits, depth)
         squares = gram.diagonal(dim1=1, dim2=2).gather(1, ranks)  # (T, N)
         products = gram.flatten(1).gather(1, ranks[:, first] * num_experts + ranks[:, second])  # (T, M)
@@ -65,12 +61,9 @@ def ranked(experts: nn.Module, x: Tensor, logits: Tensor, depth: int) -> Iterato
         yield Ranked(distances.cpu(), ranks.cpu(), scores.cpu())
 
 
-def projected(experts: nn.Module, x: Tensor, logits: Tensor, gradient: Tensor, depth: int) -> Iterator[Ranked]:
+def projected(block: MoeBlock, x: Tensor, logits: Tensor, gradient: Tensor, depth: int) -> Iterator[Ranked]:
     """As :func:`ranked`, with what the experts' outputs are along the gradient (T, H) for the layer's output."""
-    layer = experts_layer(experts)
-    weights, options = (layer.gate_up, layer.down), layer.options()
-    x = x.to(layer.gate_up.dtype)
-    projections = ops.expert_projection(x, *weights, gradient, layer.activation, **options)  # (T, E)
+    projections = expert_outputs.projections_of(block, x, gradient)  # (T, E)
     scores, ranks = ranked_scores(logits, depth)
     yield Ranked(projections.gather(1, ranks).cpu(), ranks.cpu(), scores.cpu())
 

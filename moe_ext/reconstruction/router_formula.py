@@ -7,6 +7,13 @@ import torch
 from torch import Tensor
 
 from moe_ext import ops
+from moe_ext.models.blocks import MoeBlock
+
+
+def is_known(block: MoeBlock) -> bool:
+    """Whether :func:`ranked_scores` and :func:`route_among` have the formula of a layer's router. The others' own code
+    runs (:mod:`moe_ext.models.sliced_router`)."""
+    return block.family.fused and block.family.renormalise is True
 
 
 def ranked_scores(logits: Tensor, depth: int) -> tuple[Tensor, Tensor]:

@@ -347,7 +347,7 @@ def _search(search: SearchResult) -> Section:
         zip(search.plan.layers, search.plan.keep, curves, search.layer_losses(), strict=True)
     ):
         removed = ", ".join(map(str, search.plan.removed(layer))) or "none"
-        how = "all" if search.losses[layer].is_exact(len(kept)) else "some"
+        how = "all" if search.losses[layer].is_exact(len(kept), search.groups) else "some"
         rows.append((name, removed, f"{loss:.4g}", f"{how} {len(curve)}", f"{curve[len(curve) // 2]:.2f}"))
     widest = max(range(len(curves)), key=lambda layer: curves[layer][-1])
     return Section(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from moe_ext.binary import _C
-from moe_ext.models.blocks import MoeBlock, check_layout, check_plain, device_of, expert_tensors, tensors_of
+from moe_ext.models.blocks import MoeBlock, check_plain, check_router, device_of, expert_tensors, tensors_of
 from moe_ext.models.dtypes import DTYPES
 from moe_ext.runtime.formulas import experts_layer, find_formula
 
@@ -55,10 +55,9 @@ def _check_shapes(name: str, experts: nn.Module, tensors: Mapping[str, Tensor]) 
 
 def check_tensors(block: MoeBlock) -> None:
     """ValueError, naming the layer, unless the block's weights are plain tensors in memory in the expected shapes."""
-    if block.family.fused:
-        check_layout(block)
-    else:  # the router runs its own code, whatever it holds
-        expert_tensors(block)
+    expert_tensors(block)
+    if block.family.fused:  # others run their own code, whatever they hold
+        check_router(block)
 
 
 def reason_unsupported(block: MoeBlock) -> str | None:

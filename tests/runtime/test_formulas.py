@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import moe_ext
 from moe_ext import ops
-from moe_ext.models.blocks import eager_forward, is_experts, moe_blocks
+from moe_ext.models.blocks import moe_blocks
+from moe_ext.models.boundary import eager_forward, is_experts
 from moe_ext.runtime.formulas import ExpertsLayer, Formula, experts_layer, find_formula, formula_of
 from moe_ext.runtime.patching import is_patched, layer_state
 from moe_ext.runtime.supported import check_experts
