@@ -215,7 +215,7 @@ def _snapped(value: float) -> list[float]:
     return list(dict.fromkeys((float(f"{value:.4g}"), float(f"{value:.6g}"), value)))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ExpertsLayer:
     """An experts module as the operators take it; tensors are the module's own.
 
@@ -276,11 +276,8 @@ def experts_layer(experts: nn.Module, formula: Formula | None = None) -> Experts
     """
     formula = formula_of(experts) if formula is None else formula
     first = "gate_up_proj" if formula.gated else "up_proj"
-    biased = bool(getattr(experts, "has_bias", False))
-    return ExpertsLayer(
-        formula,
-        cast(Tensor, getattr(experts, first)),
-        cast(Tensor, experts.down_proj),
-        cast(Tensor, getattr(experts, f"{first}_bias")) if biased else None,
-        cast(Tensor, experts.down_proj_bias) if biased else None,
-    )
+    layer = ExpertsLayer(formula, getattr(experts, first), experts.down_proj)  # type: ignore[arg-type]
+    if getattr(experts, "has_bias", False):
+        layer.gate_up_bias = getattr(experts, f"{first}_bias")
+        layer.down_bias = experts.down_proj_bias  # type: ignore[assignment]
+    return layer
