@@ -460,6 +460,7 @@ def _check_formula(check: _Arguments, activation: str, options: Mapping[str, Any
     for name in ("alpha", "up_offset"):
         value = options[name]
         check.require(abs(value) < float("inf"), f"'{name}' is {value:g}; expected a finite number")
+    check.require(options["alpha"] != 0, "'alpha' is 0; expected another number")
     silu = activation == "silu"
     names = ", ".join(f'"{known}"' for known in ACTIVATIONS[:-1]) + f' or "{ACTIVATIONS[-1]}"'
     check.require(activation in ACTIVATIONS, f"'activation' is \"{activation[:80]}\"; expected {names}")

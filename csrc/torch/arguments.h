@@ -114,6 +114,7 @@ inline Formula check_formula(const char* op, const std::string& activation, cons
   f.limit = check_bound(op, "limit", options.limit);
   f.limit_after = options.limit_after;
   f.alpha = check_finite(op, "alpha", options.alpha);
+  if (f.alpha == 0.0f) refuse(op, "'alpha' is 0; expected another number");
   f.up_offset = check_finite(op, "up_offset", options.up_offset);
   f.gate_cap = check_bound(op, "gate_cap", options.gate_cap);
   f.up_cap = check_bound(op, "up_cap", options.up_cap);
@@ -181,10 +182,6 @@ inline ExpertsParams check_layer(const char* op, const Tensor& x, const Tensor& 
   check_bias(op, "gate_up_bias", options.gate_up_bias, {p.num_experts, rows},
              f.gated ? "(E, 2I) from 'gate_up'" : "(E, I) from 'gate_up'", x);
   check_bias(op, "down_bias", options.down_bias, {p.num_experts, p.hidden}, "(E, H) from 'gate_up'", x);
-  const bool plain = f.gated && !f.interleaved && !f.transposed && f.unlimited();
-  if (x.is_cuda() && (!plain || options.gate_up_bias.has_value() || options.down_bias.has_value())) {
-    refuse(op, "the CUDA kernels take none of the options of a layer yet");
-  }
   if (x.is_cuda() && p.num_experts > cuda::kMaxExperts) {
     refuse(op, "'gate_up' has ", p.num_experts, " experts; the CUDA kernels take up to ", cuda::kMaxExperts);
   }

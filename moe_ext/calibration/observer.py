@@ -5,8 +5,11 @@ An observer is attached to every experts module for the duration of the run. The
 operator cannot run, or sums of outputs are asked for, the observer evaluates the family's own code expert by expert.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,10 +19,13 @@ from moe_ext import ops
 from moe_ext.calibration.channels import channel_errors, channel_norms, removal_orders
 from moe_ext.calibration.routed_inputs import RoutedInputs
 from moe_ext.calibration.statistics import RATIO_BINS, ExpertStatistics
-from moe_ext.models.blocks import MoeBlock, device_of, expert_tensors
+from moe_ext.models.blocks import MoeBlock, device_of
 from moe_ext.models.boundary import eager_forward, output_width
+from moe_ext.runtime.formulas import experts_layer
 from moe_ext.runtime.patching import is_patched, layer_state, patched
-from moe_ext.runtime.supported import activation_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _SUMS = ("moments", "tokens", "ratio_histogram", "coactivation", "pairs", "channels", "output_sum")
 
@@ -90,12 +96,18 @@ class Observer:
         return sorted([*self._others, *([] if self.domain is None else [self.domain])])
 
     def __call__(
-        self, x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
+        self,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        activation: str,
+        **options: Unpack[ops.LayerOptions],
     ) -> Tensor:
         experts = self._chosen(x, experts, weights)
-        out = ops.experts_observed(
-            x, gate_up, down, experts, weights, activation, self.moments, self.counted, self.channels, self.pairs
-        )
+        observed = (self.moments, self.counted, self.channels, self.pairs)
+        out = ops.experts_observed(x, gate_up, down, experts, weights, activation, *observed, **options)
         if self.inputs is not None:
             self.inputs.add(x, experts, weights, self.counted)
         if self.outputs:
@@ -216,12 +228,11 @@ def take(
             _take_sums(stats.of_domain(domain), layer, observer)
         stats.add_up_domains(layer)
         if stats.channel_norms is not None:
-            stats.channel_norms[layer, : observer.num_experts] = channel_norms(observer.block)
+            stats.channel_norms[layer, : observer.num_experts] = channel_norms(experts_layer(observer.experts))
     else:
         _take_sums(stats, layer, observer)
     if stats.channel_order is not None and observer.inputs is not None:
-        activation = activation_of(observer.experts.config)
-        orders = removal_orders(observer.block, observer.inputs, activation, total)
+        orders = removal_orders(observer.block, observer.inputs, total)
         stats.channel_order[layer, : observer.num_experts] = orders
         observer.inputs.close()
 
@@ -237,9 +248,8 @@ def _take_sums(stats: ExpertStatistics, layer: int, observer: Observer) -> None:
     if stats.output_sum is not None and observer.output_sum is not None:
         stats.output_sum[layer, :count] = observer.output_sum
     if stats.channel_errors is not None and stats.channel_norms is not None and observer.channels is not None:
-        down = expert_tensors(observer.block)["down_proj"].detach()
-        stats.channel_errors[layer, :count] = channel_errors(observer.channels, down)
-        stats.channel_norms[layer, :count] = channel_norms(observer.block)
+        stats.channel_errors[layer, :count] = channel_errors(observer.channels, experts_layer(observer.experts))
+        stats.channel_norms[layer, :count] = channel_norms(experts_layer(observer.experts))
     finite = stats.channel_errors is None or bool(stats.channel_errors[layer].isfinite().all())
     if not finite or not bool(stats.moments[layer].isfinite().all()):
         raise ValueError(f"layer {stats.layers[layer]} gave activations or routing weights that are not finite")

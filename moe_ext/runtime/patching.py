@@ -35,8 +35,9 @@ from moe_ext.models.config_section import (
     thresholds_in_config,
 )
 from moe_ext.models.wrapped import unwrapped
+from moe_ext.runtime.formulas import FORMULA, experts_layer, find_formula
 from moe_ext.runtime.skipping import share_of_largest, skip_weak
-from moe_ext.runtime.supported import activation_of, check_experts, check_tensors, reason_unsupported
+from moe_ext.runtime.supported import check_experts, check_tensors, reason_unsupported
 from moe_ext.storage.formats import shown
 
 IMPLEMENTATION = "moe_ext"
@@ -193,12 +194,12 @@ def _patch_blocks(
         if skip is not None or renormalise != "config":
             section = section_with_scale(scale, section)
         set_section(model.config, section)
+    # Ours, where a model was loaded with it by name, has no backward.
     named = "eager" if state.of_experts in (None, IMPLEMENTATION) else state.of_experts
     for layer, block in enumerate(blocks):
         stock = block.name in unsupported
-        # Of transformers' implementations only eager leaves sentinel slots out; ours, loaded by name, has no backward.
         own = LayerState(
-            fallback="eager" if thresholds is not None and not stock else named,
+            fallback=named,
             stock=stock,
             thresholds=None if thresholds is None else thresholds[layer, : block.top_k - 1].clone(),
             renormalise=block.family.renormalise is True if block.family.fused else None,
@@ -208,6 +209,8 @@ def _patch_blocks(
         )
         setattr(block.experts, STATE, own)
         setattr(block.router, STATE, own)
+        if not stock:
+            setattr(block.experts, FORMULA, find_formula(block.experts))
         # Below accelerate's hooks where there are any: they bring the weights.
         place = "_old_forward" if hasattr(block.router, "_hf_hook") else "forward"
         setattr(block.router, place, partial(_router_forward, block.router))  # a bound method would not unpickle
@@ -272,6 +275,7 @@ def _unpatch_blocks(model: PreTrainedModel, blocks: list[MoeBlock]) -> PreTraine
             del block.router.forward
         delattr(block.router, STATE)
         delattr(block.experts, STATE)
+        vars(block.experts).pop(FORMULA, None)
     model.set_experts_implementation(state.implementation)
     _restore_config_entry(model, state)
     delattr(model, STATE)
@@ -303,27 +307,26 @@ def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor
     if state is not None and state.stock:
         if observer is not None:
             observer.observe(hidden_states, top_k_index, top_k_weights)
-        # Not every implementation knows the sentinel; a skipped slot's weight is 0, so any expert does.
-        top_k_index = top_k_index.masked_fill(top_k_index == cast(int, self.num_experts), 0)
-        return cast(Tensor, _stock_forward(self, state)(self, hidden_states, top_k_index, top_k_weights))
-    gate_up, down = cast(Tensor, self.gate_up_proj), cast(Tensor, self.down_proj)
-    if ops.gradients_required(hidden_states, top_k_weights, gate_up, down):
-        return cast(Tensor, _stock_forward(self, state)(self, hidden_states, top_k_index, top_k_weights))
+        return _stock_forward(self, state, hidden_states, top_k_index, top_k_weights)
+    if ops.gradients_required(hidden_states, top_k_weights, *self.parameters(recurse=False)):
+        return _stock_forward(self, state, hidden_states, top_k_index, top_k_weights)
     if state is None:  # nobody has checked this module
         check_experts("experts", self)
-    activation = activation_of(self.config)
-    x = hidden_states.to(gate_up.dtype)  # under autocast the two differ; transformers' grouped_mm casts alike
-    if observer is None:
-        out = ops.experts(x, gate_up, down, top_k_index, top_k_weights, activation)
-    else:
-        out = observer(x, gate_up, down, top_k_index, top_k_weights, activation)
-    return out.to(hidden_states.dtype)
+    layer = experts_layer(self)
+    x = hidden_states.to(layer.gate_up.dtype)  # under autocast the two differ; transformers' grouped_mm casts alike
+    run = ops.experts if observer is None else observer
+    out = run(x, layer.gate_up, layer.down, top_k_index, top_k_weights, layer.activation, **layer.options())
+    return cast(Tensor, out.to(hidden_states.dtype))
 
 
-def _stock_forward(experts: nn.Module, state: LayerState | None) -> Any:
-    """What transformers ran before the patch: a function of (self, hidden_states, top_k_index, top_k_weights)."""
-    name = "eager" if state is None else state.fallback
-    return ALL_EXPERTS_FUNCTIONS.get(name, eager_forward(experts))
+def _stock_forward(
+    experts: nn.Module, state: LayerState | None, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """What transformers ran before the patch."""
+    run: Any = ALL_EXPERTS_FUNCTIONS.get("eager" if state is None else state.fallback, eager_forward(experts))
+    # Not every implementation knows the sentinel; a skipped slot's weight is 0, so any expert does.
+    top_k_index = top_k_index.masked_fill(top_k_index == cast(int, experts.num_experts), 0)
+    return cast(Tensor, run(experts, hidden_states, top_k_index, top_k_weights))
 
 
 def _router_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
