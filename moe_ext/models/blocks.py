@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_ext.models.families import FAMILIES, NUM_EXPERTS_FIELDS, Family
+from moe_ext.models.quantised_experts import check_not_quantised
 from moe_ext.storage.digests import tensor_bytes
 
 
@@ -325,9 +326,10 @@ def expert_tensors(block: MoeBlock) -> dict[str, Tensor]:
     """The parameters and buffers of a block's experts by name, each with experts along its first dimension.
 
     Raises:
-        ValueError: one is not plain, on the meta device, has another number of experts, or, where the family has a
-            record, is none of the weights and biases that the experts interface knows.
+        ValueError: transformers holds them quantised, or one is not plain, on the meta device, has another number of
+            experts, or, where the family has a record, is none of the weights and biases that the interface knows.
     """
+    check_not_quantised(block.name, block.experts)
     experts, tensors = block.experts, tensors_of(block.experts)
     if block.family.router_parameters is not None:
         expected = {"gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"}

@@ -9,6 +9,7 @@ from transformers.integrations.moe import _default_apply_gate
 from moe_ext.binary import _C
 from moe_ext.models.blocks import MoeBlock, check_layout, check_plain, device_of, expert_tensors, tensors_of
 from moe_ext.models.dtypes import DTYPES
+from moe_ext.models.quantised_experts import check_not_quantised
 
 # transformers' names (config.hidden_act) of the activations that the operators compute.
 ACTIVATION_OF_HIDDEN_ACT = {
@@ -26,6 +27,7 @@ def check_experts(name: str, experts: nn.Module) -> None:
     Raises:
         ValueError: what is different, beginning with ``name``.
     """
+    check_not_quantised(name, experts)
     flags = {
         "is_transposed": "transposed weights",
         "has_bias": "biases",
