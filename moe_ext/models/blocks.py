@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from moe_ext.models.boundary import MEANS, PLACES, boundaries, num_routed
 from moe_ext.models.counted import Counted, Dimension, counted_in, named_tensors, owners
 from moe_ext.models.families import FAMILIES, Family
+from moe_ext.models.quantised_experts import check_not_quantised
 from moe_ext.storage.digests import tensor_bytes
 
 
@@ -349,9 +350,10 @@ def expert_tensors(block: MoeBlock) -> dict[str, Tensor]:
     inside the experts module hold is shared by all experts, such as a norm.
 
     Raises:
-        ValueError: one is not plain, on the meta device, has another number of experts, or is none of those that the
-            experts interface knows.
+        ValueError: transformers holds them quantised, or one is not plain, on the meta device, has another number of
+            experts, or is none of those that the experts interface knows.
     """
+    check_not_quantised(block.name, block.experts)
     experts = block.experts
     named = (*experts.named_parameters(recurse=False), *experts.named_buffers(recurse=False))
     tensors = {name: tensor for name, tensor in named if name not in (PLACES, MEANS)}

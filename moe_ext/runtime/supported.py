@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from moe_ext.binary import _C
 from moe_ext.models.blocks import MoeBlock, check_plain, check_router, device_of, expert_tensors, tensors_of
 from moe_ext.models.dtypes import DTYPES
+from moe_ext.models.quantised_experts import check_not_quantised
 from moe_ext.runtime.formulas import experts_layer, find_formula
 
 
@@ -16,6 +17,7 @@ def check_experts(name: str, experts: nn.Module) -> None:
     Raises:
         ValueError: what is different, beginning with ``name``.
     """
+    check_not_quantised(name, experts)
     flags = {"has_post_expert_norm": "a norm after each expert", "_is_expert_parallel": "expert parallelism"}
     found = [reason for flag, reason in flags.items() if getattr(experts, flag, False)]
     if found:
