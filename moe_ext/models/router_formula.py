@@ -329,16 +329,20 @@ class _Probe:
     ) -> Iterator[RouterFormula]:
         """The formulas that give these weights and experts."""
         attributes = [value for value in vars(self._block.router).values() if isinstance(value, int | float)]
-        groups = {1} | {value for value in attributes if type(value) is int and 1 < value < self._experts
-                        and self._experts % value == 0}  # fmt: skip
+        named = [
+            value
+            for name, value in vars(self._block.router).items()
+            if "group" in name and type(value) is int and value > 0
+        ]
+        groups = sorted({1, *(value for value in named if self._experts % value == 0 and value < self._experts)})
         small = [value for value in attributes if isinstance(value, float) and 0 < value < 0.01]
         scores: tuple[Score, ...] = ("softmax", "sigmoid", "sqrtsoftplus")
         # Without correction scores order as logits do, and where they round to one number, logits still differ.
         orders = (True, False) if bias is None else (False, True)
-        for score, by_logits, count in product(scores, orders, sorted(groups)):
+        for count, score, by_logits in product(groups, scores, orders):
             if bias is None and count == 1 and by_logits and score == "softmax":
                 continue  # plain, which the operator chooses by logits anyhow
-            size, of_groups = self._experts // count, [1] if count == 1 else range(1, count)
+            size, of_groups = self._experts // count, [1] if count == 1 else [value for value in named if value < count]
             for per_token, best, outside in product(of_groups, (1,) if count == 1 else (2, 1), (False, True)):
                 if best > size or per_token * size < self._top_k or (count == 1 and outside):
                     continue
