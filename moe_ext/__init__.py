@@ -7,6 +7,7 @@ moe_ext.patch(model, skip=moe_ext.skip_thresholds(stats))
 """
 
 import moe_ext.binary  # noqa: F401  first: one clear ImportError if torch or the binary does not fit
+from moe_ext import data
 from moe_ext.calibration.calibrate import calibrate
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import from_pretrained
@@ -25,6 +26,7 @@ from moe_ext.evaluation.perplexity import Perplexity, perplexity
 from moe_ext.evaluation.predictions import save_predictions
 from moe_ext.pruning.prune import prune
 from moe_ext.pruning.prune_folder import PrunedCheckpoint, prune_checkpoint
+from moe_ext.pruning.prune_gguf import prune_gguf
 from moe_ext.reconstruction.result import LayerLosses, SearchResult
 from moe_ext.reconstruction.search import search
 from moe_ext.runtime.patching import patch, unpatch
@@ -50,6 +52,7 @@ __all__ = [
     "calibrate",
     "compress",
     "count_skips",
+    "data",
     "divergence",
     "from_pretrained",
     "patch",
@@ -57,6 +60,7 @@ __all__ = [
     "plan",
     "prune",
     "prune_checkpoint",
+    "prune_gguf",
     "redundant_pairs",
     "save_predictions",
     "score",

@@ -17,7 +17,7 @@ GemmParams gemm_params(const PositionsParams& p, Product product) {
   g.top_k = p.top_k;
   g.columns = gate_up ? p.layer.intermediate : p.layer.hidden;
   g.inner = gate_up ? p.layer.hidden : p.layer.intermediate;
-  g.activation = p.layer.activation;
+  g.activation = p.layer.formula.activation;
   if (gate_up) g.energies = p.energies;
   return g;
 }

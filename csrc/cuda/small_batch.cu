@@ -239,7 +239,7 @@ __device__ __forceinline__ void store_observed(const SmallBatchParams& p, const 
       const int token = token_tile * 8 + lane % 4 * 2 + next;
       if (token >= tokens || column >= columns) continue;
       const float gate = next == 0 ? sum.x : sum.y, up = next == 0 ? sum.z : sum.w;
-      const float h = activate<false>(e.activation, gate) * up;
+      const float h = activate<false>(e.formula.activation, gate) * up;
       const int slot = slots[token];
       static_cast<T*>(p.h)[int64_t{slot} * columns + column] = from_float<T>(h);
       if (e.counted != nullptr && !e.counted[slot / static_cast<int>(e.top_k)]) continue;
@@ -267,7 +267,7 @@ __device__ __forceinline__ void store(const SmallBatchParams& p, const float4* s
       const float upper = next == 0 ? sum.x : sum.y, lower = next == 0 ? sum.z : sum.w;
       const int64_t at = (int64_t{slots[token]} * splits + split) * columns + column;
       if constexpr (kProduct == Product::kGateUp) {
-        static_cast<T*>(p.h)[at] = from_float<T>(activate<false>(p.experts.activation, upper) * lower);
+        static_cast<T*>(p.h)[at] = from_float<T>(activate<false>(p.experts.formula.activation, upper) * lower);
       } else {
         p.y[at] = upper;
         if (column + 8 < columns) p.y[at + 8] = lower;

@@ -130,7 +130,8 @@ inline Activation activation_named(const char* op, const std::string& name) {
   if (name == "silu") return Activation::kSilu;
   if (name == "gelu") return Activation::kGeluErf;
   if (name == "gelu_tanh") return Activation::kGeluTanh;
-  refuse(op, "'activation' is \"", name.substr(0, 80), "\"; expected \"silu\", \"gelu\" or \"gelu_tanh\"");
+  if (name == "relu2") return Activation::kRelu2;
+  refuse(op, "'activation' is \"", name.substr(0, 80), "\"; expected \"silu\", \"gelu\", \"gelu_tanh\" or \"relu2\"");
 }
 
 inline Score score_named(const char* op, const std::string& name) {

@@ -5,7 +5,7 @@ An observer is attached to every experts module for the duration of the run. The
 operator cannot run, or sums of outputs are asked for, the observer evaluates the family's own code expert by expert.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,9 +16,12 @@ from moe_ext import ops
 from moe_ext.calibration.channels import channel_errors, channel_norms, removal_orders
 from moe_ext.calibration.routed_inputs import RoutedInputs
 from moe_ext.calibration.statistics import RATIO_BINS, ExpertStatistics
-from moe_ext.models.blocks import MoeBlock, device_of, eager_forward, expert_tensors
+from moe_ext.models.blocks import MoeBlock, device_of, expert_tensors
+from moe_ext.models.boundary import eager_forward, output_width
 from moe_ext.runtime.patching import is_patched, layer_state, patched
 from moe_ext.runtime.supported import activation_of
+
+_SUMS = ("moments", "tokens", "ratio_histogram", "coactivation", "pairs", "channels", "output_sum")
 
 
 class Observer:
@@ -42,6 +45,49 @@ class Observer:
         self.outputs = outputs
         self.output_sum: Tensor | None = None  # (E, H), from the first batch on if asked for
         self.counted: Tensor | None = None  # (T,) bool for the batch under way
+        self.domain: str | None = None  # of the batch under way; the sums above are of it
+        self._others: dict[str, dict[str, Tensor | None]] = {}  # sums of the other domains
+
+    def begin(self, domain: str | None, counted: Tensor | None) -> None:
+        """What the next batch is of, and which of its tokens count."""
+        self.counted = None if counted is None else counted.to(self.moments.device)
+        if domain == self.domain:
+            return
+        sums = {name: getattr(self, name) for name in _SUMS}
+        if self.domain is not None:
+            self._others[self.domain] = sums
+        if self.domain is not None and domain is not None:
+            kept = self._others.pop(domain, None)
+            sums = kept or {
+                name: None if tensor is None or name == "output_sum" else torch.zeros_like(tensor)
+                for name, tensor in sums.items()
+            }
+        self.domain = domain
+        for name, tensor in sums.items():
+            setattr(self, name, tensor)
+
+    def sums(self) -> dict[str, Tensor]:
+        """All sums so far by their names, those of a domain before ``" of "`` and the domain's name; themselves."""
+        present = {name: getattr(self, name) for name in _SUMS}
+        return {
+            name if domain is None else f"{name} of {domain}": tensor
+            for domain, sums in [*self._others.items(), (self.domain, present)]
+            for name, tensor in sums.items()
+            if tensor is not None
+        }
+
+    def restore(self, sums: Mapping[str, Tensor]) -> None:
+        """Goes on from what :meth:`sums` gave."""
+        device = self.moments.device
+        for name, tensor in sums.items():
+            field, of, domain = name.partition(" of ")
+            self.begin(domain if of else None, None)
+            setattr(self, field, tensor.to(device))
+
+    @property
+    def domains(self) -> list[str]:
+        """Of all batches so far, by name."""
+        return sorted([*self._others, *([] if self.domain is None else [self.domain])])
 
     def __call__(
         self, x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
@@ -68,7 +114,9 @@ class Observer:
         than the operator, and it waits for a GPU.
         """
         if self.outputs and self.output_sum is None:
-            self.output_sum = torch.zeros(self.num_experts, x.shape[1], dtype=torch.float64, device=x.device)
+            self.output_sum = torch.zeros(
+                self.num_experts, output_width(self.experts), dtype=torch.float64, device=x.device
+            )
         counted = torch.ones_like(experts, dtype=torch.bool) if self.counted is None else self.counted[:, None]
         shares = torch.zeros(x.shape[0], self.num_experts, dtype=torch.float64, device=x.device)  # g ||f||
         for expert in range(self.num_experts):
@@ -137,11 +185,28 @@ def observing(
 def take(
     stats: ExpertStatistics, layer: int, observer: Observer, total: Callable[[Tensor], Tensor] = lambda mine: mine
 ) -> None:
-    """One layer's sums into the statistics; ValueError if they are not finite.
+    """One layer's sums into the statistics, those of domains into theirs; ValueError if they are not finite.
 
     Args:
         total: adds Gram matrices up over the processes.
     """
+    if observer.domains or stats.domains:
+        for domain in observer.domains:
+            observer.begin(domain, None)
+            _take_sums(stats.of_domain(domain), layer, observer)
+        stats.add_up_domains(layer)
+        if stats.channel_norms is not None:
+            stats.channel_norms[layer, : observer.num_experts] = channel_norms(observer.block)
+    else:
+        _take_sums(stats, layer, observer)
+    if stats.channel_order is not None and observer.inputs is not None:
+        activation = activation_of(observer.experts.config)
+        orders = removal_orders(observer.block, observer.inputs, activation, total)
+        stats.channel_order[layer, : observer.num_experts] = orders
+        observer.inputs.close()
+
+
+def _take_sums(stats: ExpertStatistics, layer: int, observer: Observer) -> None:
     count = observer.num_experts
     stats.moments[layer, :count] = observer.moments
     stats.tokens[layer] = observer.tokens
@@ -158,7 +223,3 @@ def take(
     finite = stats.channel_errors is None or bool(stats.channel_errors[layer].isfinite().all())
     if not finite or not bool(stats.moments[layer].isfinite().all()):
         raise ValueError(f"layer {stats.layers[layer]} gave activations or routing weights that are not finite")
-    if stats.channel_order is not None and observer.inputs is not None:
-        activation = activation_of(observer.experts.config)
-        stats.channel_order[layer, :count] = removal_orders(observer.block, observer.inputs, activation, total)
-        observer.inputs.close()

@@ -36,7 +36,6 @@ class Source:
         transposed: whether all that it computes is each expert's transpose, where the shape is not the model's.
         part: where the tensor goes among those of its expert, which lie one above the other in the parameter's
             slice of that expert; None if transformers' conversion is another one.
-        scales: key of the tensor's scales, if it is float8; they have a source of their own, as converted.
         stands_in: whether the tensor is stored under the name of another parameter, which is tied to this one.
     """
 
@@ -46,7 +45,6 @@ class Source:
     converted: bool = False
     transposed: bool = False
     part: int | None = None
-    scales: str | None = None
     stands_in: bool = False
 
 

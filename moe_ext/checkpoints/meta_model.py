@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model, dot_natural_key
+from transformers.core_model_loading import WeightConverter, convert_and_load_state_dict_in_model, dot_natural_key
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from moe_ext.checkpoints.faults import check_loaded, say_ignored
 from moe_ext.checkpoints.float8 import DTYPES as FLOAT8
-from moe_ext.checkpoints.float8 import SCALES
 from moe_ext.checkpoints.key_map import Source, settle_ties, sources_of, tied
+from moe_ext.checkpoints.quantised import format_name, quantised_weights, read_quantisation
+from moe_ext.checkpoints.quantised_weight import QuantisedWeight
 from moe_ext.checkpoints.read_config import model_built_from, read_config
 from moe_ext.checkpoints.stored_tensors import CheckpointError, StoredTensor
 from moe_ext.models.blocks import LOADED_LATER
@@ -37,14 +38,20 @@ class Skeleton:
     Attributes:
         model: in evaluation mode; its weights, all on the meta device, are marked as loaded later.
         dtype: the model's.
-        sources: for every key of the checkpoint that the model has a place for, what it is for.
-        block: rows and columns of a weight that share a scale, if weights are float8 with scales beside them.
+        stored: the checkpoint's tensors by key; in the place of a quantised weight's, one of the weight's own shape.
+        sources: for every key of these that the model has a place for, what it is for.
+        quantised: the weights that are stored in another form, by key.
+        format: what that form is called; None if the folder says nothing of one.
+        beside: keys of further tensors of a quantised checkpoint, of no expert, with the key that they belong to.
     """
 
     model: PreTrainedModel
     dtype: torch.dtype
+    stored: dict[str, StoredTensor]
     sources: dict[str, Source]
-    block: tuple[int, int] | None = None
+    quantised: dict[str, QuantisedWeight] = field(default_factory=dict)
+    format: str | None = None
+    beside: dict[str, str] = field(default_factory=dict)
 
     def saved(self) -> list[tuple[str, Source]]:
         """The keys of which a checkpoint that transformers saves has something, in the order of the model."""
@@ -53,9 +60,9 @@ class Skeleton:
         return [(name, source) for name, source in ordered if source.target not in left_out]
 
     def saved_dtype(self, name: str, stored: StoredTensor) -> torch.dtype:
-        """The type that a key's tensor is written in: as it is stored, if weights are float8 with scales beside them;
-        else as ``from_pretrained`` would hold it."""
-        return stored.dtype if self.block is not None else self.dtype_of(self.sources[name].target)
+        """The type that a key's tensor is written in: as it is stored, if the folder's weights are quantised; else as
+        ``from_pretrained`` would hold it."""
+        return stored.dtype if self.format is not None else self.dtype_of(self.sources[name].target)
 
     def dtype_of(self, target: str) -> torch.dtype:
         """The type in which ``from_pretrained`` would hold a parameter or buffer."""
@@ -91,29 +98,69 @@ def skeleton_of(
 
     Raises:
         CheckpointError: a tensor that the model needs and the checkpoint has not, or has in another shape.
-        ValueError: unknown dtype, a checkpoint quantised other than to float8 with a scale a block, an adapter, or a
-            model that cannot be built.
+        ValueError: unknown dtype, a checkpoint quantised in a format that is not known, an adapter, or a model that
+            cannot be built.
         OSError: no config, or a broken one.
     """
     if Path(folder, ADAPTER).exists():
         raise ValueError(f"{folder} holds an adapter ({ADAPTER}): merge it into the weights first")
     config = read_config(str(folder), trust_remote_code=trust_remote_code)
-    quantisation = getattr(config, "quantization_config", None)
-    block = None
+    quantisation, declared = read_quantisation(folder, config), getattr(config, "quantization_config", None)
+    weights: dict[str, QuantisedWeight] = {}
     if quantisation is not None:
-        block = _block(folder, quantisation, dtype)
+        weights = quantised_weights(folder, quantisation, stored)
+        if dtype != "auto":
+            raise ValueError(
+                f"dtype is {dtype!r}; {folder} holds {format_name(quantisation)} weights with scales: expected auto"
+            )
+    if declared is not None:
         del config.quantization_config  # the model is built as if its weights were what they stand for
-    skeleton = _built(config, stored, dtype, block, trust_remote_code)
-    _check_fits(folder, skeleton, stored)
+    pieces = {name for weight in weights.values() for name in weight.pieces}
+    plain = {name: tensor for name, tensor in stored.items() if name not in pieces}
+    skeleton = _built(
+        config, plain | {name: weight.stand_in(stored) for name, weight in weights.items()}, dtype, trust_remote_code
+    )
+    _check_fits(folder, skeleton)
     skeleton.model.config.name_or_path = str(folder)
     for tensor in (*skeleton.model.parameters(), *skeleton.model.buffers()):
         setattr(tensor, LOADED_LATER, torch.device(device))
-    if quantisation is not None:
-        skeleton.model.config.quantization_config = quantisation
-        skeleton.sources.update(_with_scales(folder, skeleton.sources, stored))
-    scales = {source.scales for source in skeleton.sources.values()}
-    say_ignored(folder, _unexpected(skeleton.model, stored.keys() - skeleton.sources.keys() - scales))
-    return skeleton
+    if declared is not None:
+        skeleton.model.config.quantization_config = declared
+    unexpected = _unexpected(skeleton.model, skeleton.stored.keys() - skeleton.sources.keys())
+    if quantisation is None:
+        say_ignored(folder, unexpected)
+        return skeleton
+    beside = _beside(folder, format_name(quantisation), unexpected, skeleton.sources)
+    say_ignored(folder, unexpected - beside.keys())
+    return replace(
+        skeleton,
+        quantised={name: weight for name, weight in weights.items() if name in skeleton.sources},
+        format=format_name(quantisation),
+        beside=beside,
+    )
+
+
+def _beside(folder: str | Path, form: str, names: Set[str], sources: dict[str, Source]) -> dict[str, str]:
+    """Of tensors that the model has no place for, those that lie beside a weight that it has, with that one's key:
+    scales of a cache of keys and values, and the like.
+
+    Raises:
+        ValueError: one lies beside the weights of an expert.
+    """
+    owners: dict[str, str] = {}
+    for key in sources:
+        path = key
+        while path := path.rpartition(".")[0]:
+            owners.setdefault(path, key)
+    found = {}
+    for name in sorted(names):
+        owner = name.rpartition(".")[0]
+        if owner not in owners or not re.search(r"\.\d+\.", name):
+            continue
+        if "experts" in name:
+            raise ValueError(f"{folder}: {name!r} is none of the tensors that {form} is known to hold of an expert")
+        found[name] = owners[owner]
+    return found
 
 
 def check_fits(
@@ -122,52 +169,22 @@ def check_fits(
     """CheckpointError, with names, if a folder's tensors are not those of its config's model, before one is read; says
     nothing of a model that is quantised."""
     if getattr(config, "quantization_config", None) is None:
-        _check_fits(folder, _built(copy.deepcopy(config), stored, "auto", None, trust_remote_code), stored)
+        _check_fits(folder, _built(copy.deepcopy(config), stored, "auto", trust_remote_code))
 
 
 def _built(
     config: PreTrainedConfig,
     stored: dict[str, StoredTensor],
     dtype: str,
-    block: tuple[int, int] | None,
     trust_remote_code: bool,
 ) -> Skeleton:
     wanted = _dtype(config, stored, dtype)
     with torch.device("meta"):
         make = partial(model_built_from, config, dtype=wanted, trust_remote_code=trust_remote_code)
         model = built(config, make).eval()
-    skeleton = Skeleton(model, wanted, sources_of(model, stored), block)
+    skeleton = Skeleton(model, wanted, stored, sources_of(model, stored))
     settle_ties(model, skeleton.sources, stored)
     return skeleton
-
-
-def _block(folder: str | Path, quantisation: Any, dtype: str) -> tuple[int, int]:
-    """Rows and columns that share a scale; ValueError for other ways of quantising."""
-    known = quantisation if isinstance(quantisation, dict) else {}
-    method, block = known.get("quant_method"), known.get("weight_block_size")
-    sizes = block if isinstance(block, list) else []
-    whole = len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes)
-    if method != "fp8" or not whole or known.get("activation_scheme", "dynamic") != "dynamic":
-        raise ValueError(
-            f"{folder} is quantised ({quantisation}): other than float8 with a scale for every block of rows and "
-            "columns it is read only through transformers, in memory"
-        )
-    if dtype != "auto":
-        raise ValueError(f"dtype is {dtype!r}; {folder} holds float8 weights with scales: expected auto")
-    return sizes[0], sizes[1]
-
-
-def _with_scales(folder: str | Path, sources: dict[str, Source], stored: dict[str, StoredTensor]) -> dict[str, Source]:
-    """Sources of float8 tensors and, for the same places, of their scales."""
-    found = {}
-    for name, source in sources.items():
-        if stored[name].dtype not in FLOAT8:
-            continue
-        scales = name + SCALES
-        if scales not in stored:
-            raise ValueError(f"{folder}: {name} is float8, and there is no {scales}")
-        found[name], found[scales] = replace(source, scales=scales), replace(source, converted=True)
-    return found
 
 
 def _dtype(config: Any, stored: dict[str, StoredTensor], dtype: str) -> torch.dtype:
@@ -184,7 +201,7 @@ def _dtype(config: Any, stored: dict[str, StoredTensor], dtype: str) -> torch.dt
     return named
 
 
-def _check_fits(folder: str | Path, skeleton: Skeleton, stored: dict[str, StoredTensor]) -> None:
+def _check_fits(folder: str | Path, skeleton: Skeleton) -> None:
     """CheckpointError unless transformers can make every tensor of the model from the checkpoint's: its own code does,
     without a number in them."""
     model, left_out = skeleton.model, tied(skeleton.model)
@@ -194,16 +211,20 @@ def _check_fits(folder: str | Path, skeleton: Skeleton, stored: dict[str, Stored
             raise CheckpointError(f"{folder}: {name!r} is of expert {source.expert} of {experts}")
     state = {
         source.target if source.stands_in else name: torch.empty(
-            stored[name].shape, dtype=stored[name].dtype, device="meta"
+            skeleton.stored[name].shape, dtype=skeleton.stored[name].dtype, device="meta"
         )
         for name, source in skeleton.sources.items()
         if source.target not in left_out
     }
+    conversions = get_model_conversion_mapping(model)  # of this call's own
+    for conversion in conversions:
+        if isinstance(conversion, WeightConverter):
+            conversion.force_cpu = False  # there is no number to bring there
     config = LoadStateDictConfig(
         device_map={"": "meta"},
         dtype=skeleton.dtype,
         dtype_plan=model._get_dtype_plan(skeleton.dtype),
-        weight_mapping=get_model_conversion_mapping(model),
+        weight_mapping=conversions,
     )
     with without_bar():
         info, _ = convert_and_load_state_dict_in_model(model, state, config)

@@ -1,7 +1,7 @@
 """A model whose decoder layers stay in their checkpoint: one is in memory at a time, and the next is read ahead.
 
 Layers are loaded by transformers' own code, so that their weights are what ``from_pretrained`` makes of the same files;
-float8 weights become what they stand for.
+quantised weights become what they stand for.
 Reading ahead goes into the system's page cache and takes no memory of this process.
 """
 
@@ -20,7 +20,6 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_ext.checkpoints.finite import is_finite
-from moe_ext.checkpoints.float8 import dequantised
 from moe_ext.checkpoints.meta_model import skeleton_of, without_bar
 from moe_ext.checkpoints.stored_tensors import CheckpointError, StoredTensor, stored_tensors
 from moe_ext.models.blocks import decoder_layers, moe_blocks
@@ -66,10 +65,7 @@ class LayersOnDisk:
         self.num_layers = len(layers)
         self._keys: list[list[str]] = [[] for _ in layers]
         others, self._head = [], []
-        scales = {source.scales for source in skeleton.sources.values()}
         for name, source in skeleton.sources.items():
-            if name in scales:
-                continue  # read with what they scale
             if source.target.startswith(owner + "."):
                 self._keys[int(source.target.removeprefix(owner + ".").split(".")[0])].append(name)
             elif source.target.startswith(self.model.base_model_prefix + "."):
@@ -118,7 +114,7 @@ class LayersOnDisk:
         self._load(self._keys[layer])
         self._resident = layer
         if self._read_ahead and 0 <= layer + step < self.num_layers:
-            self._reader.start([self._stored[name] for name in self._keys[layer + step]])
+            self._reader.start([each for name in self._keys[layer + step] for each in self._tensors(name)])
 
     def load_head(self) -> None:
         """Loads the language model head, too; one that is the embeddings' is theirs."""
@@ -170,11 +166,11 @@ class LayersOnDisk:
         with ExitStack() as stack, without_bar():
             files = {
                 file: stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-                for file in {self._stored[name].file for name in others}
+                for file in {self._stored[name].file for name in others if name not in self._skeleton.quantised}
             }
             state = {
                 source.target if source.stands_in else name: files[self._stored[name].file].get_slice(name)
-                if source.scales is None
+                if name not in self._skeleton.quantised
                 else self._dequantised(name)
                 for name, source in ((name, self._skeleton.sources[name]) for name in others)
             }
@@ -197,12 +193,12 @@ class LayersOnDisk:
         weight = torch.empty_like(absent, dtype=self._skeleton.dtype_of(target), device=self._device)
         filled = [0] * experts
         for name in sorted(names, key=lambda name: (sources[name].expert, sources[name].part)):
-            stored, expert = self._stored[name], sources[name].expert
+            stored, expert = self._skeleton.stored[name], sources[name].expert
             if expert is None or expert >= experts or stored.shape[1:] != (columns,):
                 raise ValueError(f"{self.folder}: {name} {stored.shape} has no place in {target} {tuple(absent.shape)}")
             first, filled[expert] = filled[expert], filled[expert] + stored.shape[0]
             place = weight[expert, first : filled[expert]]
-            if sources[name].scales is not None:
+            if name in self._skeleton.quantised:
                 place.copy_(self._dequantised(name))
             elif place.device.type == "cpu" and place.dtype == stored.dtype and place.is_contiguous():
                 _read_into(stored, place)
@@ -213,15 +209,15 @@ class LayersOnDisk:
         module._parameters[key] = nn.Parameter(weight, requires_grad=False)
 
     def _dequantised(self, name: str) -> Tensor:
-        """What a float8 tensor stands for, in the type of its place."""
-        source, block = self._skeleton.sources[name], self._skeleton.block
-        assert source.scales is not None
-        assert block is not None
-        weight, scales = _read(self._stored[name]), _read(self._stored[source.scales])
-        try:
-            return dequantised(weight, scales, block, self._skeleton.dtype_of(source.target))
-        except ValueError as error:
-            raise CheckpointError(f"{self.folder}: {name}: {error}") from None
+        """What a quantised weight stands for, in the type of its place."""
+        tensors = {tensor.name: _read(tensor) for tensor in self._tensors(name)}
+        dtype = self._skeleton.dtype_of(self._skeleton.sources[name].target)
+        return self._skeleton.quantised[name].values(tensors, dtype)
+
+    def _tensors(self, name: str) -> list[StoredTensor]:
+        """What is stored of a key's weight."""
+        weight = self._skeleton.quantised.get(name)
+        return [self._stored[piece] for piece in ([name] if weight is None else weight.pieces)]
 
     def _fill_buffers(self) -> None:
         """Buffers that no checkpoint holds, by the model's own code, as transformers' from_pretrained does it."""

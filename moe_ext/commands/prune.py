@@ -13,14 +13,15 @@ from moe_ext.commands.output import out, print_json, working
 from moe_ext.commands.shared import load
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.pruning.prune import prune as apply_plan
-from moe_ext.pruning.prune_folder import prune_checkpoint
+from moe_ext.pruning.prune_folder import PrunedCheckpoint, prune_checkpoint
+from moe_ext.pruning.prune_gguf import prune_gguf
 from moe_ext.runtime.batches import read_domains, token_batches
 from moe_ext.storage.files import folder_destination
 
 
 def prune(
     model: Model,
-    save_to: Annotated[Path, destination("Folder for the pruned checkpoint.")],
+    save_to: Annotated[Path, destination("Folder for the pruned checkpoint; of a GGUF file, a file.")],
     plan: Annotated[
         Path | None, typer.Argument(help="File written by `moe-ext plan` or `moe-ext search`.", show_default=False)
     ] = None,
@@ -44,7 +45,7 @@ def prune(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Remove the experts and channels that a plan does not keep and write a checkpoint.
+    """Remove the experts and channels that a plan does not keep and write a checkpoint, or a GGUF file of a GGUF file.
 
     A checkpoint folder is pruned from file to file, whatever its size; a run that was interrupted goes on when it is
     started again. A name on the Hub, or --novices, takes the model into memory. Stock transformers loads the result,
@@ -57,6 +58,11 @@ def prune(
     if refit and novices is not None:
         raise typer.BadParameter("give --refit or --novices, one of them")
     made = PruningPlan.load(plan or plan_option or Path())
+    if Path(model).suffix.lower() == ".gguf":
+        if novices is not None or refit or dtype != "auto":
+            raise typer.BadParameter("--novices, --refit and --dtype take a checkpoint, not a GGUF file")
+        _say(prune_gguf(model, made, save_to, progress=not as_json), save_to, as_json)
+        return
     texts = read_domains(text) if text else {}
     folder_destination(save_to)
 
@@ -75,7 +81,6 @@ def prune(
             progress=not as_json,
             trust_remote_code=trust_remote_code,
         )
-        before, after, size = written.parameters_before, written.parameters, written.weight_bytes
     else:
         means = None if novices is None else ExpertStatistics.load(novices)
         loaded, tokenizer = load(model, dtype, device, trust_remote_code, allow_not_finite=True)
@@ -83,8 +88,13 @@ def prune(
         apply_plan(loaded, made, novices=means, refit=batches_of(tokenizer) if refit else None, progress=not as_json)
         with working(f"writing {save_to}"):
             save_checkpoint(loaded, tokenizer, save_to)
-        after, size = loaded.num_parameters(), size_on_disk(save_to)
+        written = PrunedCheckpoint(save_to, before, loaded.num_parameters(), size_on_disk(save_to))
+    _say(written, save_to, as_json)
+
+
+def _say(written: PrunedCheckpoint, place: Path, as_json: bool) -> None:
+    before, after, size = written.parameters_before, written.parameters, written.weight_bytes
     if as_json:
-        print_json({"checkpoint": str(save_to), "parameters_before": before, "parameters": after, "weight_bytes": size})
+        print_json({"checkpoint": str(place), "parameters_before": before, "parameters": after, "weight_bytes": size})
     else:
-        out.print(f"{before:,} -> {after:,} parameters, {size / 1e6:.1f} MB of weights: {save_to}")
+        out.print(f"{before:,} -> {after:,} parameters, {size / 1e6:.1f} MB of weights: {place}")

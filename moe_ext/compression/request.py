@@ -18,6 +18,7 @@ from moe_ext.decision.plan import plan
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.decision.thin_plan import MULTIPLE, thin_plan
 from moe_ext.models.blocks import family_of, moe_blocks, refuse_novices, text_config
+from moe_ext.models.counted import counts_differ
 from moe_ext.models.layout import layout_of
 from moe_ext.pruning.kept_parts import parts_of, slices_of
 from moe_ext.pruning.prune import prune
@@ -121,20 +122,21 @@ def check_possible(request: Request, folder: Path, *, judged: bool, dtype: str, 
 
     Raises:
         CheckpointError, OSError: the folder is not whole.
-        ValueError: sizes that this model cannot have; a model that was pruned already; or float8 weights, one expert a
-            token and experts that the operators do not run where what was asked for does not go with them.
+        ValueError: sizes that this model cannot have; a model that was pruned already; or quantised weights, one
+            expert a token and experts that the operators do not run where what was asked for does not go with them.
     """
     stored = stored_tensors(folder)
     skeleton = skeleton_of(folder, stored, dtype=dtype, trust_remote_code=trust_remote_code)
     model = skeleton.model
-    if text_config(model).is_heterogeneous:
+    if counts_differ(text_config(model)):
         raise ValueError(f"{folder}: its layers differ already; compress the model that it was made of")
     blocks = moe_blocks(model)
     refuse_novices(blocks, "compress")
-    if skeleton.block is not None and request.refit:
-        raise ValueError(f"refit: {folder} holds float8 weights, which are not fitted; refit=False (--no-refit)")
-    if skeleton.block is not None and judged:
-        raise ValueError(f"judge: {folder} holds float8 weights, which do not run in memory; judge=None (--no-judge)")
+    held = skeleton.format
+    if held is not None and request.refit:
+        raise ValueError(f"refit: {folder} holds {held} weights, which are not fitted; refit=False (--no-refit)")
+    if held is not None and judged:
+        raise ValueError(f"judge: {folder} holds {held} weights, which do not run in memory; judge=None (--no-judge)")
     layout = layout_of(model, blocks)
     if request.skip and layout.top_k < 2:
         raise ValueError(f"skip: {folder} has one expert a token, which is never skipped; skip=False (--no-skip)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe_ext.runtime.batches import token_ids
+from moe_ext.data.tokens import token_ids
 from moe_ext.storage.formats import shown
 
 HELD_BACK = 10

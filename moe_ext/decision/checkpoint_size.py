@@ -26,8 +26,8 @@ class CheckpointSize:
         width: I, channels that its experts have.
         fixed: bytes of what has no channels.
         per_channel: bytes of a channel of all kept experts.
-        block: channels that share float8 scales; 1 if weights have none.
-        per_block: bytes of these scales, a block of all kept experts.
+        block: channels that are stored together or share scales; 1 if each stands for itself.
+        per_block: bytes of what is stored once a block, of all kept experts.
     """
 
     layout: Layout
@@ -58,13 +58,13 @@ class _Written:
         size: bytes.
         target: the model's tensor that it goes into.
         expert: the one that it is of, if it is of one alone.
-        scales: whether it is another's float8 scales.
+        per: channels that it has one number for; 0 if it has none that channels are taken out of.
     """
 
     size: int
     target: str
     expert: int | None = None
-    scales: bool = False
+    per: int = 1
 
 
 def checkpoint_size(
@@ -87,7 +87,7 @@ def checkpoint_size(
         stored = stored_tensors(model)
         skeleton = skeleton_of(model, stored, trust_remote_code=trust_remote_code)
         live, tensors = skeleton.model, _of_folder(skeleton, stored)
-        block = 1 if skeleton.block is None else math.lcm(*skeleton.block)
+        block = math.lcm(*(tensor.per for tensor in tensors if tensor.per))
     blocks = moe_blocks(live)
     width = width_of(blocks[0])
     for other in blocks:
@@ -106,9 +106,9 @@ def checkpoint_size(
         size = tensor.size // experts * len(kept)
         if tensor.expert is not None:
             size = tensor.size if tensor.expert in kept else 0
-        if not has_channels:
+        if not has_channels or not tensor.per:
             fixed += size
-        elif tensor.scales:
+        elif tensor.per > 1:
             scales += size
         else:
             channels += size
@@ -121,16 +121,30 @@ def _of_model(model: PreTrainedModel) -> list[_Written]:
 
 
 def _of_folder(skeleton: Skeleton, stored: dict[str, StoredTensor]) -> list[_Written]:
-    scales = {source.scales for source in skeleton.sources.values()}
-    return [
-        _Written(
-            math.prod(stored[name].shape) * skeleton.saved_dtype(name, stored[name]).itemsize,
-            source.target,
-            source.expert,
-            name in scales,
-        )
-        for name, source in skeleton.saved()
-    ]
+    written = [_Written(stored[key].size, "") for key in skeleton.beside]
+    dims = _channel_dims(skeleton)
+    for name, source in skeleton.saved():
+        weight = skeleton.quantised.get(name)
+        if weight is None:
+            size = math.prod(stored[name].shape) * skeleton.saved_dtype(name, stored[name]).itemsize
+            written.append(_Written(size, source.target, source.expert))
+            continue
+        for key, piece in weight.pieces.items():
+            dim = dims.get(source.target)
+            follows = None if dim is None else piece.axis(dim - (source.expert is not None))
+            written.append(_Written(stored[key].size, source.target, source.expert, follows[1] if follows else 0))
+    return written
+
+
+def _channel_dims(skeleton: Skeleton) -> dict[str, int]:
+    """Which dimension of a parameter counts the channels of experts."""
+    names = names_of(skeleton.model)
+    found = {
+        names[id(tensor)]: channel_dimension(block, name)
+        for block in moe_blocks(skeleton.model)
+        for name, tensor in expert_tensors(block).items()
+    }
+    return {name: dim for name, dim in found.items() if dim is not None}
 
 
 def _counting(
@@ -141,6 +155,6 @@ def _counting(
     for block, kept in zip(blocks, keep, strict=True):
         for name, tensor in expert_tensors(block).items():
             found[names[id(tensor)]] = block.num_experts, kept, channel_dimension(block, name) is not None
-        for _, _, tensor, _ in block.routing_tensors():
-            found[names[id(tensor)]] = block.num_experts, kept, False
+        for part in block.routing_tensors():
+            found[names[id(part.tensor)]] = block.num_experts, kept, False
     return found

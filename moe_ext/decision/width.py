@@ -97,7 +97,7 @@ def _width_that_fits(fit: int, model: CheckpointSize, stats: ExpertStatistics, m
         raise ValueError(f"model: has experts of {model.width} channels; those of the statistics have {stats.width}")
     if multiple % model.block:
         raise ValueError(
-            f"blocks: the model holds float8 scales of {model.block} channels each; give blocks={model.block}"
+            f"blocks: the model stores {model.block} channels together, or with one scale; give blocks={model.block}"
         )
     if model.at(model.width) <= fit:
         raise ValueError(

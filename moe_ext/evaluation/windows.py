@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from moe_ext.data.tokens import token_ids
 from moe_ext.models.blocks import input_device
-from moe_ext.runtime.batches import check_tokens, token_ids, vocabulary_of
+from moe_ext.runtime.batches import check_tokens, vocabulary_of
 from moe_ext.storage.digests import tensor_bytes
 from moe_ext.storage.formats import shown
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from moe_ext.models.blocks import MEANS, PLACES, is_experts
+from moe_ext.models.boundary import MEANS, PLACES, is_experts, output_width
 from moe_ext.models.config_section import LEFT_KEY
 
 
@@ -46,7 +46,7 @@ def _forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_
     return cast(Tensor, out + (spread.to(means.dtype) @ means).to(out.dtype))
 
 
-def make_room(layer: nn.Module, left: int, hidden_size: int) -> None:
+def make_room(layer: nn.Module, left: int) -> None:
     """Gives a decoder layer that was just built the shapes of one with novices, for a checkpoint to fill.
 
     Raises:
@@ -58,9 +58,9 @@ def make_room(layer: nn.Module, left: int, hidden_size: int) -> None:
             f"config.moe_ext.{LEFT_KEY} says {left} experts of a {type(layer).__name__} that has not so many"
         )
     experts, routed = found[0], cast(int, found[0].num_experts)
-    for name, parameter in list(experts.named_parameters()):
+    for name, parameter in list(experts.named_parameters(recurse=False)):
         setattr(experts, name, nn.Parameter(parameter.detach()[:left].clone(), requires_grad=parameter.requires_grad))
-        weight = parameter
     experts.num_experts = left  # type: ignore[assignment]
+    weight = cast(Tensor, experts.down_proj)
     places = torch.arange(routed, device=weight.device)
-    add_novices(experts, places, weight.new_zeros(routed - left, hidden_size))
+    add_novices(experts, places, weight.new_zeros(routed - left, output_width(experts)))

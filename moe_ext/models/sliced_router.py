@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from moe_ext.models.blocks import MoeBlock
+from moe_ext.models.blocks import MoeBlock, PerExpert
 
 
 class Routes(NamedTuple):
@@ -43,17 +43,17 @@ class SlicedRouter:
     def __init__(self, block: MoeBlock) -> None:
         self._block, self._twin = block, twin_of(block.router)
         names = {id(tensor): name for name, tensor in (*self._twin.named_parameters(), *self._twin.named_buffers())}
-        self._own: dict[str, tuple[Tensor, int]] = {}
-        self._given: list[tuple[Tensor, int]] = []  # tensors of the block's, which its router is called with
-        for _, _, tensor, dim in block.routing_tensors():
-            if id(tensor) in names:
-                self._own[names[id(tensor)]] = tensor, dim
+        self._own: dict[str, PerExpert] = {}
+        self._given: list[PerExpert] = []  # tensors of the block's, which its router is called with
+        for part in block.routing_tensors():
+            if id(part.tensor) in names:
+                self._own[names[id(part.tensor)]] = part
             else:
-                self._given.append((tensor, dim))
+                self._given.append(part)
 
     def is_of_block(self, value: object) -> bool:
         """Whether an argument of the router is a tensor that its block holds, with numbers for every expert."""
-        return any(value is tensor for tensor, _ in self._given)
+        return any(value is part.tensor for part in self._given)
 
     @torch.no_grad()
     def route(self, keep: Sequence[int], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Routes:
@@ -65,17 +65,16 @@ class SlicedRouter:
         Raises:
             ValueError: the router returns something other than logits, weights (T, K) and experts (T, K).
         """
-        some = len(keep) < self._block.num_routed
+        experts = self._block.num_routed
+        some = len(keep) < experts
         device = next(self._block.router.parameters()).device
         index = torch.tensor(list(keep), device=device)
-        tensors = {
-            name: tensor.index_select(dim, index) if some else tensor for name, (tensor, dim) in self._own.items()
-        }
+        tensors = {name: part.kept(keep, experts) if some else part.tensor for name, part in self._own.items()}
 
         def sliced(value: Any) -> Any:
-            for tensor, dim in self._given:
-                if value is tensor and some:
-                    return tensor.index_select(dim, index.to(tensor.device))
+            for part in self._given:
+                if value is part.tensor and some:
+                    return part.kept(keep, experts)
             return value
 
         for module in self._twin.modules():
@@ -85,8 +84,8 @@ class SlicedRouter:
         output = torch.func.functional_call(self._twin, tensors, tuple(map(sliced, args)), given)
         if not isinstance(output, tuple) or len(output) < 3 or not _are_routes(*output[1:3]):
             raise ValueError(f"{self._block.name}: the router returns something other than logits, weights and experts")
-        weights, experts = cast(Tensor, output[1]), cast(Tensor, output[2])
-        return Routes(weights, index[experts.long()], output[3:])
+        weights, chosen = cast(Tensor, output[1]), cast(Tensor, output[2])
+        return Routes(weights, index[chosen.long()], output[3:])
 
 
 def _are_routes(weights: object, experts: object) -> bool:

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from moe_ext.checkpoints.key_map import Source, names_of
 from moe_ext.checkpoints.meta_model import Skeleton
+from moe_ext.checkpoints.quantised_weight import Piece, QuantisedWeight
 from moe_ext.checkpoints.stored_tensors import CheckpointError, StoredTensor
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import MoeBlock, expert_tensors
+from moe_ext.models.counted import Dimension
 from moe_ext.models.expert_width import channel_dimension
 from moe_ext.pruning.shard_writer import Part, Selection
 from moe_ext.pruning.thin import channel_places
@@ -22,7 +24,7 @@ class Slice:
     """What is kept of a tensor that counts experts.
 
     Attributes:
-        dim: its dimension of experts.
+        dimension: its dimension of experts.
         keep: the experts that are kept, of ``experts``.
         shape: its shape in the model.
         channel_dim: its dimension of channels there, if some of them go.
@@ -31,7 +33,7 @@ class Slice:
         layer: name of the Mixture-of-Experts block.
     """
 
-    dim: int
+    dimension: Dimension
     keep: tuple[int, ...]
     experts: int
     layer: str
@@ -50,14 +52,14 @@ def slices_of(skeleton: Skeleton, blocks: list[MoeBlock], plan: PruningPlan) -> 
         for name, tensor in expert_tensors(block).items():
             dim = None if kept is None else channel_dimension(block, name)
             if dim is None or kept is None:
-                found[names[id(tensor)]] = Slice(0, keep, block.num_experts, block.name)
+                found[names[id(tensor)]] = Slice(Dimension(0), keep, block.num_experts, block.name)
             else:
                 places = channel_places(block, name, kept)
                 found[names[id(tensor)]] = Slice(
-                    0, keep, block.num_experts, block.name, tuple(tensor.shape), dim, kept, places
+                    Dimension(0), keep, block.num_experts, block.name, tuple(tensor.shape), dim, kept, places
                 )
-        for _, _, tensor, dim in block.routing_tensors():
-            found[names[id(tensor)]] = Slice(dim, keep, block.num_experts, block.name)
+        for part in block.routing_tensors():
+            found[names[id(part.tensor)]] = Slice(part.dimension, keep, block.num_experts, block.name)
     return found
 
 
@@ -74,28 +76,54 @@ def parts_of(
     """
     parts = []
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
-    scaled = {source.scales: name for name, source in skeleton.sources.items() if source.scales is not None}
+    beside: dict[str, list[Part]] = {}
+    for key, owner in skeleton.beside.items():
+        beside.setdefault(owner, []).append(_whole(stored[key], stored[key].dtype))
     for name, source in skeleton.saved():
-        tensor = stored[name]
-        whole = Part(name, tensor, tensor.shape, skeleton.saved_dtype(name, tensor), ((0, tensor.size),))
-        if source.target not in slices:
-            part: Part | None = whole
-        elif name in scaled:
-            weight = scaled[name]
-            part = _sliced(whole, skeleton.sources[weight], slices[source.target], stored[weight].shape, skeleton.block)
-        else:
-            part = _sliced(whole, source, slices[source.target], tensor.shape)
-        if part is None:
+        parts += beside.get(name, [])
+        dtype = skeleton.saved_dtype(name, skeleton.stored[name])
+        weight = skeleton.quantised.get(name)
+        if weight is not None:
+            for key, piece in weight.pieces.items():
+                parts += _kept(stored[key], stored[key].dtype, source, slices, weight, piece)
             continue
-        if source.target in fitted:
-            part = _fitted(part, source, slices[source.target], fitted[source.target])
-        if not source.converted and part.shape != shapes[source.target]:
-            raise CheckpointError(
-                f"{tensor.file}: {name!r} has shape {tensor.shape}, of which {part.shape} would be left; the pruned "
-                f"model's {source.target} has {shapes[source.target]}"
-            )
-        parts.append(part)
+        tensor = stored[name]
+        plain = QuantisedWeight(name, tensor.shape, {}, _not_quantised)
+        piece = Piece("weight", tuple((dim, 1) for dim in range(len(tensor.shape))))
+        for part in _kept(tensor, dtype, source, slices, plain, piece):
+            if source.target in fitted:
+                part = _fitted(part, source, slices[source.target], fitted[source.target])
+            if not source.converted and part.shape != shapes[source.target]:
+                raise CheckpointError(
+                    f"{tensor.file}: {name!r} has shape {tensor.shape}, of which {part.shape} would be left; the "
+                    f"pruned model's {source.target} has {shapes[source.target]}"
+                )
+            parts.append(part)
     return parts
+
+
+def _whole(tensor: StoredTensor, dtype: torch.dtype) -> Part:
+    return Part(tensor.name, tensor, tensor.shape, dtype, ((0, tensor.size),))
+
+
+def _not_quantised(tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    raise AssertionError("a weight that is stored as it is")
+
+
+def _kept(
+    tensor: StoredTensor,
+    dtype: torch.dtype,
+    source: Source,
+    slices: dict[str, Slice],
+    weight: QuantisedWeight,
+    piece: Piece,
+) -> list[Part]:
+    """What is left of a stored tensor of a weight: a part, or none."""
+    whole = _whole(tensor, dtype)
+    if source.target not in slices:
+        return [whole]
+    part = _sliced(whole, source, slices[source.target], weight, piece)
+    return [] if part is None else [part]
 
 
 def _fitted(part: Part, source: Source, kept: Slice, stored: StoredTensor) -> Part:
@@ -117,15 +145,12 @@ def _fitted(part: Part, source: Source, kept: Slice, stored: StoredTensor) -> Pa
     return replace(part, source=stored, ranges=((begin, end),), selections=())
 
 
-def _sliced(
-    part: Part, source: Source, kept: Slice, weight: tuple[int, ...], block: tuple[int, int] | None = None
-) -> Part | None:
+def _sliced(part: Part, source: Source, kept: Slice, weight: QuantisedWeight, piece: Piece) -> Part | None:
     """What is left of a tensor that counts experts; None if nothing is.
 
     Args:
-        source: of the tensor, or of that which it scales.
-        weight: shape of the tensor that is stored, or that it scales.
-        block: rows and columns of ``weight`` that share a scale, if the tensor is scales.
+        source: of the weight.
+        weight, piece: what the tensor is of, and which part of that.
     """
     tensor, name, shape = part.source, part.name, part.shape
     if source.expert is not None:
@@ -138,39 +163,38 @@ def _sliced(
         part = replace(part, name=f"{name[:first]}{position}{name[last:]}")
         if kept.channels is None:
             return part
-        return _selected(part, source, kept, [position], weight, block)
-    if len(shape) <= kept.dim or shape[kept.dim] != kept.experts:
-        raise CheckpointError(
-            f"{tensor.file}: {name!r} has shape {tensor.shape}; expected {kept.experts} in place {kept.dim}"
-        )
-    inner = math.prod(shape[kept.dim + 1 :]) * tensor.dtype.itemsize
+        return _selected(part, source, kept, [position], weight, piece)
+    size = kept.dimension.size(kept.experts)
+    counting = piece.axis(kept.dimension.index)
+    if counting is None and piece.holds == "numbers" and weight.pieces and weight.indivisible is None:
+        return part  # a scale that all experts share
+    dim, together = counting or (kept.dimension.index, 1)
+    if together != 1 or len(shape) <= dim or shape[dim] != size:
+        raise CheckpointError(f"{tensor.file}: {name!r} has shape {tensor.shape}; expected {size} in place {dim}")
+    inner = math.prod(shape[dim + 1 :]) * tensor.dtype.itemsize
     ranges: list[tuple[int, int]] = []
-    for outer in range(math.prod(shape[: kept.dim])):
-        for expert in kept.keep:
-            begin = (outer * kept.experts + expert) * inner
+    positions = kept.dimension.places(kept.keep, kept.experts)
+    for outer in range(math.prod(shape[:dim])):
+        for position in positions:
+            begin = (outer * size + position) * inner
             if kept.channels is None and ranges and ranges[-1][1] == begin:
                 ranges[-1] = (ranges[-1][0], begin + inner)
             else:
                 ranges.append((begin, begin + inner))
-    part = replace(part, shape=(*shape[: kept.dim], len(kept.keep), *shape[kept.dim + 1 :]), ranges=tuple(ranges))
+    part = replace(part, shape=(*shape[:dim], len(positions), *shape[dim + 1 :]), ranges=tuple(ranges))
     if kept.places is None:
         return part
-    return _selected(part, source, kept, list(range(len(kept.keep))), weight, block)
+    return _selected(part, source, kept, list(range(len(kept.keep))), weight, piece)
 
 
 def _selected(
-    part: Part,
-    source: Source,
-    kept: Slice,
-    experts: list[int],
-    weight: tuple[int, ...],
-    block: tuple[int, int] | None,
+    part: Part, source: Source, kept: Slice, experts: list[int], weight: QuantisedWeight, piece: Piece
 ) -> Part:
-    """Of a part whose ranges are experts' slices, the channels that each expert keeps, or the scales of these.
+    """Of a part whose ranges are experts' slices, the channels that each expert keeps, or what is stored beside these.
 
     Args:
         experts: positions among the kept ones, a range each.
-        source, weight, block: as for :func:`_sliced`.
+        source, weight, piece: as for :func:`_sliced`.
     """
     alone = source.expert is not None
     if (source.part is None) if alone else (source.converted and not source.transposed):
@@ -178,30 +202,72 @@ def _selected(
             f"{part.source.file}: {part.name!r} is stored in another form than transformers holds it, in which the "
             "channels of experts are not known; prune the loaded model by this plan, moe_ext.prune"
         )
+    if weight.indivisible is not None:
+        raise ValueError(f"plan: {weight.name}: {weight.indivisible}: its channels stay, whole experts can go")
     assert kept.channel_dim is not None
     assert kept.channels is not None
     assert kept.places is not None
-    rank = len(part.shape) - (not alone)
     dim = kept.channel_dim - 1  # of an expert's slice; what lies above each other in it has rows as itself
-    if source.transposed and weight != kept.shape:
+    if source.transposed and weight.shape != kept.shape:
         dim = 1 - dim
+    dim += not alone
     places = [(kept.channels if alone else kept.places)[expert] for expert in experts]
-    if block is not None:
+    if piece.holds == "shape":
+        new = [len(places[0]) if place == dim else size for place, size in enumerate(weight.shape)]
+        return replace(part, content=torch.tensor(new, dtype=part.dtype).numpy().tobytes())
+    follows = piece.axis(dim)
+    if follows is None:
+        return part  # all channels share it
+    place, together = follows
+    if piece.holds == "groups":
+        return _first_groups(part, len(places[0]))
+    if together != 1:
+        whole = math.lcm(*(axis[1] for each in weight.pieces.values() for axis in each.axes if axis is not None))
         places = [
-            _blocks(chosen, block[dim], f"{kept.layer}, expert {kept.keep[expert]}")
+            _blocks(chosen, together, whole, f"{kept.layer}, expert {kept.keep[expert]}")
             for chosen, expert in zip(places, experts, strict=True)
         ]
     shape = list(part.shape)
-    shape[dim - rank] = len(places[0])
+    outer, count, inner = shape[0 if alone else 1 : place], shape[place], math.prod(shape[place + 1 :])
+    shape[place] = len(places[0])
+    if inner == 1:
+        rows, columns = 1, count
+    elif math.prod(outer) == 1:
+        rows, columns = 0, inner
+    else:
+        rows, columns = 1, count * inner
+        places = [(chosen[:, None] * inner + torch.arange(inner)).flatten() for chosen in places]
     selections = tuple(
-        Selection(begin, end, part.shape[-1], channels, 1 if rank == 1 else dim)
+        Selection(begin, end, columns, channels, rows)
         for (begin, end), channels in zip(part.ranges, places, strict=True)
     )
     return replace(part, shape=tuple(shape), selections=selections)
 
 
-def _blocks(places: Tensor, size: int, where: str) -> Tensor:
+def _first_groups(part: Part, columns: int) -> Part:
+    """The groups of so many columns, numbered anew: those of the first so many.
+
+    Raises:
+        ValueError: the columns are not in the order of their groups.
+    """
+    source = part.source
+    with source.file.open("rb") as file:
+        file.seek(source.offset)
+        groups = torch.frombuffer(bytearray(file.read(source.size)), dtype=source.dtype)
+    count = int(groups.max()) + 1
+    if count < 1 or not torch.equal(groups.long(), torch.arange(len(groups)) // -(-len(groups) // count)):
+        raise ValueError(
+            f"plan: {source.name}: the columns are quantised in another order than their own (act-order): channels "
+            "stay, whole experts can go"
+        )
+    return replace(part, shape=(columns,), ranges=((0, columns * source.dtype.itemsize),))
+
+
+def _blocks(places: Tensor, size: int, whole_size: int, where: str) -> Tensor:
     """The blocks of so many rows or columns that places, ascending, are all of.
+
+    Args:
+        whole_size: the size that all parts of the weight allow.
 
     Raises:
         ValueError: they are not whole blocks.
@@ -210,7 +276,7 @@ def _blocks(places: Tensor, size: int, where: str) -> Tensor:
     whole = (first[:, None] + torch.arange(size)).flatten()
     if len(places) % size or not torch.equal(whole, places) or bool((first % size).any()):
         raise ValueError(
-            f"plan: {where}: keeps parts of blocks of {size} channels, which share a float8 scale; plan whole ones: "
-            f"moe-ext plan ... --blocks {size}, thin_plan(..., blocks={size})"
+            f"plan: {where}: keeps parts of blocks of {size} channels, which are stored together or share a scale; "
+            f"plan whole ones: moe-ext plan ... --blocks {whole_size}, thin_plan(..., blocks={whole_size})"
         )
     return first // size

@@ -7,33 +7,34 @@ rename when all is there. A run that was interrupted goes on with the shards tha
 
 import copy
 import json
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedConfig
 
 from moe_ext.checkpoints.faults import few
 from moe_ext.checkpoints.meta_model import Skeleton, skeleton_of
 from moe_ext.checkpoints.other_files import copy_other_files
+from moe_ext.checkpoints.quantised import MODELOPT
 from moe_ext.checkpoints.stored_tensors import INDEX, CheckpointError, stored_tensors
 from moe_ext.checkpoints.written_config import changed_content, read_content, write_content
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import moe_blocks, refuse_novices, text_config
-from moe_ext.pruning.kept_parts import parts_of, slices_of
+from moe_ext.models.counted import counts_differ
+from moe_ext.pruning.kept_parts import Slice, parts_of, slices_of
 from moe_ext.pruning.prune import prune
 from moe_ext.pruning.refit_files import RefitFiles
 from moe_ext.pruning.refit_folder import down_projections, planned, refit_into
+from moe_ext.pruning.renumbered_names import positions_of, renumbered
 from moe_ext.pruning.shard_writer import Part, shards_of, write_shard
 from moe_ext.pruning.unfinished import PROGRESS, begin, check_space, fingerprint, locked
 from moe_ext.storage.digests import text_digest
 from moe_ext.storage.files import flush_to_disk, folder_destination, put_in_place
+from moe_ext.storage.formats import parse_json
 
 SHARD_SIZE = 5_000_000_000
 """Bytes of weights a file, at most, unless one tensor alone is larger."""
@@ -79,8 +80,8 @@ def prune_checkpoint(
             memory, and of a run that was interrupted the layers that it had come to are not fitted again.
         shard_size: bytes of weights a file.
         dtype: "auto": as ``from_pretrained(dtype="auto")`` would hold it, usually the bytes as they are; or another
-            type to convert to. Float8 weights with scales (``weight_scale_inv``, DeepSeek-V3's own format) stay as they
-            are: their scales go and stay with them, so that a plan of channels must keep whole blocks of them.
+            type to convert to. Quantised weights stay as they are: what is stored beside them goes and stays with
+            them, so that a plan of channels must keep whole blocks of those that share a scale or a word.
         device: where a layer computes for the refit.
         progress: whether to show a progress bar.
         trust_remote_code: as for :func:`moe_ext.from_pretrained`.
@@ -92,7 +93,7 @@ def prune_checkpoint(
         BlockingIOError: another process is writing ``out``.
         CheckpointError: the weight files are not whole, not what their index says, or not what the model needs.
         ValueError: the plan does not fit, the model was pruned already, shard_size is not positive, or a tensor of the
-            experts is not as the family's record says; a refit of float8 weights, or none that is possible (see
+            experts is not as the family's record says; a refit of quantised weights, or none that is possible (see
             :func:`moe_ext.pruning.refit_layers.refitted_layers`).
         OSError: a file is missing, or the disk is too small: found before anything is written.
     """
@@ -101,19 +102,18 @@ def prune_checkpoint(
     target = folder_destination(out)
     stored = stored_tensors(checkpoint)
     skeleton = skeleton_of(checkpoint, stored, dtype=dtype, trust_remote_code=trust_remote_code)
-    if text_config(skeleton.model).is_heterogeneous:
+    if counts_differ(text_config(skeleton.model)):
         raise ValueError(f"{checkpoint}: its layers differ already; prune the model that it was made of")
     blocks = moe_blocks(skeleton.model)
     refuse_novices(blocks, "prune")
-    if skeleton.block is not None:
-        _check_names_in_quantisation(skeleton.model.config.quantization_config)
-        if refit is not None:
-            raise ValueError(
-                f"refit: {checkpoint} holds float8 weights, which are not fitted; prune without, or "
-                "refit a checkpoint in bfloat16"
-            )
+    if skeleton.format is not None and refit is not None:
+        raise ValueError(
+            f"refit: {checkpoint} holds {skeleton.format} weights, which are not fitted; prune without, or "
+            "refit a checkpoint in bfloat16"
+        )
     before, config = skeleton.model.num_parameters(), copy.deepcopy(skeleton.model.config)
     slices = slices_of(skeleton, blocks, plan)
+    written, further = _changed_quantisation(Path(checkpoint), skeleton, slices)
     downs = [] if refit is None else down_projections(skeleton, blocks)
     prune(skeleton.model, plan)  # checks the plan, writes the config, and gives the shapes to arrive at
     fitted = planned(skeleton, downs)
@@ -147,7 +147,13 @@ def prune_checkpoint(
                     bar.update(sum(part.size for part in content))
                 else:
                     strange += write_shard(work / name, content, bar)
-        _write_rest(Path(checkpoint), work, skeleton, config, None if dtype == "auto" else skeleton.dtype, shards)
+        held = None if dtype == "auto" else skeleton.dtype
+        written = changed_content(
+            written, config, skeleton.model.config, dtype=held, architecture=type(skeleton.model).__name__
+        )
+        _write_rest(Path(checkpoint), work, skeleton, written, shards)
+        for name, changed in further.items():
+            (work / name).write_text(changed, encoding="utf-8")
         (work / PROGRESS).unlink()
         if refit is not None:
             RefitFiles(work).remove()
@@ -159,19 +165,29 @@ def prune_checkpoint(
     return PrunedCheckpoint(target, before, skeleton.model.num_parameters(), total)
 
 
-def _check_names_in_quantisation(quantisation: dict[str, Any]) -> None:
-    """ValueError if the config says of one expert that it is not quantised: experts are renumbered."""
-    for name in quantisation.get("modules_to_not_convert") or ():
-        if re.search(r"experts\.\d", name):
-            raise ValueError(f"quantization_config names {name!r}, and the experts would be renumbered")
+def _changed_quantisation(
+    checkpoint: Path, skeleton: Skeleton, slices: Mapping[str, Slice]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The source's config with the experts renumbered that it names in what it says of quantisation, and the text of
+    further files that name experts so."""
+    content = read_content(checkpoint)
+    if skeleton.format is None or all(kept.keep == tuple(range(kept.experts)) for kept in slices.values()):
+        return content, {}
+    positions = positions_of(skeleton.sources, slices)
+    for key in ("quantization_config", "compression_config"):
+        if key in content:
+            content[key] = renumbered(content[key], positions)
+    if not (checkpoint / MODELOPT).is_file():
+        return content, {}
+    declared = renumbered(parse_json((checkpoint / MODELOPT).read_bytes()), positions)
+    return content, {MODELOPT: json.dumps(declared, indent=4, ensure_ascii=False) + "\n"}
 
 
 def _write_rest(
     checkpoint: Path,
     work: Path,
     skeleton: Skeleton,
-    config: PreTrainedConfig,
-    dtype: torch.dtype | None,
+    content: dict[str, Any],
     shards: dict[str, list[Part]],
 ) -> None:
     """Index, config, and what else the source holds."""
@@ -185,6 +201,5 @@ def _write_rest(
             "weight_map": {part.name: shard for shard, parts in shards.items() for part in parts},
         }
         (work / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    content = read_content(checkpoint)
-    write_content(work, changed_content(content, config, model.config, dtype=dtype, architecture=type(model).__name__))
+    write_content(work, content)
     copy_other_files(checkpoint, work)

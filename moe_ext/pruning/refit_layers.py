@@ -28,6 +28,7 @@ from moe_ext.pruning.replace import replace_tensor
 from moe_ext.pruning.thin import thin_layer
 from moe_ext.pruning.watched_experts import Watch, scale_of_experts, watching
 from moe_ext.runtime.batches import check_batch
+from moe_ext.runtime.course import course_of
 from moe_ext.runtime.layer_walk import LayerInputs
 from moe_ext.runtime.patching import altered_gates, patched
 from moe_ext.runtime.supported import activation_of
@@ -62,14 +63,16 @@ def refitted_layers(
     last = of_block[-1]
     removes = any(len(keep) < block.num_experts for keep, block in zip(plan.keep, blocks, strict=True))
     given = [each.inputs for each in refit.checked]
+    course = course_of(model, blocks, given)
+    course.refuse_loops("refit")
     with (
         torch.no_grad(),
         patched(model, blocks),
-        LayerInputs(model, blocks, given, need=need) as pruned,
-        LayerInputs(model, blocks, given, need=need) as whole,
+        LayerInputs(model, blocks, given, course=course, need=need) as pruned,
+        LayerInputs(model, blocks, given, course=course, need=need) as whole,
         tqdm(total=last + 1, desc="refit", unit="layer", disable=not progress) as bar,
     ):
-        for layer in range(last + 1):
+        for layer in course.calls[: course.last_calls([last])[0] + 1]:
             if need is not None:
                 need(layer)
             if removes:

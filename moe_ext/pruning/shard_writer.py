@@ -22,6 +22,7 @@ from moe_ext.storage.files import replace_file
 _WINDOW = 64 << 20  # bytes mapped at a time
 # What os.copy_file_range answers between or on file systems that do not offer it.
 _CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -50,6 +51,7 @@ class Part:
     Attributes:
         ranges: bytes of the source tensor, from and to, that are written one after the other.
         selections: what is written instead, if there are any.
+        content: what is written instead of all of these, if it is given.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Part:
     dtype: torch.dtype
     ranges: tuple[tuple[int, int], ...]
     selections: tuple[Selection, ...] = ()
+    content: bytes | None = None
 
     @property
     def size(self) -> int:
@@ -92,14 +95,17 @@ def write_shard(path: Path, parts: list[Part], bar: Any) -> list[str]:
     with replace_file(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for part in parts:
-            if not _write_part(file, part):
+            if not write_part(file, part):
                 strange.append(part.name)
             bar.update(part.size)
     return strange
 
 
-def _write_part(file: IO[bytes], part: Part) -> bool:
-    """Whether all numbers are finite."""
+def write_part(file: IO[bytes], part: Part) -> bool:
+    """Writes a part at the end of a file; returns whether all numbers are finite."""
+    if part.content is not None:
+        file.write(part.content)
+        return True
     finite = True
     with part.source.file.open("rb") as source:
         for selection in part.selections:
@@ -130,11 +136,12 @@ def _write_selection(file: IO[bytes], source: IO[bytes], part: Part, selection: 
         start = selection.begin + first * row
         length = min(rows * row, selection.end - start)
         with _mapped(source, part.source.offset + start, length) as window:
-            matrix = torch.frombuffer(window, dtype=part.source.dtype).view(-1, selection.columns)
+            # As whole numbers of their size: torch selects among all types of those.
+            matrix = torch.frombuffer(window, dtype=_SAME_SIZE[row // selection.columns]).view(-1, selection.columns)
             kept = selection.kept
             if selection.dim == 0:
                 kept = kept[(kept >= first) & (kept < first + matrix.shape[0])] - first
-            values = matrix.index_select(selection.dim, kept)
+            values = matrix.index_select(selection.dim, kept).view(part.source.dtype)
             del matrix  # a view of the window
         finite = finite and is_finite(values.view(-1))
         file.write(values.to(part.dtype).view(-1).view(torch.uint8).numpy().data)

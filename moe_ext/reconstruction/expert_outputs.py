@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_ext import ops
-from moe_ext.models.blocks import MoeBlock, eager_forward
+from moe_ext.models.blocks import MoeBlock
+from moe_ext.models.boundary import eager_forward
 from moe_ext.runtime.patching import layer_state
 from moe_ext.runtime.supported import activation_of
 

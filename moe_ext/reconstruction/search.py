@@ -37,6 +37,7 @@ from moe_ext.reconstruction.request import Budget, Loss, Method, SearchRequest
 from moe_ext.reconstruction.result import LayerLosses, SearchResult
 from moe_ext.runtime.backward_walk import OutputGradients
 from moe_ext.runtime.batches import check_batch
+from moe_ext.runtime.course import Course, course_of
 from moe_ext.runtime.head_gradients import LabelKind, Labels, check_head
 from moe_ext.runtime.hidden_states import MEMORY, FolderOptions, room_for_all, waiting_states
 from moe_ext.runtime.layer_walk import LayerInputs
@@ -208,10 +209,12 @@ def _search(
     record = SearchProgress(resume, {**asked, "model": of_model, "text": text}, distributed)
     found = record.layers
     left = [layer for layer in range(len(blocks)) if layer not in found]
+    course = course_of(model, blocks, listed if left else [])
+    course.refuse_loops("search")
     if request.loss == "fisher":
         if left:
             walk = _backwards(
-                model, blocks, listed, counted, request.drawn, numbers, on_disk, scratch, progress, strict
+                *(model, blocks, listed, counted, request.drawn, numbers, course, on_disk, scratch, progress, strict)
             )
             with walk as (inputs, bar):
                 for layer in reversed(left):
@@ -228,14 +231,14 @@ def _search(
         reached = of_block[left[0]] if left else 0
         waiting = listed if left else []
         states, position = waiting_states(
-            on_disk, waiting, scratch, job, reached, hold=False, show=progress and bool(left)
+            course, waiting, scratch, job, reached, hold=False, show=progress and bool(left)
         )
     need = None if on_disk is None else on_disk.need
     with (
         tqdm(total=len(left) * len(listed), desc="search", unit="batch", disable=not progress) as bar,
         torch.no_grad(),
         patched(model, blocks, strict=strict),
-        LayerInputs(model, blocks, listed, states=states, need=need, position=position) as inputs,
+        LayerInputs(model, blocks, listed, course=course, states=states, need=need, position=position) as inputs,
         RouterMasks() as masks,
     ):
         for layer, block in enumerate(blocks):
@@ -324,6 +327,7 @@ def _backwards(
     counted: Sequence[Tensor | None],
     labels: Labels,
     numbers: Sequence[int],
+    course: Course,
     on_disk: LayersOnDisk | None,
     scratch: str | os.PathLike[str] | None,
     progress: bool,
@@ -332,7 +336,7 @@ def _backwards(
     """The walk through a model's layers and back, and the bar that shows where it is."""
     memory = MEMORY
     if on_disk is not None:
-        memory = room_for_all(on_disk, batches, scratch, show=progress)
+        memory = room_for_all(course, batches, scratch, show=progress)
     with (
         tqdm(desc="search", unit="batch", disable=not progress) as bar,
         torch.no_grad(),
@@ -346,7 +350,13 @@ def _backwards(
 
         need = None if on_disk is None else on_disk.need
         with OutputGradients(
-            model, blocks, batches, counted, labels, numbers=numbers, memory=memory, folder=scratch, need=need, ran=ran
+            *(model, blocks, batches, counted, labels),
+            numbers=numbers,
+            memory=memory,
+            folder=scratch,
+            need=need,
+            ran=ran,
+            course=course,
         ) as walk:
             bar.reset(walk.passes() + len(blocks) * len(batches))
             yield walk, bar

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_ext import ops
-from moe_ext.models.blocks import MoeBlock, eager_forward, evaluation_mode, layer_numbers, moe_blocks
+from moe_ext.models.blocks import MoeBlock, evaluation_mode, layer_numbers, moe_blocks
+from moe_ext.models.boundary import eager_forward, num_routed
 from moe_ext.models.config_section import (
     GateScale,
     check_thresholds,
@@ -67,6 +68,8 @@ class LayerState:
         thresholds: (K - 1,) skip thresholds, or None.
         router: what the router computes; None: it runs its own code.
         scale: what becomes of the weights of experts that are kept.
+        top_k: K.
+        experts: the experts module.
         observer: called in the place of the ``experts`` operator during calibration.
     """
 
@@ -74,7 +77,9 @@ class LayerState:
     stock: bool
     thresholds: Tensor | None
     router: KnownRouter | None
-    scale: GateScale = "kept"
+    scale: GateScale
+    top_k: int
+    experts: nn.Module
     observer: Any = None
 
 
@@ -198,6 +203,8 @@ def _patch_blocks(
             thresholds=None if thresholds is None else thresholds[layer].clone(),
             router=known_router(block),
             scale=scale,
+            top_k=block.top_k,
+            experts=block.experts,
         )
         setattr(block.experts, STATE, own)
         setattr(block.router, STATE, own)
@@ -324,7 +331,7 @@ def _router_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     """A patched router: logits (T, E), weights (T, K), experts (T, K) int64, E where a slot is skipped."""
     state = cast(LayerState, getattr(self, STATE))
     thresholds, known, scale = state.thresholds, state.router, state.scale
-    num_experts, top_k = cast(int, self.num_experts), cast(int, self.top_k)
+    num_experts, top_k = num_routed(state.experts), state.top_k
     if thresholds is not None and thresholds.device != hidden_states.device:
         thresholds = state.thresholds = thresholds.to(hidden_states.device)
     if known is None or not known.runs(hidden_states, args, kwargs) or _differentiates(known, self, hidden_states):

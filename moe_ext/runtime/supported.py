@@ -7,7 +7,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
 from moe_ext.binary import _C
-from moe_ext.models.blocks import MoeBlock, check_layout, check_plain, device_of, expert_tensors, tensors_of
+from moe_ext.models.blocks import MoeBlock, check_plain, check_router, device_of, expert_tensors, tensors_of
 from moe_ext.models.dtypes import DTYPES
 
 # transformers' names (config.hidden_act) of the activations that the operators compute.
@@ -74,10 +74,9 @@ def activation_of(config: Any) -> str:
 
 def check_tensors(block: MoeBlock) -> None:
     """ValueError, naming the layer, unless the block's weights are plain tensors in memory in the expected shapes."""
-    if block.family.fused:
-        check_layout(block)
-    else:  # the router runs its own code, whatever it holds
-        expert_tensors(block)
+    expert_tensors(block)
+    if block.family.fused:  # others run their own code, whatever they hold
+        check_router(block)
 
 
 def reason_unsupported(block: MoeBlock) -> str | None:

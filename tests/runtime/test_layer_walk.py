@@ -129,7 +129,7 @@ def test_blocks_of_float8_weights_need_not_divide_their_sizes(layout: str, tmp_p
     assert torch.equal(got.coactivation, expected.coactivation)
     torch.testing.assert_close(got.moments, expected.moments, rtol=1e-3, atol=0)  # memory may be aligned otherwise
     declare_float8(tmp_path / "source", 8)
-    with pytest.raises(ValueError, match=r"the scales of .* weights are torch.float32 of shape"):
+    with pytest.raises(ValueError, match=r"has shape .*, which is none of scales of .* weights"):
         moe_ext.calibrate(tmp_path / "source", ragged_batches(), progress=False)
 
 
@@ -306,7 +306,7 @@ def test_what_cannot_be_calibrated_is_refused(mixtral: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="no token was counted"):
         moe_ext.calibrate(mixtral, [], progress=False)
     with pytest.raises(ValueError, match="batch 0 is no mapping"):
-        moe_ext.calibrate(mixtral, [1], progress=False)  # type: ignore[list-item]
+        moe_ext.calibrate(mixtral, [1], progress=False)
     shutil.copytree(mixtral, tmp_path / "cut")
     shard = next((tmp_path / "cut").glob("model-00002*"))
     shard.write_bytes(shard.read_bytes()[:-1])

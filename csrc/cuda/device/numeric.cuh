@@ -65,6 +65,8 @@ __device__ __forceinline__ float activate(Activation activation, float x) {
       return 0.5f * x * (1.0f + erff(x * 0.70710678f));
     case Activation::kGeluTanh:
       return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    case Activation::kRelu2:
+      return x > 0.0f ? x * x : 0.0f * x;  // a NaN stays one
   }
   return x;
 }
