@@ -102,7 +102,8 @@ class KnownRouter:
         weight: name of the (E, H) matrix that gives logits.
         offset: name of the (E,) vector that is added to them, or None.
         bias: name of the correction bias (E,) or (1, E), added for the choice only; None: none, or an argument.
-        bias_argument: name of the argument of the router's forward that holds it; None: none.
+        argument: name of a further argument of the router's forward, or None.
+        corrects: whether that is a correction bias.
         wide: whether logits are computed in float32 whatever the model's dtype.
         dtype: of the logits that it returns.
         multiplier: of the logits.
@@ -114,7 +115,8 @@ class KnownRouter:
     weight: str
     offset: str | None
     bias: str | None
-    bias_argument: str | None
+    argument: str | None
+    corrects: bool
     wide: bool
     dtype: torch.dtype
     multiplier: float
@@ -124,13 +126,13 @@ class KnownRouter:
     @property
     def is_corrected(self) -> bool:
         """Whether a bias is added to what is chosen by."""
-        return self.bias is not None or self.bias_argument is not None
+        return self.bias is not None or self.corrects
 
     def runs(self, hidden: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether a call is one that is understood. Under autocast the router's own code decides what is wide."""
         if hidden.dim() != 2 and not self.flattens:
             return False
-        if len(args) + len(kwargs) > (0 if self.bias_argument is None else 1):
+        if len(args) + len(kwargs) > (0 if self.argument is None else 1):
             return False
         return not torch.is_autocast_enabled(hidden.device.type)
 
@@ -144,6 +146,7 @@ class KnownRouter:
         return [_at(router, name) for name in (self.weight, self.offset, self.bias) if name is not None]
 
     def logits_by(self, flat: Tensor, weight: Tensor, offset: Tensor | None) -> Tensor:
+        """(T, E) logits of hidden states (T, H) by these tensors."""
         if self.wide:
             flat, weight = flat.float(), weight.float()
             offset = None if offset is None else offset.float()
@@ -158,9 +161,9 @@ class KnownRouter:
         """(E,) float32 correction bias of a call of the router with these arguments after the hidden states."""
         if self.bias is not None:
             return _at(router, self.bias).reshape(-1).float()
-        if self.bias_argument is None:
+        if not self.corrects or self.argument is None:
             return None
-        given = kwargs.get(self.bias_argument, args[0] if args else None)
+        given = kwargs.get(self.argument, args[0] if args else None)
         return None if given is None else cast(Tensor, given).reshape(-1).float()
 
 
@@ -195,16 +198,48 @@ def known_router(block: MoeBlock) -> KnownRouter | None:
     ):
         return None
     plain = (bool, int, float, str)
+    fields = {**vars(getattr(router, "config", router)), **vars(router)}  # what the code may read
+    dtype = experts.dtype if experts.is_floating_point() and experts.itemsize > 1 else next(router.parameters()).dtype
     key = (
         type(router),
-        tuple((name, value) for name, value in vars(router).items() if isinstance(value, plain) and name != "training"),
+        type(router).forward,
+        tuple((name, value) for name, value in fields.items() if isinstance(value, plain) and name != "training"),
         tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in _tensors(router).items()),
-        (experts.dtype, block.num_routed, block.top_k),
+        (dtype, block.num_routed, block.top_k),
     )
     if key not in _FOUND:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            _FOUND[key] = _Probe(block, experts.dtype).known()
+            _FOUND[key] = _Probe(block, dtype).known()
     return _FOUND[key]
+
+
+def gate_of(block: MoeBlock) -> str:
+    """What the routing weight g_e is, as written into statistics files."""
+    known = known_router(block)
+    if known is None:
+        return "weights as the family's router gives them"
+    formula = known.formula
+    if replace(formula, renormalise=True) == RouterFormula() and not known.is_corrected:
+        return f"softmax over {'the selected' if formula.renormalise else 'all'} logits"
+    return f"{formula.score} scores{', renormalised' if formula.renormalise else ''}, as the family's router gives them"
+
+
+def shown_router(block: MoeBlock) -> str:
+    """What runs a patched layer's router, in words."""
+    known = known_router(block)
+    if known is None:
+        return f"its own code: the route operator has no formula that gives what {type(block.router).__name__} computes"
+    formula = known.formula
+    parts = [f"{formula.score} scores"]
+    if known.is_corrected:
+        parts.append("a correction bias")
+    if formula.groups > 1:
+        parts.append(f"{formula.groups_per_token} of {formula.groups} groups")
+    if formula.renormalise:
+        parts.append("renormalised")
+    if formula.scale != 1.0:
+        parts.append(f"scaled by {formula.scale:g}")
+    return f"the route operator: {', '.join(parts)}"
 
 
 class _Probe:
@@ -238,8 +273,7 @@ class _Probe:
             for bias, given in dict.fromkeys([(others[0] if others else None, argument), (None, None)]):
                 try:
                     found = self._of(matrices[0], offset, bias, given, argument)
-                except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
-                    # Code that does not run on its own is not understood; nothing of the model depends on this.
+                except Exception:  # code that does not run on its own is not understood, and runs as it is
                     continue
                 if found is not None:
                     return found
@@ -262,14 +296,10 @@ class _Probe:
             for wide, multiplier, softcap in product((False, True), self._attributes(1.0, "multiplier"),
                                                      self._attributes(0.0, "softcap")):  # fmt: skip
                 found = KnownRouter(
-                    RouterFormula(), weight, offset, bias, argument, wide, logits.dtype, multiplier, softcap,
-                    flattens,
+                    RouterFormula(), weight, offset, bias, argument, used is not None, wide, logits.dtype, multiplier,
+                    softcap, flattens,
                 )  # fmt: skip
-                if not wide and hidden.dtype != tensors[weight].dtype and dtype != torch.float32:
-                    hidden_given = hidden.to(tensors[weight].dtype)
-                else:
-                    hidden_given = hidden
-                ours = found.logits_by(hidden_given, tensors[weight], tensors[offset] if offset else None)
+                ours = found.logits_by(hidden, tensors[weight], tensors[offset] if offset else None)
                 if _close(ours, logits, 1e-6):
                     break
             else:
@@ -313,7 +343,7 @@ class _Probe:
         for rows in (hidden, hidden[None]):
             try:
                 outputs.append(torch.func.functional_call(self._twin, given, (rows,), kwargs))
-            except (RuntimeError, ValueError, IndexError):
+            except Exception:  # of another shape than the code takes
                 outputs.append(None)
         flat, batched = (each if _is_routing(each, _ROWS, self._experts, self._top_k) else None for each in outputs)
         return flat if flat is not None else batched, batched is not None

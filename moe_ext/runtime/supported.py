@@ -9,6 +9,7 @@ from transformers.integrations.moe import _default_apply_gate
 from moe_ext.binary import _C
 from moe_ext.models.blocks import MoeBlock, check_plain, check_router, device_of, expert_tensors, tensors_of
 from moe_ext.models.dtypes import DTYPES
+from moe_ext.models.router_formula import known_router
 
 # transformers' names (config.hidden_act) of the activations that the operators compute.
 ACTIVATION_OF_HIDDEN_ACT = {
@@ -75,7 +76,7 @@ def activation_of(config: Any) -> str:
 def check_tensors(block: MoeBlock) -> None:
     """ValueError, naming the layer, unless the block's weights are plain tensors in memory in the expected shapes."""
     expert_tensors(block)
-    if block.family.fused:  # others run their own code, whatever they hold
+    if known_router(block) is not None:  # others run their own code, whatever they hold
         check_router(block)
 
 

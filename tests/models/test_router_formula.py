@@ -58,6 +58,13 @@ def test_formulas_are_what_the_modeling_code_says(
     assert (None if known is None else known.formula) == formula
 
 
+@pytest.mark.parametrize("name", families.ALL)
+def test_families_of_the_table_but_some_are_fused(name: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        known = known_router(moe_blocks(families.build(name, dtype=dtype))[0])
+        assert (known is None) == (name in families.OWN_ROUTER)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2", "glm4_moe", "ernie4_5_moe", "minimax_m2", "afmoe"])
 @pytest.mark.parametrize("skipping", [False, True])
