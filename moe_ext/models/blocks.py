@@ -364,23 +364,6 @@ def check_layout(block: MoeBlock) -> None:
             )
 
 
-def check_router(block: MoeBlock) -> None:
-    """ValueError, naming the layer, unless the router is a plain matrix of a row an expert, and a bias at most: what
-    the ``route`` operator reads."""
-    tensors = tensors_of(block.router)
-    if set(tensors) not in ({"weight"}, {"weight", "bias"}):
-        raise ValueError(
-            f"{block.name}: {type(block.router).__name__} has parameters {sorted(tensors)}; expected plain ['weight']"
-        )
-    for name, tensor in tensors.items():
-        check_plain(block.name, block.router, name, tensor)
-        if tensor.dim() == 0 or tensor.shape[0] != block.num_routed:
-            raise ValueError(
-                f"{block.name}: the router's {name} has shape {tuple(tensor.shape)}; "
-                f"expected {block.num_routed} experts along dimension 0"
-            )
-
-
 def check_plain(name: str, owner: nn.Module, key: str, tensor: Tensor) -> None:
     # A parametrized weight shows up under other names, a quantised one or an adapter as further or other types.
     if type(tensor).__name__ == "DTensor":

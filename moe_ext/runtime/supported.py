@@ -7,7 +7,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
 from moe_ext.binary import _C
-from moe_ext.models.blocks import MoeBlock, check_plain, check_router, device_of, expert_tensors, tensors_of
+from moe_ext.models.blocks import MoeBlock, check_plain, device_of, expert_tensors, tensors_of
 from moe_ext.models.dtypes import DTYPES
 from moe_ext.models.router_formula import known_router
 
@@ -76,8 +76,15 @@ def activation_of(config: Any) -> str:
 def check_tensors(block: MoeBlock) -> None:
     """ValueError, naming the layer, unless the block's weights are plain tensors in memory in the expected shapes."""
     expert_tensors(block)
+    weight = tensors_of(block.router).get("weight")
     if known_router(block) is not None:  # others run their own code, whatever they hold
-        check_router(block)
+        for name, tensor in tensors_of(block.router).items():
+            check_plain(block.name, block.router, name, tensor)
+    elif weight is not None and weight.dim() == 2 and weight.shape[0] < block.num_routed:
+        raise ValueError(
+            f"{block.name}: the router's weight has shape {tuple(weight.shape)}; "
+            f"expected {block.num_routed} experts along dimension 0"
+        )
 
 
 def reason_unsupported(block: MoeBlock) -> str | None:
