@@ -49,7 +49,6 @@ CANNOT: dict[tuple[str, str], str] = {
     ("ernie4_5_vl_moe", "uneven"): "beside others of the same layer",
     # Checkpoints that one tensor of feeds several places.
     ("ernie4_5_vl_moe", "folder"): "expected 8 in place 0",
-    ("qwen4_exp", "folder"): "meta tensor",
 }
 
 
@@ -296,7 +295,9 @@ def test_layers_may_keep_different_numbers_or_a_refusal_leaves_the_model_alone(n
     expected = logits_of(model, inputs)
     with refused(name, "prune", "uneven"):
         moe_ext.prune(model, plan_of(model, fewer=2))
-    counts = {block.num_experts for block in moe_blocks(model)} if (name, "all") not in CANNOT else {0}
+    if (name, "all") in CANNOT:
+        return
+    counts = {block.num_experts for block in moe_blocks(model)}
     if len(counts) == 1:  # it was refused
         assert model.config.to_dict() == config
         assert torch.equal(logits_of(model, inputs), expected)
