@@ -26,6 +26,7 @@ from moe_ext.models.fixed_choices import gate_rows, remapped, tables
 from moe_ext.models.layout import layout_of
 from tests.support import every_family
 from tests.support.families import reloaded
+from tests.support.paths import ROOT
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*left on transformers:UserWarning"),
@@ -362,3 +363,9 @@ def _skipped(index: Tensor, weights: Tensor, thresholds: Tensor, count: int) -> 
 def test_the_table_of_what_cannot_be_done_names_families_that_there_are() -> None:
     assert {name for name, _ in CANNOT} <= set(FAMILIES)
     assert len(FAMILIES) >= 67
+
+
+def test_what_cannot_be_done_is_said_in_the_docs() -> None:
+    text = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    rows = "".join(line for line in text.splitlines() if line.startswith("|"))
+    assert {name for name, _ in CANNOT if f"`{name}`" not in rows} == set()
