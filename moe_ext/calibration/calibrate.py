@@ -21,7 +21,6 @@ from moe_ext.checkpoints.streamed_model import LayersOnDisk
 from moe_ext.models.blocks import (
     MoeBlock,
     decoder_layers,
-    family_of,
     input_device,
     moe_blocks,
     refuse_novices,
@@ -30,6 +29,7 @@ from moe_ext.models.blocks import (
 )
 from moe_ext.models.boundary import output_width
 from moe_ext.models.layout import layout_of
+from moe_ext.models.router_formula import gate_of
 from moe_ext.models.wrapped import unwrapped
 from moe_ext.runtime.batches import as_batches, check_batch, domain_of
 from moe_ext.runtime.course import course_of
@@ -175,7 +175,7 @@ def _start(
     hidden_size = output_width(blocks[0].experts) if outputs else None
     width = check_channels(channels, blocks)
     layout, ordered = layout_of(model, blocks), channels == "gram"
-    stats = ExpertStatistics.empty(layout, family_of(model).gate, dataset, hidden_size, width, ordered)
+    stats = ExpertStatistics.empty(layout, gate_of(blocks[0]), dataset, hidden_size, width, ordered)
     stats.shards = (shard,) if shard else ()
     return stats
 

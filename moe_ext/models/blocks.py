@@ -2,8 +2,8 @@
 :func:`moe_blocks`, in layer order.
 
 Any family is recognised by transformers' experts interface
-(:func:`transformers.integrations.use_experts_implementation`). A record in :mod:`moe_ext.models.families` says how its
-router scores; without one, routing is left to the family's own code.
+(:func:`transformers.integrations.use_experts_implementation`). How its router chooses is found by numbers
+(:mod:`moe_ext.models.router_formula`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -74,7 +74,7 @@ class MoeBlock:
         module: the block, which holds the next two.
         router: the module that chooses experts.
         experts: the module that holds the experts' weights.
-        family: the family's record; ``renormalise`` is a bool in it.
+        family: the family's record.
         groups: expert groups; 1 if the family has none.
         groups_per_token: groups that a token's experts come from.
         top_k: K, experts per token.
@@ -206,11 +206,10 @@ def model_type_of(model: PreTrainedModel) -> str:
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The record of a model's family, ``renormalise`` as this model's config has it.
+    """The record of a model's family.
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: the config lacks a field that the family's record names.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
@@ -219,9 +218,7 @@ def family_of(model: PreTrainedModel) -> Family:
     if family is None:
         # Most routers with groups rank a group by its two best.
         grouped = hasattr(config, "n_group")
-        return Family("own", False, False, "n_group" if grouped else None, fewest_per_group=2 if grouped else 1)
-    if isinstance(family.renormalise, str):
-        family = replace(family, renormalise=bool(_field(config, family.renormalise)))
+        return Family("n_group" if grouped else None, fewest_per_group=2 if grouped else 1)
     return family
 
 
@@ -387,23 +384,6 @@ def check_layout(block: MoeBlock) -> None:
             raise ValueError(
                 f"{block.name}: the router's {name} has shape {tuple(tensor.shape)}; "
                 f"expected {block.num_routed} experts along dimension {dimension.index}"
-            )
-
-
-def check_router(block: MoeBlock) -> None:
-    """ValueError, naming the layer, unless the router is a plain matrix of a row an expert, and a bias at most: what
-    the ``route`` operator reads."""
-    tensors = tensors_of(block.router)
-    if set(tensors) not in ({"weight"}, {"weight", "bias"}):
-        raise ValueError(
-            f"{block.name}: {type(block.router).__name__} has parameters {sorted(tensors)}; expected plain ['weight']"
-        )
-    for name, tensor in tensors.items():
-        check_plain(block.name, block.router, name, tensor)
-        if tensor.dim() == 0 or tensor.shape[0] != block.num_routed:
-            raise ValueError(
-                f"{block.name}: the router's {name} has shape {tuple(tensor.shape)}; "
-                f"expected {block.num_routed} experts along dimension 0"
             )
 
 

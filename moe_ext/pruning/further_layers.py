@@ -1,4 +1,5 @@
-"""Layers for multi-token prediction in a checkpoint folder. transformers' models have none of them, vLLM drafts with them.
+"""Layers for multi-token prediction in a checkpoint folder. transformers' models have none of them, vLLM drafts with
+them.
 
 Their experts are pruned with those that the plan keeps of the last layer, the nearest; everything else of them is
 copied. Where the config could not say how many experts they have left, they are left out.

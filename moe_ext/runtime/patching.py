@@ -2,8 +2,9 @@
 
 The experts go through transformers' own door: ``moe_ext`` is an experts implementation next to ``eager`` and
 ``grouped_mm``, selected with ``model.set_experts_implementation``. Weights stay the model's own parameters, uncopied.
-The router's forward is replaced on the instance: where the ``route`` operator computes the family's routing, top-K,
-renormalisation and skipping are one operator; elsewhere the family's own code runs and the skip rule follows it. Where
+The router's forward is replaced on the instance: where the ``route`` operator computes the family's routing, as numbers
+show (:mod:`moe_ext.models.router_formula`), scores, top-K, renormalisation and skipping are one operator; elsewhere the
+family's own code runs and the skip rule follows it. Where
 gradients are required, both run transformers' own differentiable code.
 """
 
@@ -15,7 +16,6 @@ from functools import partial
 from types import MethodType
 from typing import Any, Literal, cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -34,6 +34,7 @@ from moe_ext.models.config_section import (
     set_section,
     thresholds_in_config,
 )
+from moe_ext.models.router_formula import KnownRouter, RouterFormula, known_router
 from moe_ext.models.wrapped import unwrapped
 from moe_ext.runtime.formulas import FORMULA, experts_layer, find_formula
 from moe_ext.runtime.skipping import share_of_largest, skip_weak
@@ -66,7 +67,7 @@ class LayerState:
         fallback: transformers' experts implementation where gradients are required, and where ``stock`` is set.
         stock: whether the operators cannot run the experts.
         thresholds: (K - 1,) skip thresholds, or None.
-        renormalise: as for the ``route`` operator; None: the router runs its own code.
+        router: what the router computes; None: it runs its own code.
         scale: what becomes of the weights of experts that are kept.
         top_k: K.
         experts: the experts module.
@@ -76,7 +77,7 @@ class LayerState:
     fallback: str
     stock: bool
     thresholds: Tensor | None
-    renormalise: bool | None
+    router: KnownRouter | None
     scale: GateScale
     top_k: int
     experts: nn.Module
@@ -202,7 +203,7 @@ def _patch_blocks(
             fallback=named,
             stock=stock,
             thresholds=None if thresholds is None else thresholds[layer, : block.top_k - 1].clone(),
-            renormalise=block.family.renormalise is True if block.family.fused else None,
+            router=known_router(block),
             scale=scale,
             top_k=block.top_k,
             experts=block.experts,
@@ -236,7 +237,8 @@ def _scale_asked(
     if isinstance(scale, str):
         return scale
     for block in blocks:
-        if not block.family.fused or block.family.renormalise is not True:
+        known = known_router(block)
+        if known is None or known.formula != RouterFormula() or known.is_corrected:
             raise ValueError(
                 f"renormalise is {scale}: a number is for routers that take the softmax over the selected logits, and "
                 f"that of {block.name} does not"
@@ -332,11 +334,11 @@ def _stock_forward(
 def _router_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """A patched router: logits (T, E), weights (T, K), experts (T, K) int64, E where a slot is skipped."""
     state = cast(LayerState, getattr(self, STATE))
-    thresholds, renormalise, scale = state.thresholds, state.renormalise, state.scale
+    thresholds, known, scale = state.thresholds, state.router, state.scale
     num_experts, top_k = num_routed(state.experts), state.top_k
     if thresholds is not None and thresholds.device != hidden_states.device:
         thresholds = state.thresholds = thresholds.to(hidden_states.device)
-    if renormalise is None or ops.gradients_required(hidden_states, self.weight, getattr(self, "bias", None)):
+    if known is None or not known.runs(hidden_states, args, kwargs) or _differentiates(known, self, hidden_states):
         output: tuple[Tensor, ...] = type(self).forward(self, hidden_states, *args, **kwargs)
         if thresholds is None and not isinstance(scale, int):
             return output
@@ -346,16 +348,30 @@ def _router_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
         if thresholds is not None:
             weights, experts = skip_weak(weights, experts, thresholds, num_experts, rescale=scale == "kept")
         return logits, weights, experts, *more
-    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-    logits = F.linear(flat, cast(Tensor, self.weight), cast(Tensor | None, getattr(self, "bias", None)))  # (T, E)
+    logits = known.logits(self, hidden_states)  # (T, E)
+    correction = known.correction(self, args, kwargs)
     if scale == "kept":
-        return logits, *ops.route(logits, top_k, thresholds, renormalise)
+        return logits, *_routed(known.formula, logits, top_k, thresholds, correction)
     # The operator scales; what is scaled otherwise is made of its output, which is small.
-    weights, experts = ops.route(logits, scale if isinstance(scale, int) else top_k, None, renormalise)
+    chosen = scale if isinstance(scale, int) else top_k
+    weights, experts = _routed(known.formula, logits, chosen, None, correction)
     weights, experts = weights[:, :top_k].contiguous(), experts[:, :top_k].contiguous()
     if thresholds is not None:
         weights, experts = skip_weak(weights, experts, thresholds, num_experts, rescale=False)
     return logits, weights, experts
+
+
+def _differentiates(known: KnownRouter, router: nn.Module, hidden_states: Tensor) -> bool:
+    return ops.gradients_required(hidden_states, *known.tensors(router))
+
+
+def _routed(
+    formula: RouterFormula, logits: Tensor, top_k: int, thresholds: Tensor | None, correction: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    groups = formula.groups, formula.groups_per_token, formula.group_best, formula.outside_zero
+    of_sum = formula.epsilon, formula.least, formula.scale
+    given = (thresholds, formula.renormalise, formula.score, correction, formula.by_logits, *groups, *of_sum)
+    return ops.route(logits, top_k, *given)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)

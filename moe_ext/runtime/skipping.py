@@ -32,7 +32,7 @@ def skip_weak(
         experts: (T, K) integer.
         thresholds: (K - 1,).
         num_experts: E, the index that marks a skipped slot.
-        rescale: whether the kept weights are scaled to sum to what all K summed to.
+        rescale: whether the kept weights are scaled to sum to what all K summed to, in magnitude.
 
     Returns:
         weights (T, K) with 0 and experts (T, K) with E in skipped slots.

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from moe_ext.binary import _C
-from moe_ext.models.blocks import MoeBlock, check_plain, check_router, device_of, expert_tensors, tensors_of
+from moe_ext.models.blocks import MoeBlock, check_plain, device_of, expert_tensors, tensors_of
 from moe_ext.models.dtypes import DTYPES
 from moe_ext.models.quantised_experts import check_not_quantised
+from moe_ext.models.router_formula import known_router
 from moe_ext.runtime.formulas import experts_layer, find_formula
 
 
@@ -58,8 +59,15 @@ def _check_shapes(name: str, experts: nn.Module, tensors: Mapping[str, Tensor]) 
 def check_tensors(block: MoeBlock) -> None:
     """ValueError, naming the layer, unless the block's weights are plain tensors in memory in the expected shapes."""
     expert_tensors(block)
-    if block.family.fused:  # others run their own code, whatever they hold
-        check_router(block)
+    weight = tensors_of(block.router).get("weight")
+    if known_router(block) is not None:  # others run their own code, whatever they hold
+        for name, tensor in tensors_of(block.router).items():
+            check_plain(block.name, block.router, name, tensor)
+    elif weight is not None and weight.dim() == 2 and weight.shape[0] < block.num_routed:
+        raise ValueError(
+            f"{block.name}: the router's weight has shape {tuple(weight.shape)}; "
+            f"expected {block.num_routed} experts along dimension 0"
+        )
 
 
 def reason_unsupported(block: MoeBlock) -> str | None:

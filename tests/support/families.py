@@ -122,6 +122,9 @@ KEEP = {"qwen2_moe": 6, "qwen3_moe": 10, "olmoe": 9, "deepseek_v2": 8, "deepseek
 STOCK_ONLY: tuple[str, ...] = ()
 """Families whose experts the operators do not compute."""
 
+OWN_ROUTER = ("phimoe",)
+"""Families whose routing the ``route`` operator does not compute."""
+
 HALVES = ("deepseek_v2", "deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe", "afmoe")
 """Families with shared experts as wide as one routed: half the width is twice as many of them, three quarters is no
 number."""
