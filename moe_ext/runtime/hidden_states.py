@@ -153,7 +153,8 @@ class FolderOptions:
         dtype: "auto" (as ``from_pretrained`` would choose it), "float32", "bfloat16" or "float16".
         device: where a layer computes.
         scratch: an existing folder for the hidden states of all batches, twice (before and after a layer), in mapped
-            files; without one they are in memory, once.
+            files; without one they are in memory, once. Refused where a model's layers are given more than hidden
+            states (:class:`moe_ext.runtime.course.Course`).
         resume: a file that every finished layer is added to; yours to remove once the result is saved (a search's is
             its result). If it is there already, from a run that was interrupted, that run goes on. With ``scratch`` at
             the layer that it had come to; without, the finished layers run again, but are not observed.

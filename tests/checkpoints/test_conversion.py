@@ -31,7 +31,7 @@ def built(name: str) -> Any:
     return model.to(torch.bfloat16)
 
 
-NAMES = ["lara_mini", "unlimited_ocr", "ernie4_5_vl_moe", "kimi_k25", "kimi_linear", "qwen4_exp"]
+NAMES = ["lara_mini", "ernie4_5_vl_moe", "kimi_k25"]
 
 
 def plan_without(model: Any, *dropped: tuple[int, ...]) -> PruningPlan:

@@ -48,8 +48,6 @@ CANNOT: dict[tuple[str, str], str] = {
     ("qwen4_exp", "uneven"): "'num_experts' is a per-layer attribute",
     ("openai_privacy_filter", "uneven"): "do not know which layer they are",
     ("ernie4_5_vl_moe", "uneven"): "beside others of the same layer",
-    # Checkpoints that one tensor of feeds several places.
-    ("ernie4_5_vl_moe", "folder"): "expected 8 in place 0",
 }
 
 
