@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,10 @@ class Reading:
 
     def batches(
         self, model: PreTrainedModel | Path, tokenizer: Any, *, window: int, batch_size: int
-    ) -> Batches | TextBatches:
+    ) -> Batches | list[dict[str, Any]]:
         """For a model in memory, or a checkpoint folder."""
         if not self._sources:
-            return TextBatches(self._texts, tokenizer, window, batch_size)
+            return list(token_batches(self._texts, tokenizer, window=window, batch_size=batch_size))
         in_memory = isinstance(model, PreTrainedModel)
         config = model.config if isinstance(model, PreTrainedModel) else read_config(model)
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -139,16 +140,6 @@ class Reading:
         return found
 
 
-class TextBatches:
-    """Batches of the texts of ``--text``, which can be gone through several times."""
-
-    def __init__(self, texts: Mapping[str, str], tokenizer: Any, window: int, batch_size: int) -> None:
-        self._texts, self._tokenizer, self._window, self._batch_size = texts, tokenizer, window, batch_size
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return token_batches(self._texts, self._tokenizer, window=self._window, batch_size=self._batch_size)
-
-
 class Fingerprinted:
     """Batches as they are, and the fingerprint of those that were given out.
 
@@ -166,6 +157,9 @@ class Fingerprinted:
         for batch in self._batches:
             self._digest.add(batch)
             yield batch
+
+    def __length_hint__(self) -> int:
+        return length_hint(self._batches, 0)
 
     @property
     def counts(self) -> Counts | None:
