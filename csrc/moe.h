@@ -55,6 +55,14 @@ struct Threads {
 
 // weights[t, j], experts[t, j] = the K largest of softmax(logits[t, :]), largest first; equal logits: lower index
 // first.
+// What a router computes of a token's logits l, per expert e. Only these are compared in float32, as families do.
+//   score s_e:  softmax over all E, sigmoid, or sqrt(softplus)
+//   choice c_e: s_e, or l_e if by_logits; plus bias_e
+//   groups:     contiguous and of equal size; the best `groups_per_token` by the sum of their `group_best` largest
+//               choices. Elsewhere c_e is -inf, or 0 if outside_zero
+//   weights:    scale * s_e of the K largest choices; if renormalise over max(their sum + epsilon, least)
+enum class Score { kSoftmax, kSigmoid, kSqrtSoftplus };
+
 struct RouteParams {
   const void* logits;       // (T, E) of `dtype`
   const float* thresholds;  // (K - 1), or null: nothing is skipped
@@ -64,7 +72,22 @@ struct RouteParams {
   int64_t num_experts;
   int64_t top_k;
   DType dtype;
-  bool renormalise;  // true: a token's weights sum to 1; false: they keep their softmax values
+  bool renormalise;             // true: a token's weights sum to 1 (times scale); false: they keep their scores
+  const float* bias = nullptr;  // (E), or null: 0
+  Score score = Score::kSoftmax;
+  bool by_logits = false;
+  bool outside_zero = false;
+  int64_t groups = 1;
+  int64_t groups_per_token = 1;
+  int64_t group_best = 1;
+  float epsilon = 0.0f;
+  float least = 0.0f;
+  float scale = 1.0f;
+
+  // Softmax, and nothing that moves the choice away from the largest logits: exponentials of K of them may do.
+  bool plain() const {
+    return score == Score::kSoftmax && bias == nullptr && groups == 1 && epsilon == 0.0f && least == 0.0f;
+  }
 };
 
 // The experts of a layer and the tokens that they are given:
@@ -151,6 +174,7 @@ int active_isa();
 namespace cuda {
 
 inline constexpr int64_t kMaxRoutedExperts = 512;  // that route takes: a warp holds a token's logits
+inline constexpr int64_t kMaxRoutedGroups = 32;    // and a lane a group's
 inline constexpr int64_t kMaxExperts = 8192;       // that experts takes: a block holds a count of each
 
 // Device memory for the duration of a call, from the caller's allocator; kernels may still be using it when the call

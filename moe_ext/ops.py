@@ -9,6 +9,7 @@ and say so where some are required: a patched model runs transformers' own diffe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 
 
 class LayerOptions(TypedDict, total=False):
@@ -168,7 +170,8 @@ def _refusal(what: str, value: Any, argument: Any, error: Exception) -> Exceptio
     if isinstance(value, int) and expected == "int" and not -(2**63) <= value < 2**63:
         return ValueError(f"{what} beyond 64 bits")
     if isinstance(value, str) and not value.isprintable():
-        return ValueError(f"{what} {value[:80]!r}; expected one of {', '.join(ACTIVATIONS)}")
+        names = SCORES if argument.name == "score" else ACTIVATIONS
+        return ValueError(f"{what} {value[:80]!r}; expected one of {', '.join(names)}")
     if not isinstance(value, Tensor):
         return None
     if value.is_nested or value.is_quantized or value.layout != torch.strided:
@@ -183,30 +186,59 @@ def _refusal(what: str, value: Any, argument: Any, error: Exception) -> Exceptio
 
 
 def route(
-    logits: Tensor, top_k: int, thresholds: Tensor | None = None, renormalise: bool = True
+    logits: Tensor,
+    top_k: int,
+    thresholds: Tensor | None = None,
+    renormalise: bool = True,
+    score: str = "softmax",
+    bias: Tensor | None = None,
+    by_logits: bool = False,
+    groups: int = 1,
+    groups_per_token: int = 1,
+    group_best: int = 1,
+    outside_zero: bool = False,
+    epsilon: float = 0.0,
+    least: float = 0.0,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax, top-K and, with thresholds, dynamic skipping of a token's weak experts (arXiv 2402.14800, section 3.3).
+    """Scores, top-K and, with thresholds, dynamic skipping of a token's weak experts (arXiv 2402.14800, section 3.3).
 
-    With thresholds, the slot of rank j >= 2 is skipped when ``w_j < thresholds[j - 2] * w_1``; the kept weights are
-    scaled so that they sum to what all K summed to.
+    The K experts with the largest choices ``s_e + bias_e`` get the weights ``scale * s_e``, or with ``renormalise``
+    ``scale * s_e / max(sum + epsilon, least)`` over the sum of the K scores s_e. With groups the choice is among the
+    ``groups_per_token`` groups whose ``group_best`` largest choices sum to the most.
+
+    With thresholds, the slot of rank j >= 2 by weight is skipped when ``w_j < thresholds[j - 2] * w_1``; the kept
+    weights are scaled so that they sum to what all K summed to.
 
     Args:
-        logits: (T, E) float32, bfloat16 or float16. Equal logits: the lower expert index ranks first. A NaN ranks
+        logits: (T, E) float32, bfloat16 or float16. Equal choices: the lower expert index ranks first. A NaN ranks
             first and makes the token's weights NaN.
         top_k: K, from 1 to E. On CUDA E is at most 512.
         thresholds: (K - 1,) float32, or None to skip nothing.
-        renormalise: whether a token's K weights are scaled to sum to 1; otherwise they are softmax values over E.
+        renormalise: whether a token's K weights are scaled to sum to 1 (times ``scale``); otherwise they are scores.
+        score: "softmax" over E, "sigmoid", or "sqrtsoftplus", of the logits in float32.
+        bias: (E,) float32, for the choice only; None: 0.
+        by_logits: whether the choice is by ``logits + bias``, not by scores. Softmax without bias and groups always
+            chooses by logits, which order as its scores do.
+        groups: contiguous groups of equal size. On CUDA at most 32 where there are several.
+        groups_per_token: of these, that a token's experts come from; they hold K at least.
+        group_best: experts that rank a group, 1 to E / groups.
+        outside_zero: whether choices outside a token's groups are 0, below which others may lie; otherwise -inf.
+        epsilon, least: of the sum that renormalisation divides by; 0 or more.
+        scale: of all weights.
 
     Returns:
-        weights (T, K) float32, largest first, 0 in skipped slots; experts (T, K) int64 as torch.topk's, E in skipped
-        slots.
+        weights (T, K) float32 in the order of the choices, 0 in skipped slots; experts (T, K) int64 as torch.topk's, E
+        in skipped slots.
 
     Raises:
         RuntimeError: a shape, dtype, device or value is not as above; the argument is named. Not enough memory.
         NotImplementedError: gradients are required, of either mode; or a tensor's device has no kernel.
         TypeError, ValueError: an argument is no tensor, number or name at all; or a tensor is not dense.
     """
-    weights, experts = _call(_ROUTE, logits, top_k, thresholds, renormalise)
+    groups_of = groups, groups_per_token, group_best, outside_zero
+    given = logits, top_k, thresholds, renormalise, score, bias, by_logits, *groups_of, epsilon, least, scale
+    weights, experts = _call(_ROUTE, *given)
     return weights, experts
 
 
@@ -460,6 +492,7 @@ def _check_formula(check: _Arguments, activation: str, options: Mapping[str, Any
     for name in ("alpha", "up_offset"):
         value = options[name]
         check.require(abs(value) < float("inf"), f"'{name}' is {value:g}; expected a finite number")
+    check.require(options["alpha"] != 0, "'alpha' is 0; expected another number")
     silu = activation == "silu"
     names = ", ".join(f'"{known}"' for known in ACTIVATIONS[:-1]) + f' or "{ACTIVATIONS[-1]}"'
     check.require(activation in ACTIVATIONS, f"'activation' is \"{activation[:80]}\"; expected {names}")
@@ -535,7 +568,20 @@ def _check_experts(
 
 @torch.library.register_fake("moe_ext::route")
 def _route_fake(
-    logits: Tensor, top_k: int, thresholds: Tensor | None = None, renormalise: bool = True
+    logits: Tensor,
+    top_k: int,
+    thresholds: Tensor | None = None,
+    renormalise: bool = True,
+    score: str = "softmax",
+    bias: Tensor | None = None,
+    by_logits: bool = False,
+    groups: int = 1,
+    groups_per_token: int = 1,
+    group_best: int = 1,
+    outside_zero: bool = False,
+    epsilon: float = 0.0,
+    least: float = 0.0,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     check = _Arguments("route", "logits", logits)
     check.dims("logits", logits, 2, "(T, E)")
@@ -543,6 +589,25 @@ def _route_fake(
     check.typed("logits", logits, _FLOATS)
     if thresholds is not None:
         check.like("thresholds", thresholds, (top_k - 1,), "(top_k - 1,)", (torch.float32,))
+    names = ", ".join(f'"{known}"' for known in SCORES[:-1]) + f' or "{SCORES[-1]}"'
+    check.require(score in SCORES, f"'score' is \"{score[:80]}\"; expected {names}")
+    num_experts = logits.shape[1]
+    if bias is not None:
+        check.like("bias", bias, (num_experts,), "(E,) with E from 'logits'", (torch.float32,))
+    divisor = f"'groups' is {groups}; expected a divisor of {num_experts}, the number of experts"
+    check.require(groups >= 1, divisor)
+    check.require(num_experts % groups == 0, divisor)
+    size = num_experts // groups
+    fewest = (top_k + size - 1) // size
+    held = f"'groups_per_token' is {groups_per_token}; expected {fewest} to {groups}, which hold 'top_k' experts"
+    check.require(groups_per_token >= fewest, held)
+    check.require(groups_per_token <= groups, held)
+    best = f"'group_best' is {group_best}; expected 1 to {size}, the experts of a group"
+    check.require(group_best >= 1, best)
+    check.require(group_best <= size, best)
+    for name, value in (("epsilon", epsilon), ("least", least)):
+        check.require(0 <= value < math.inf, f"'{name}' is {value:g}; expected a number from 0 on")
+    check.require(math.isfinite(scale), f"'scale' is {scale:g}; expected a finite number")
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
 

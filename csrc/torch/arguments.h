@@ -2,9 +2,11 @@
 // filled in, no pointers; that follows when the tensors are as the kernels read them (dense, aligned).
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "moe.h"
 #include "torch/checks.h"
@@ -56,23 +58,71 @@ inline void check_thresholds(const char* op, const std::optional<Tensor>& thresh
   check_type(op, "thresholds", *thresholds, {ScalarType::Float});
 }
 
+// What the route operator is given beside logits, K and thresholds; as in its schema.
+struct Formula {
+  bool renormalise;
+  std::string score;
+  std::optional<Tensor> bias;
+  bool by_logits;
+  int64_t groups, groups_per_token, group_best;
+  bool outside_zero;
+  double epsilon, least, scale;
+};
+
+inline void check_formula(const char* op, RouteParams& p, const Formula& formula) {
+  p.renormalise = formula.renormalise;
+  p.score = score_named(op, formula.score);
+  p.by_logits = formula.by_logits;
+  if (formula.bias.has_value()) {
+    check_shape(op, "bias", *formula.bias, {p.num_experts}, "(E,) with E from 'logits'");
+    check_type(op, "bias", *formula.bias, {ScalarType::Float});
+  }
+  if (formula.groups < 1 || p.num_experts % formula.groups != 0) {
+    refuse(op, "'groups' is ", formula.groups, "; expected a divisor of ", p.num_experts, ", the number of experts");
+  }
+  const int64_t size = p.num_experts / formula.groups;
+  const int64_t fewest = (p.top_k + size - 1) / size;
+  if (formula.groups_per_token < fewest || formula.groups_per_token > formula.groups) {
+    refuse(op, "'groups_per_token' is ", formula.groups_per_token, "; expected ", fewest, " to ", formula.groups,
+           ", which hold 'top_k' experts");
+  }
+  if (formula.group_best < 1 || formula.group_best > size) {
+    refuse(op, "'group_best' is ", formula.group_best, "; expected 1 to ", size, ", the experts of a group");
+  }
+  for (const auto& [name, value] : {std::pair{"epsilon", formula.epsilon}, std::pair{"least", formula.least}}) {
+    if (!(value >= 0.0 && std::isfinite(value))) refuse(op, "'", name, "' is ", value, "; expected a number from 0 on");
+  }
+  if (!std::isfinite(formula.scale)) refuse(op, "'scale' is ", formula.scale, "; expected a finite number");
+  p.groups = formula.groups;
+  p.groups_per_token = formula.groups_per_token;
+  p.group_best = formula.group_best;
+  p.outside_zero = formula.outside_zero;
+  p.epsilon = static_cast<float>(formula.epsilon);
+  p.least = static_cast<float>(formula.least);
+  p.scale = static_cast<float>(formula.scale);
+}
+
 inline RouteParams check_route(const Tensor& logits, int64_t top_k, const std::optional<Tensor>& thresholds,
-                               bool renormalise) {
+                               const Formula& formula) {
   constexpr const char* op = "route";
   check_dims(op, "logits", logits, 2, "(T, E)");
   RouteParams p{};
   p.tokens = logits.size(0);
   p.num_experts = logits.size(1);
   p.top_k = top_k;
-  p.renormalise = renormalise;
   if (top_k < 1 || top_k > p.num_experts) {
     refuse(op, "'top_k' is ", top_k, "; expected 1 to ", p.num_experts, ", the number of experts in 'logits'");
   }
   check_thresholds(op, thresholds, top_k);
   p.dtype = float_type(op, "logits", logits);
+  check_formula(op, p, formula);
   if (thresholds.has_value()) check_device(op, "thresholds", *thresholds, "logits", logits);
+  if (formula.bias.has_value()) check_device(op, "bias", *formula.bias, "logits", logits);
   if (logits.is_cuda() && p.num_experts > cuda::kMaxRoutedExperts) {
     refuse(op, "'logits' has ", p.num_experts, " experts; the CUDA kernel takes up to ", cuda::kMaxRoutedExperts);
+  }
+  if (logits.is_cuda() && p.groups > cuda::kMaxRoutedGroups) {
+    refuse(op, "'groups' is ", p.groups, "; the CUDA kernel takes up to ", cuda::kMaxRoutedGroups);
   }
   return p;
 }
@@ -114,6 +164,7 @@ inline Formula check_formula(const char* op, const std::string& activation, cons
   f.limit = check_bound(op, "limit", options.limit);
   f.limit_after = options.limit_after;
   f.alpha = check_finite(op, "alpha", options.alpha);
+  if (f.alpha == 0.0f) refuse(op, "'alpha' is 0; expected another number");
   f.up_offset = check_finite(op, "up_offset", options.up_offset);
   f.gate_cap = check_bound(op, "gate_cap", options.gate_cap);
   f.up_cap = check_bound(op, "up_cap", options.up_cap);
@@ -181,10 +232,6 @@ inline ExpertsParams check_layer(const char* op, const Tensor& x, const Tensor& 
   check_bias(op, "gate_up_bias", options.gate_up_bias, {p.num_experts, rows},
              f.gated ? "(E, 2I) from 'gate_up'" : "(E, I) from 'gate_up'", x);
   check_bias(op, "down_bias", options.down_bias, {p.num_experts, p.hidden}, "(E, H) from 'gate_up'", x);
-  const bool plain = f.gated && !f.interleaved && !f.transposed && f.unlimited();
-  if (x.is_cuda() && (!plain || options.gate_up_bias.has_value() || options.down_bias.has_value())) {
-    refuse(op, "the CUDA kernels take none of the options of a layer yet");
-  }
   if (x.is_cuda() && p.num_experts > cuda::kMaxExperts) {
     refuse(op, "'gate_up' has ", p.num_experts, " experts; the CUDA kernels take up to ", cuda::kMaxExperts);
   }

@@ -134,4 +134,11 @@ inline Activation activation_named(const char* op, const std::string& name) {
   refuse(op, "'activation' is \"", name.substr(0, 80), "\"; expected \"silu\", \"gelu\", \"gelu_tanh\" or \"relu2\"");
 }
 
+inline Score score_named(const char* op, const std::string& name) {
+  if (name == "softmax") return Score::kSoftmax;
+  if (name == "sigmoid") return Score::kSigmoid;
+  if (name == "sqrtsoftplus") return Score::kSqrtSoftplus;
+  refuse(op, "'score' is \"", name.substr(0, 80), "\"; expected \"softmax\", \"sigmoid\" or \"sqrtsoftplus\"");
+}
+
 }  // namespace moe_ext

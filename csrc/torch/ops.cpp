@@ -14,15 +14,21 @@ namespace moe_ext {
 namespace {
 
 std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, std::optional<Tensor> thresholds,
-                                 bool renormalise) {
+                                 bool renormalise, std::string score, std::optional<Tensor> bias, bool by_logits,
+                                 int64_t groups, int64_t groups_per_token, int64_t group_best, bool outside_zero,
+                                 double epsilon, double least, double scale) {
   constexpr const char* op = "route";
-  RouteParams p = check_route(logits, top_k, thresholds, renormalise);
+  RouteParams p = check_route(
+      logits, top_k, thresholds,
+      {renormalise, score, bias, by_logits, groups, groups_per_token, group_best, outside_zero, epsilon, least, scale});
+  const std::optional<Tensor> dense_bias = dense(op, "bias", bias);
   const Tensor dense_logits = dense(op, "logits", logits);
   const std::optional<Tensor> dense_thresholds = dense(op, "thresholds", thresholds);
   const Tensor weights = output(op, logits, {p.tokens, top_k}, ScalarType::Float);
   const Tensor experts = output(op, logits, {p.tokens, top_k}, ScalarType::Long);
   p.logits = dense_logits.const_data_ptr();
   p.thresholds = data_of<float>(dense_thresholds);
+  p.bias = data_of<float>(dense_bias);
   p.weights = static_cast<float*>(weights.mutable_data_ptr());
   p.experts = static_cast<int64_t*>(experts.mutable_data_ptr());
   dispatch(
@@ -157,7 +163,10 @@ Tensor projected_errors(const Tensor& projections, const Tensor& ranks, const Te
 }  // namespace moe_ext
 
 STABLE_TORCH_LIBRARY(moe_ext, m) {
-  m.def("route(Tensor logits, int top_k, Tensor? thresholds=None, bool renormalise=True) -> (Tensor, Tensor)");
+  m.def(
+      "route(Tensor logits, int top_k, Tensor? thresholds=None, bool renormalise=True, str score='softmax', "
+      "Tensor? bias=None, bool by_logits=False, int groups=1, int groups_per_token=1, int group_best=1, "
+      "bool outside_zero=False, float epsilon=0., float least=0., float scale=1.) -> (Tensor, Tensor)");
 #define MOE_EXT_LAYER_OPTIONS                                                                                \
   ", Tensor? gate_up_bias=None, Tensor? down_bias=None, bool gated=True, bool interleaved=False, "           \
   "bool transposed=False, float? limit=None, bool limit_after=False, float alpha=1.0, float up_offset=0.0, " \

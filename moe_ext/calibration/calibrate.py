@@ -21,7 +21,6 @@ from moe_ext.checkpoints.streamed_model import LayersOnDisk
 from moe_ext.models.blocks import (
     MoeBlock,
     decoder_layers,
-    family_of,
     input_device,
     moe_blocks,
     refuse_novices,
@@ -30,6 +29,7 @@ from moe_ext.models.blocks import (
 )
 from moe_ext.models.boundary import output_width
 from moe_ext.models.layout import layout_of
+from moe_ext.models.router_formula import gate_of
 from moe_ext.models.wrapped import unwrapped
 from moe_ext.runtime.batches import as_batches, check_batch, domain_of
 from moe_ext.runtime.course import course_of
@@ -148,10 +148,16 @@ def calibrate(
             )
     if distributed:
         add_up(stats)
-    if not bool((stats.tokens > 0).all()):
+    without = [name for name, tokens in zip(stats.layers, stats.tokens.tolist(), strict=True) if tokens == 0]
+    if len(without) == stats.num_layers:
         raise ValueError(
             "no token was counted: 'batches' is empty, every token is padding, "
             "or set_experts_implementation was called on the patched model"
+        )
+    if without:
+        raise ValueError(
+            f"no token came to {len(without)} of {stats.num_layers} MoE layers, the first {without[0]}: its experts "
+            "are for other inputs than these batches hold, such as images; add batches with them"
         )
     return stats
 
@@ -169,7 +175,7 @@ def _start(
     hidden_size = output_width(blocks[0].experts) if outputs else None
     width = check_channels(channels, blocks)
     layout, ordered = layout_of(model, blocks), channels == "gram"
-    stats = ExpertStatistics.empty(layout, family_of(model).gate, dataset, hidden_size, width, ordered)
+    stats = ExpertStatistics.empty(layout, gate_of(blocks[0]), dataset, hidden_size, width, ordered)
     stats.shards = (shard,) if shard else ()
     return stats
 

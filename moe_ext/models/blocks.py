@@ -2,8 +2,8 @@
 :func:`moe_blocks`, in layer order.
 
 Any family is recognised by transformers' experts interface
-(:func:`transformers.integrations.use_experts_implementation`). A record in :mod:`moe_ext.models.families` says how its
-router scores; without one, routing is left to the family's own code.
+(:func:`transformers.integrations.use_experts_implementation`). How its router chooses is found by numbers
+(:mod:`moe_ext.models.router_formula`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from moe_ext.models.boundary import MEANS, PLACES, boundaries, num_routed
 from moe_ext.models.counted import Counted, Dimension, counted_in, named_tensors, owners
 from moe_ext.models.families import FAMILIES, Family
+from moe_ext.models.quantised_experts import check_not_quantised
 from moe_ext.storage.digests import tensor_bytes
 
 
@@ -73,7 +74,7 @@ class MoeBlock:
         module: the block, which holds the next two.
         router: the module that chooses experts.
         experts: the module that holds the experts' weights.
-        family: the family's record; ``renormalise`` is a bool in it.
+        family: the family's record.
         groups: expert groups; 1 if the family has none.
         groups_per_token: groups that a token's experts come from.
         top_k: K, experts per token.
@@ -205,11 +206,10 @@ def model_type_of(model: PreTrainedModel) -> str:
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The record of a model's family, ``renormalise`` as this model's config has it.
+    """The record of a model's family.
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: the config lacks a field that the family's record names.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
@@ -218,9 +218,7 @@ def family_of(model: PreTrainedModel) -> Family:
     if family is None:
         # Most routers with groups rank a group by its two best.
         grouped = hasattr(config, "n_group")
-        return Family("own", False, False, "n_group" if grouped else None, fewest_per_group=2 if grouped else 1)
-    if isinstance(family.renormalise, str):
-        family = replace(family, renormalise=bool(_field(config, family.renormalise)))
+        return Family("n_group" if grouped else None, fewest_per_group=2 if grouped else 1)
     return family
 
 
@@ -259,12 +257,33 @@ def moe_blocks(model: PreTrainedModel) -> list[MoeBlock]:
     if not blocks:
         raise ValueError(
             f"{type(model).__name__} has no MoE layers that are supported: no module of it goes through transformers' "
-            f"experts interface (model type {config.model_type!r})"
+            f"experts interface (model type {config.model_type!r}){_experts_of_its_own(model)}"
         )
+    _refuse_shared_weights(blocks)
     for block in blocks:
         if not 1 <= block.top_k <= block.num_routed:
             raise ValueError(f"{block.name}: top_k is {block.top_k}; expected 1 to {block.num_routed} experts a token")
     return blocks
+
+
+def _experts_of_its_own(model: PreTrainedModel) -> str:
+    """What in a model seems to be experts all the same, for the refusal."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if "expert" in kind.lower() or name.rpartition(".")[2] == "experts":
+            return f"; its experts, {name}, are a {kind} with code of their own, which is not known here"
+    return ""
+
+
+def _refuse_shared_weights(blocks: Sequence[MoeBlock]) -> None:
+    """ValueError if two layers have the same experts: what is counted, kept or skipped in one holds for the other."""
+    owner: dict[int, str] = {}
+    for block in blocks:
+        for tensor in block.experts.parameters():
+            if owner.setdefault(id(tensor), block.name) != block.name:
+                raise ValueError(
+                    f"{owner[id(tensor)]} and {block.name} share their experts (tied weights), which is not supported"
+                )
 
 
 def _groups(config: Any, family: Family) -> tuple[int, int]:
@@ -328,9 +347,10 @@ def expert_tensors(block: MoeBlock) -> dict[str, Tensor]:
     inside the experts module hold is shared by all experts, such as a norm.
 
     Raises:
-        ValueError: one is not plain, on the meta device, has another number of experts, or is none of those that the
-            experts interface knows.
+        ValueError: transformers holds them quantised, or one is not plain, on the meta device, has another number of
+            experts, or is none of those that the experts interface knows.
     """
+    check_not_quantised(block.name, block.experts)
     experts = block.experts
     named = (*experts.named_parameters(recurse=False), *experts.named_buffers(recurse=False))
     tensors = {name: tensor for name, tensor in named if name not in (PLACES, MEANS)}
@@ -367,23 +387,6 @@ def check_layout(block: MoeBlock) -> None:
             )
 
 
-def check_router(block: MoeBlock) -> None:
-    """ValueError, naming the layer, unless the router is a plain matrix of a row an expert, and a bias at most: what
-    the ``route`` operator reads."""
-    tensors = tensors_of(block.router)
-    if set(tensors) not in ({"weight"}, {"weight", "bias"}):
-        raise ValueError(
-            f"{block.name}: {type(block.router).__name__} has parameters {sorted(tensors)}; expected plain ['weight']"
-        )
-    for name, tensor in tensors.items():
-        check_plain(block.name, block.router, name, tensor)
-        if tensor.dim() == 0 or tensor.shape[0] != block.num_routed:
-            raise ValueError(
-                f"{block.name}: the router's {name} has shape {tuple(tensor.shape)}; "
-                f"expected {block.num_routed} experts along dimension 0"
-            )
-
-
 def check_plain(name: str, owner: nn.Module, key: str, tensor: Tensor) -> None:
     # A parametrized weight shows up under other names, a quantised one or an adapter as further or other types.
     if type(tensor).__name__ == "DTensor":
@@ -410,17 +413,35 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def refuse_several_in_a_layer(blocks: Sequence[MoeBlock], of_block: Sequence[int], job: str) -> None:
+    """ValueError if a decoder layer has several MoE blocks, such as one for text and one for images.
+
+    Args:
+        of_block: from :func:`decoder_layers`.
+    """
+    for first, second in zip(range(len(blocks)), range(1, len(blocks)), strict=False):
+        if of_block[first] == of_block[second]:
+            raise ValueError(
+                f"{job}: {blocks[first].name} and {blocks[second].name} are in one decoder layer; expected one a layer"
+            )
+
+
 def decoder_layers(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> tuple[str, list[nn.Module], list[int]]:
     """The name of the list of decoder layers, the layers, and which of them every MoE layer is in.
 
     Raises:
-        ValueError: there is no such list.
+        ValueError: there is no such list, or more than one.
     """
     modules = dict(model.named_modules())
     parts = blocks[0].name.split(".")
     for depth in range(len(parts) - 1, 0, -1):
         owner = ".".join(parts[:depth])
         if isinstance(modules[owner], nn.ModuleList):
+            for block in blocks:
+                if not block.name.startswith(f"{owner}."):
+                    raise ValueError(
+                        f"{blocks[0].name} and {block.name} are in two lists of decoder layers; expected one"
+                    )
             of_block = [int(block.name.removeprefix(owner + ".").split(".")[0]) for block in blocks]
             return owner, list(modules[owner].children()), of_block
     raise ValueError(f"{blocks[0].name} is in no list of decoder layers")

@@ -8,7 +8,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,11 +81,13 @@ def _router(name: str, module: nn.Module, experts: nn.Module, config: Any) -> tu
     """The name of the router beside a layer's experts, and K."""
     beside = [(key, child) for key, child in module.named_children() if child is not experts]
     said = [(key, child) for key, child in beside if hasattr(child, "top_k") and hasattr(child, "num_experts")]
-    found = [(key, child.top_k) for key, child in said if isinstance(child.top_k, int)]
+    found: list[tuple[str, int]] = [(key, cast(Any, child).top_k) for key, child in said]
+    found = [(key, top_k) for key, top_k in found if type(top_k) is int]
     if not said:
         # A router has a tensor of a row an expert; what has none is not tried.
         might = [(key, child) for key, child in beside if _counts(child, num_routed(experts))]
-        found = [(key, top_k) for key, child in might if (top_k := _routes(child, config.hidden_size)) is not None]
+        tried = [(key, _routes(child, config.hidden_size)) for key, child in might]
+        found = [(key, top_k) for key, top_k in tried if top_k is not None]
     if len(found) != 1:
         raise ValueError(
             f"{name}: {type(module).__name__} has {len(found)} modules beside its experts that choose experts, of "

@@ -41,7 +41,7 @@ class SlicedRouter:
     """
 
     def __init__(self, block: MoeBlock) -> None:
-        self._block, self._twin = block, _twin(block.router)
+        self._block, self._twin = block, twin_of(block.router)
         names = {id(tensor): name for name, tensor in (*self._twin.named_parameters(), *self._twin.named_buffers())}
         self._own: dict[str, PerExpert] = {}
         self._given: list[PerExpert] = []  # tensors of the block's, which its router is called with
@@ -98,13 +98,13 @@ def _are_routes(weights: object, experts: object) -> bool:
 _FROM_OTHERS = ("forward", "_old_forward", "_hf_hook", "_moe_ext")
 
 
-def _twin(module: nn.Module) -> Any:
+def twin_of(module: nn.Module) -> Any:
     """A module of the same class and with the same tensors, which runs the class's own forward without hooks."""
     twin = module.__class__.__new__(module.__class__)
     attributes = {name: value for name, value in vars(module).items() if name not in _FROM_OTHERS}
     for name, value in attributes.items():
         if isinstance(value, dict):
             attributes[name] = OrderedDict() if "_hooks" in name else type(value)(value)
-    attributes["_modules"] = {name: child and _twin(child) for name, child in module._modules.items()}
+    attributes["_modules"] = {name: child and twin_of(child) for name, child in module._modules.items()}
     vars(twin).update(attributes)
     return twin

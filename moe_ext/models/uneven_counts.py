@@ -5,11 +5,12 @@ device, before a model is touched.
 from __future__ import annotations
 
 import copy
-import itertools
+import dis
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from itertools import pairwise
 
 import torch
 from transformers import PreTrainedModel
@@ -79,8 +80,8 @@ def _reader(model: PreTrainedModel, fields: Sequence[str]) -> str | None:
     names = {*fields, *(alias for alias, field in aliases.items() if field in fields)}
     for name in {name.rpartition(".")[0] for name in experts_by_name(model)}:
         for module in model.get_submodule(name).modules():
-            code: Any = getattr(type(module).forward, "__code__", None)
-            read = list(getattr(code, "co_names", ()))
-            if any(one == "config" and two in names for one, two in itertools.pairwise(read)):
+            forward = inspect.unwrap(type(module).forward)
+            read = [(each.opname, each.argval) for each in dis.get_instructions(forward)]
+            if any(one == ("LOAD_ATTR", "config") and two[1] in names for one, two in pairwise(read)):
                 return type(module).__name__
     return None

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from moe_ext.models.blocks import MoeBlock, PerExpert, counting_attributes, expert_tensors, experts_by_name
 from moe_ext.models.boundary import num_routed
 from moe_ext.models.counted import Dimension
+from moe_ext.models.fixed_choices import gate_rows, remapped, tables
 from moe_ext.pruning.replace import replace_tensor
 
 
@@ -14,9 +15,17 @@ def keep_experts(block: MoeBlock, keep: Sequence[int]) -> None:
     counts = [len(keep) if experts is block.experts else num_routed(experts)
               for experts in experts_by_name(block.model).values()]  # fmt: skip
     attributes = [each for each in counting_attributes(block.model, counts) if each.module in inside]
+    remap_choices(block, keep)
     keep_slices(keep, block.num_experts, block.routing_tensors() + expert_parts(block))
     for module, name, value in attributes:
         setattr(module, name, value)
+
+
+def remap_choices(block: MoeBlock, keep: Sequence[int]) -> None:
+    """Before a whole layer is left with those experts: tables of its router that say a token's experts."""
+    for name, table in tables(block).items():
+        if len(keep) < block.num_experts and not table.is_meta:
+            replace_tensor(block.router, name, table, remapped(table, keep, gate_rows(block)))
 
 
 def expert_parts(block: MoeBlock) -> list[PerExpert]:

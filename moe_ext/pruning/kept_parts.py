@@ -1,7 +1,7 @@
 """What is left of every stored tensor when a plan's experts and channels stay: names, shapes and byte ranges."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +42,10 @@ class Slice:
     channels: Tensor | None = None
     places: Tensor | None = None
 
+    def swapped(self) -> "Slice":
+        """The same of the transposed matrix."""
+        return replace(self, dimension=replace(self.dimension, index=1 - self.dimension.index))
+
 
 def slices_of(skeleton: Skeleton, blocks: list[MoeBlock], plan: PruningPlan) -> dict[str, Slice]:
     """What is kept, by the name of every tensor that counts experts."""
@@ -60,6 +64,10 @@ def slices_of(skeleton: Skeleton, blocks: list[MoeBlock], plan: PruningPlan) -> 
                 )
         for part in block.routing_tensors():
             found[names[id(part.tensor)]] = Slice(part.dimension, keep, block.num_experts, block.name)
+    for name, origin in skeleton.model.all_tied_weights_keys.items():  # stored under one of its names
+        for one, other in ((name, origin), (origin, name)):
+            if one in found:
+                found.setdefault(other, found[one])
     return found
 
 
@@ -88,9 +96,7 @@ def parts_of(
                 parts += _kept(stored[key], stored[key].dtype, source, slices, weight, piece)
             continue
         tensor = stored[name]
-        plain = QuantisedWeight(name, tensor.shape, {}, _not_quantised)
-        piece = Piece("weight", tuple((dim, 1) for dim in range(len(tensor.shape))))
-        for part in _kept(tensor, dtype, source, slices, plain, piece):
+        for part in plain_parts(tensor, dtype, source, slices):
             if source.target in fitted:
                 part = _fitted(part, source, slices[source.target], fitted[source.target])
             if not source.converted and part.shape != shapes[source.target]:
@@ -100,6 +106,13 @@ def parts_of(
                 )
             parts.append(part)
     return parts
+
+
+def plain_parts(tensor: StoredTensor, dtype: torch.dtype, source: Source, slices: dict[str, Slice]) -> list[Part]:
+    """What is left of a tensor that is stored as it is: a part, or none."""
+    plain = QuantisedWeight(tensor.name, tensor.shape, {}, _not_quantised)
+    piece = Piece("weight", tuple((dim, 1) for dim in range(len(tensor.shape))))
+    return _kept(tensor, dtype, source, slices, plain, piece)
 
 
 def _whole(tensor: StoredTensor, dtype: torch.dtype) -> Part:
@@ -120,10 +133,51 @@ def _kept(
 ) -> list[Part]:
     """What is left of a stored tensor of a weight: a part, or none."""
     whole = _whole(tensor, dtype)
-    if source.target not in slices:
+    counting = [slices[target] for target in source.targets if target in slices]
+    if not counting:
         return [whole]
-    part = _sliced(whole, source, slices[source.target], weight, piece)
+    if source.others:
+        _check_equal(whole, source, counting)
+        if source.expert is None:
+            return [_in_pieces(whole, source, slices, weight, piece)]
+    kept = slices[source.target].swapped() if source.swapped else slices[source.target]
+    part = _sliced(whole, source, kept, weight, piece, sum(len(slices[target].keep) for target in source.before))
     return [] if part is None else [part]
+
+
+def _check_equal(part: Part, source: Source, counting: Sequence[Slice]) -> None:
+    """ValueError unless the parameters of a conversion that makes several keep as many experts each."""
+    counts = {kept.layer: len(kept.keep) for kept in counting}
+    if len(counting) != len(source.targets) or len(set(counts.values())) > 1:
+        raise ValueError(
+            f"plan: {part.source.file}: {part.name!r} is of {', '.join(source.targets)} together, which need as many "
+            f"experts each; the plan keeps {', '.join(f'{count} in {layer}' for layer, count in counts.items())}"
+        )
+
+
+def _in_pieces(whole: Part, source: Source, slices: dict[str, Slice], weight: QuantisedWeight, piece: Piece) -> Part:
+    """What is left of a tensor of which several parameters are pieces of equal size, one above the other.
+
+    Raises:
+        ValueError: it is not so.
+    """
+    count = len(source.targets)
+    if not source.in_pieces or weight.pieces or whole.shape[0] % count:
+        raise ValueError(
+            f"{whole.source.file}: {whole.name!r} is stored in another form than transformers holds it, in which the "
+            "experts are not known; prune the loaded model by this plan, moe_ext.prune"
+        )
+    rows, found = whole.shape[0] // count, list[Part]()
+    size = math.prod(whole.shape) * whole.source.dtype.itemsize // count
+    for place, target in enumerate(source.targets):
+        alone = replace(whole, shape=(rows, *whole.shape[1:]), ranges=((0, size),))
+        part = _sliced(alone, Source(target), slices[target], weight, piece)
+        assert part is not None
+        found.append(
+            replace(part, ranges=tuple((begin + place * size, end + place * size) for begin, end in part.ranges))
+        )
+    shape = (sum(part.shape[0] for part in found), *found[0].shape[1:])
+    return replace(whole, shape=shape, ranges=tuple(span for part in found for span in part.ranges))
 
 
 def _fitted(part: Part, source: Source, kept: Slice, stored: StoredTensor) -> Part:
@@ -145,12 +199,15 @@ def _fitted(part: Part, source: Source, kept: Slice, stored: StoredTensor) -> Pa
     return replace(part, source=stored, ranges=((begin, end),), selections=())
 
 
-def _sliced(part: Part, source: Source, kept: Slice, weight: QuantisedWeight, piece: Piece) -> Part | None:
+def _sliced(
+    part: Part, source: Source, kept: Slice, weight: QuantisedWeight, piece: Piece, first_number: int = 0
+) -> Part | None:
     """What is left of a tensor that counts experts; None if nothing is.
 
     Args:
         source: of the weight.
         weight, piece: what the tensor is of, and which part of that.
+        first_number: of the first expert that is kept, in keys.
     """
     tensor, name, shape = part.source, part.name, part.shape
     if source.expert is not None:
@@ -160,7 +217,7 @@ def _sliced(part: Part, source: Source, kept: Slice, weight: QuantisedWeight, pi
             return None
         first, last = source.expert_at
         position = kept.keep.index(source.expert)
-        part = replace(part, name=f"{name[:first]}{position}{name[last:]}")
+        part = replace(part, name=f"{name[:first]}{first_number + position}{name[last:]}")
         if kept.channels is None:
             return part
         return _selected(part, source, kept, [position], weight, piece)

@@ -19,6 +19,7 @@ from moe_ext.models.blocks import (
     check_layout,
     counted_of,
     counting_attributes,
+    decoder_layers,
     expert_tensors,
     model_type_of,
     moe_blocks,
@@ -34,7 +35,7 @@ from moe_ext.models.families import FURTHER_LAYERS_FIELDS
 from moe_ext.models.novices import add_novices
 from moe_ext.models.uneven_counts import check_uneven, counts_by_layer
 from moe_ext.models.wrapped import unwrapped_to_change
-from moe_ext.pruning.keep_experts import expert_parts, keep_slices
+from moe_ext.pruning.keep_experts import expert_parts, keep_slices, remap_choices
 from moe_ext.pruning.refit_layers import refitted_layers
 from moe_ext.pruning.replace import replace_tensor
 from moe_ext.pruning.thin import Thinning
@@ -58,8 +59,9 @@ def check_plan(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan
             f"the plan has {len(plan.layers)} layers from {shown(plan.layers[0])}; "
             f"this model has {len(names)} MoE layers from {names[0]!r}"
         )
-    if plan.top_k != blocks[0].top_k:
-        raise ValueError(f"the plan is for top_k {plan.top_k}; this model has {blocks[0].top_k}")
+    top_k = max(block.top_k for block in blocks)
+    if plan.top_k != top_k:
+        raise ValueError(f"the plan is for top_k {plan.top_k}; this model has {top_k}")
     for block in blocks:
         check_layout(block)
         if plan.num_experts != block.num_experts:
@@ -105,9 +107,11 @@ def prune(
     """Removes the experts and channels that a plan does not keep, in place; patched or not, the model stays so.
 
     With the experts go their rows of the router, its correction biases and every count of experts in the model and its
-    config, which counts no layers for multi-token prediction either: transformers has left them out. Where layers keep
-    different numbers, the config says so in transformers' ``per_layer_config``; it then refuses reading the one global
-    count, so that code which needs it (the auxiliary loss of training) fails clearly.
+    config; where a table says a token's experts, others take a removed one's tokens
+    (:mod:`moe_ext.models.fixed_choices`). The config counts no layers for multi-token prediction any more:
+    transformers has left them out. Where layers keep different numbers, the config says so in transformers'
+    ``per_layer_config``; it then refuses reading the one global count, so that code which needs it (the auxiliary loss
+    of training) fails clearly.
 
     At most one layer's experts are held twice at any moment. Skip thresholds in the config stay as they are; calibrate
     the pruned model for thresholds of its own. Should memory run out, every layer is either pruned or as it was, but
@@ -134,15 +138,35 @@ def prune(
             :func:`moe_ext.pruning.refit_layers.refitted_layers`). The model is left as it was.
     """
     given, model = model, unwrapped_to_change(model, "prune")
-    blocks = moe_blocks(model)
-    check_plan(model, blocks, plan)
     if novices is not None:
+        blocks = moe_blocks(model)
+        check_plan(model, blocks, plan)
         if plan.channels is not None:
             raise ValueError("novices: go with experts that keep all their channels; this plan thins them")
         if refit is not None:
             raise ValueError("refit: kept experts make up for removed ones already by novices; expected one of the two")
         _put_novices(model, blocks, plan, novices)
         return given
+    prune_whole(model, plan, refit=refit, progress=progress)
+    return given
+
+
+def prune_whole(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    *,
+    refit: Iterable[Mapping[str, Tensor]] | None = None,
+    progress: bool = False,
+    further_layers: bool = False,
+) -> None:
+    """:func:`prune` of a model without a wrapper, without novices.
+
+    Args:
+        further_layers: whether layers for multi-token prediction, which the model does not have, are kept where it is
+            saved; the config then goes on counting them.
+    """
+    blocks = moe_blocks(model)
+    check_plan(model, blocks, plan)
     thinning = None if plan.channels is None else Thinning.of(model, blocks, plan.channels, list(map(len, plan.keep)))
     fitted: dict[int, Tensor] = {}
     if refit is not None:
@@ -152,17 +176,18 @@ def prune(
     attributes = counting_attributes(model, counts)
     parts = [block.routing_tensors() + expert_parts(block) for block in blocks]
     with torch.no_grad():
-        for keep in plan.keep:
+        for block, keep in zip(blocks, plan.keep, strict=True):
+            remap_choices(block, keep)
             keep_slices(keep, plan.num_experts, parts.pop(0))  # the only other holder of the old tensors
     for module, name, value in attributes:
         setattr(module, name, value)
     with_counts(text_config(model), fields, counts_by_layer(blocks, counts))
-    _announce_no_further_layers(model)
+    if not further_layers:
+        _announce_no_further_layers(model)
     if thinning is not None:
         thinning.apply(model, blocks)
     for layer, down in fitted.items():
         replace_tensor(blocks[layer].experts, "down_proj", expert_tensors(blocks[layer])["down_proj"], down)
-    return given
 
 
 def _announce_no_further_layers(model: PreTrainedModel) -> None:
@@ -194,6 +219,7 @@ def _put_novices(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPl
         {str(block.layer): len(keep) for block, keep in zip(blocks, plan.keep, strict=True)},
         section_of(model.config),
     )
+    _, layers, inside = decoder_layers(model, blocks)
     with torch.no_grad():
         for layer, (block, keep) in enumerate(zip(blocks, plan.keep, strict=True)):
             removed = list(plan.removed(layer))
@@ -205,5 +231,5 @@ def _put_novices(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPl
             places, mean = places.to(weight.device), mean.to(weight.device, weight.dtype)
             keep_slices(keep, plan.num_experts, expert_parts(block))
             block.experts.num_experts = len(keep)  # type: ignore[assignment]
-            add_novices(block.experts, places, mean)
+            add_novices(layers[inside[layer]], block.experts, places, mean)
     set_section(model.config, section)

@@ -5,16 +5,14 @@ By the operators where they run the layer's experts; elsewhere by the family's o
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
 from moe_ext import ops
 from moe_ext.models.blocks import MoeBlock
 from moe_ext.models.boundary import eager_forward
+from moe_ext.runtime.formulas import experts_layer
 from moe_ext.runtime.patching import layer_state
-from moe_ext.runtime.supported import activation_of
 
 GRAM_BYTES = 32 << 20
 """Bytes of Gram matrices that exist at a time."""
@@ -32,8 +30,9 @@ def gram_of(block: MoeBlock, x: Tensor) -> Tensor:
         outputs = _outputs(block, x)
         gram = outputs @ outputs.transpose(1, 2)
         return torch.triu(gram) + torch.triu(gram, diagonal=1).transpose(1, 2)
-    gate_up, down = cast(Tensor, block.experts.gate_up_proj), cast(Tensor, block.experts.down_proj)
-    return ops.expert_gram(x.to(gate_up.dtype), gate_up, down, activation_of(block.experts.config))
+    layer = experts_layer(block.experts)
+    weights, options = (layer.gate_up, layer.down), layer.options()
+    return ops.expert_gram(x.to(layer.gate_up.dtype), *weights, layer.activation, **options)
 
 
 def projections_of(block: MoeBlock, x: Tensor, gradient: Tensor) -> Tensor:
@@ -42,8 +41,9 @@ def projections_of(block: MoeBlock, x: Tensor, gradient: Tensor) -> Tensor:
         step = tokens_at_a_time(block, x.shape[1])
         parts = zip(x.split(step), gradient.double().split(step), strict=True)
         return torch.cat([(_outputs(block, part) @ of_part.unsqueeze(2)).squeeze(2) for part, of_part in parts])
-    gate_up, down = cast(Tensor, block.experts.gate_up_proj), cast(Tensor, block.experts.down_proj)
-    return ops.expert_projection(x.to(gate_up.dtype), gate_up, down, gradient, activation_of(block.experts.config))
+    layer = experts_layer(block.experts)
+    weights, options = (layer.gate_up, layer.down), layer.options()
+    return ops.expert_projection(x.to(layer.gate_up.dtype), *weights, gradient, layer.activation, **options)
 
 
 def _outputs(block: MoeBlock, x: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from moe_ext.models.blocks import MoeBlock, router_digest
 from moe_ext.models.layout import Layout
+from moe_ext.models.router_formula import RouterFormula, known_router
 from moe_ext.models.sliced_router import SlicedRouter
 from moe_ext.reconstruction.budgets import allowed_sizes
 from moe_ext.reconstruction.losses import LayerErrors, projected, ranked
 from moe_ext.reconstruction.request import SearchRequest
 from moe_ext.reconstruction.result import LayerLosses
 from moe_ext.reconstruction.routed_errors import RoutedErrors, RouterCall
-from moe_ext.reconstruction.router_formula import is_known, route_among
+from moe_ext.reconstruction.router_formula import ranks_stay, route_among
 from moe_ext.reconstruction.subsets import GreedySearch, all_subsets, count_subsets
 from moe_ext.runtime.processes import check_same, total_of
 from moe_ext.runtime.skipping import skip_weak
@@ -67,8 +68,10 @@ class LayerSearch:
         subsets = all_subsets(self.num_experts, exact, groups)
         how: dict[str, Any] = {"measure": self.measure, "tokens": self.tokens, "store": bool(greedy)}
         errors: LayerErrors | RoutedErrors
-        if is_known(block):
-            errors = LayerErrors(subsets, self.top_k, thresholds, **how)
+        known = ranks_stay(block, thresholds)
+        formula = None if known is None else known.formula
+        if formula is not None:
+            errors = LayerErrors(subsets, self.top_k, thresholds, scale=formula.scale, **how)
         else:
             errors = RoutedErrors(block, subsets, thresholds, **how)
         bar.set_description(f"search {block.name}")
@@ -83,12 +86,13 @@ class LayerSearch:
             if mask is not None:
                 mask = mask.to(x.device)
                 x, logits, gradient = x[mask], logits[mask], None if gradient is None else gradient[mask]
+            correction = None if known is None else known.correction(block.router, call.args[1:], call.kwargs)
             if isinstance(errors, RoutedErrors):
-                errors.add_batch(x, call, mask, gradient)
+                errors.add_batch(x, call, mask, gradient, logits)
             elif gradient is None:
-                errors.add_batch(ranked(block, x, logits, depth))
+                errors.add_batch(ranked(block, x, logits, depth, formula, correction))
             else:
-                errors.add_batch(projected(block, x, logits, gradient, depth))
+                errors.add_batch(projected(block, x, logits, gradient, depth, formula, correction))
             if smallest in exact:  # of this process's batches
                 bar.set_postfix(best=f"{float(errors.losses[errors.keep.sum(1) == smallest].min()):.4g}")
             bar.update()
@@ -138,12 +142,13 @@ class RouterMasks:
     def add(self, block: MoeBlock, keep: Tensor, thresholds: Tensor | None) -> None:
         """keep: (E,) bool; thresholds: (K - 1,) or None."""
 
-        kept = keep.nonzero().flatten().tolist()
+        kept, known = keep.nonzero().flatten().tolist(), known_router(block)
+        is_plain = known is not None and known.formula == RouterFormula() and not known.is_corrected
 
         def masked(module: nn.Module, args: Any, kwargs: Any, output: tuple[Tensor, ...]) -> tuple[Any, ...]:
             logits = output[0]
             skip = None if thresholds is None else thresholds.to(logits.device)
-            if is_known(block):
+            if is_plain:
                 return logits, *route_among(logits, keep.to(logits.device), block.top_k, skip)
             # The layer's weights may be in memory for this pass only: the twin is made of those that are there.
             weights, experts, more = SlicedRouter(block).route(kept, args, kwargs)

@@ -1,5 +1,6 @@
-"""Losses of one layer's expert subsets for any router: the family's own code routes among the experts of every subset
-(:mod:`moe_ext.models.sliced_router`), and the experts' products say what that changes.
+"""Losses of one layer's expert subsets for any router: it routes among the experts of every subset, by its formula
+where that is known, otherwise by the family's own code (:mod:`moe_ext.models.sliced_router`); and the experts' products
+say what that changes.
 
 With d the difference of two vectors of routing weights, s their difference's sum, n the squared norms of the experts'
 outputs and D their squared distances, ``||sum_e d_e f_e||^2 = s sum_e d_e n_e - 1/2 d^T D d``. Weights that sum to one
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor
 
 from moe_ext.models.blocks import MoeBlock
+from moe_ext.models.router_formula import known_router
 from moe_ext.models.sliced_router import SlicedRouter
 from moe_ext.reconstruction import expert_outputs
 from moe_ext.reconstruction.measures import Measure, loss_of_batch
+from moe_ext.reconstruction.router_formula import routed_among
 from moe_ext.runtime.skipping import skip_weak
 from moe_ext.storage.spilled_tensors import SpillingList
 
@@ -75,11 +78,14 @@ class RoutedErrors:
         self.keep, self.thresholds, self.measure, self.tokens = keep, thresholds, measure, tokens
         self.losses = torch.zeros(len(keep), dtype=torch.float64)
         self._block, self._store = block, store
+        self._known = known_router(block)
         self._router: SlicedRouter | None = None
         self._stored = SpillingList(MEMORY)
         self._batches: list[_Batch] = []
 
-    def add_batch(self, x: Tensor, call: RouterCall, counted: Tensor | None, gradient: Tensor | None) -> None:
+    def add_batch(
+        self, x: Tensor, call: RouterCall, counted: Tensor | None, gradient: Tensor | None, logits: Tensor
+    ) -> None:
         """One calibration batch.
 
         Args:
@@ -87,8 +93,16 @@ class RoutedErrors:
             call: of the router, on all tokens.
             counted: (T',) bool of all tokens, or None.
             gradient: (T, H) for the experts' combined output, for "nats".
+            logits: (T, E) that the router returned, without the tokens that do not count.
         """
-        if self._router is None:
+        if self._known is not None:
+            correction = self._known.correction(self._block.router, call.args[1:], call.kwargs)
+            # In the place of the call, whose tokens are all of them, what follows from it.
+            call, counted = (
+                RouterCall((logits.float().cpu(), None if correction is None else correction.cpu()), {}),
+                None,
+            )
+        elif self._router is None:
             self._router = SlicedRouter(self._block)
         parts = [tuple(map(self._append, part)) for part in self._products(x, gradient)]
         args = tuple(map(self._keep_argument, call.args))
@@ -129,8 +143,7 @@ class RoutedErrors:
 
     def _keep_argument(self, value: Any) -> Any:
         """An argument of the router, its tensors where all tokens' are; those of the model stay the model's."""
-        assert self._router is not None
-        if not isinstance(value, Tensor) or self._router.is_of_block(value):
+        if not isinstance(value, Tensor) or (self._router is not None and self._router.is_of_block(value)):
             return value
         return _Stored(self._append(value.detach()), value.device)
 
@@ -168,11 +181,16 @@ class RoutedErrors:
         thresholds: Tensor | None,
     ) -> Tensor:
         """(T, E) float64 weights of all experts where the layer has those that are kept only; 0 for the others."""
-        assert self._router is not None
         num_experts = self._block.num_experts
-        weights, experts, _ = self._router.route(kept, args, kwargs)
-        if thresholds is not None:
-            weights, experts = skip_weak(weights, experts, thresholds.to(weights.device), num_experts)
+        if self._known is not None:
+            logits, correction = args
+            given = (logits, correction, kept, self._block.top_k, thresholds)
+            weights, experts = routed_among(self._known.formula, *given)
+        else:
+            assert self._router is not None
+            weights, experts, _ = self._router.route(kept, args, kwargs)
+            if thresholds is not None:
+                weights, experts = skip_weak(weights, experts, thresholds.to(weights.device), num_experts)
         weights, experts = weights.cpu().double(), experts.cpu()
         if counted is not None:
             weights, experts = weights[counted.cpu()], experts[counted.cpu()]

@@ -80,9 +80,9 @@ def search(
     does; the norm is taken of each calibration batch and summed over them, as the paper's
     published code does. It is computed in float64 from the Gram matrices of the experts' outputs, as the model's dtype
     rounds them: all experts run once over all tokens, and no expert runs once a subset. Routers that take the softmax
-    over the selected logits need not, either; other families' own router code does, with the experts of the subset. Of
-    a family with expert groups, subsets keep as many experts of every group. Equal losses: the lexicographically first
-    set of dropped experts.
+    over the selected logits, or otherwise renormalise what they choose by, need not, either; others route among the
+    experts of every subset, by their formula or their own code. Of a family with expert groups, subsets keep as many
+    experts of every group. Equal losses: the lexicographically first set of dropped experts.
 
     With ``loss="fisher"`` it is ``1/2 mean_t (sum_e (w_R[t, e] - w[t, e]) a_t[e])^2``, with ``a_t[e] = <dL/dy_t,
     f_e(x_t)>``, w and w_R the routing weights of all experts and of R, y the experts' combined output and L the

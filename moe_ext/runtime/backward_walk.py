@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_ext.models.blocks import MoeBlock, decoder_layers
+from moe_ext.models.blocks import MoeBlock, decoder_layers, refuse_several_in_a_layer
 from moe_ext.runtime.base_forward import alone, run_base
 from moe_ext.runtime.course import Course, course_of, split_state, unwritten
 from moe_ext.runtime.head_gradients import Labels, check_head, head_gradient
@@ -97,6 +97,7 @@ class OutputGradients:
         self._model, self._blocks, self._batches, self._counted = model, blocks, batches, counted
         self._labels, self._numbers = labels, range(len(batches)) if numbers is None else numbers
         _, self._layers, self._layer_of_block = decoder_layers(model, blocks)
+        refuse_several_in_a_layer(blocks, self._layer_of_block, "loss: 'fisher'")
         self._states = KeptStates(len(batches), memory, folder)
         self._gradients = SpillingList(memory // min(4, len(self._layers)), folder)
         self._need, self._ran = need, ran

@@ -26,6 +26,7 @@ class Course:
     Attributes:
         calls: the decoder layers in the order in which a forward pass runs them; some may run more than once.
         token_bytes: of the hidden states of a token, before the first layer.
+        waiting_bytes: of all that a layer is given for a token, before the last layer.
         token_shape: of the same (B, S, ...), without the first two dimensions.
         dtype: of the same.
         obstacle: why hidden states alone do not tell what a layer is given; None: they do, and every layer runs once.
@@ -33,6 +34,7 @@ class Course:
 
     calls: tuple[int, ...]
     token_bytes: int = 0
+    waiting_bytes: int = 0
     token_shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     obstacle: str | None = None
@@ -115,8 +117,12 @@ def _course(model: PreTrainedModel, layers: Sequence[nn.Module], batch: Mapping[
             obstacle = f"hidden states have shape {tuple(state.shape)} for tokens {tuple(batch['input_ids'].shape)}"
         else:
             obstacle = _difference(first, _dry_run(model, layers, batch, 1, last=len(calls)), layers)
-    shape = tuple(state.shape[2:])
-    return Course(calls, -(-state.numel() * state.element_size() // tokens), shape, state.dtype, obstacle)
+    given = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in _tensors((first.calls[-1].state, first.calls[-1].others))
+    }
+    sizes = -(-state.nbytes // tokens), -(-sum(given.values()) // tokens)
+    return Course(calls, *sizes, tuple(state.shape[2:]), state.dtype, obstacle)
 
 
 def shortened(numbers: Sequence[int]) -> str:
@@ -203,6 +209,8 @@ def _difference(first: _DryRun, second: _DryRun, layers: Sequence[nn.Module]) ->
     shared: dict[int, int] = {}
     for one, other in zip(first.calls, second.calls, strict=True):
         kind = type(layers[one.layer]).__name__
+        if (strange := _strange(one.others, other.others)) is not None:
+            return f"decoder layer {one.layer} is given a {type(strange).__name__}, which layers may write to"
         if not _same(one.others, other.others):
             return f"what decoder layer {one.layer}, a {kind}, is given depends on earlier layers than the one before"
         for thing in _containers(one.others):
@@ -228,6 +236,15 @@ def _same(one: Any, other: Any) -> bool:
     return one is other or (type(one) is type(other) and isinstance(one, int | float | str) and one == other)
 
 
+def _strange(one: Any, other: Any) -> Any:
+    """The first object that is another one in the second run and neither a tensor nor a plain value or container."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        one, other = list(one.values()), list(other.values())
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return next((found for pair in zip(one, other, strict=False) if (found := _strange(*pair)) is not None), None)
+    return None if one is other or isinstance(one, Tensor | int | float | str | None) else one
+
+
 @contextmanager
 def unwritten(layer: nn.Module, others: Any) -> Iterator[None]:
     """RuntimeError if a decoder layer writes to a dict that it is given, which later layers may read.
@@ -242,6 +259,13 @@ def unwritten(layer: nn.Module, others: Any) -> Iterator[None]:
             raise RuntimeError(
                 f"a {type(layer).__name__} writes to a dict, which stored hidden states do not bring back"
             )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, dict | tuple | list):
+        inside = value.values() if isinstance(value, dict) else value
+        return [found for each in inside for found in _tensors(each)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def _containers(value: Any) -> list[Any]:

@@ -42,6 +42,31 @@ class HiddenStates(Protocol):
     def remove(self) -> None: ...
 
 
+class SpillingStates:
+    """Hidden states of which a bounded part is in memory; written in place."""
+
+    def __init__(self, memory: int) -> None:
+        self._list = SpillingList(memory)
+
+    def read(self, batch: int) -> Tensor:
+        return self._list[batch]
+
+    def write(self, batch: int, states: Tensor) -> None:
+        if batch == len(self._list):
+            self._list.append(states)
+        else:
+            self._list[batch] = states
+
+    def turn(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._list.close()
+
+    def remove(self) -> None:
+        self.close()
+
+
 class ParkedStates:
     """Hidden states that wait in the frames of suspended forward passes. On the CPU those of the first batches stay
     where the model has them, up to a number of bytes. The others give their memory up until they are restored: what
@@ -166,9 +191,15 @@ class FolderOptions:
                 raise TypeError(f"{name}: is for a checkpoint folder; this model is in memory")
 
 
+def states_of(course: Course, memory: int) -> SpillingStates | ParkedStates:
+    """Hidden states of which so many bytes are in memory: alone, or in forward passes where they are not all."""
+    return SpillingStates(memory) if course.obstacle is None else ParkedStates(memory)
+
+
 def _sizes(course: Course, batches: Sequence[Mapping[str, Tensor]]) -> list[int]:
-    """Bytes that every batch's hidden states take."""
-    return [-(-batch["input_ids"].numel() * course.token_bytes // _ALIGNMENT) * _ALIGNMENT for batch in batches]
+    """Bytes that every batch takes between layers."""
+    size = course.token_bytes if course.obstacle is None else course.waiting_bytes
+    return [-(-batch["input_ids"].numel() * size // _ALIGNMENT) * _ALIGNMENT for batch in batches]
 
 
 class MappedStates:
@@ -335,7 +366,7 @@ def waiting_states(
         _check_memory(sum(sizes))
         if show:
             tqdm.write(f"{size} in memory", file=sys.stderr)
-        return ParkedStates(sum(sizes)), 0
+        return states_of(course, sum(sizes)), 0
     course.refuse_obstacles("scratch")
     folder = Path(scratch)
     if not folder.is_dir():

@@ -296,6 +296,31 @@ def test_columns_in_another_order_keep_their_channels(tmp_path: Path) -> None:
         moe_ext.prune_checkpoint(tmp_path / "source", thinner, tmp_path / "got", progress=False)
 
 
+def test_numbers_that_lie_across_words_go_by_expert_only(tmp_path: Path) -> None:
+    model = build("mixtral", dtype=torch.bfloat16, **SIZES)
+    model.save_pretrained(tmp_path / "source")
+    write(FORMS["compressed-tensors, 4 bits"](), tmp_path / "source")
+    generator = torch.Generator().manual_seed(0)
+
+    def to_three_bits(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("weight_packed")]:
+            tensors[name] = torch.randint(-(2**31), 2**31, (64, 6), generator=generator, dtype=torch.int32)
+
+    rewritten(tmp_path / "source", to_three_bits)
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 3, "type": "int", "group_size": 32}}}
+    declare(tmp_path / "source", config_groups=groups)
+    plan = plan_of(model)
+    moe_ext.prune_checkpoint(tmp_path / "source", plan, tmp_path / "got", progress=False)
+    held, got = tensors_in(tmp_path / "source"), tensors_in(tmp_path / "got")
+    module = "model.layers.1.block_sparse_moe.experts"
+    assert bits(got[f"{module}.0.w2.weight_packed"]) == bits(held[f"{module}.1.w2.weight_packed"])
+    thinner = replace(plan, channels=whole_blocks(moe_ext.prune(model, plan), 32, 32))
+    with pytest.raises(ValueError, match=r"w1\.weight: numbers of 3 bits lie across words: its channels stay"):
+        moe_ext.prune_checkpoint(tmp_path / "source", thinner, tmp_path / "thin", progress=False)
+    with pytest.raises(ValueError, match="has 3 bits a number, packed across words: it is pruned, but not"):
+        moe_ext.calibrate(tmp_path / "source", padded_batches(), progress=False)
+
+
 def test_modelopt_may_say_how_it_quantised_in_a_file_of_its_own(tmp_path: Path) -> None:
     model = build("mixtral", dtype=torch.bfloat16, **SIZES)
     model.save_pretrained(tmp_path / "source")

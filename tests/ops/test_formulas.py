@@ -1,6 +1,7 @@
 """Every operator on experts with biases, other layouts and other formulas, against float64 brute force."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -29,7 +30,7 @@ from tests.support.reference import (
 )
 
 
-def accumulators(case: ExpertsCase) -> dict[str, Tensor]:
+def accumulators(case: ExpertsCase) -> dict[str, Any]:
     num_experts, device = len(case.down), case.x.device
     shapes = {
         "moments": (num_experts, 3, 3),
@@ -43,7 +44,7 @@ def assert_all_equal_brute_force(case: ExpertsCase, device: str = "cpu") -> None
     expected = experts_reference(case, arithmetic_of(case, device))
     there = case.to(device)
     sums = accumulators(there)
-    out = ops.experts_observed(*there.arguments(), **sums, **there.options)
+    out = ops.experts_observed(*there.arguments(), **{**sums, **there.options})
     assert torch.equal(out, ops.experts(*there.arguments(), **there.options))
     assert_within(out, expected.out, expected.bound)
     assert_moments_within(sums["moments"], expected)
@@ -155,16 +156,19 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("change", "message"), BAD_OPTIONS)
 def test_every_operator_refuses_bad_options(device: str, change: dict[str, Any], message: str) -> None:
     case = experts_case(5, 4, 2, 16, 24)
-    options = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in change.items()}
+    options: dict[str, Any] = {
+        key: value.to(device) if isinstance(value, Tensor) else value for key, value in change.items()
+    }
     case = replace(case, activation=options.pop("activation", "silu")).to(device)
     moments = torch.full((4, 3, 3), 2.0, dtype=torch.float64, device=device)
     layer = (case.x, case.gate_up, case.down)
-    for operator, arguments in (
+    operators: list[tuple[Callable[..., Tensor], tuple[Any, ...]]] = [
         (ops.experts, case.arguments()),
         (ops.experts_observed, (*case.arguments(), moments)),
         (ops.expert_gram, (*layer, case.activation)),
         (ops.expert_projection, (*layer, case.x, case.activation)),
-    ):
+    ]
+    for operator, arguments in operators:
         with pytest.raises(RuntimeError, match=f"{operator.__name__}: {message}"):
             operator(*arguments, **options)
     assert device == "meta" or bool((moments == 2.0).all())
@@ -179,7 +183,7 @@ def test_an_unknown_option_and_one_of_another_type_are_refused() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["gpt_oss", "inkling2", "nemotron_h", "step3p7"])
+@pytest.mark.parametrize("name", ["gpt_oss", "nemotron_h"])
 @pytest.mark.parametrize(
     "check", ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
 )

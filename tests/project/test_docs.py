@@ -36,8 +36,8 @@ DATA_SETS: dict[str, dict[str, Any]] = {
     },
 }
 # Lines that others run: they install the package, or run the demo and these tests (CI), or several processes
-# (test_processes.py).
-BY_OTHERS = ("make demo", "make test", "pip install ", "torchrun ")
+# (test_processes.py), or vLLM (test_vllm_server.py).
+BY_OTHERS = ("make demo", "make test", "pip install ", "torchrun ", "vllm serve ")
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -112,7 +112,7 @@ def test_the_code_blocks_of_a_page_run(
 
 # Beside the pages whose code runs, those that name files as well.
 WITH_PATHS = [*PAGES, *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "SECURITY", "CHANGELOG", "benchmarks/README"))]
-FOLDERS = (".ci", ".github", "benchmarks", "csrc", "docs", "examples", "moe_ext", "tests", "tools")
+FOLDERS = (".ci", ".github", "benchmarks", "csrc", "docs", "engines", "examples", "moe_ext", "tests", "tools")
 needs_source = pytest.mark.skipif(not (ROOT / "moe_ext").exists(), reason="some paths lead to the package's source")
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 import moe_ext
 from moe_ext import SearchResult
 from moe_ext.models.blocks import MoeBlock, moe_blocks
+from moe_ext.models.sliced_router import SlicedRouter
 from moe_ext.pruning.keep_experts import keep_experts
-from moe_ext.reconstruction import expert_outputs, routed_errors
+from moe_ext.reconstruction import expert_outputs, layer_search, routed_errors
 from moe_ext.reconstruction.subsets import GreedySearch, all_subsets
 from moe_ext.runtime.backward_walk import OutputGradients
 from moe_ext.runtime.head_gradients import Labels
@@ -135,6 +136,28 @@ def test_losses_equal_those_of_layers_that_are_really_pruned(name: str) -> None:
     assert list(got.values()) == pytest.approx(list(expected.values()), rel=TOLERANCE)
     assert result.plan.keep[last] == min(expected, key=expected.__getitem__)
     moe_ext.prune(model, result.plan)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "glm4_moe", "ernie4_5_moe", "minimax_m2"])
+@pytest.mark.parametrize("loss", ["reconstruction", "fisher"])
+def test_a_routers_own_code_finds_what_its_formula_does(name: str, loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: dict[str, Any] = {"keep": 6, "loss": loss, "budget": "layer"}
+    by_formula = search(build(name), **arguments)
+    calls, route = [], SlicedRouter.route
+
+    def counting(self: SlicedRouter, *call: Any) -> Any:
+        calls.append(call)
+        return route(self, *call)
+
+    monkeypatch.setattr(SlicedRouter, "route", counting)
+    monkeypatch.setattr(routed_errors, "known_router", lambda block: None)
+    monkeypatch.setattr(layer_search, "ranks_stay", lambda block, thresholds: None)
+    by_code = search(build(name), **arguments)
+    assert calls
+    for ours, theirs in zip(by_formula.losses, by_code.losses, strict=True):
+        assert torch.equal(ours.keep, theirs.keep)
+        scale = float(theirs.losses.max())
+        torch.testing.assert_close(ours.losses, theirs.losses, rtol=TOLERANCE, atol=1e-7 * scale)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "olmoe"])

@@ -18,19 +18,14 @@ from moe_ext.runtime.layer_walk import LayerInputs
 from moe_ext.runtime.suspended import THREAD_NAME
 from tests.support import every_family
 
-NO_BLOCKS = {
-    "diffusion_gemma": "has no record in moe_ext",
-    "gemma4": "has no record in moe_ext",
-    "dots3_note": "several kinds of MoE blocks",
-    "muse_spark": "post_expert_norm.weight has 16 experts",
-    "ernie4_5_vl_moe": "no token was counted",  # of images
-}
-"""Families whose MoE blocks are not found yet, and what is said."""
+REFUSED = ("diffusion_gemma", "ernie4_5_vl_moe")
+"""Families that may be refused in memory, too: an encoder's and a decoder's layers, experts that no text reaches."""
 
 LOOPS = ("inkling2_loop",)
 """Families that run a layer more than once: sums over its tokens are added up in another order."""
 
 MORE_THAN_STATES = {
+    "gemma4": "decoder layer 0 is given a KVSharingDict, which layers may write to",
     "glm5_next": "returns more than hidden states",
     "glm_moe_dsa": "returns more than hidden states",
     "hy_v4": "returns more than hidden states",
@@ -60,13 +55,15 @@ def test_statistics_of_a_folder_are_those_of_the_model(name: str, tmp_path: Path
     built.save_pretrained(tmp_path / "source")
     options: dict[str, Any] = {"progress": False, "strict": False}
     batches = batches_of(built)
-    if name in NO_BLOCKS:
-        with pytest.raises(ValueError):  # noqa: PT011  which is not this test's matter
-            moe_ext.calibrate(tmp_path / "source", batches, **options)
-        return
     model = type(built).from_pretrained(tmp_path / "source", dtype="auto").eval()
-    expected = moe_ext.calibrate(model, batches, **options)
-    assert_same(moe_ext.calibrate(tmp_path / "source", batches, **options), expected, name)
+    try:
+        expected = moe_ext.calibrate(model, batches, **options)
+    except (ValueError, RuntimeError):
+        assert name in REFUSED
+        with pytest.raises(ValueError):  # noqa: PT011  what is said is not this test's matter
+            moe_ext.calibrate(tmp_path / "source", batches, **options)
+    else:
+        assert_same(moe_ext.calibrate(tmp_path / "source", batches, **options), expected, name)
     assert no_pass_is_left()
 
 
@@ -92,7 +89,7 @@ def routed(model: Any, batches: list[dict[str, Tensor]], states: Any) -> list[tu
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in every_family.names() if name not in NO_BLOCKS])
+@pytest.mark.parametrize("name", [name for name in every_family.names() if name not in REFUSED])
 def test_stored_states_give_the_same_or_are_refused_before_a_layer_runs(name: str, tmp_path: Path) -> None:
     model = every_family.build(name)
     batches, blocks = batches_of(model), moe_blocks(model)

@@ -32,13 +32,20 @@ def no_pass_is_left() -> Iterator[None]:
     assert waiting() == 0
 
 
+def in_frames(
+    model: Any, batches: list[dict[str, Tensor]], memory: int = 1 << 20, course: Course | None = None
+) -> LayerInputs:
+    """The walk that models need whose layers are given more than hidden states."""
+    return LayerInputs(model, moe_blocks(model), batches, course=course, states=ParkedStates(memory))
+
+
 def untouched(model: nn.Module) -> bool:
     return not any("forward" in vars(module) for module in model.modules())
 
 
 def test_passes_wait_one_a_batch_and_end_with_the_walk(tiny_mixtral: MixtralFactory) -> None:
     model, batches = tiny_mixtral(), padded_batches()
-    with torch.no_grad(), LayerInputs(model, moe_blocks(model), batches) as inputs:
+    with torch.no_grad(), in_frames(model, batches) as inputs:
         assert waiting() == 0  # nothing ran yet
         inputs.advance()
         assert waiting() == len(batches)
@@ -52,7 +59,7 @@ def test_passes_wait_one_a_batch_and_end_with_the_walk(tiny_mixtral: MixtralFact
 
 def test_the_last_states_are_those_of_the_models_own_forward(tiny_mixtral: MixtralFactory) -> None:
     model, batches = tiny_mixtral(), padded_batches()
-    with torch.no_grad(), LayerInputs(model, moe_blocks(model), batches, states=ParkedStates(0)) as inputs:
+    with torch.no_grad(), in_frames(model, batches, 0) as inputs:
         for _ in range(3):
             inputs.advance()
         for index, batch in enumerate(batches):
@@ -81,7 +88,7 @@ def test_what_the_models_code_raises_comes_out_and_ends_all_passes(tiny_mixtral:
         model.model.norm.forward = stopping
 
     def walk() -> None:
-        with torch.no_grad(), LayerInputs(model, moe_blocks(model), batches, course=course) as inputs:
+        with torch.no_grad(), in_frames(model, batches, course=course) as inputs:
             for _ in range(3):
                 inputs.advance()
 
@@ -98,7 +105,7 @@ def test_an_interrupted_walk_leaves_no_pass(tiny_mixtral: MixtralFactory) -> Non
             raise KeyboardInterrupt
 
     def walk() -> None:
-        with torch.no_grad(), LayerInputs(model, moe_blocks(model), batches) as inputs:
+        with torch.no_grad(), in_frames(model, batches) as inputs:
             inputs.advance()
             inputs.advance(interrupt)
 
@@ -109,7 +116,7 @@ def test_an_interrupted_walk_leaves_no_pass(tiny_mixtral: MixtralFactory) -> Non
 
 def test_states_beyond_the_memory_give_it_up_while_they_wait(tiny_mixtral: MixtralFactory) -> None:
     model, batches = tiny_mixtral(), padded_batches()
-    with torch.no_grad(), LayerInputs(model, moe_blocks(model), batches, states=ParkedStates(4000)) as inputs:
+    with torch.no_grad(), in_frames(model, batches, 4000) as inputs:
         inputs.advance()
         sizes = [each.entry.args[0].untyped_storage().nbytes() for each in inputs._way._passes]  # type: ignore[attr-defined]
         whole = [batch["input_ids"].numel() * 32 * 4 for batch in batches]
@@ -167,7 +174,7 @@ def test_a_layer_that_runs_alone_is_not_suspended(tiny_mixtral: MixtralFactory) 
 def test_the_course_of_a_plain_model_has_no_obstacle(tiny_mixtral: MixtralFactory) -> None:
     model = tiny_mixtral(dtype=torch.bfloat16)
     course = course_of(model, moe_blocks(model), padded_batches())
-    assert course == Course((0, 1, 2), 64, (32,), torch.bfloat16, None)
+    assert course == Course((0, 1, 2), 64, course.waiting_bytes, (32,), torch.bfloat16, None)
     assert untouched(model)
 
 

@@ -43,6 +43,7 @@ FORMULAS: dict[str, dict[str, Any]] = {
     "aria": {"transposed": True},
     "interleaved rows": {"interleaved": True, "biases": True},
     "no gate, transposed": {"activation": "gelu", "gated": False, "transposed": True, "biases": True},
+    "squares, transposed": {"activation": "relu2", "gated": False, "transposed": True, "biases": True},
     "limited gelu": {"activation": "gelu_tanh", "limit": 0.75, "up_offset": -0.5},
     "quick gelu without gate": {"alpha": 1.702, "gated": False},
 }  # fmt: skip

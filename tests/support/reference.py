@@ -178,6 +178,10 @@ class Arithmetic:
     energy: float = 0.0
 
 
+# Of experts that the small batches' CUDA kernels take.
+USUAL_LAYOUT = {"gated": True, "interleaved": False, "transposed": False}
+
+
 def arithmetic_of(case: ExpertsCase, device: str, kernels: str = "") -> Arithmetic:
     """That of the named CUDA kernels, or of those that a call takes. On the CPU, dot products of bfloat16 keep h in
     bfloat16, all else float32. On CUDA, float32 and sizes that are no multiples of 8 keep float32 throughout; up to 16
@@ -189,7 +193,8 @@ def arithmetic_of(case: ExpertsCase, device: str, kernels: str = "") -> Arithmet
         return Arithmetic(h=dtype)
     if device == "cpu" or dtype == torch.float32 or hidden % 8 or intermediate % 8 or kernels == "plain":
         return Arithmetic(energy=0.0 if device == "cpu" else 64 * FLOAT32)
-    small_batch = kernels == "small_batch" or (kernels == "" and case.x.shape[0] <= 16)
+    usual = all(case.options.get(name, usual) == usual for name, usual in USUAL_LAYOUT.items())
+    small_batch = kernels == "small_batch" or (kernels == "" and case.x.shape[0] <= 16 and usual)
     return Arithmetic(TENSOR_CORES, dtype, torch.float32 if small_batch else dtype, 64 * FLOAT32)
 
 

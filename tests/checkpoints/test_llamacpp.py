@@ -1,0 +1,167 @@
+"""Pruned GGUF files in llama.cpp, and pruned folders in its converter. Opt-in: ``make test-llamacpp``.
+
+MOE_EXT_LLAMACPP names a folder with an environment that has llama-cpp-python (bin/python; no moe_ext is in it), its
+source (source/), where llama.cpp's converter lies, and what the converter needs beside moe_ext's environment
+(converter/).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import moe_ext
+from moe_ext.decision.kept_channels import KeptChannels
+from moe_ext.decision.pruning_plan import PruningPlan
+from moe_ext.models.blocks import moe_blocks
+from tests.support.families import build, keep_of, plan_for
+from tests.support.gguf_files import read_fields, read_tensors
+from tests.support.paths import ROOT
+
+LLAMACPP = Path(os.environ.get("MOE_EXT_LLAMACPP", ""))
+pytestmark = pytest.mark.skipif(not os.environ.get("MOE_EXT_LLAMACPP"), reason="opt-in: make test-llamacpp")
+
+SHARED: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+SIZES = {
+    "mixtral": {**SHARED, "intermediate_size": 64},
+    "qwen3_moe": {**SHARED, "moe_intermediate_size": 64},
+    "qwen2_moe": {**SHARED, "moe_intermediate_size": 64, "mlp_only_layers": []},
+}
+WHATS = ("whole", "fewer", "thin", "both")
+PRUNED = [
+    *((family, what, "f32") for family in SIZES for what in WHATS[1:]),
+    *(("mixtral", what, kind) for what in WHATS[1:] for kind in ("q8_0", "q4_0")),
+]
+TOKENS = [5, 17, 300, 4000, 8, 9, 10, 11]
+Q4_0 = 2  # llama.cpp's number of a file of that type
+
+
+def write_tokenizer(folder: Path) -> int:
+    """GPT-2's, which the converter knows, from llama.cpp's own tests; returns its number of tokens."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(LLAMACPP / "source/vendor/llama.cpp/models/ggml-vocab-gpt-2.gguf").fields
+    tokens: list[str] = fields["tokenizer.ggml.tokens"].contents()
+    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"].contents()]
+    tokenizer = Tokenizer(models.BPE(vocab={token: place for place, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end).save_pretrained(folder)
+    return len(tokens)
+
+
+def convert(folder: Path, kind: str) -> Path:
+    """A folder by llama.cpp's converter, as its users call it."""
+    out = folder.with_name(f"{folder.name} {kind}.gguf")
+    script = LLAMACPP / "source/vendor/llama.cpp/convert_hf_to_gguf.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), "--outfile", str(out), "--outtype", kind],
+        env={**os.environ, "PYTHONPATH": str(LLAMACPP / "converter")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def plans(family: str) -> dict[str, PruningPlan]:
+    """Fewer experts; all experts with half their channels; both."""
+    model = build(family, **SIZES[family])
+    everything = plan_for(model, tuple(tuple(range(block.num_experts)) for block in moe_blocks(model)))
+    fewer = plan_for(model, keep_of(model, family))
+    return {
+        "fewer": fewer,
+        **{name: replace(plan, channels=blocks(plan)) for name, plan in (("thin", everything), ("both", fewer))},
+    }
+
+
+def blocks(plan: PruningPlan) -> KeptChannels:
+    """Of every second expert the first 32 channels, of the others the last: whole blocks of Q8_0 and Q4_0."""
+    kept = [torch.stack([torch.arange(32) + 32 * (place % 2) for place in range(len(keep))]) for keep in plan.keep]
+    return KeptChannels.of(kept, 64)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """By family: folders ``FAMILY WHAT``; files ``FAMILY WHAT TYPE.gguf`` of the converter; files ``... ours.gguf``
+    that were pruned as GGUF."""
+    folder = tmp_path_factory.mktemp("llamacpp")
+    quantised, logits = [], {}
+    for family, sizes in SIZES.items():
+        whole = folder / f"{family} whole"
+        tokens = write_tokenizer(whole)
+        model = build(family, vocab_size=tokens, **sizes)
+        model.save_pretrained(whole)
+        for name, plan in plans(family).items():
+            moe_ext.prune_checkpoint(whole, plan, folder / f"{family} {name}", progress=False)
+        for name in WHATS:
+            convert(folder / f"{family} {name}", "f32")
+    for name in WHATS:
+        convert(folder / f"mixtral {name}", "q8_0")
+        quantised.append([f"{folder}/mixtral {name} f32.gguf", f"{folder}/mixtral {name} q4_0.gguf", Q4_0])
+    run(folder, {"quantise": quantised, "logits": {}, "tokens": TOKENS})
+    for family, name, kind in PRUNED:
+        ours = folder / f"{family} {name} {kind} ours.gguf"
+        moe_ext.prune_gguf(folder / f"{family} whole {kind}.gguf", plans(family)[name], ours, progress=False)
+    logits = {file.stem: str(file) for file in folder.glob("*.gguf")}
+    run(folder, {"quantise": [], "logits": logits, "tokens": TOKENS})
+    return folder
+
+
+def run(folder: Path, jobs: dict[str, Any]) -> None:
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = subprocess.run(
+        [str(LLAMACPP / "bin" / "python"), str(ROOT / "tests/support/llamacpp_logits.py"), "jobs.json", "results.npz"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@cache
+def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata and tensors; a file's 50,000 tokens take the package a second."""
+    return read_fields(file), read_tensors(file)
+
+
+@pytest.mark.parametrize(("family", "what", "kind"), PRUNED)
+def test_a_pruned_gguf_is_that_of_the_pruned_folder(family: str, what: str, kind: str, made: Path) -> None:
+    """Tensors, metadata and logits, bit by bit: rounding to blocks and taking experts out can change places."""
+    theirs, ours = (f"{family} {what} {kind}{end}" for end in ("", " ours"))
+    (got, tensors), (expected, expected_tensors) = (read(made / f"{name}.gguf") for name in (ours, theirs))
+    assert tensors == expected_tensors
+    assert got.keys() == expected.keys()
+    differ = {name for name, value in got.items() if value != expected[name]}
+    assert differ <= {
+        "general.name",
+        "general.size_label",
+        "general.finetune",
+    }  # what the converter reads of the folder
+    logits = numpy.load(made / "results.npz")
+    assert numpy.array_equal(logits[ours], logits[theirs])
+
+
+@pytest.mark.parametrize("what", WHATS)
+@pytest.mark.parametrize("family", SIZES)
+def test_llamacpp_computes_what_transformers_does(family: str, what: str, made: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(made / f"{family} {what}", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(torch.tensor([TOKENS])).logits[0].numpy()
+    got = numpy.load(made / "results.npz")[f"{family} {what} f32"]
+    assert numpy.abs(expected).max() > 5
+    assert numpy.abs(got - expected).max() < 2e-3
