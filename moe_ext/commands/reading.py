@@ -40,9 +40,6 @@ def count_in(text: str | None) -> int | None:
 class Reading:
     """The text of a command, found before any work.
 
-    Attributes:
-        counts: what became of the rows of ``--data``, once they are read.
-
     Raises:
         typer.BadParameter: ``--text`` and ``--data``, neither where one is needed, or options of ``--data`` without it.
         ValueError: text or sources that are not there.
@@ -96,10 +93,16 @@ class Reading:
             "ahead": 16 if ahead is None else ahead,
         }
         self._packing, self._batch_tokens = packing, batch_tokens
-        self.counts: Counts | None = None
+        self._batches: Batches | None = None
+        self._counts: Counts | None = None
 
     def __bool__(self) -> bool:
         return bool(self._texts or self._sources)
+
+    @property
+    def counts(self) -> Counts | None:
+        """What became of the rows of ``--data``, once they are read."""
+        return self._counts if self._batches is None else self._batches.counts
 
     @property
     def label(self) -> str:
@@ -121,7 +124,7 @@ class Reading:
         if self._packing and not packing:
             why = "the model lets one row of a window see another" if in_memory else "that is tried in memory only"
             errors.print(f"rows are not packed: {why}")
-        return batches_of(
+        made = batches_of(
             self._sources,
             tokenizer,
             window=window,
@@ -131,12 +134,14 @@ class Reading:
             **self._mix,
             **self._rows,
         )
+        self._batches = made
+        return made
 
     def texts(self, tokenizer: Any) -> Texts:
         """Domain to text, or to several."""
         if not self._sources:
             return self._texts
-        found, self.counts = documents_of(self._sources, tokenizer, **self._rows)
+        found, self._counts = documents_of(self._sources, tokenizer, **self._rows)
         return found
 
 
