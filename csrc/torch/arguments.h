@@ -59,7 +59,7 @@ inline void check_thresholds(const char* op, const std::optional<Tensor>& thresh
 }
 
 // What the route operator is given beside logits, K and thresholds; as in its schema.
-struct Formula {
+struct RoutingOptions {
   bool renormalise;
   std::string score;
   std::optional<Tensor> bias;
@@ -69,7 +69,7 @@ struct Formula {
   double epsilon, least, scale;
 };
 
-inline void check_formula(const char* op, RouteParams& p, const Formula& formula) {
+inline void check_routing(const char* op, RouteParams& p, const RoutingOptions& formula) {
   p.renormalise = formula.renormalise;
   p.score = score_named(op, formula.score);
   p.by_logits = formula.by_logits;
@@ -103,7 +103,7 @@ inline void check_formula(const char* op, RouteParams& p, const Formula& formula
 }
 
 inline RouteParams check_route(const Tensor& logits, int64_t top_k, const std::optional<Tensor>& thresholds,
-                               const Formula& formula) {
+                               const RoutingOptions& formula) {
   constexpr const char* op = "route";
   check_dims(op, "logits", logits, 2, "(T, E)");
   RouteParams p{};
@@ -115,7 +115,7 @@ inline RouteParams check_route(const Tensor& logits, int64_t top_k, const std::o
   }
   check_thresholds(op, thresholds, top_k);
   p.dtype = float_type(op, "logits", logits);
-  check_formula(op, p, formula);
+  check_routing(op, p, formula);
   if (thresholds.has_value()) check_device(op, "thresholds", *thresholds, "logits", logits);
   if (formula.bias.has_value()) check_device(op, "bias", *formula.bias, "logits", logits);
   if (logits.is_cuda() && p.num_experts > cuda::kMaxRoutedExperts) {
