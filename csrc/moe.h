@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <string>
 
 struct CUstream_st;  // *cudaStream_t
@@ -15,7 +16,34 @@ enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-enum class Activation : int32_t { kSilu, kGeluErf, kGeluTanh };
+enum class Activation : int32_t { kSilu, kGeluErf, kGeluTanh, kRelu2 };
+
+// What an expert computes between its two products, and how its weights lie. With gate and up as the products leave
+// them, biases added:
+//   g = min(gate, limit), u = min(max(up, -limit), limit)         ...with limit_after, g = gate
+//   a = act(g); with silu, alpha and gate_cap: a = cap(g, gate_cap) sigmoid(alpha g),  cap(z, c) = c tanh(z / c)
+//   h = a (cap(u, up_cap) + up_offset)                            ...with limit_after, min(a, limit) instead of a
+// Not gated: h = act(up).
+struct Formula {
+  Activation activation = Activation::kSilu;
+  bool gated = true;         // false: one projection, `gate_up` is (E, I, H)
+  bool interleaved = false;  // gate and up rows in turn, instead of all gate rows first
+  bool transposed = false;   // `gate_up` is (E, H, 2 I), `down` (E, I, H)
+  bool limit_after = false;
+  float limit = kNone;
+  float alpha = 1.0f;
+  float up_offset = 0.0f;
+  float gate_cap = kNone;
+  float up_cap = kNone;
+
+  static constexpr float kNone = std::numeric_limits<float>::infinity();
+
+  constexpr bool capped() const { return gate_cap != kNone || up_cap != kNone; }
+  // h = act(gate) * up, or act(up).
+  constexpr bool unlimited() const { return limit == kNone && alpha == 1.0f && up_offset == 0.0f && !capped(); }
+  // Rows of `gate_up` (columns, where it is transposed) for so many columns of h.
+  constexpr int64_t rows(int64_t columns) const { return gated ? 2 * columns : columns; }
+};
 
 // How a CPU kernel gets its threads: the caller's pool, so that no second one is started.
 // run(workers, body, context) calls body(context) at least once and at most `workers` times, concurrently if it can,
@@ -27,6 +55,14 @@ struct Threads {
 
 // weights[t, j], experts[t, j] = the K largest of softmax(logits[t, :]), largest first; equal logits: lower index
 // first.
+// What a router computes of a token's logits l, per expert e. Only these are compared in float32, as families do.
+//   score s_e:  softmax over all E, sigmoid, or sqrt(softplus)
+//   choice c_e: s_e, or l_e if by_logits; plus bias_e
+//   groups:     contiguous and of equal size; the best `groups_per_token` by the sum of their `group_best` largest
+//               choices. Elsewhere c_e is -inf, or 0 if outside_zero
+//   weights:    scale * s_e of the K largest choices; if renormalise over max(their sum + epsilon, least)
+enum class Score { kSoftmax, kSigmoid, kSqrtSoftplus };
+
 struct RouteParams {
   const void* logits;       // (T, E) of `dtype`
   const float* thresholds;  // (K - 1), or null: nothing is skipped
@@ -36,21 +72,39 @@ struct RouteParams {
   int64_t num_experts;
   int64_t top_k;
   DType dtype;
-  bool renormalise;  // true: a token's weights sum to 1; false: they keep their softmax values
+  bool renormalise;             // true: a token's weights sum to 1 (times scale); false: they keep their scores
+  const float* bias = nullptr;  // (E), or null: 0
+  Score score = Score::kSoftmax;
+  bool by_logits = false;
+  bool outside_zero = false;
+  int64_t groups = 1;
+  int64_t groups_per_token = 1;
+  int64_t group_best = 1;
+  float epsilon = 0.0f;
+  float least = 0.0f;
+  float scale = 1.0f;
+
+  // Softmax, and nothing that moves the choice away from the largest logits: exponentials of K of them may do.
+  bool plain() const {
+    return score == Score::kSoftmax && bias == nullptr && groups == 1 && epsilon == 0.0f && least == 0.0f;
+  }
 };
 
 // The experts of a layer and the tokens that they are given:
-// f_e(x) = down[e] (act(gate[e] x) * (up[e] x)),  gate[e] = gate_up[e, :I, :], up[e] = gate_up[e, I:, :].
+// f_e(x) = down[e] h + down_bias[e],  h = act(gate) * up or what `formula` says,
+// gate = gate[e] x + gate_bias[e],  up = up[e] x + up_bias[e],  gate[e] = gate_up[e, :I, :], up[e] = gate_up[e, I:, :].
 struct LayerParams {
-  const void* x;        // (T, H) of `dtype`
-  const void* gate_up;  // (E, 2 I, H) of `dtype`
-  const void* down;     // (E, H, I) of `dtype`
+  const void* x;             // (T, H) of `dtype`
+  const void* gate_up;       // (E, 2 I, H) of `dtype`, or as `formula` says
+  const void* down;          // (E, H, I) of `dtype`, or as `formula` says
+  const void* gate_up_bias;  // (E, 2 I) of `dtype`, in the order of gate_up's rows; or null
+  const void* down_bias;     // (E, H) of `dtype`, or null
   int64_t tokens;
   int64_t num_experts;
   int64_t hidden;
   int64_t intermediate;
   DType dtype;
-  Activation activation;
+  Formula formula;
 };
 
 // out[t, :] = sum over slots s of weights[t, s] * f_e(x[t, :]),  e = experts[t, s].
@@ -60,7 +114,7 @@ struct ExpertsParams : LayerParams {
   void* out;            // (T, H) of `dtype`
   double* moments;      // (E, 3, 3) += sum over counted slots of g^a ||f_e||^b, or null: nothing is observed
   double* pairs;        // (E, E) += sum over counted tokens with slots of both of (g ||f||) (g ||f||); or null
-  double* channels;     // (E, I) += sum over counted slots of g^2 h^2, h = act(gate x) * (up x); or null
+  double* channels;     // (E, I) += sum over counted slots of g^2 h^2, h as in LayerParams; or null
   const bool* counted;  // (T) tokens that enter the sums, or null: all
   int64_t top_k;
   DType weights_dtype;
@@ -120,6 +174,7 @@ int active_isa();
 namespace cuda {
 
 inline constexpr int64_t kMaxRoutedExperts = 512;  // that route takes: a warp holds a token's logits
+inline constexpr int64_t kMaxRoutedGroups = 32;    // and a lane a group's
 inline constexpr int64_t kMaxExperts = 8192;       // that experts takes: a block holds a count of each
 
 // Device memory for the duration of a call, from the caller's allocator; kernels may still be using it when the call

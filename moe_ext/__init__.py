@@ -7,6 +7,7 @@ moe_ext.patch(model, skip=moe_ext.skip_thresholds(stats))
 """
 
 import moe_ext.binary  # noqa: F401  first: one clear ImportError if torch or the binary does not fit
+from moe_ext import data
 from moe_ext.calibration.calibrate import calibrate
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import from_pretrained
@@ -51,6 +52,7 @@ __all__ = [
     "calibrate",
     "compress",
     "count_skips",
+    "data",
     "divergence",
     "from_pretrained",
     "patch",

@@ -7,8 +7,11 @@ stream, never wait for the device, and can be captured in a CUDA graph. They com
 and say so where some are required: a patched model runs transformers' own differentiable path there.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,7 +19,63 @@ from torch.autograd import forward_ad
 
 from moe_ext.binary import _C  # noqa: F401  registers torch.ops.moe_ext
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
+
+
+class LayerOptions(TypedDict, total=False):
+    """What few models' experts have; every operator on a layer's weights takes it by keyword.
+
+    With ``gate`` and ``up`` the products of an expert's first projection, biases added, ``cap(z, c) = c tanh(z / c)``,
+    and what is left out left out::
+
+        g = min(gate, limit)                                      # with limit_after: gate
+        u = min(max(up, -limit), limit)
+        a = act(g), for silu cap(g, gate_cap) sigmoid(alpha g)    # with limit_after: min(a, limit)
+        h = a (cap(u, up_cap) + up_offset)                        # not gated: act(up)
+        f_e(x) = down[e] h + down_bias[e]
+
+    Keys:
+        gate_up_bias: (E, 2I), contiguous, dtype of ``x``, in the order of the rows of ``gate_up``; (E, I) if not gated.
+        down_bias: (E, H), contiguous, dtype of ``x``.
+        gated: False: ``gate_up`` is one projection, (E, I, H). Nothing of a gate can be given then.
+        interleaved: the rows of ``gate_up`` are gate and up in turn, instead of all gate rows first.
+        transposed: ``gate_up`` is (E, H, 2I) and ``down`` (E, I, H), as in ``x @ gate_up[e]``.
+        limit: more than 0; limit_after: see above.
+        alpha, gate_cap: of activation "silu" only; gate_cap, like up_cap, more than 0.
+        up_offset: 1 in models that add it.
+    """
+
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    gated: bool
+    interleaved: bool
+    transposed: bool
+    limit: float | None
+    limit_after: bool
+    alpha: float
+    up_offset: float
+    gate_cap: float | None
+    up_cap: float | None
+
+
+# In the order of the schemas.
+_DEFAULTS = LayerOptions(
+    gate_up_bias=None, down_bias=None, gated=True, interleaved=False, transposed=False, limit=None, limit_after=False,
+    alpha=1.0, up_offset=0.0, gate_cap=None, up_cap=None,
+)  # fmt: skip
+
+
+def _in_order(op: str, options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Options as trailing arguments of an operator; none where none are given."""
+    if not options:
+        return ()
+    if unknown := options.keys() - _DEFAULTS.keys():
+        raise TypeError(f"{op}: got an unexpected argument {min(unknown)!r}; known options are {', '.join(_DEFAULTS)}")
+    return tuple({**_DEFAULTS, **options}.values())
 
 
 # ---- gradients
@@ -80,7 +139,7 @@ def _call(operator: Any, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
     except Exception as error:
-        for argument, value in zip(operator._schema.arguments, args, strict=True):
+        for argument, value in zip(operator._schema.arguments, args, strict=False):  # the others have defaults
             refusal = _refusal(f"{operator._opname}: '{argument.name}' is", value, argument, error)
             if refusal is not None:
                 raise refusal from error
@@ -97,6 +156,8 @@ _PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     "Optional[Tensor]": (Tensor, type(None)),
     "int": (int,),
     "bool": (bool,),
+    "float": (float, int),
+    "Optional[float]": (float, int, type(None)),
     "str": (str,),
 }
 
@@ -106,10 +167,11 @@ def _refusal(what: str, value: Any, argument: Any, error: Exception) -> Exceptio
     expected = str(argument.type)
     if not isinstance(value, _PYTHON_TYPES[expected]):
         return TypeError(f"{what} of type {type(value).__name__}; expected {expected}")
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+    if isinstance(value, int) and expected == "int" and not -(2**63) <= value < 2**63:
         return ValueError(f"{what} beyond 64 bits")
     if isinstance(value, str) and not value.isprintable():
-        return ValueError(f"{what} {value[:80]!r}; expected one of {', '.join(ACTIVATIONS)}")
+        names = SCORES if argument.name == "score" else ACTIVATIONS
+        return ValueError(f"{what} {value[:80]!r}; expected one of {', '.join(names)}")
     if not isinstance(value, Tensor):
         return None
     if value.is_nested or value.is_quantized or value.layout != torch.strided:
@@ -124,36 +186,73 @@ def _refusal(what: str, value: Any, argument: Any, error: Exception) -> Exceptio
 
 
 def route(
-    logits: Tensor, top_k: int, thresholds: Tensor | None = None, renormalise: bool = True
+    logits: Tensor,
+    top_k: int,
+    thresholds: Tensor | None = None,
+    renormalise: bool = True,
+    score: str = "softmax",
+    bias: Tensor | None = None,
+    by_logits: bool = False,
+    groups: int = 1,
+    groups_per_token: int = 1,
+    group_best: int = 1,
+    outside_zero: bool = False,
+    epsilon: float = 0.0,
+    least: float = 0.0,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax, top-K and, with thresholds, dynamic skipping of a token's weak experts (arXiv 2402.14800, section 3.3).
+    """Scores, top-K and, with thresholds, dynamic skipping of a token's weak experts (arXiv 2402.14800, section 3.3).
 
-    With thresholds, the slot of rank j >= 2 is skipped when ``w_j < thresholds[j - 2] * w_1``; the kept weights are
-    scaled so that they sum to what all K summed to.
+    The K experts with the largest choices ``s_e + bias_e`` get the weights ``scale * s_e``, or with ``renormalise``
+    ``scale * s_e / max(sum + epsilon, least)`` over the sum of the K scores s_e. With groups the choice is among the
+    ``groups_per_token`` groups whose ``group_best`` largest choices sum to the most.
+
+    With thresholds, the slot of rank j >= 2 by weight is skipped when ``w_j < thresholds[j - 2] * w_1``; the kept
+    weights are scaled so that they sum to what all K summed to.
 
     Args:
-        logits: (T, E) float32, bfloat16 or float16. Equal logits: the lower expert index ranks first. A NaN ranks
+        logits: (T, E) float32, bfloat16 or float16. Equal choices: the lower expert index ranks first. A NaN ranks
             first and makes the token's weights NaN.
         top_k: K, from 1 to E. On CUDA E is at most 512.
         thresholds: (K - 1,) float32, or None to skip nothing.
-        renormalise: whether a token's K weights are scaled to sum to 1; otherwise they are softmax values over E.
+        renormalise: whether a token's K weights are scaled to sum to 1 (times ``scale``); otherwise they are scores.
+        score: "softmax" over E, "sigmoid", or "sqrtsoftplus", of the logits in float32.
+        bias: (E,) float32, for the choice only; None: 0.
+        by_logits: whether the choice is by ``logits + bias``, not by scores. Softmax without bias and groups always
+            chooses by logits, which order as its scores do.
+        groups: contiguous groups of equal size. On CUDA at most 32 where there are several.
+        groups_per_token: of these, that a token's experts come from; they hold K at least.
+        group_best: experts that rank a group, 1 to E / groups.
+        outside_zero: whether choices outside a token's groups are 0, below which others may lie; otherwise -inf.
+        epsilon, least: of the sum that renormalisation divides by; 0 or more.
+        scale: of all weights.
 
     Returns:
-        weights (T, K) float32, largest first, 0 in skipped slots; experts (T, K) int64 as torch.topk's, E in skipped
-        slots.
+        weights (T, K) float32 in the order of the choices, 0 in skipped slots; experts (T, K) int64 as torch.topk's, E
+        in skipped slots.
 
     Raises:
         RuntimeError: a shape, dtype, device or value is not as above; the argument is named. Not enough memory.
         NotImplementedError: gradients are required, of either mode; or a tensor's device has no kernel.
         TypeError, ValueError: an argument is no tensor, number or name at all; or a tensor is not dense.
     """
-    weights, experts = _call(_ROUTE, logits, top_k, thresholds, renormalise)
+    groups_of = groups, groups_per_token, group_best, outside_zero
+    given = logits, top_k, thresholds, renormalise, score, bias, by_logits, *groups_of, epsilon, least, scale
+    weights, experts = _call(_ROUTE, *given)
     return weights, experts
 
 
-def experts(x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str) -> Tensor:
+def experts(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    activation: str,
+    **options: Unpack[LayerOptions],
+) -> Tensor:
     """Weighted sum of each token's experts, ``sum_s weights[t, s] * f_e(x[t])`` with ``e = experts[t, s]`` and
-    ``f_e(x) = down[e] (act(gate[e] x) * (up[e] x))``.
+    ``f_e(x) = down[e] (act(gate[e] x) * (up[e] x))``, or as the options say.
 
     Args:
         x: (T, H) float32, bfloat16 or float16.
@@ -162,7 +261,8 @@ def experts(x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: 
         experts: (T, K) int32 or int64, in [0, E]; E marks an empty slot. On CUDA an index outside stops the kernel with
             a device-side assertion.
         weights: (T, K) float32 or dtype of ``x``.
-        activation: "silu", "gelu" (erf) or "gelu_tanh".
+        activation: "silu", "gelu" (erf), "gelu_tanh" or "relu2", the square of what is positive.
+        options: see :class:`LayerOptions`.
 
     Returns:
         (T, H), dtype of ``x``; products and sums are accumulated in float32. On the CPU the result is rounded once, but
@@ -174,7 +274,8 @@ def experts(x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: 
         RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`route`; or a tensor is not contiguous that
             has to be.
     """
-    out: Tensor = _call(_EXPERTS, x, gate_up, down, experts, weights, activation)
+    more = _in_order("experts", options)
+    out: Tensor = _call(_EXPERTS, x, gate_up, down, experts, weights, activation, *more)
     return out
 
 
@@ -189,12 +290,14 @@ def experts_observed(
     counted: Tensor | None = None,
     channels: Tensor | None = None,
     pairs: Tensor | None = None,
+    **options: Unpack[LayerOptions],
 ) -> Tensor:
     """:func:`experts` that also adds every routed slot to its expert's moments, in the same pass, and if asked to the
     energies of its channels and to the products of pairs.
 
     ``moments[e, a, b] += sum over counted slots of e of weights^a * ||f_e(x)||_2^b`` for a, b in {0, 1, 2},
-    ``channels[e, j] += sum over counted slots of e of weights^2 * h_j^2`` with ``h = act(gate[e] x) * (up[e] x)``.
+    ``channels[e, j] += sum over counted slots of e of weights^2 * h_j^2`` with ``h = act(gate[e] x) * (up[e] x)`` or as
+    the options say.
     ``pairs[i, j] += sum over counted tokens with slots of both of g_i ||f_i(x)||_2 * g_j ||f_j(x)||_2``, g the weights.
 
     Args:
@@ -223,12 +326,12 @@ def experts_observed(
             "experts_observed: 'moments' is updated in place, which torch.func.functionalize cannot express for this "
             "operator. Call it outside; torch.compile does express it."
         )
-    observed = (moments, counted, channels, pairs)
+    observed = (moments, counted, channels, pairs, *_in_order("experts_observed", options))
     out: Tensor = _call(_EXPERTS_OBSERVED, x, gate_up, down, experts, weights, activation, *observed)
     return out
 
 
-def expert_gram(x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+def expert_gram(x: Tensor, gate_up: Tensor, down: Tensor, activation: str, **options: Unpack[LayerOptions]) -> Tensor:
     """Scalar products of every pair of experts' outputs for every token, ``<f_i(x[t]), f_j(x[t])>``, ``f_e`` as in
     :func:`experts` and rounded to the dtype of ``x``. The (T, E, H) outputs exist for some tokens at a time only.
 
@@ -239,7 +342,7 @@ def expert_gram(x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Te
         x: (T, H) float32, bfloat16 or float16.
         gate_up: (E, 2I, H), contiguous, dtype of ``x``.
         down: (E, H, I), contiguous, dtype of ``x``.
-        activation: "silu", "gelu" (erf) or "gelu_tanh".
+        activation, options: as for :func:`experts`.
 
     Returns:
         (T, E, E) float64, symmetric to the bit: ``d^T gram d`` cancels. Products and sums are float64.
@@ -248,11 +351,13 @@ def expert_gram(x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Te
         RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`route`; or a tensor is not contiguous that
             has to be.
     """
-    gram: Tensor = _call(_EXPERT_GRAM, x, gate_up, down, activation)
+    gram: Tensor = _call(_EXPERT_GRAM, x, gate_up, down, activation, *_in_order("expert_gram", options))
     return gram
 
 
-def expert_projection(x: Tensor, gate_up: Tensor, down: Tensor, g: Tensor, activation: str) -> Tensor:
+def expert_projection(
+    x: Tensor, gate_up: Tensor, down: Tensor, g: Tensor, activation: str, **options: Unpack[LayerOptions]
+) -> Tensor:
     """Scalar products of every expert's output with one vector a token, ``<g[t], f_e(x[t])>``, ``f_e`` as in
     :func:`experts`. On the CPU the outputs are neither rounded nor stored; on CUDA they are as the kernels for more
     than 16 tokens leave them, and exist for some tokens at a time.
@@ -265,7 +370,7 @@ def expert_projection(x: Tensor, gate_up: Tensor, down: Tensor, g: Tensor, activ
         gate_up: (E, 2I, H), contiguous, dtype of ``x``.
         down: (E, H, I), contiguous, dtype of ``x``.
         g: (T, H) float32 or dtype of ``x``.
-        activation: "silu", "gelu" (erf) or "gelu_tanh".
+        activation, options: as for :func:`experts`.
 
     Returns:
         (T, E) float64. Products of experts are as :func:`experts` accumulates them; those with ``g`` are summed in
@@ -275,7 +380,8 @@ def expert_projection(x: Tensor, gate_up: Tensor, down: Tensor, g: Tensor, activ
         RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`route`; or a tensor is not contiguous that
             has to be.
     """
-    projection: Tensor = _call(_EXPERT_PROJECTION, x, gate_up, down, g, activation)
+    more = _in_order("expert_projection", options)
+    projection: Tensor = _call(_EXPERT_PROJECTION, x, gate_up, down, g, activation, *more)
     return projection
 
 
@@ -378,30 +484,80 @@ class _Arguments:
         self.require(top_k <= most, f"'top_k' is {top_k}; expected 1 to {most}, {meaning}")
 
 
-def _check_layer(op: str, x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> _Arguments:
-    check = _Arguments(op, "x", x)
-    check.dims("x", x, 2, "(T, H)")
-    check.dims("gate_up", gate_up, 3, "(E, 2I, H)")
-    hidden, (num_experts, both, _) = x.shape[1], gate_up.shape
-    even = "expected (E, 2I, H) with an even second dimension and none of them 0"
-    even = f"'gate_up' has shape {tuple(gate_up.shape)}; {even}"
-    for size in (num_experts, both, hidden):
-        check.require(size >= 1, even)
-    check.require(both % 2 == 0, even)
-    check.typed("x", x, _FLOATS)
-    check.like("gate_up", gate_up, (num_experts, both, hidden), "(E, 2I, H) with H from 'x'", (x.dtype,))
-    check.like("down", down, (num_experts, hidden, both // 2), "(E, H, I) from 'gate_up'", (x.dtype,))
-    check.contiguous("gate_up", gate_up)
-    check.contiguous("down", down)
+def _check_formula(check: _Arguments, activation: str, options: Mapping[str, Any]) -> None:
+    for name in ("limit", "gate_cap", "up_cap"):
+        value = options[name]
+        if value is not None:
+            check.require(0 < value < float("inf"), f"'{name}' is {value:g}; expected more than 0, or none")
+    for name in ("alpha", "up_offset"):
+        value = options[name]
+        check.require(abs(value) < float("inf"), f"'{name}' is {value:g}; expected a finite number")
+    check.require(options["alpha"] != 0, "'alpha' is 0; expected another number")
+    silu = activation == "silu"
     names = ", ".join(f'"{known}"' for known in ACTIVATIONS[:-1]) + f' or "{ACTIVATIONS[-1]}"'
     check.require(activation in ACTIVATIONS, f"'activation' is \"{activation[:80]}\"; expected {names}")
+    for name in ("alpha", "gate_cap"):
+        of_silu = f'\'{name}\' is given with activation "{activation}"; it belongs to "silu"'
+        check.require(silu or options[name] == _DEFAULTS[name], of_silu)  # type: ignore[literal-required]
+    check.require(options["limit"] is not None or not options["limit_after"], "'limit_after' is given without 'limit'")
+    for name in ("interleaved", "limit", "up_offset", "gate_cap", "up_cap"):
+        of_gate = f"'{name}' is given with gated=False; it belongs to experts with a gate"
+        check.require(options["gated"] or options[name] == _DEFAULTS[name], of_gate)  # type: ignore[literal-required]
+
+
+def _check_layer(
+    op: str, x: Tensor, gate_up: Tensor, down: Tensor, activation: str, options: Mapping[str, Any]
+) -> _Arguments:
+    check = _Arguments(op, "x", x)
+    check.dims("x", x, 2, "(T, H)")
+    _check_formula(check, activation, options)
+    gated, transposed = options["gated"], options["transposed"]
+    rows_name = "2I" if gated else "I"
+    meaning = f"(E, H, {rows_name})" if transposed else f"(E, {rows_name}, H)"
+    check.dims("gate_up", gate_up, 3, meaning)
+    hidden, num_experts, rows = x.shape[1], gate_up.shape[0], gate_up.shape[2 if transposed else 1]
+    even = f" with an even {'last' if transposed else 'second'} dimension and" if gated else " with"
+    even = f"'gate_up' has shape {tuple(gate_up.shape)}; expected {meaning}{even} none of them 0"
+    for size in (num_experts, rows, hidden):
+        check.require(size >= 1, even)
+    if gated:
+        check.require(rows % 2 == 0, even)
+    width = rows // 2 if gated else rows
+    check.typed("x", x, _FLOATS)
+    shape = (num_experts, hidden, rows) if transposed else (num_experts, rows, hidden)
+    check.like("gate_up", gate_up, shape, f"{meaning} with H from 'x'", (x.dtype,))
+    shape = (num_experts, width, hidden) if transposed else (num_experts, hidden, width)
+    of_down = "(E, I, H) from 'gate_up'" if transposed else "(E, H, I) from 'gate_up'"
+    check.like("down", down, shape, of_down, (x.dtype,))
+    check.contiguous("gate_up", gate_up)
+    check.contiguous("down", down)
+    biases: dict[str, tuple[tuple[int, int], str]] = {
+        "gate_up_bias": ((num_experts, rows), f"(E, {rows_name}) from 'gate_up'"),
+        "down_bias": ((num_experts, hidden), "(E, H) from 'gate_up'"),
+    }
+    for name, (of_shape, of_bias) in biases.items():
+        if options[name] is not None:
+            check.like(name, options[name], of_shape, of_bias, (x.dtype,))
+            check.contiguous(name, options[name])
     return check
 
 
+def _options(given: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a fake kernel gets them: the first by place, others by name, the rest not at all."""
+    return {**_DEFAULTS, **dict(zip(_DEFAULTS, given, strict=False)), **named}
+
+
 def _check_experts(
-    op: str, x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
+    op: str,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    activation: str,
+    options: Mapping[str, Any],
 ) -> _Arguments:
-    check = _check_layer(op, x, gate_up, down, activation)
+    check = _check_layer(op, x, gate_up, down, activation, options)
     check.dims("experts", experts, 2, "(T, K)")
     shape = (x.shape[0], experts.shape[1])
     check.like("experts", experts, shape, "(T, K) with T from 'x'", (torch.int32, torch.int64))
@@ -412,7 +568,20 @@ def _check_experts(
 
 @torch.library.register_fake("moe_ext::route")
 def _route_fake(
-    logits: Tensor, top_k: int, thresholds: Tensor | None = None, renormalise: bool = True
+    logits: Tensor,
+    top_k: int,
+    thresholds: Tensor | None = None,
+    renormalise: bool = True,
+    score: str = "softmax",
+    bias: Tensor | None = None,
+    by_logits: bool = False,
+    groups: int = 1,
+    groups_per_token: int = 1,
+    group_best: int = 1,
+    outside_zero: bool = False,
+    epsilon: float = 0.0,
+    least: float = 0.0,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     check = _Arguments("route", "logits", logits)
     check.dims("logits", logits, 2, "(T, E)")
@@ -420,15 +589,41 @@ def _route_fake(
     check.typed("logits", logits, _FLOATS)
     if thresholds is not None:
         check.like("thresholds", thresholds, (top_k - 1,), "(top_k - 1,)", (torch.float32,))
+    names = ", ".join(f'"{known}"' for known in SCORES[:-1]) + f' or "{SCORES[-1]}"'
+    check.require(score in SCORES, f"'score' is \"{score[:80]}\"; expected {names}")
+    num_experts = logits.shape[1]
+    if bias is not None:
+        check.like("bias", bias, (num_experts,), "(E,) with E from 'logits'", (torch.float32,))
+    divisor = f"'groups' is {groups}; expected a divisor of {num_experts}, the number of experts"
+    check.require(groups >= 1, divisor)
+    check.require(num_experts % groups == 0, divisor)
+    size = num_experts // groups
+    fewest = (top_k + size - 1) // size
+    held = f"'groups_per_token' is {groups_per_token}; expected {fewest} to {groups}, which hold 'top_k' experts"
+    check.require(groups_per_token >= fewest, held)
+    check.require(groups_per_token <= groups, held)
+    best = f"'group_best' is {group_best}; expected 1 to {size}, the experts of a group"
+    check.require(group_best >= 1, best)
+    check.require(group_best <= size, best)
+    for name, value in (("epsilon", epsilon), ("least", least)):
+        check.require(0 <= value < math.inf, f"'{name}' is {value:g}; expected a number from 0 on")
+    check.require(math.isfinite(scale), f"'scale' is {scale:g}; expected a finite number")
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
 
 
 @torch.library.register_fake("moe_ext::experts")
 def _experts_fake(
-    x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    activation: str,
+    *options: Any,
+    **named: Any,
 ) -> Tensor:
-    _check_experts("experts", x, gate_up, down, experts, weights, activation)
+    _check_experts("experts", x, gate_up, down, experts, weights, activation, _options(options, named))
     return x.new_empty(x.shape)
 
 
@@ -444,13 +639,16 @@ def _experts_observed_fake(
     counted: Tensor | None = None,
     channels: Tensor | None = None,
     pairs: Tensor | None = None,
+    *options: Any,
+    **named: Any,
 ) -> Tensor:
-    check = _check_experts("experts_observed", x, gate_up, down, experts, weights, activation)
-    shape = (gate_up.shape[0], 3, 3)
-    check.like("moments", moments, shape, "(E, 3, 3) with E from 'gate_up'", (torch.float64,))
+    of_layer = _options(options, named)
+    check = _check_experts("experts_observed", x, gate_up, down, experts, weights, activation, of_layer)
+    check.like("moments", moments, (gate_up.shape[0], 3, 3), "(E, 3, 3) with E from 'gate_up'", (torch.float64,))
     check.contiguous("moments", moments)
     if channels is not None:
-        check.like("channels", channels, tuple(down.shape[::2]), "(E, I) from 'gate_up'", (torch.float64,))
+        shape = (down.shape[0], down.shape[1 if of_layer["transposed"] else 2])
+        check.like("channels", channels, shape, "(E, I) from 'gate_up'", (torch.float64,))
         check.contiguous("channels", channels)
     if pairs is not None:
         check.like("pairs", pairs, (gate_up.shape[0], gate_up.shape[0]), "(E, E) from 'gate_up'", (torch.float64,))
@@ -461,15 +659,17 @@ def _experts_observed_fake(
 
 
 @torch.library.register_fake("moe_ext::expert_gram")
-def _expert_gram_fake(x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
-    _check_layer("expert_gram", x, gate_up, down, activation)
+def _expert_gram_fake(x: Tensor, gate_up: Tensor, down: Tensor, activation: str, *options: Any, **named: Any) -> Tensor:
+    _check_layer("expert_gram", x, gate_up, down, activation, _options(options, named))
     num_experts = gate_up.shape[0]
     return x.new_empty((x.shape[0], num_experts, num_experts), dtype=torch.float64)
 
 
 @torch.library.register_fake("moe_ext::expert_projection")
-def _expert_projection_fake(x: Tensor, gate_up: Tensor, down: Tensor, g: Tensor, activation: str) -> Tensor:
-    check = _check_layer("expert_projection", x, gate_up, down, activation)
+def _expert_projection_fake(
+    x: Tensor, gate_up: Tensor, down: Tensor, g: Tensor, activation: str, *options: Any, **named: Any
+) -> Tensor:
+    check = _check_layer("expert_projection", x, gate_up, down, activation, _options(options, named))
     dtypes = (torch.float32,) if x.dtype == torch.float32 else (torch.float32, x.dtype)
     check.like("g", g, tuple(x.shape), "(T, H) like 'x'", dtypes)
     return x.new_empty((x.shape[0], gate_up.shape[0]), dtype=torch.float64)

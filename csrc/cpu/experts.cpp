@@ -1,9 +1,9 @@
 // Experts: out[t, :] = sum over slots s of g * f_e(x[t, :]), e = experts[t, s], g = weights[t, s]                (T, H)
-//          f_e(x) = down[e] (act(gate[e] x) * (up[e] x))
+//          f_e(x) = down[e] h + down_bias[e],  h = act(gate[e] x) * (up[e] x) or as the layer's formula says (moe.h)
 //
 // Two passes over the slots sorted by expert, each spread over the threads task by task:
-//   gate_up   a task is one expert and half a block of its I columns: reads those gate and up rows once for all of the
-//             expert's tokens and writes h (P, I), of the variant's operand type. Where channels are observed it adds
+//   gate_up   a task is one expert and half a block of its I columns, or a block without gate: reads their rows once
+//             for all of the expert's tokens and writes h (P, I), of the variant's operand type. Where channels are observed it adds
 //             g^2 h^2 to their sums.
 //   down      a task is one block of the H columns and every expert: reads an expert's rows once for all of its tokens,
 //             weights the products and adds them to the tokens' sums, expert by expert; at the end rounds the sums
@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "cpu/buffer.h"
+#include "cpu/layer_weights.h"
 #include "cpu/numeric.h"
 #include "cpu/slots.h"
 #include "cpu/vector/loops.h"
@@ -39,8 +40,6 @@ constexpr int64_t kElementsPerWorker = 1 << 15;
 
 // The columns of a down task: narrower ones keep more threads busy, but the choice must not depend on their number.
 int64_t down_columns(int64_t hidden) { return hidden >= 64 * kBlockColumns ? kBlockColumns : kBlockColumns / 2; }
-
-constexpr WeightRows kNone{};
 
 class ExpertsRun {
  public:
@@ -108,8 +107,9 @@ class ExpertsRun {
     const Buffer x = gathered_x();
     std::vector<GateUpTask> tasks;
     for (const int64_t expert : active_) {
-      for (int64_t first = 0; first < p_.intermediate; first += kBlockColumns / 2) {
-        tasks.push_back({expert, first, std::min(kBlockColumns / 2, p_.intermediate - first)});
+      const int64_t width = gate_columns(p_.formula);
+      for (int64_t first = 0; first < p_.intermediate; first += width) {
+        tasks.push_back({expert, first, std::min(width, p_.intermediate - first)});
       }
     }
     const int64_t workers = product_workers();
@@ -119,21 +119,20 @@ class ExpertsRun {
       const GateUpTask& task = tasks[index];
       const int64_t first = slots_.first[task.expert], count = slots_.count(task.expert);
       float* y = products.floats() + worker * busiest_ * kBlockColumns;
-      loops_.multiply(p_.dtype, {offset(x.bytes(), operand_, first * p_.hidden), gate_up_rows(task),
-                                 next < 0 ? kNone : gate_up_rows(tasks[next]), count, 2 * task.columns, p_.hidden, y});
+      loops_.multiply(p_.dtype,
+                      {offset(x.bytes(), operand_, first * p_.hidden), rows_of(task),
+                       next < 0 ? kNoWeights : rows_of(tasks[next]), count, p_.formula.rows(task.columns), p_.hidden, y,
+                       gate_up_bias(p_, task.expert, task.first_column, task.columns), gate_up_stride(p_)});
       char* h = h_.bytes() + (first * p_.intermediate + task.first_column) * element_size(operand_);
-      loops_.gate(p_.activation, y, count, task.columns, operand_, h, p_.intermediate);
+      loops_.gate(p_.formula, y, count, task.columns, operand_, h, p_.intermediate);
       if (p_.channels == nullptr) return;
       loops_.energy(operand_, h, p_.intermediate, squared_weights_.data() + first, count, task.columns,
                     p_.channels + task.expert * p_.intermediate + task.first_column);
     });
   }
 
-  // The gate rows of a task, and then as many up rows.
-  WeightRows gate_up_rows(const GateUpTask& task) const {
-    const int64_t gate = task.expert * 2 * p_.intermediate + task.first_column;
-    return {offset(p_.gate_up, p_.dtype, gate * p_.hidden),
-            offset(p_.gate_up, p_.dtype, (gate + p_.intermediate) * p_.hidden), task.columns};
+  WeightRows rows_of(const GateUpTask& task) const {
+    return gate_up_rows(p_, task.expert, task.first_column, task.columns);
   }
 
   // ---- down
@@ -153,11 +152,12 @@ class ExpertsRun {
       std::memset(sum, 0, p_.tokens * kBlockColumns * sizeof(float));
       for (size_t i = 0; i < active_.size(); ++i) {
         const int64_t first = slots_.first[active_[i]], count = slots_.count(active_[i]);
-        const WeightRows following = i + 1 < active_.size() ? down_rows(active_[i + 1], first_column)
-                                     : next < 0             ? kNone
-                                                            : down_rows(active_[0], next * width);
+        const WeightRows following = i + 1 < active_.size() ? down_rows(p_, active_[i + 1], first_column)
+                                     : next < 0             ? kNoWeights
+                                                            : down_rows(p_, active_[0], next * width);
         loops_.multiply(p_.dtype, {offset(h_.bytes(), operand_, first * p_.intermediate),
-                                   down_rows(active_[i], first_column), following, count, columns, p_.intermediate, y});
+                                   down_rows(p_, active_[i], first_column), following, count, columns, p_.intermediate,
+                                   y, down_bias(p_, active_[i], first_column), down_stride(p_)});
         float* squares = p_.moments == nullptr ? nullptr : squares_.data() + task * slots_.positions() + first;
         loops_.scatter(y, slots_.weight_of.data() + first, slots_.token_of.data() + first, count, columns, sum,
                        squares);
@@ -167,12 +167,6 @@ class ExpertsRun {
         loops_.narrow(p_.dtype, sum + token * kBlockColumns, out, columns);
       }
     });
-  }
-
-  // Rows of an expert from first_column on.
-  WeightRows down_rows(int64_t expert, int64_t first_column) const {
-    const void* row = offset(p_.down, p_.dtype, (expert * p_.hidden + first_column) * p_.intermediate);
-    return {row, nullptr, kBlockColumns};
   }
 
   // ---- moments and pairs

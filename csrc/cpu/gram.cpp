@@ -29,19 +29,20 @@ void compute_outputs(const GramParams& p, int64_t first, int64_t tokens, char* y
   const std::vector<float> ones(tokens, 1.0f);
   for (int64_t e = 0; e < p.num_experts; ++e) {
     ExpertsParams one{};
+    static_cast<LayerParams&>(one) = p;
     one.x = offset(p.x, p.dtype, first * p.hidden);
-    one.gate_up = offset(p.gate_up, p.dtype, e * 2 * p.intermediate * p.hidden);
+    one.gate_up = offset(p.gate_up, p.dtype, e * p.formula.rows(p.intermediate) * p.hidden);
     one.down = offset(p.down, p.dtype, e * p.hidden * p.intermediate);
+    if (p.gate_up_bias != nullptr) {
+      one.gate_up_bias = offset(p.gate_up_bias, p.dtype, e * p.formula.rows(p.intermediate));
+    }
+    if (p.down_bias != nullptr) one.down_bias = offset(p.down_bias, p.dtype, e * p.hidden);
     one.experts = only_expert.data();
     one.weights = ones.data();
     one.out = y + e * tokens * p.hidden * element_size(p.dtype);
     one.tokens = tokens;
     one.num_experts = one.top_k = 1;
-    one.hidden = p.hidden;
-    one.intermediate = p.intermediate;
-    one.dtype = p.dtype;
     one.weights_dtype = DType::kFloat32;
-    one.activation = p.activation;
     one.experts_are_int64 = true;
     experts(one, threads);
   }

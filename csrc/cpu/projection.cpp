@@ -1,5 +1,6 @@
 // Projections: out[t, e] = <g[t, :], f_e(x[t, :])>, float64                                                      (T, E)
-//              f_e(x) = down[e] (act(gate[e] x) * (up[e] x))
+//              f_e(x) = down[e] h + down_bias[e],  h = act(gate[e] x) * (up[e] x) or as the layer's formula says
+//              (moe.h)
 //
 // Every expert computes every token, and f is never stored: a block of its columns stays in the thread's cache until g
 // has been multiplied with it. (<g, down h> = <down^T g, h> would take as many FLOPs, but read down against its rows.)
@@ -19,6 +20,7 @@
 #include <vector>
 
 #include "cpu/buffer.h"
+#include "cpu/layer_weights.h"
 #include "cpu/numeric.h"
 #include "cpu/vector/loops.h"
 #include "cpu/workers.h"
@@ -32,7 +34,6 @@ constexpr int64_t kLeastTokens = 32, kMostTokens = 2048;
 constexpr int64_t kRowsPerTask = 16;
 constexpr int64_t kMultiplyAddsPerWorker = 1 << 17;
 constexpr int64_t kElementsPerWorker = 1 << 15;
-constexpr WeightRows kNone{};
 
 int64_t blocks_of(int64_t size, int64_t width) { return (size + width - 1) / width; }
 
@@ -46,6 +47,7 @@ class ProjectionRun {
         h_row_bytes_(p.intermediate * element_size(operand_)),
         part_(std::min(p.tokens, std::clamp(kActivationBytes / h_row_bytes_, kLeastTokens, kMostTokens))),
         group_(std::clamp(kActivationBytes / (part_ * h_row_bytes_), int64_t{1}, p.num_experts)),
+        gate_columns_(gate_columns(p.formula)),
         workers_(workers_for(threads, group_ * part_ * p.hidden * p.intermediate, kMultiplyAddsPerWorker)),
         h_(group_ * part_ * h_row_bytes_),
         products_(workers_ * part_ * kBlockColumns * sizeof(float)),
@@ -86,26 +88,24 @@ class ProjectionRun {
   char* h(int64_t slot) const { return h_.bytes() + slot * part_ * h_row_bytes_; }
 
   void gate_up(int64_t expert, int64_t experts, const char* x, int64_t tokens) const {
-    const int64_t blocks = blocks_of(p_.intermediate, kGateColumns);
+    const int64_t blocks = blocks_of(p_.intermediate, gate_columns_);
     for_each_task_ahead(threads_, workers_, experts * blocks, [&](int64_t task, int64_t next, int64_t worker) {
-      const int64_t slot = task / blocks, first = task % blocks * kGateColumns;
-      const int64_t columns = std::min(kGateColumns, p_.intermediate - first);
+      const int64_t slot = task / blocks, first = task % blocks * gate_columns_;
+      const int64_t columns = columns_at(first);
       float* y = products(worker);
       loops_.multiply(p_.dtype,
-                      {x, gate_up_rows(expert, task, blocks), next < 0 ? kNone : gate_up_rows(expert, next, blocks),
-                       tokens, 2 * columns, p_.hidden, y});
-      loops_.gate(p_.activation, y, tokens, columns, operand_, h(slot) + first * element_size(operand_),
-                  p_.intermediate);
+                      {x, rows_of(expert, task, blocks), next < 0 ? kNoWeights : rows_of(expert, next, blocks), tokens,
+                       p_.formula.rows(columns), p_.hidden, y, gate_up_bias(p_, expert + slot, first, columns),
+                       gate_up_stride(p_)});
+      loops_.gate(p_.formula, y, tokens, columns, operand_, h(slot) + first * element_size(operand_), p_.intermediate);
     });
   }
 
-  // The gate rows of a task, and then as many up rows.
-  WeightRows gate_up_rows(int64_t expert, int64_t task, int64_t blocks) const {
-    const int64_t first = task % blocks * kGateColumns;
-    const int64_t gate = (expert + task / blocks) * 2 * p_.intermediate + first;
-    return {offset(p_.gate_up, p_.dtype, gate * p_.hidden),
-            offset(p_.gate_up, p_.dtype, (gate + p_.intermediate) * p_.hidden),
-            std::min(kGateColumns, p_.intermediate - first)};
+  int64_t columns_at(int64_t first) const { return std::min(gate_columns_, p_.intermediate - first); }
+
+  WeightRows rows_of(int64_t expert, int64_t task, int64_t blocks) const {
+    const int64_t first = task % blocks * gate_columns_;
+    return gate_up_rows(p_, expert + task / blocks, first, columns_at(first));
   }
 
   void down(int64_t expert, int64_t experts, const float* g, int64_t tokens) {
@@ -114,16 +114,14 @@ class ProjectionRun {
       const int64_t first = task % blocks * kBlockColumns;
       const int64_t columns = std::min(kBlockColumns, p_.hidden - first);
       float* y = products(worker);
+      const auto rows_of = [&](int64_t index) {
+        return down_rows(p_, expert + index / blocks, index % blocks * kBlockColumns);
+      };
       loops_.multiply(p_.dtype,
-                      {h(task / blocks), down_rows(expert, task, blocks),
-                       next < 0 ? kNone : down_rows(expert, next, blocks), tokens, columns, p_.intermediate, y});
+                      {h(task / blocks), rows_of(task), next < 0 ? kNoWeights : rows_of(next), tokens, columns,
+                       p_.intermediate, y, down_bias(p_, expert + task / blocks, first), down_stride(p_)});
       loops_.project(y, g + first, p_.hidden, tokens, columns, sums_.data() + task * part_);
     });
-  }
-
-  WeightRows down_rows(int64_t expert, int64_t task, int64_t blocks) const {
-    const int64_t row = (expert + task / blocks) * p_.hidden + task % blocks * kBlockColumns;
-    return {offset(p_.down, p_.dtype, row * p_.intermediate), nullptr, kBlockColumns};
   }
 
   // One thread: H / 64 additions a token and expert are few beside its products.
@@ -138,13 +136,11 @@ class ProjectionRun {
     }
   }
 
-  static constexpr int64_t kGateColumns = kBlockColumns / 2;
-
   const ProjectionParams& p_;
   const Threads& threads_;
   const Loops& loops_;
   const DType operand_;
-  const int64_t h_row_bytes_, part_, group_, workers_;
+  const int64_t h_row_bytes_, part_, group_, gate_columns_, workers_;
   const Buffer h_;            // (group, part, I) operands
   const Buffer products_;     // (workers, part, kBlockColumns) floats
   std::vector<double> sums_;  // (group, H blocks, part)

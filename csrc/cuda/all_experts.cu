@@ -86,7 +86,7 @@ void for_all_experts(const char* op, const LayerParams& p, const Scratch& scratc
     LayerParams layer = p;
     layer.x = static_cast<const char*>(p.x) + first * p.hidden * element_size(p.dtype);
     layer.tokens = tokens;
-    launch_gemms(choice, {layer, 1, list.slot_of, list.gate_up, list.down, rows, {}}, device, stream);
+    launch_gemms({choice, layer, 1, list.slot_of, list.gate_up, list.down, rows, {}}, device, stream);
     use({rows.y, rows.dtype, first, tokens});
   }
 }

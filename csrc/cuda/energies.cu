@@ -3,6 +3,9 @@
 // The kernels of gate_up sum them where h stands in registers, in float32 and before it is rounded. Here is what comes
 // before and after, each by tiles of the sort's list:
 //   weights   a block a tile, a thread a row: g^2 by position, and for gemm_wgmma.cu as operands of its tensor cores
+//   rows      only where gate_up's kernel does not sum (without gate; transposed weights on the tensor cores): a block
+//   a
+//             tile and some channels, a thread a channel, over h as it is stored
 //   sums      a block an expert (at its first tile) and some channels: its tiles' parts, in their order, in float64
 // The sums of a part are in one order, too: deterministic. Small batches need neither: one block has all of an expert's
 // tokens (small_batch.cu). An expert without tokens has no tile: its channels are not touched.
@@ -19,6 +22,7 @@
 
 #include <type_traits>
 
+#include "cuda/device/dispatch.cuh"
 #include "cuda/device/next_kernel.cuh"
 #include "cuda/device/numeric.cuh"
 #include "cuda/device/ptx_sm80.cuh"
@@ -62,6 +66,25 @@ __global__ void __launch_bounds__(kThreads) energy_weights_kernel(EnergyWeightsP
     of_fragment[element] = first;
     of_fragment[element + kEnergyFragment / 2 * 4] = whole - first;
   }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) energy_rows_kernel(EnergyRowsParams p) {
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
+  const unsigned column_blocks = static_cast<unsigned>((p.columns + kThreads - 1) / kThreads);
+  const int index = static_cast<int>(blockIdx.x / column_blocks);
+  const int64_t column = int64_t{blockIdx.x % column_blocks} * kThreads + threadIdx.x;
+  const Tile tile = p.tiles.tiles[index];
+  if (tile.expert < 0 || column >= p.columns) return;
+  const int height = tile_height(tile, static_cast<int>(p.tiles.rows));
+  const int first_row = (index - tile.first_tile) * height, end = min(first_row + height, tile.count);
+  float sum = 0.0f;
+  for (int row = first_row; row < end; ++row) {
+    const int64_t position = int64_t{tile.first} + row;
+    add_energy(p.energies.weights[position], to_float(static_cast<const T*>(p.h)[position * p.columns + column]), sum);
+  }
+  p.energies.sums[index * p.columns + column] = sum;
 }
 
 __device__ __forceinline__ void add(double& sum, double value) { sum += value; }
@@ -116,6 +139,13 @@ void launch_sums(const EnergySumsParams& p, cudaStream_t stream) {
 
 void launch_energy_weights(const EnergyWeightsParams& p, cudaStream_t stream) {
   launch_next<energy_weights_kernel>("energy_weights_kernel", grid_size(p.tiles.max_tiles), kThreads, 0, stream, p);
+}
+
+void launch_energy_rows(const EnergyRowsParams& p, cudaStream_t stream) {
+  const unsigned blocks = grid_size(p.tiles.max_tiles * ((p.columns + kThreads - 1) / kThreads));
+  for_dtype(p.dtype, [&](auto type) {
+    launch_next<energy_rows_kernel<decltype(type)>>("energy_rows_kernel", blocks, kThreads, 0, stream, p);
+  });
 }
 
 void launch_energy_sums(const EnergySumsParams& p, cudaStream_t stream) {

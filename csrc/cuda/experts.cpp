@@ -47,6 +47,8 @@ void run_small_batch(const ExpertsParams& p, const Device& device, const Scratch
   const int64_t slots = p.tokens * p.top_k;
   SmallBatchParams s{};
   s.experts = p;
+  s.shaping = shaping_of(p.formula);
+  s.special = p.gate_up_bias != nullptr || !p.formula.unlimited();
   s.h = scratch.allocate(scratch.context, slots * p.intermediate * element_size(p.dtype));
   s.blocks = int64_t{device.multiprocessors} * kSmallBatchBlocksPerMultiprocessor;
   s.split_length = small_batch_split_length(p, s.blocks);
@@ -88,7 +90,7 @@ void run_sorted(const ExpertsParams& p, const Choice& choice, const Device& devi
     energies = allocate_energies(choice, p, s.gate_up.max_tiles, scratch);
     launch_energy_weights({s.slot_of, p.weights, p.weights_dtype, p.counted, p.top_k, s.gate_up, energies}, stream);
   }
-  launch_gemms(choice, {p, p.top_k, s.slot_of, s.gate_up, s.down, rows, energies}, device, stream);
+  launch_gemms({choice, p, p.top_k, s.slot_of, s.gate_up, s.down, rows, energies}, device, stream);
 
   CombineParams c{};
   c.y = rows.y;

@@ -1,10 +1,41 @@
 #include "cuda/gemm_launch.h"
 
+#include <cmath>
+
 namespace moe_ext::cuda {
 namespace {
 
+// The x > 0 with act(x) = limit: no activation falls there.
+float gate_limit_of(Activation activation, double limit) {
+  const auto act = [&](double x) {
+    switch (activation) {
+      case Activation::kSilu:
+        return x / (1.0 + std::exp(-x));
+      case Activation::kGeluErf:
+        return 0.5 * x * (1.0 + std::erf(x * std::sqrt(0.5)));
+      case Activation::kGeluTanh:
+        return 0.5 * x * (1.0 + std::tanh(0.79788456080286536 * (x + 0.044715 * x * x * x)));
+      case Activation::kRelu2:
+        return x * x;
+    }
+    return x;
+  };
+  double low = 0.0, high = limit + 2.0;  // act(limit + 2) > limit
+  for (int i = 0; i < 100; ++i) {
+    const double middle = 0.5 * (low + high);
+    (act(middle) < limit ? low : high) = middle;
+  }
+  return static_cast<float>(high);
+}
+
+// Whether a layer's energies are summed from h as it is stored: no instance of gate_up's kernel does it.
+bool energies_of_rows(const Choice& choice, const LayerParams& layer) {
+  return !layer.formula.gated || (layer.formula.transposed && choice.way == Choice::Way::kGrouped);
+}
+
 GemmParams gemm_params(const PositionsParams& p, Product product) {
   const bool gate_up = product == Product::kGateUp;
+  const Formula& formula = p.layer.formula;
   const TileList& list = gate_up ? p.gate_up : p.down;
   GemmParams g{};
   g.a = gate_up ? p.layer.x : p.rows.h;
@@ -17,20 +48,43 @@ GemmParams gemm_params(const PositionsParams& p, Product product) {
   g.top_k = p.top_k;
   g.columns = gate_up ? p.layer.intermediate : p.layer.hidden;
   g.inner = gate_up ? p.layer.hidden : p.layer.intermediate;
-  g.activation = p.layer.activation;
-  if (gate_up) g.energies = p.energies;
+  g.transposed = formula.transposed;
+  g.bias = gate_up ? p.layer.gate_up_bias : p.layer.down_bias;
+  g.special = g.bias != nullptr;
+  g.activation = kNoActivation;
+  if (gate_up) {
+    g.activation = formula.activation;
+    g.interleaved = formula.interleaved;
+    g.shaping = shaping_of(formula);
+    g.special = g.special || !formula.gated || !formula.unlimited();
+    if (!energies_of_rows(p.choice, p.layer)) g.energies = p.energies;
+  }
   return g;
 }
 
 }  // namespace
 
+Shaping shaping_of(const Formula& f) {
+  Shaping s{};
+  s.gate_limit = f.limit_after ? gate_limit_of(f.activation, f.limit) : f.limit;
+  s.up_limit = f.limit;
+  s.scale = f.alpha;
+  s.inverse_scale = 1.0f / f.alpha;
+  s.offset = f.up_offset;
+  s.gate_cap = f.gate_cap;
+  s.up_cap = f.up_cap;
+  s.capped = f.capped();
+  return s;
+}
+
 Energies allocate_energies(const Choice& choice, const ExpertsParams& p, int64_t max_tiles, const Scratch& scratch) {
   const int64_t slots = p.tokens * p.top_k;
   const bool grouped = choice.way == Choice::Way::kGrouped, hopper = grouped && choice.gate_up_shape == kHopper;
   Energies energies{};
-  energies.parts = grouped && !hopper ? kGemmShapes[choice.gate_up_shape].warps_m : 1;
+  const bool in_kernel = !energies_of_rows(choice, p);
+  energies.parts = grouped && !hopper && in_kernel ? kGemmShapes[choice.gate_up_shape].warps_m : 1;
   energies.weights = allocate<float>(scratch, slots);
-  if (hopper) energies.fragments = allocate<uint4>(scratch, max_tiles * energy_fragments(kHopperRows));
+  if (hopper && in_kernel) energies.fragments = allocate<uint4>(scratch, max_tiles * energy_fragments(kHopperRows));
   energies.sums = allocate<float>(scratch, max_tiles * energies.parts * p.intermediate);
   return energies;
 }
@@ -42,9 +96,11 @@ PositionRows allocate_rows(const Choice& choice, const LayerParams& layer, int64
   return {h, y, dtype};
 }
 
-void launch_gemms(const Choice& choice, const PositionsParams& p, const Device& device, cudaStream_t stream) {
-  const auto launch = [&](Product product, int shape, int rows) {
-    const GemmParams g = gemm_params(p, product);
+void launch_gemms(const PositionsParams& p, const Device& device, cudaStream_t stream) {
+  const Choice& choice = p.choice;
+  const auto launch = [&](Product which, int shape, int rows) {
+    const GemmParams g = gemm_params(p, which);
+    const Product product = p.layer.formula.gated ? which : Product::kDown;
     if (choice.way == Choice::Way::kPlain) {
       launch_plain_gemm(product, rows, g, p.layer.dtype, stream);
     } else if (shape == kHopper) {
@@ -54,6 +110,9 @@ void launch_gemms(const Choice& choice, const PositionsParams& p, const Device& 
     }
   };
   launch(Product::kGateUp, choice.gate_up_shape, choice.gate_up_rows);
+  if (p.energies.sums != nullptr && energies_of_rows(choice, p.layer)) {
+    launch_energy_rows({p.rows.h, p.rows.dtype, p.gate_up, p.energies, p.layer.intermediate}, stream);
+  }
   launch(Product::kDown, choice.down_shape, choice.down_rows);
 }
 

@@ -21,6 +21,7 @@ PositionRows allocate_rows(const Choice& choice, const LayerParams& layer, int64
 Energies allocate_energies(const Choice& choice, const ExpertsParams& p, int64_t max_tiles, const Scratch& scratch);
 
 struct PositionsParams {
+  Choice choice;  // not kSmallBatch
   LayerParams layer;
   int64_t top_k;       // a position's token is its slot / top_k
   const int* slot_of;  // (positions)
@@ -29,7 +30,7 @@ struct PositionsParams {
   Energies energies;  // out of gate_up, if `sums` is not null
 };
 
-// gate_up, then down, by the kernels of a choice that is not kSmallBatch.
-void launch_gemms(const Choice& choice, const PositionsParams& p, const Device& device, cudaStream_t stream);
+// gate_up, then down.
+void launch_gemms(const PositionsParams& p, const Device& device, cudaStream_t stream);
 
 }  // namespace moe_ext::cuda

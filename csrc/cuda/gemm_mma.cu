@@ -12,6 +12,13 @@
 // pass through shared memory, a warp for itself, and leave in 16-byte stores. Where energies of channels are observed,
 // a warp adds up those of its positions, first a thread, then the eight that have the same columns: a part of warps_m.
 //
+// Without gate the first projection is computed as down is, with its rows gathered. Biases and what a formula does to
+// gate and up (params.h) are applied to the accumulators before the results leave.
+//
+// Transposed weights: a stage holds b as (inner, columns), as it lies in memory, and ldmatrix turns it. In gate_up its
+// chunks of 8 columns are gate and up in turn; interleaved, a thread's two neighbouring accumulators are gate and up of
+// one column, and its two columns change lanes once h is computed.
+//
 // Every element is a sum in order of k by one warp: deterministic. Cost of a tile: 2 * rows * columns * inner FLOPs;
 // reads (rows + columns) * inner elements, of which only the first read of each comes from beyond L2.
 #include "cuda/device/dispatch.cuh"
@@ -29,7 +36,75 @@ namespace {
 constexpr int kChunkBytes = 16;  // 8 elements
 constexpr int kChunk = 8;
 
-template <typename T, int kShape, Product kProduct, bool kEnergies>
+// h of a warp's accumulators in place, for the epilogue to finish: gate and up shaped, biases added.
+template <typename T, Product kProduct, int kFragments, int kMmaColumns>
+__device__ __forceinline__ void apply_special(const GemmParams& p, float (&sums)[kFragments][kMmaColumns][4],
+                                              int fragments, int expert, int out_column) {
+  constexpr int kOutChunks = kProduct == Product::kGateUp ? kMmaColumns / 2 : kMmaColumns;
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int j = 0; j < kOutChunks; ++j) {
+    float biases[2][2];  // of gate (or the only projection) and up, in the thread's two columns
+#pragma unroll
+    for (int next = 0; next < 2; ++next) {
+      const int64_t column = out_column + j * 8 + lane % 4 * 2 + next;
+      const bool inside = column < p.columns;
+#pragma unroll
+      for (int up = 0; up < 2; ++up) {
+        biases[up][next] = 0.0f;
+        if (!inside || (kProduct == Product::kDown && up == 1)) continue;
+        const int64_t row = weight_row<kProduct, int64_t>(expert, p.columns, column, up == 1, p.interleaved);
+        biases[up][next] = bias_at<T>(p.bias, row);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) {
+      if (i >= fragments) break;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if constexpr (kProduct == Product::kGateUp) {
+          float &gate = sums[i][2 * j][e], &up = sums[i][2 * j + 1][e];
+          gate += biases[0][e % 2];
+          up += biases[1][e % 2];
+          shape(p.shaping, gate, up);
+        } else {
+          sums[i][j][e] = activate_alone(p, sums[i][j][e] + biases[0][e % 2]);
+        }
+      }
+    }
+  }
+}
+
+// Of transposed, interleaved weights: a thread has gate and up of columns lane % 4 and 4 + lane % 4 of a chunk. Leaves
+// gate and up of columns 2 (lane % 4) and the next where those of weights in order are.
+template <int kFragments, int kMmaColumns>
+__device__ __forceinline__ void sort_interleaved(float (&sums)[kFragments][kMmaColumns][4], int fragments) {
+  const int lane = threadIdx.x % kWarpSize, column = lane % 4 * 2;
+  const int from = lane / 4 * 4 + column % 4;  // the lane of `column`; the next column is the next lane's
+  const bool second = column >= 4;
+#pragma unroll
+  for (int i = 0; i < kFragments; ++i) {
+    if (i >= fragments) break;
+#pragma unroll
+    for (int j = 0; j < kMmaColumns / 2; ++j) {
+      float sorted[2][4];  // gate and up
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+#pragma unroll
+        for (int up = 0; up < 2; ++up) {
+          const int element = e / 2 * 2 + up;
+          const float low = __shfl_sync(kAllLanes, sums[i][2 * j][element], from + e % 2);
+          const float high = __shfl_sync(kAllLanes, sums[i][2 * j + 1][element], from + e % 2);
+          sorted[up][e] = second ? high : low;
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[i][2 * j][e] = sorted[0][e], sums[i][2 * j + 1][e] = sorted[1][e];
+    }
+  }
+}
+
+template <typename T, int kShape, Product kProduct, bool kEnergies, bool kTransposed>
 __global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kShape].blocks_per_multiprocessor)
     grouped_gemm_kernel(GemmParams p) {
   constexpr GemmShape S = kGemmShapes[kShape];
@@ -65,7 +140,7 @@ __global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kSh
     int64_t a_row = 0;
     if (row < rows) {
       const int64_t position = first_position + row;
-      a_row = kGateUp ? p.slot_of[position] / p.top_k : position;
+      a_row = kGateUp || p.slot_of != nullptr ? p.slot_of[position] / p.top_k : position;
     }
     a_rows[i] = static_cast<const T*>(p.a) + a_row * inner + chunk * kChunk;
   }
@@ -73,8 +148,28 @@ __global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kSh
   const int b_column = first_column + (kGateUp ? copy_row / 16 * 8 + copy_row % 8 : copy_row);
   constexpr int kColumnStep = kGateUp ? kRowStep / 2 : kRowStep;
   const bool up = kGateUp && copy_row / 8 % 2 == 1;
-  const T* b_row = static_cast<const T*>(p.b) +
-                   weight_row<kProduct, int64_t>(place.expert, p.columns, b_column, up) * inner + chunk * kChunk;
+  const bool interleaved = kGateUp && p.interleaved;
+  const T* b_row = static_cast<const T*>(p.b) + chunk * kChunk +
+                   weight_row<kProduct, int64_t>(place.expert, p.columns, b_column, up, interleaved) * inner;
+  const int64_t b_step = interleaved ? 2 * kColumnStep * inner : kColumnStep * inner;
+  // Transposed: one chunk of columns of every kInnerStep-th row.
+  constexpr int kColumnChunks = S.columns / kChunk, kInnerStep = S.threads() / kColumnChunks;
+  [[maybe_unused]] const int column_chunk = threadIdx.x % kColumnChunks, inner_row = threadIdx.x / kColumnChunks;
+  [[maybe_unused]] bool column_inside = false;
+  [[maybe_unused]] int64_t of_expert = 0;  // elements of a row of the transposed weights
+  if constexpr (kTransposed) {
+    static_assert(S.threads() % kColumnChunks == 0 && S.inner % kInnerStep == 0);
+    of_expert = weight_rows(kProduct, p.columns);
+    int64_t column = first_column + column_chunk * kChunk;  // of the expert's matrix
+    if constexpr (kGateUp) {
+      column = interleaved ? 2 * first_column + column_chunk * kChunk
+                           : (column_chunk % 2 == 0 ? 0 : p.columns) + first_column + column_chunk / 2 * kChunk;
+      column_inside = first_column + column_chunk / 2 * kChunk < p.columns;
+    } else {
+      column_inside = column < p.columns;
+    }
+    b_row = static_cast<const T*>(p.b) + (place.expert * inner + inner_row) * of_expert + column;
+  }
 
   const uint32_t stage_base = ptx::shared_address(shared);
   const auto copy_stage = [&](int step, int stage) {
@@ -87,10 +182,19 @@ __global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kSh
       const int row = copy_row + i * kRowStep;
       ptx::copy_async(a_stage + swizzled<kChunks>(row, chunk), a_rows[i] + k, inside && row < rows);
     }
+    if constexpr (kTransposed) {
 #pragma unroll
-    for (int i = 0; i < kBCopies; ++i) {
-      ptx::copy_async(b_stage + swizzled<kChunks>(copy_row + i * kRowStep, chunk), b_row + i * kColumnStep * inner + k,
-                      inside && b_column + i * kColumnStep < p.columns);
+      for (int i = 0; i < S.inner / kInnerStep; ++i) {
+        const int row = inner_row + i * kInnerStep;
+        ptx::copy_async(b_stage + swizzled<kColumnChunks>(row, column_chunk), b_row + (k + i * kInnerStep) * of_expert,
+                        column_inside && k + row < inner);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kBCopies; ++i) {
+        ptx::copy_async(b_stage + swizzled<kChunks>(copy_row + i * kRowStep, chunk), b_row + i * b_step + k,
+                        inside && b_column + i * kColumnStep < p.columns);
+      }
     }
   };
 
@@ -110,8 +214,14 @@ __global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kSh
       uint32_t b[kMmaColumns / 2][4];
 #pragma unroll
       for (int j = 0; j < kMmaColumns / 2; ++j) {
-        const int row = warp_n * kWarpColumns + j * 16 + lane / 16 * 8 + lane % 8;
-        ptx::load_matrices(b[j], b_stage + swizzled<kChunks>(row, k + lane / 8 % 2));
+        if constexpr (kTransposed) {
+          const int row = k * kChunk + lane / 8 % 2 * 8 + lane % 8;
+          const int column = warp_n * kWarpColumns / kChunk + j * 2 + lane / 16;
+          ptx::load_matrices_transposed(b[j], b_stage + swizzled<kColumnChunks>(row, column));
+        } else {
+          const int row = warp_n * kWarpColumns + j * 16 + lane / 16 * 8 + lane % 8;
+          ptx::load_matrices(b[j], b_stage + swizzled<kChunks>(row, k + lane / 8 % 2));
+        }
       }
 #pragma unroll
       for (int i = 0; i < kFragments; ++i) {
@@ -149,6 +259,10 @@ __global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kSh
   // ---- the results, 16 rows at a time
   char* staged = shared + threadIdx.x / kWarpSize * (kFragment * kOutChunks * kChunkBytes);
   const int out_column = first_column + warp_n * kOutChunks * kChunk;
+  if constexpr (kTransposed && kGateUp) {
+    if (p.interleaved) sort_interleaved(sums, fragments);
+  }
+  if (p.special) apply_special<T, kProduct>(p, sums, fragments, place.expert, out_column);
   [[maybe_unused]] float2 energies[kOutChunks] = {};  // of the two columns, of this thread's rows
 #pragma unroll
   for (int i = 0; i < kFragments; ++i) {
@@ -209,22 +323,23 @@ __global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kSh
   }
 }
 
-template <typename T, int kShape, Product kProduct, bool kEnergies>
+template <typename T, int kShape, Product kProduct, bool kEnergies, bool kTransposed>
 void launch_with(const GemmParams& p, cudaStream_t stream) {
   constexpr GemmShape S = kGemmShapes[kShape];
   constexpr int kColumns = kProduct == Product::kGateUp ? S.columns / 2 : S.columns;
   const unsigned blocks = grid_size(p.max_tiles * ((p.columns + kColumns - 1) / kColumns));
-  allow_shared(grouped_gemm_kernel<T, kShape, kProduct, kEnergies>, S.shared_bytes());
-  launch_next<grouped_gemm_kernel<T, kShape, kProduct, kEnergies>>("grouped_gemm_kernel", blocks, S.threads(),
-                                                                   S.shared_bytes(), stream, p);
+  allow_shared(grouped_gemm_kernel<T, kShape, kProduct, kEnergies, kTransposed>, S.shared_bytes());
+  launch_next<grouped_gemm_kernel<T, kShape, kProduct, kEnergies, kTransposed>>(
+      "grouped_gemm_kernel", blocks, S.threads(), S.shared_bytes(), stream, p);
 }
 
 template <typename T, int kShape, Product kProduct>
 void launch_shape(const GemmParams& p, cudaStream_t stream) {
+  if (p.transposed) return launch_with<T, kShape, kProduct, false, true>(p, stream);
   if constexpr (kProduct == Product::kGateUp) {
-    if (p.energies.sums != nullptr) return launch_with<T, kShape, kProduct, true>(p, stream);
+    if (p.energies.sums != nullptr) return launch_with<T, kShape, kProduct, true, false>(p, stream);
   }
-  launch_with<T, kShape, kProduct, false>(p, stream);
+  launch_with<T, kShape, kProduct, false, false>(p, stream);
 }
 
 template <typename T, Product kProduct>

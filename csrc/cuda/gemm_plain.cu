@@ -5,9 +5,10 @@
 //
 // A block computes one tile, numbered and cut as in tiles.cuh: up to kRows positions of one expert by 64 rows of
 // weights (gate_up: 32 of gate and 32 of up), kInner elements of k at a time through shared memory as float32; a thread
-// holds kRows / 16 x 4 sums, in gate_up two pairs of gate and up. Where energies of channels are observed, the block
-// adds up those of the tile: a thread, then the two of a warp that have the same columns, then the warps. Sums run in
-// order of k, and of positions: deterministic. Cost of a tile: 2 * rows * 64 * inner FLOPs on the FMA units.
+// holds kRows / 16 x 4 sums, in gate_up two pairs of gate and up. Weights may be transposed or interleaved. Where
+// energies of channels are observed, the block adds up those of the tile: a thread, then the two of a warp that have
+// the same columns, then the warps. Sums run in order of k, and of positions: deterministic. Cost of a tile: 2 * rows *
+// 64 * inner FLOPs on the FMA units.
 #include "cuda/device/dispatch.cuh"
 #include "cuda/device/next_kernel.cuh"
 #include "cuda/device/numeric.cuh"
@@ -54,18 +55,30 @@ __global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
     a_rows[i] = nullptr;
     if (row < rows) {
       const int64_t position = first_position + row;
-      const int64_t a_row = kGateUp ? p.slot_of[position] / p.top_k : position;
+      const int64_t a_row = kGateUp || p.slot_of != nullptr ? p.slot_of[position] / p.top_k : position;
       a_rows[i] = static_cast<const TA*>(p.a) + a_row * p.inner + copy_k;
     }
   }
+  // Of weights: the same; transposed ones lie along the columns, so that a thread brings one column of every
+  // kInnerStep-th k.
+  constexpr int kBCopies = kBColumns / kRowStep, kInnerStep = kThreads / kBColumns;
+  static_assert(kInner / kInnerStep == kBCopies);
+  const int b_k = p.transposed ? static_cast<int>(threadIdx.x) / kBColumns : copy_k;
+  const int b_k_step = p.transposed ? kInnerStep : 0;
+  const int b_copy_row = p.transposed ? static_cast<int>(threadIdx.x) % kBColumns : copy_row;
+  const int b_row_step = p.transposed ? 0 : kRowStep;
+  const int64_t b_stride = p.transposed ? weight_rows(kProduct, p.columns) : 1;  // from k to k + 1
 #pragma unroll
-  for (int i = 0; i < kBColumns / kRowStep; ++i) {
-    const int row = copy_row + i * kRowStep;
+  for (int i = 0; i < kBCopies; ++i) {
+    const int row = b_copy_row + i * b_row_step;
     const int64_t column = first_column + row % kColumns;  // gate_up: rows from kColumns on are up
     b_rows[i] = nullptr;
     if (column < p.columns) {
-      const int64_t b_row = weight_row<kProduct, int64_t>(place.expert, p.columns, column, row >= kColumns);
-      b_rows[i] = static_cast<const TB*>(p.b) + b_row * p.inner + copy_k;
+      const bool up = row >= kColumns;
+      const int64_t b_row = weight_row<kProduct, int64_t>(p.transposed ? 0 : place.expert, p.columns, column, up,
+                                                          kGateUp && p.interleaved);
+      const TB* of_expert = static_cast<const TB*>(p.b) + (p.transposed ? place.expert * p.inner * b_stride : 0);
+      b_rows[i] = of_expert + b_row * (p.transposed ? 1 : p.inner) + (b_k + i * b_k_step) * b_stride;
     }
   }
 
@@ -77,12 +90,15 @@ __global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
 #pragma unroll
     for (int i = 0; i < kRows / kRowStep; ++i) a_values[i] = inside && a_rows[i] ? to_float(a_rows[i][k]) : 0.0f;
 #pragma unroll
-    for (int i = 0; i < kBColumns / kRowStep; ++i) b_values[i] = inside && b_rows[i] ? to_float(b_rows[i][k]) : 0.0f;
+    for (int i = 0; i < kBCopies; ++i) {
+      const bool present = k + b_k + i * b_k_step < p.inner && b_rows[i] != nullptr;
+      b_values[i] = present ? to_float(b_rows[i][k * b_stride]) : 0.0f;
+    }
     __syncthreads();  // the step before is not read any more
 #pragma unroll
     for (int i = 0; i < kRows / kRowStep; ++i) a[copy_row + i * kRowStep][copy_k] = a_values[i];
 #pragma unroll
-    for (int i = 0; i < kBColumns / kRowStep; ++i) b[copy_row + i * kRowStep][copy_k] = b_values[i];
+    for (int i = 0; i < kBCopies; ++i) b[b_copy_row + i * b_row_step][b_k + i * b_k_step] = b_values[i];
     __syncthreads();
 #pragma unroll 4
     for (int at = 0; at < kInner; ++at) {
@@ -96,6 +112,13 @@ __global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
     }
   }
 
+  const auto bias_of = [&](int column, bool up) {
+    return bias_at<TB>(p.bias, weight_row<kProduct, int64_t>(place.expert, p.columns, first_column + column, up,
+                                                             kGateUp && p.interleaved));
+  };
+  const bool alone = !kGateUp && p.activation != kNoActivation;
+  [[maybe_unused]] const float scale = alone ? p.shaping.scale : 1.0f;
+  [[maybe_unused]] const float inverse_scale = alone ? p.shaping.inverse_scale : 1.0f;
   [[maybe_unused]] float energies[kColumns / kThreadRows] = {};
 #pragma unroll
   for (int i = 0; i < kRowsPerThread; ++i) {
@@ -109,11 +132,22 @@ __global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
       const int column = tx + j * kThreadRows;
       if (first_column + column >= p.columns) continue;
       if constexpr (kGateUp) {
-        const float h = activate<true>(p.activation, sums[i][j]) * sums[i][j + kPerThread / 2];
+        float gate = sums[i][j], up = sums[i][j + kPerThread / 2];
+        if (p.special) {
+          gate += bias_of(column, false);
+          up += bias_of(column, true);
+          shape(p.shaping, gate, up);
+        }
+        const float h = activate<true>(p.activation, gate) * up;
         out[column] = h;
         if constexpr (kEnergies) add_energy(weight, h, energies[j]);
       } else {
-        out[column] = sums[i][j];
+        float value = sums[i][j];
+        if (p.special) {
+          value += bias_of(column, false);
+          value = activate<true>(p.activation, value * scale) * inverse_scale;
+        }
+        out[column] = value;
       }
     }
   }
@@ -139,7 +173,9 @@ void launch_rows(Product product, const GemmParams& p, cudaStream_t stream) {
   const int64_t columns = product == Product::kGateUp ? kBColumns / 2 : kBColumns;
   const unsigned blocks = grid_size(p.max_tiles * ((p.columns + columns - 1) / columns));
   constexpr const char* name = "plain_gemm_kernel";
-  if (product == Product::kDown) {
+  if (product == Product::kDown && p.slot_of != nullptr) {  // without gate
+    launch_next<plain_gemm_kernel<T, T, kRows, Product::kDown, false>>(name, blocks, kThreads, 0, stream, p);
+  } else if (product == Product::kDown) {
     launch_next<plain_gemm_kernel<float, T, kRows, Product::kDown, false>>(name, blocks, kThreads, 0, stream, p);
   } else if (p.energies.sums == nullptr) {
     launch_next<plain_gemm_kernel<T, T, kRows, Product::kGateUp, false>>(name, blocks, kThreads, 0, stream, p);

@@ -32,6 +32,8 @@ inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>
 
 // Whether rows can be read 16 bytes at a time and multiplied by the tensor cores.
 inline bool fits_tensor_cores(const ExpertsParams& p) {
+  const Activation activation = p.formula.activation;
+  if (!p.formula.gated && activation != Activation::kSilu && activation != Activation::kRelu2) return false;
   return p.dtype != DType::kFloat32 && p.hidden % 8 == 0 && p.intermediate % 8 == 0 && is_aligned(p.x) &&
          is_aligned(p.gate_up) && is_aligned(p.down);
 }
@@ -40,11 +42,14 @@ inline int64_t rows_per_expert(const ExpertsParams& p) {
   return (p.tokens * p.top_k + p.num_experts - 1) / p.num_experts;
 }
 
+// Whether rows of weights are in order, and not columns: what the wgmma and small batches' kernels read.
+inline bool has_plain_layout(const ExpertsParams& p) { return !p.formula.interleaved && !p.formula.transposed; }
+
 // Whether the wgmma kernels can take it: they count rows of weights, and 16-byte pieces of activations, in 32 bits.
 inline bool fits_hopper(const ExpertsParams& p, const Device& device) {
   const int64_t most = std::numeric_limits<int32_t>::max();
   const int64_t positions = p.tokens * p.top_k, longest = std::max(p.hidden, p.intermediate);
-  return device.wgmma && p.num_experts * std::max(2 * p.intermediate, p.hidden) <= most &&
+  return device.wgmma && has_plain_layout(p) && p.num_experts * std::max(2 * p.intermediate, p.hidden) <= most &&
          positions * longest / 8 <= most;
 }
 
@@ -52,7 +57,7 @@ inline bool fits_hopper(const ExpertsParams& p, const Device& device) {
 // multiplies.
 inline double busiest_work(const ExpertsParams& p, Product product, const Device& device, int rows, int columns) {
   const int64_t rows_of_expert = rows_per_expert(p);
-  const int64_t of_weights = weight_rows(product, product == Product::kGateUp ? p.intermediate : p.hidden);
+  const int64_t of_weights = product == Product::kGateUp ? p.formula.rows(p.intermediate) : p.hidden;
   const int64_t active = std::min(p.num_experts, p.tokens * p.top_k);
   const int64_t tiles = (rows_of_expert + rows - 1) / rows;
   const int64_t blocks = active * tiles * ((of_weights + columns - 1) / columns);
@@ -108,14 +113,16 @@ inline bool takes_tensor_cores(const ExpertsParams& p, const std::string& forced
   if (fits_tensor_cores(p)) return true;
   if (by_shape(forced)) return false;
   throw std::runtime_error("MOE_EXT_CUDA_KERNELS=" + forced +
-                           " needs bfloat16 or float16, H and I multiples of 8, and 16-byte aligned tensors");
+                           " needs bfloat16 or float16, H and I multiples of 8, 16-byte aligned tensors, and, without "
+                           "gate, silu or relu2");
 }
 
 inline Choice choose_grouped(const ExpertsParams& p, const std::string& forced, const Device& device) {
   if (forced == "hopper") {
     if (fits_hopper(p, device)) return grouped(kHopper, kHopper);
     throw std::runtime_error(
-        device.wgmma ? "MOE_EXT_CUDA_KERNELS=hopper: T * K * max(H, I) / 8 or E * max(2 I, H) is beyond 2^31 - 1"
+        device.wgmma ? "MOE_EXT_CUDA_KERNELS=hopper: T * K * max(H, I) / 8 or E * max(2 I, H) is beyond 2^31 - 1, or "
+                       "the weights are interleaved or transposed"
                      : "MOE_EXT_CUDA_KERNELS=hopper needs a device of compute capability 9.0 (H100, H200) and moe_ext "
                        "built for 9.0a (TORCH_CUDA_ARCH_LIST), not for " MOE_EXT_CUDA_ARCHS);
   }
@@ -129,10 +136,12 @@ inline Choice choose_grouped(const ExpertsParams& p, const std::string& forced, 
 
 inline Choice choose(const ExpertsParams& p, const Device& device, const std::string& forced) {
   if (!takes_tensor_cores(p, forced)) return plain(p);
-  const bool fits = small_batch_staged_bytes(p, device) >= kSmallBatchStagedMinimum;
+  const bool fits =
+      small_batch_staged_bytes(p, device) >= kSmallBatchStagedMinimum && has_plain_layout(p) && p.formula.gated;
   if (forced == "small_batch" && !fits) {
     throw std::runtime_error(
-        "MOE_EXT_CUDA_KERNELS=small_batch: the lists of T * K slots do not fit into shared memory");
+        "MOE_EXT_CUDA_KERNELS=small_batch: the lists of T * K slots do not fit into shared memory, or the weights are "
+        "interleaved, transposed or without gate");
   }
   if (forced == "small_batch" || (by_shape(forced) && p.tokens <= kSmallBatchTokens && fits)) {
     return {Choice::Way::kSmallBatch, 0, 0, 0, 0};
@@ -154,7 +163,10 @@ inline std::string describe(const ExpertsParams& p, const Device& device, const 
     reason = "at most " + std::to_string(kSmallBatchTokens) + " tokens, bound by reading weights";
   } else if (choice.way == Choice::Way::kPlain) {
     kernels = "plain, without tensor cores";
-    reason = p.dtype == DType::kFloat32 ? "float32" : "H and I are not multiples of 8";
+    const bool multiples = p.hidden % 8 == 0 && p.intermediate % 8 == 0;
+    reason = p.dtype == DType::kFloat32 ? "float32"
+             : multiples                ? "gelu without gate"
+                                        : "H and I are not multiples of 8";
   } else {
     kernels = "gate_up " + tiles(choice.gate_up_shape, choice.gate_up_rows) + "; down " +
               tiles(choice.down_shape, choice.down_rows);

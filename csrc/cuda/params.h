@@ -80,23 +80,57 @@ struct EnergySumsParams {
 void launch_energy_weights(const EnergyWeightsParams& p, cudaStream_t stream);
 void launch_energy_sums(const EnergySumsParams& p, cudaStream_t stream);
 
+// The same parts of sums, of h as it is stored: where gate_up's kernel does not sum them.
+struct EnergyRowsParams {
+  const void* h;  // (positions, I) of `dtype`
+  DType dtype;
+  TileList tiles;
+  Energies energies;  // of one part
+  int64_t columns;    // I
+};
+
+void launch_energy_rows(const EnergyRowsParams& p, cudaStream_t stream);
+
 // ---- grouped products over the sorted slots (gemm_mma.cu: mma.sync; gemm_wgmma.cu: wgmma; gemm_plain.cu: any dtype
 // and size), in the tile shapes of shapes.h
 
+// What becomes of gate and up before h = act(gate) * up, so that it is the formula's h:
+//   g = min(gate, gate_limit);  u = (cap(min(max(up, -up_limit), up_limit), up_cap) + offset) * cap(g, gate_cap) / g
+//   gate' = scale * g,  up' = u / scale,  cap(z, c) = c tanh(z / c)
+// A limit of act(gate) is one of gate, which act does not fall beyond. A projection without gate is scaled alone.
+struct Shaping {
+  float gate_limit, up_limit;
+  float scale, inverse_scale;
+  float offset;
+  float gate_cap, up_cap;
+  bool capped;
+};
+
+Shaping shaping_of(const Formula& formula);
+
+// Which of the products a launch computes, by its two weights: an expert's first projection is kGateUp with a gate, and
+// without one computed as kDown's products are, with an activation.
 struct GemmParams {
-  const void* a;       // gate_up: x (T, H), gathered by slot_of; down: h (positions, I)
-  const void* b;       // gate_up: (E, 2 I, H); down: (E, H, I)
-  void* c;             // gate_up: h (positions, I); down: y (positions, H)
-  const int* slot_of;  // (P), gate_up only: down has null
+  const void* a;       // first projection: x (T, H), gathered by slot_of; down: h (positions, I)
+  const void* b;       // gate_up: (E, 2 I, H); without gate: (E, I, H); down: (E, H, I)
+  void* c;             // first projection: h (positions, I); down: y (positions, H)
+  const void* bias;    // (E, rows of b) of b's dtype, or null
+  const int* slot_of;  // (P) of the first projection; down has null
   const Tile* tiles;   // (max_tiles)
   int64_t max_tiles;
   int64_t num_experts;
   int64_t top_k;
-  int64_t columns;  // of c: I or H
-  int64_t inner;    // length of the dot products: H or I
-  Activation activation;
+  int64_t columns;        // of c: I or H
+  int64_t inner;          // length of the dot products: H or I
+  Activation activation;  // of the first projection; kNoActivation of down
+  bool special;           // gate_up: it has a bias or a shaping; otherwise: it has a bias or an activation
+  bool interleaved;       // rows of b (columns, where it is transposed) are gate and up in turn
+  bool transposed;        // b is (E, inner, rows)
+  Shaping shaping;
   Energies energies;  // gate_up only
 };
+
+inline constexpr Activation kNoActivation = static_cast<Activation>(-1);
 
 enum class Product { kGateUp, kDown };
 
@@ -107,9 +141,10 @@ constexpr Index weight_rows(Product product, Index columns) {
 }
 
 // bf16 and fp16, columns and inner multiples of 8, pointers 16-byte aligned. c has the dtype of a. `shape` is a row of
-// kGemmShapes.
+// kGemmShapes. Without gate the activation is kSilu or kRelu2.
 void launch_grouped_gemm(Product product, int shape, const GemmParams& p, DType dtype, cudaStream_t stream);
-// The same on devices with `wgmma`, tiles of at most kHopperRows rows; a block a multiprocessor goes through them all.
+// The same on devices with `wgmma`, neither interleaved nor transposed, tiles of at most kHopperRows rows; a block a
+// multiprocessor goes through them all.
 void launch_hopper_gemm(Product product, const GemmParams& p, DType dtype, int multiprocessors, cudaStream_t stream);
 // Any size; h and y are float32. `rows`, of a tile at most, is one of kPlainRows.
 void launch_plain_gemm(Product product, int rows, const GemmParams& p, DType dtype, cudaStream_t stream);
@@ -141,7 +176,9 @@ void launch_combine(const CombineParams& p, cudaStream_t stream);
 // ---- small batches (small_batch.cu): both products without a sort
 
 struct SmallBatchParams {
-  ExpertsParams experts;
+  ExpertsParams experts;  // with a gate, neither interleaved nor transposed
+  Shaping shaping;
+  bool special;          // gate and up have biases or a shaping
   void* h;               // (P, I) of `dtype`, by slot
   float* y;              // (P, splits, H), by slot: down's sums over the parts of I
   int64_t splits;        // parts that down cuts I into, none empty

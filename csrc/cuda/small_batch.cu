@@ -222,6 +222,20 @@ __device__ __forceinline__ float4 reduce(const float4* sums, int i) {
   return sum;
 }
 
+// h of an element: gate and up as the products gave them.
+template <typename T>
+__device__ __forceinline__ float h_of(const SmallBatchParams& p, float gate, float up, int expert, int columns,
+                                      int column) {
+  const ExpertsParams& e = p.experts;
+  if (p.special) {
+    const int64_t row = weight_row<Product::kGateUp, int64_t>(expert, columns, column, false);
+    gate += bias_at<T>(e.gate_up_bias, row);
+    up += bias_at<T>(e.gate_up_bias, row + columns);
+    shape(p.shaping, gate, up);
+  }
+  return activate<false>(e.formula.activation, gate) * up;
+}
+
 // h of a group's columns for `tokens` slots, and the columns' energies.
 template <typename T, int kTokenTiles>
 __device__ __forceinline__ void store_observed(const SmallBatchParams& p, const float4* sums, const int* slots,
@@ -239,7 +253,7 @@ __device__ __forceinline__ void store_observed(const SmallBatchParams& p, const 
       const int token = token_tile * 8 + lane % 4 * 2 + next;
       if (token >= tokens || column >= columns) continue;
       const float gate = next == 0 ? sum.x : sum.y, up = next == 0 ? sum.z : sum.w;
-      const float h = activate<false>(e.activation, gate) * up;
+      const float h = h_of<T>(p, gate, up, expert, columns, column);
       const int slot = slots[token];
       static_cast<T*>(p.h)[int64_t{slot} * columns + column] = from_float<T>(h);
       if (e.counted != nullptr && !e.counted[slot / static_cast<int>(e.top_k)]) continue;
@@ -255,7 +269,7 @@ __device__ __forceinline__ void store_observed(const SmallBatchParams& p, const 
 // h, or down's part of y in split `split`, of a group's columns for `tokens` slots.
 template <typename T, int kTokenTiles, Product kProduct>
 __device__ __forceinline__ void store(const SmallBatchParams& p, const float4* sums, const int* slots, int tokens,
-                                      int columns, int first_column, int splits, int split) {
+                                      int columns, int first_column, int splits, int split, int expert) {
   for (int i = threadIdx.x; i < kTiles * kTokenTiles * kWarpSize; i += kThreads) {
     const float4 sum = reduce<kTokenTiles>(sums, i);
     const int tile = i / (kTokenTiles * kWarpSize), token_tile = i / kWarpSize % kTokenTiles;
@@ -267,10 +281,13 @@ __device__ __forceinline__ void store(const SmallBatchParams& p, const float4* s
       const float upper = next == 0 ? sum.x : sum.y, lower = next == 0 ? sum.z : sum.w;
       const int64_t at = (int64_t{slots[token]} * splits + split) * columns + column;
       if constexpr (kProduct == Product::kGateUp) {
-        static_cast<T*>(p.h)[at] = from_float<T>(activate<false>(p.experts.activation, upper) * lower);
+        static_cast<T*>(p.h)[at] = from_float<T>(h_of<T>(p, upper, lower, expert, columns, column));
       } else {
-        p.y[at] = upper;
-        if (column + 8 < columns) p.y[at + 8] = lower;
+        // The bias is part of the first split's sum.
+        const void* bias = split == 0 ? p.experts.down_bias : nullptr;
+        const int64_t row = int64_t{expert} * columns + column;
+        p.y[at] = upper + bias_at<T>(bias, row);
+        if (column + 8 < columns) p.y[at + 8] = lower + bias_at<T>(bias, row + 8);
       }
     }
   }
@@ -364,11 +381,12 @@ __global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) 
 
       leave(acc, sums);
       __syncthreads();
+      const int expert = lists.active[current / splits];
       if constexpr (kEnergies) {
-        const int expert = lists.active[current / splits];
         store_observed<T, kTokenTiles>(p, sums, lists.slots + from, tokens, columns, first_column, expert);
       } else {
-        store<T, kTokenTiles, kProduct>(p, sums, lists.slots + from, tokens, columns, first_column, splits, split);
+        store<T, kTokenTiles, kProduct>(p, sums, lists.slots + from, tokens, columns, first_column, splits, split,
+                                        expert);
       }
     }
 

@@ -2,9 +2,11 @@
 // filled in, no pointers; that follows when the tensors are as the kernels read them (dense, aligned).
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "moe.h"
 #include "torch/checks.h"
@@ -56,46 +58,169 @@ inline void check_thresholds(const char* op, const std::optional<Tensor>& thresh
   check_type(op, "thresholds", *thresholds, {ScalarType::Float});
 }
 
+// What the route operator is given beside logits, K and thresholds; as in its schema.
+struct Formula {
+  bool renormalise;
+  std::string score;
+  std::optional<Tensor> bias;
+  bool by_logits;
+  int64_t groups, groups_per_token, group_best;
+  bool outside_zero;
+  double epsilon, least, scale;
+};
+
+inline void check_formula(const char* op, RouteParams& p, const Formula& formula) {
+  p.renormalise = formula.renormalise;
+  p.score = score_named(op, formula.score);
+  p.by_logits = formula.by_logits;
+  if (formula.bias.has_value()) {
+    check_shape(op, "bias", *formula.bias, {p.num_experts}, "(E,) with E from 'logits'");
+    check_type(op, "bias", *formula.bias, {ScalarType::Float});
+  }
+  if (formula.groups < 1 || p.num_experts % formula.groups != 0) {
+    refuse(op, "'groups' is ", formula.groups, "; expected a divisor of ", p.num_experts, ", the number of experts");
+  }
+  const int64_t size = p.num_experts / formula.groups;
+  const int64_t fewest = (p.top_k + size - 1) / size;
+  if (formula.groups_per_token < fewest || formula.groups_per_token > formula.groups) {
+    refuse(op, "'groups_per_token' is ", formula.groups_per_token, "; expected ", fewest, " to ", formula.groups,
+           ", which hold 'top_k' experts");
+  }
+  if (formula.group_best < 1 || formula.group_best > size) {
+    refuse(op, "'group_best' is ", formula.group_best, "; expected 1 to ", size, ", the experts of a group");
+  }
+  for (const auto& [name, value] : {std::pair{"epsilon", formula.epsilon}, std::pair{"least", formula.least}}) {
+    if (!(value >= 0.0 && std::isfinite(value))) refuse(op, "'", name, "' is ", value, "; expected a number from 0 on");
+  }
+  if (!std::isfinite(formula.scale)) refuse(op, "'scale' is ", formula.scale, "; expected a finite number");
+  p.groups = formula.groups;
+  p.groups_per_token = formula.groups_per_token;
+  p.group_best = formula.group_best;
+  p.outside_zero = formula.outside_zero;
+  p.epsilon = static_cast<float>(formula.epsilon);
+  p.least = static_cast<float>(formula.least);
+  p.scale = static_cast<float>(formula.scale);
+}
+
 inline RouteParams check_route(const Tensor& logits, int64_t top_k, const std::optional<Tensor>& thresholds,
-                               bool renormalise) {
+                               const Formula& formula) {
   constexpr const char* op = "route";
   check_dims(op, "logits", logits, 2, "(T, E)");
   RouteParams p{};
   p.tokens = logits.size(0);
   p.num_experts = logits.size(1);
   p.top_k = top_k;
-  p.renormalise = renormalise;
   if (top_k < 1 || top_k > p.num_experts) {
     refuse(op, "'top_k' is ", top_k, "; expected 1 to ", p.num_experts, ", the number of experts in 'logits'");
   }
   check_thresholds(op, thresholds, top_k);
   p.dtype = float_type(op, "logits", logits);
+  check_formula(op, p, formula);
   if (thresholds.has_value()) check_device(op, "thresholds", *thresholds, "logits", logits);
+  if (formula.bias.has_value()) check_device(op, "bias", *formula.bias, "logits", logits);
   if (logits.is_cuda() && p.num_experts > cuda::kMaxRoutedExperts) {
     refuse(op, "'logits' has ", p.num_experts, " experts; the CUDA kernel takes up to ", cuda::kMaxRoutedExperts);
+  }
+  if (logits.is_cuda() && p.groups > cuda::kMaxRoutedGroups) {
+    refuse(op, "'groups' is ", p.groups, "; the CUDA kernel takes up to ", cuda::kMaxRoutedGroups);
   }
   return p;
 }
 
 // ---- experts, experts_observed, expert_gram, expert_projection
 
-// What the operators on a layer's weights share: the shapes, dtypes and layout of x, gate_up and down.
+// The arguments of a layer's operators that few models need, as they come: see Formula and LayerParams in moe.h.
+struct LayerOptions {
+  std::optional<Tensor> gate_up_bias, down_bias;
+  bool gated, interleaved, transposed;
+  std::optional<double> limit;
+  bool limit_after;
+  double alpha, up_offset;
+  std::optional<double> gate_cap, up_cap;
+};
+
+// A bound that is left out is none.
+inline float check_bound(const char* op, const char* name, const std::optional<double>& value) {
+  if (!value.has_value()) return Formula::kNone;
+  const float bound = static_cast<float>(*value);
+  if (!(bound > 0.0f && bound < Formula::kNone))
+    refuse(op, "'", name, "' is ", *value, "; expected more than 0, or none");
+  return bound;
+}
+
+inline float check_finite(const char* op, const char* name, double value) {
+  const float number = static_cast<float>(value);
+  if (!(number > -Formula::kNone && number < Formula::kNone))
+    refuse(op, "'", name, "' is ", value, "; expected a finite number");
+  return number;
+}
+
+inline Formula check_formula(const char* op, const std::string& activation, const LayerOptions& options) {
+  Formula f;
+  f.activation = activation_named(op, activation);
+  f.gated = options.gated;
+  f.interleaved = options.interleaved;
+  f.transposed = options.transposed;
+  f.limit = check_bound(op, "limit", options.limit);
+  f.limit_after = options.limit_after;
+  f.alpha = check_finite(op, "alpha", options.alpha);
+  if (f.alpha == 0.0f) refuse(op, "'alpha' is 0; expected another number");
+  f.up_offset = check_finite(op, "up_offset", options.up_offset);
+  f.gate_cap = check_bound(op, "gate_cap", options.gate_cap);
+  f.up_cap = check_bound(op, "up_cap", options.up_cap);
+  if (f.activation != Activation::kSilu && (f.alpha != 1.0f || f.gate_cap != Formula::kNone)) {
+    refuse(op, "'", f.alpha != 1.0f ? "alpha" : "gate_cap", "' is given with activation \"", activation,
+           "\"; it belongs to \"silu\"");
+  }
+  if (f.limit_after && f.limit == Formula::kNone) refuse(op, "'limit_after' is given without 'limit'");
+  if (f.gated) return f;
+  const char* of_gate = f.interleaved                  ? "interleaved"
+                        : f.limit != Formula::kNone    ? "limit"
+                        : f.up_offset != 0.0f          ? "up_offset"
+                        : f.gate_cap != Formula::kNone ? "gate_cap"
+                        : f.up_cap != Formula::kNone   ? "up_cap"
+                                                       : nullptr;
+  if (of_gate != nullptr) refuse(op, "'", of_gate, "' is given with gated=False; it belongs to experts with a gate");
+  return f;
+}
+
+inline void check_bias(const char* op, const char* name, const std::optional<Tensor>& bias, const Shape& shape,
+                       const char* meaning, const Tensor& x) {
+  if (!bias.has_value()) return;
+  check_shape(op, name, *bias, shape, meaning);
+  check_type(op, name, *bias, {x.scalar_type()});
+  check_contiguous(op, name, *bias);
+  check_device(op, name, *bias, "x", x);
+}
+
+// What the operators on a layer's weights share: the shapes, dtypes and layout of x, the weights and the biases.
 inline ExpertsParams check_layer(const char* op, const Tensor& x, const Tensor& gate_up, const Tensor& down,
-                                 const std::string& activation) {
+                                 const std::string& activation, const LayerOptions& options) {
   check_dims(op, "x", x, 2, "(T, H)");
-  check_dims(op, "gate_up", gate_up, 3, "(E, 2I, H)");
+  const Formula f = check_formula(op, activation, options);
+  const char* meaning = f.transposed ? (f.gated ? "(E, H, 2I)" : "(E, H, I)") : f.gated ? "(E, 2I, H)" : "(E, I, H)";
+  check_dims(op, "gate_up", gate_up, 3, meaning);
 
   ExpertsParams p{};
+  p.formula = f;
   p.tokens = x.size(0);
   p.hidden = x.size(1);
   p.num_experts = gate_up.size(0);
-  p.intermediate = gate_up.size(1) / 2;
-  if (p.num_experts < 1 || p.intermediate < 1 || p.hidden < 1 || gate_up.size(1) % 2 != 0) {
-    refuse(op, "'gate_up' has shape ", text_of(shape_of(gate_up)),
-           "; expected (E, 2I, H) with an even second dimension and none of them 0");
+  const int64_t rows = gate_up.size(f.transposed ? 2 : 1);
+  p.intermediate = f.gated ? rows / 2 : rows;
+  if (p.num_experts < 1 || p.intermediate < 1 || p.hidden < 1 || f.rows(p.intermediate) != rows) {
+    refuse(op, "'gate_up' has shape ", text_of(shape_of(gate_up)), "; expected ", meaning,
+           f.gated ? (f.transposed ? " with an even last dimension" : " with an even second dimension") : "",
+           f.gated ? " and none of them 0" : " with none of them 0");
   }
-  check_shape(op, "gate_up", gate_up, {p.num_experts, 2 * p.intermediate, p.hidden}, "(E, 2I, H) with H from 'x'");
-  check_shape(op, "down", down, {p.num_experts, p.hidden, p.intermediate}, "(E, H, I) from 'gate_up'");
+  const std::string from_x = std::string(meaning) + " with H from 'x'";
+  check_shape(op, "gate_up", gate_up,
+              f.transposed ? Shape{p.num_experts, p.hidden, rows} : Shape{p.num_experts, rows, p.hidden},
+              from_x.c_str());
+  check_shape(
+      op, "down", down,
+      f.transposed ? Shape{p.num_experts, p.intermediate, p.hidden} : Shape{p.num_experts, p.hidden, p.intermediate},
+      f.transposed ? "(E, I, H) from 'gate_up'" : "(E, H, I) from 'gate_up'");
 
   p.dtype = float_type(op, "x", x);
   check_type(op, "gate_up", gate_up, {x.scalar_type()});
@@ -104,16 +229,27 @@ inline ExpertsParams check_layer(const char* op, const Tensor& x, const Tensor& 
   check_contiguous(op, "down", down);
   check_device(op, "gate_up", gate_up, "x", x);
   check_device(op, "down", down, "x", x);
-  p.activation = activation_named(op, activation);
+  check_bias(op, "gate_up_bias", options.gate_up_bias, {p.num_experts, rows},
+             f.gated ? "(E, 2I) from 'gate_up'" : "(E, I) from 'gate_up'", x);
+  check_bias(op, "down_bias", options.down_bias, {p.num_experts, p.hidden}, "(E, H) from 'gate_up'", x);
   if (x.is_cuda() && p.num_experts > cuda::kMaxExperts) {
     refuse(op, "'gate_up' has ", p.num_experts, " experts; the CUDA kernels take up to ", cuda::kMaxExperts);
   }
   return p;
 }
 
+// Where the weights are, once they are checked.
+inline void point_at_weights(LayerParams* p, const Tensor& gate_up, const Tensor& down, const LayerOptions& options) {
+  p->gate_up = gate_up.const_data_ptr();
+  p->down = down.const_data_ptr();
+  p->gate_up_bias = data_of<void>(options.gate_up_bias);
+  p->down_bias = data_of<void>(options.down_bias);
+}
+
 inline ExpertsParams check_experts(const char* op, const Tensor& x, const Tensor& gate_up, const Tensor& down,
-                                   const Tensor& experts, const Tensor& weights, const std::string& activation) {
-  ExpertsParams p = check_layer(op, x, gate_up, down, activation);
+                                   const Tensor& experts, const Tensor& weights, const std::string& activation,
+                                   const LayerOptions& options) {
+  ExpertsParams p = check_layer(op, x, gate_up, down, activation, options);
   check_dims(op, "experts", experts, 2, "(T, K)");
   p.top_k = experts.size(1);
   check_shape(op, "experts", experts, {p.tokens, p.top_k}, "(T, K) with T from 'x'");
@@ -163,18 +299,18 @@ inline void check_expert_range(const char* op, const ExpertsParams& p) {
          " (that one marks an empty slot)");
 }
 
-inline GramParams check_gram(const Tensor& x, const Tensor& gate_up, const Tensor& down,
-                             const std::string& activation) {
+inline GramParams check_gram(const Tensor& x, const Tensor& gate_up, const Tensor& down, const std::string& activation,
+                             const LayerOptions& options) {
   GramParams p{};
-  static_cast<LayerParams&>(p) = check_layer("expert_gram", x, gate_up, down, activation);
+  static_cast<LayerParams&>(p) = check_layer("expert_gram", x, gate_up, down, activation, options);
   return p;
 }
 
 inline ProjectionParams check_projection(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& g,
-                                         const std::string& activation) {
+                                         const std::string& activation, const LayerOptions& options) {
   constexpr const char* op = "expert_projection";
   ProjectionParams p{};
-  static_cast<LayerParams&>(p) = check_layer(op, x, gate_up, down, activation);
+  static_cast<LayerParams&>(p) = check_layer(op, x, gate_up, down, activation, options);
   check_shape(op, "g", g, {p.tokens, p.hidden}, "(T, H) like 'x'");
   check_type(op, "g", g, {ScalarType::Float, x.scalar_type()});
   check_device(op, "g", g, "x", x);

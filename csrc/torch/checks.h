@@ -130,7 +130,15 @@ inline Activation activation_named(const char* op, const std::string& name) {
   if (name == "silu") return Activation::kSilu;
   if (name == "gelu") return Activation::kGeluErf;
   if (name == "gelu_tanh") return Activation::kGeluTanh;
-  refuse(op, "'activation' is \"", name.substr(0, 80), "\"; expected \"silu\", \"gelu\" or \"gelu_tanh\"");
+  if (name == "relu2") return Activation::kRelu2;
+  refuse(op, "'activation' is \"", name.substr(0, 80), "\"; expected \"silu\", \"gelu\", \"gelu_tanh\" or \"relu2\"");
+}
+
+inline Score score_named(const char* op, const std::string& name) {
+  if (name == "softmax") return Score::kSoftmax;
+  if (name == "sigmoid") return Score::kSigmoid;
+  if (name == "sqrtsoftplus") return Score::kSqrtSoftplus;
+  refuse(op, "'score' is \"", name.substr(0, 80), "\"; expected \"softmax\", \"sigmoid\" or \"sqrtsoftplus\"");
 }
 
 }  // namespace moe_ext

@@ -14,15 +14,21 @@ namespace moe_ext {
 namespace {
 
 std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, std::optional<Tensor> thresholds,
-                                 bool renormalise) {
+                                 bool renormalise, std::string score, std::optional<Tensor> bias, bool by_logits,
+                                 int64_t groups, int64_t groups_per_token, int64_t group_best, bool outside_zero,
+                                 double epsilon, double least, double scale) {
   constexpr const char* op = "route";
-  RouteParams p = check_route(logits, top_k, thresholds, renormalise);
+  RouteParams p = check_route(
+      logits, top_k, thresholds,
+      {renormalise, score, bias, by_logits, groups, groups_per_token, group_best, outside_zero, epsilon, least, scale});
+  const std::optional<Tensor> dense_bias = dense(op, "bias", bias);
   const Tensor dense_logits = dense(op, "logits", logits);
   const std::optional<Tensor> dense_thresholds = dense(op, "thresholds", thresholds);
   const Tensor weights = output(op, logits, {p.tokens, top_k}, ScalarType::Float);
   const Tensor experts = output(op, logits, {p.tokens, top_k}, ScalarType::Long);
   p.logits = dense_logits.const_data_ptr();
   p.thresholds = data_of<float>(dense_thresholds);
+  p.bias = data_of<float>(dense_bias);
   p.weights = static_cast<float*>(weights.mutable_data_ptr());
   p.experts = static_cast<int64_t*>(experts.mutable_data_ptr());
   dispatch(
@@ -31,12 +37,22 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, std::optio
   return {weights, experts};
 }
 
+// The arguments of a layer's operators that few models need, in the order of the schemas.
+#define MOE_EXT_LAYER_OPTIONS                                                                                         \
+  std::optional<Tensor> gate_up_bias, std::optional<Tensor> down_bias, bool gated, bool interleaved, bool transposed, \
+      std::optional<double> limit, bool limit_after, double alpha, double up_offset, std::optional<double> gate_cap,  \
+      std::optional<double> up_cap
+#define MOE_EXT_OPTIONS_GIVEN                                                                                       \
+  LayerOptions {                                                                                                    \
+    gate_up_bias, down_bias, gated, interleaved, transposed, limit, limit_after, alpha, up_offset, gate_cap, up_cap \
+  }
+
 // moments, counted, channels, pairs: of experts_observed; null for experts.
 Tensor run_experts(const char* op, const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts,
-                   const Tensor& weights, const std::string& activation, const Tensor* moments,
-                   const std::optional<Tensor>& counted, const std::optional<Tensor>& channels,
+                   const Tensor& weights, const std::string& activation, const LayerOptions& options,
+                   const Tensor* moments, const std::optional<Tensor>& counted, const std::optional<Tensor>& channels,
                    const std::optional<Tensor>& pairs) {
-  ExpertsParams p = check_experts(op, x, gate_up, down, experts, weights, activation);
+  ExpertsParams p = check_experts(op, x, gate_up, down, experts, weights, activation, options);
   if (moments != nullptr) check_observation(op, p, *moments, counted, channels, pairs, x);
 
   const Tensor dense_x = aligned(op, "x", x);
@@ -44,8 +60,7 @@ Tensor run_experts(const char* op, const Tensor& x, const Tensor& gate_up, const
   const Tensor dense_weights = dense(op, "weights", weights);
   const std::optional<Tensor> dense_counted = dense(op, "counted", counted);
   p.x = dense_x.const_data_ptr();
-  p.gate_up = gate_up.const_data_ptr();
-  p.down = down.const_data_ptr();
+  point_at_weights(&p, gate_up, down, options);
   p.experts = dense_experts.const_data_ptr();
   p.weights = dense_weights.const_data_ptr();
   p.moments = moments != nullptr ? static_cast<double*>(moments->mutable_data_ptr()) : nullptr;
@@ -63,26 +78,28 @@ Tensor run_experts(const char* op, const Tensor& x, const Tensor& gate_up, const
 }
 
 Tensor experts(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts, const Tensor& weights,
-               std::string activation) {
-  return run_experts("experts", x, gate_up, down, experts, weights, activation, nullptr, std::nullopt, std::nullopt,
-                     std::nullopt);
+               std::string activation, MOE_EXT_LAYER_OPTIONS) {
+  return run_experts("experts", x, gate_up, down, experts, weights, activation, MOE_EXT_OPTIONS_GIVEN, nullptr,
+                     std::nullopt, std::nullopt, std::nullopt);
 }
 
 Tensor experts_observed(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& experts,
                         const Tensor& weights, std::string activation, const Tensor& moments,
-                        std::optional<Tensor> counted, std::optional<Tensor> channels, std::optional<Tensor> pairs) {
-  return run_experts("experts_observed", x, gate_up, down, experts, weights, activation, &moments, counted, channels,
-                     pairs);
+                        std::optional<Tensor> counted, std::optional<Tensor> channels, std::optional<Tensor> pairs,
+                        MOE_EXT_LAYER_OPTIONS) {
+  return run_experts("experts_observed", x, gate_up, down, experts, weights, activation, MOE_EXT_OPTIONS_GIVEN,
+                     &moments, counted, channels, pairs);
 }
 
-Tensor expert_gram(const Tensor& x, const Tensor& gate_up, const Tensor& down, std::string activation) {
+Tensor expert_gram(const Tensor& x, const Tensor& gate_up, const Tensor& down, std::string activation,
+                   MOE_EXT_LAYER_OPTIONS) {
   constexpr const char* op = "expert_gram";
-  GramParams p = check_gram(x, gate_up, down, activation);
+  const LayerOptions options = MOE_EXT_OPTIONS_GIVEN;
+  GramParams p = check_gram(x, gate_up, down, activation, options);
   const Tensor dense_x = aligned(op, "x", x);
   const Tensor gram = output(op, x, {p.tokens, p.num_experts, p.num_experts}, ScalarType::Double);
   p.x = dense_x.const_data_ptr();
-  p.gate_up = gate_up.const_data_ptr();
-  p.down = down.const_data_ptr();
+  point_at_weights(&p, gate_up, down, options);
   p.gram = static_cast<double*>(gram.mutable_data_ptr());
   dispatch(
       op, x, [&](const Threads& threads) { cpu::gram(p, threads); },
@@ -91,15 +108,15 @@ Tensor expert_gram(const Tensor& x, const Tensor& gate_up, const Tensor& down, s
 }
 
 Tensor expert_projection(const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& g,
-                         std::string activation) {
+                         std::string activation, MOE_EXT_LAYER_OPTIONS) {
   constexpr const char* op = "expert_projection";
-  ProjectionParams p = check_projection(x, gate_up, down, g, activation);
+  const LayerOptions options = MOE_EXT_OPTIONS_GIVEN;
+  ProjectionParams p = check_projection(x, gate_up, down, g, activation, options);
   const Tensor dense_x = aligned(op, "x", x);
   const Tensor dense_g = aligned(op, "g", g);
   const Tensor out = output(op, x, {p.tokens, p.num_experts}, ScalarType::Double);
   p.x = dense_x.const_data_ptr();
-  p.gate_up = gate_up.const_data_ptr();
-  p.down = down.const_data_ptr();
+  point_at_weights(&p, gate_up, down, options);
   p.g = dense_g.const_data_ptr();
   p.out = static_cast<double*>(out.mutable_data_ptr());
   dispatch(
@@ -107,6 +124,8 @@ Tensor expert_projection(const Tensor& x, const Tensor& gate_up, const Tensor& d
       [&](const auto& scratch, auto* stream) { cuda::projection(p, scratch, stream); });
   return out;
 }
+#undef MOE_EXT_LAYER_OPTIONS
+#undef MOE_EXT_OPTIONS_GIVEN
 
 Tensor run_subsets(const char* op, const Tensor* distances, const Tensor* projections, const Tensor& ranks,
                    const Tensor& scores, const Tensor& keep, int64_t top_k, const std::optional<Tensor>& thresholds) {
@@ -144,13 +163,23 @@ Tensor projected_errors(const Tensor& projections, const Tensor& ranks, const Te
 }  // namespace moe_ext
 
 STABLE_TORCH_LIBRARY(moe_ext, m) {
-  m.def("route(Tensor logits, int top_k, Tensor? thresholds=None, bool renormalise=True) -> (Tensor, Tensor)");
-  m.def("experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights, str activation) -> Tensor");
+  m.def(
+      "route(Tensor logits, int top_k, Tensor? thresholds=None, bool renormalise=True, str score='softmax', "
+      "Tensor? bias=None, bool by_logits=False, int groups=1, int groups_per_token=1, int group_best=1, "
+      "bool outside_zero=False, float epsilon=0., float least=0., float scale=1.) -> (Tensor, Tensor)");
+#define MOE_EXT_LAYER_OPTIONS                                                                                \
+  ", Tensor? gate_up_bias=None, Tensor? down_bias=None, bool gated=True, bool interleaved=False, "           \
+  "bool transposed=False, float? limit=None, bool limit_after=False, float alpha=1.0, float up_offset=0.0, " \
+  "float? gate_cap=None, float? up_cap=None) -> Tensor"
+  m.def("experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights, str activation"  //
+        MOE_EXT_LAYER_OPTIONS);
   m.def(
       "experts_observed(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights, str activation, "
-      "Tensor(a!) moments, Tensor? counted=None, Tensor(b!)? channels=None, Tensor(c!)? pairs=None) -> Tensor");
-  m.def("expert_gram(Tensor x, Tensor gate_up, Tensor down, str activation) -> Tensor");
-  m.def("expert_projection(Tensor x, Tensor gate_up, Tensor down, Tensor g, str activation) -> Tensor");
+      "Tensor(a!) moments, Tensor? counted=None, Tensor(b!)? channels=None, Tensor(c!)? pairs=None"  //
+      MOE_EXT_LAYER_OPTIONS);
+  m.def("expert_gram(Tensor x, Tensor gate_up, Tensor down, str activation" MOE_EXT_LAYER_OPTIONS);
+  m.def("expert_projection(Tensor x, Tensor gate_up, Tensor down, Tensor g, str activation" MOE_EXT_LAYER_OPTIONS);
+#undef MOE_EXT_LAYER_OPTIONS
   m.def(
       "subset_errors(Tensor distances, Tensor ranks, Tensor scores, Tensor keep, int top_k, Tensor? thresholds=None) "
       "-> Tensor");

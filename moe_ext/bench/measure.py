@@ -14,6 +14,8 @@ from moe_ext.bench.layer import Layer
 from moe_ext.binary import _C
 from moe_ext.checkpoints.read_config import model_built_from, read_config
 from moe_ext.models.blocks import moe_blocks
+from moe_ext.models.boundary import output_width
+from moe_ext.models.expert_width import width_of
 from moe_ext.storage.machine import processor
 
 CACHE_BYTES = 256 << 20  # read before every call, so that no cache holds the weights
@@ -62,7 +64,7 @@ class Shape:
         down = dict(block.experts.named_parameters()).get("down_proj")
         if down is None or down.ndim != 3 or not getattr(block.experts, "has_gate", True):
             raise ValueError(f"{checkpoint}: the experts of {block.name} are not of the form that the operators run")
-        return cls(down.shape[1], down.shape[2], block.num_experts, block.top_k)
+        return cls(output_width(block.experts), width_of(block), block.num_experts, block.top_k)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ model in memory, or of a checkpoint folder one decoder layer at a time.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,30 +12,35 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from moe_ext.calibration.channels import check_channels
+from moe_ext.calibration.interrupted import BatchProgress, stopping_between_batches
 from moe_ext.calibration.observer import Observer, observing, take
+from moe_ext.calibration.pace import Pace
 from moe_ext.calibration.progress import CalibrationProgress
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.streamed_model import LayersOnDisk
 from moe_ext.models.blocks import (
     MoeBlock,
     decoder_layers,
-    family_of,
     input_device,
     moe_blocks,
     refuse_novices,
     refuse_shared_out,
     router_digest,
-    text_config,
 )
+from moe_ext.models.boundary import output_width
 from moe_ext.models.layout import layout_of
+from moe_ext.models.router_formula import gate_of
 from moe_ext.models.wrapped import unwrapped
-from moe_ext.runtime.batches import check_batch
+from moe_ext.runtime.batches import as_batches, check_batch, domain_of
+from moe_ext.runtime.course import course_of
 from moe_ext.runtime.hidden_states import FolderOptions
 from moe_ext.runtime.layer_walk import LayerInputs
 from moe_ext.runtime.patching import altered_gates, layer_state
-from moe_ext.runtime.processes import check_same, share_of, total_of
+from moe_ext.runtime.processes import check_same, place_among, share_of, total_of
 from moe_ext.runtime.same_job import check_same_job
 from moe_ext.storage.digests import joined_digest
+from moe_ext.storage.formats import shown
+from moe_ext.version import __version__
 
 
 def add_up(stats: ExpertStatistics) -> None:
@@ -46,14 +51,14 @@ def add_up(stats: ExpertStatistics) -> None:
         ValueError: the processes calibrated different models.
     """
     check_same(stats.model_digest, "the processes calibrated different models: the weights of their routers differ")
-    for name, tensor in stats.tensors().items():
-        if name not in ("channel_norms", "channel_order"):  # which are the same in all
+    for name, tensor in stats.every_tensor().items():
+        if not name.startswith(("channel_norms", "channel_order")):  # which are the same in all
             tensor.copy_(total_of(tensor))
 
 
 def calibrate(
     model: PreTrainedModel | str | os.PathLike[str],
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Any],
     *,
     progress: bool = True,
     dataset: str = "",
@@ -62,10 +67,11 @@ def calibrate(
     strict: bool = True,
     shard: str = "",
     distributed: bool = False,
+    resume: str | os.PathLike[str] | None = None,
+    minutes: float = 10,
     dtype: str | None = None,
     device: str | None = None,
     scratch: str | os.PathLike[str] | None = None,
-    resume: str | os.PathLike[str] | None = None,
     read_ahead: bool | None = None,
     trust_remote_code: bool | None = None,
 ) -> ExpertStatistics:
@@ -77,7 +83,10 @@ def calibrate(
             all batches before the next, and the statistics are those of the loaded model, bit by bit.
         batches: mappings with ``input_ids`` (B, S) and optionally ``attention_mask`` (B, S); tokens whose mask is 0 are
             padding and count in nothing. What tokenizers give beside them, such as ``token_type_ids``, is left out
-            where the model does not take it.
+            where the model does not take it. :func:`moe_ext.data.batches` makes them of text, chats and data sets;
+            DataLoaders and data sets of tokens are taken as they are (:func:`moe_ext.runtime.batches.as_batch`).
+            Batches that name their ``domain`` are added up by it, too: :attr:`ExpertStatistics.domains`. A mask may be
+            one of (B, 1, S, S); ``counted`` (B, S) then says which tokens count, or else those that see themselves.
         progress: whether to show a progress bar.
         dataset: a label for the text, kept in the statistics.
         outputs: also sum every expert's outputs, for the criterion ``mone``. Slower: the experts run twice, the second
@@ -93,44 +102,62 @@ def calibrate(
         distributed: whether the batches are shared among the processes of torch.distributed's default group, every
             N-th whole batch to each, and the sums added up; all of them are given all batches, the same model and the
             same options, and return the same statistics.
-        dtype, device, scratch, resume, read_ahead, trust_remote_code: for a checkpoint folder only: the fields of
+        resume: a file from which the same call goes on where an interrupted one was; yours to remove once the result is
+            saved. Of a model in memory it is written every so many ``minutes``, and when Ctrl-C stops the run, which
+            then waits for the batch under way; of a checkpoint folder after every layer. Not with ``channels="gram"``
+            of a model in memory.
+        dtype, device, scratch, read_ahead, trust_remote_code: for a checkpoint folder only: the fields of
             :class:`moe_ext.runtime.hidden_states.FolderOptions`, which has what holds where one is None.
 
     Returns:
         :class:`ExpertStatistics` on the CPU.
 
     Raises:
-        TypeError: an option for folders with a model in memory.
+        KeyboardInterrupt: Ctrl-C; with ``resume`` says where the run goes on.
+        TypeError: an option for folders with a model in memory, or ``resume`` with its Gram matrices.
         ValueError: processes that differ in text, options or model (says which and in what), a malformed batch, a token
             that the model does not have, no counted token, a model that :func:`moe_ext.patch` refuses or that is
             skipping (its routing would bias the statistics), or activations that are not finite (the layer is named).
         MemoryError, OSError: hidden states for which there is no room, or a checkpoint that cannot be read.
     """
-    in_folder = {"dtype": dtype, "device": device, "scratch": scratch, "resume": resume, "read_ahead": read_ahead}
+    in_folder = {"dtype": dtype, "device": device, "scratch": scratch, "read_ahead": read_ahead}
     in_folder["trust_remote_code"] = trust_remote_code
     asked = {"dataset": dataset, "outputs": outputs, "channels": channels, "strict": strict, "shard": shard}
+    checked = as_batches(batches)
     if not isinstance(model, str | os.PathLike):
         FolderOptions.refuse(**in_folder)
+        if channels == "gram" and resume is not None:
+            raise TypeError("resume: a model in memory does not go on from half its Gram matrices; give a folder")
         inside: PreTrainedModel = unwrapped(model)
         blocks = moe_blocks(inside)
         stats = _start(inside, blocks, dataset, outputs, channels, shard)
-        mine = _share(batches, inside, None, asked) if distributed else batches
+        mine = _share(checked, inside, None, asked, stats) if distributed else checked
         if channels == "gram":
             _run_in_turn(inside, blocks, list(mine), stats, progress, outputs, strict, distributed)
         else:
-            _run(inside, blocks, mine, stats, progress, outputs, strict)
+            job = joined_digest([__version__, _sums_of(inside, blocks, stats, outputs, strict), place_among()])
+            record = BatchProgress(resume, job, minutes)
+            _run(inside, blocks, Pace(mine, batches, show=progress), stats, record, outputs, strict)
     else:
-        options = FolderOptions.given(**in_folder)
+        options = FolderOptions.given(resume=resume, **in_folder)
         with options.opened(model) as layers:
             stats = _start(layers.model, layers.blocks, dataset, outputs, channels, shard)
-            listed = _share(batches, layers.model, layers, asked) if distributed else list(batches)
-            _run_layers(layers, listed, stats, options, progress, outputs, strict, distributed)
+            listed = _share(checked, layers.model, layers, asked, stats) if distributed else list(checked)
+            _run_in_turn(
+                *(layers.model, layers.blocks, listed, stats, progress, outputs, strict, distributed), (layers, options)
+            )
     if distributed:
         add_up(stats)
-    if not bool((stats.tokens > 0).all()):
+    without = [name for name, tokens in zip(stats.layers, stats.tokens.tolist(), strict=True) if tokens == 0]
+    if len(without) == stats.num_layers:
         raise ValueError(
             "no token was counted: 'batches' is empty, every token is padding, "
             "or set_experts_implementation was called on the patched model"
+        )
+    if without:
+        raise ValueError(
+            f"no token came to {len(without)} of {stats.num_layers} MoE layers, the first {without[0]}: its experts "
+            "are for other inputs than these batches hold, such as images; add batches with them"
         )
     return stats
 
@@ -145,47 +172,109 @@ def _start(
         )
     refuse_novices(blocks, "calibrate")
     refuse_shared_out(blocks, "calibrate")
-    hidden_size = text_config(model).hidden_size if outputs else None
+    hidden_size = output_width(blocks[0].experts) if outputs else None
     width = check_channels(channels, blocks)
     layout, ordered = layout_of(model, blocks), channels == "gram"
-    stats = ExpertStatistics.empty(layout, family_of(model).gate, dataset, hidden_size, width, ordered)
+    stats = ExpertStatistics.empty(layout, gate_of(blocks[0]), dataset, hidden_size, width, ordered)
     stats.shards = (shard,) if shard else ()
     return stats
 
 
 def _share(
-    batches: Iterable[Mapping[str, Tensor]], model: PreTrainedModel, layers: LayersOnDisk | None, asked: dict[str, Any]
-) -> list[Mapping[str, Tensor]]:
-    """This process's batches, once all processes are known to do the same job; ValueError if they do not."""
+    batches: Iterable[Mapping[str, Any]],
+    model: PreTrainedModel,
+    layers: LayersOnDisk | None,
+    asked: dict[str, Any],
+    stats: ExpertStatistics,
+) -> list[Mapping[str, Any]]:
+    """This process's batches, once all processes are known to do the same job; ValueError if they do not. The
+    statistics get the domains of all processes' batches."""
     listed = list(batches)
     for index, batch in enumerate(listed):
         check_batch(index, batch, model)
     check_same_job(listed, model, layers, asked)
+    for domain in _domains(listed):
+        if domain is not None:
+            stats.of_domain(domain)
     return list(share_of(listed))
+
+
+def _domains(batches: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """Every batch's domain; ValueError if some have one and others have none."""
+    found: list[str | None] = []
+    for index, batch in enumerate(batches):
+        found.append(domain_of(index, batch))
+        _check_alike(index, found[0], found[-1])
+    return found
+
+
+def _check_alike(index: int, first: str | None, domain: str | None) -> None:
+    if (first is None) != (domain is None):
+        raise ValueError(f"batch {index}: names {shown(domain)} as its domain, and batch 0 {shown(first)}")
+
+
+def _sums_of(
+    model: PreTrainedModel, blocks: list[MoeBlock], stats: ExpertStatistics, outputs: bool, strict: bool
+) -> str:
+    """What the sums depend on beside the text, as a text."""
+    routers = joined_digest([router_digest(block) for block in blocks])
+    return f"{routers} {model.dtype} {input_device(model)} {outputs} {stats.width} {strict}"
 
 
 def _run(
     model: PreTrainedModel,
     blocks: list[MoeBlock],
-    batches: Iterable[Mapping[str, Tensor]],
+    pace: Pace,
     stats: ExpertStatistics,
-    progress: bool,
+    record: BatchProgress,
     outputs: bool,
     strict: bool,
 ) -> None:
     """Fills the statistics of a model in memory."""
-    with torch.no_grad(), observing(model, blocks, outputs, strict, stats.width, False) as observers:
-        for index, batch in enumerate(tqdm(batches, desc="calibrate", unit="batch", disable=not progress)):
+    first, count = None, 0
+    with (
+        torch.no_grad(),
+        observing(model, blocks, outputs, strict, stats.width, False) as observers,
+        stopping_between_batches(record.is_kept) as stop,
+        pace,
+    ):
+        for index, batch in enumerate(pace):
             inputs, counted = check_batch(index, batch, model)
-            for observer in observers:
-                observer.counted = None if counted is None else counted.to(observer.moments.device)
-            inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
-            # The decoder without the language model head: statistics need no logits.
-            model.base_model(**inputs, use_cache=False)
+            domain = domain_of(index, batch)
+            first = domain if index == 0 else first
+            _check_alike(index, first, domain)
+            count = index + 1
+            if not record.is_done(index, batch, observers):
+                for observer in observers:
+                    observer.begin(domain, counted)
+                inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
+                # The decoder without the language model head: statistics need no logits.
+                model.base_model(**inputs, use_cache=False)
+                record.after(index, observers, bool(stop))
+            pace.add(inputs["input_ids"].numel() if counted is None else int(counted.sum()))
+    record.finished(count)
     digests = [router_digest(block) for block in blocks]
     for layer, observer in enumerate(observers):
         take(stats, layer, observer)
     stats.model_digest = joined_digest(digests)
+
+
+def _before_batches(
+    bar: Any, layer: int, observers: list[Observer], counted: list[Tensor | None], domains: list[str | None]
+) -> Callable[[int], None]:
+    """What is to be done before a layer runs a batch."""
+    bar.set_description(f"calibrate layer {layer}")
+
+    def before(batch: int) -> None:
+        for observer in observers:
+            observer.begin(domains[batch], counted[batch])
+        bar.update()
+
+    return before
+
+
+def _mine(sums: Tensor) -> Tensor:
+    return sums
 
 
 def _run_in_turn(
@@ -197,84 +286,57 @@ def _run_in_turn(
     outputs: bool,
     strict: bool,
     distributed: bool,
+    on_disk: tuple[LayersOnDisk, FolderOptions] | None = None,
 ) -> None:
-    """Fills the statistics of a model in memory, one layer after the other."""
+    """Fills the statistics of a model one decoder layer after the other."""
     _, _, of_block = decoder_layers(model, blocks)
     checked = [check_batch(index, batch, model) for index, batch in enumerate(batches)]
-    with (
-        tqdm(total=(of_block[-1] + 1) * len(checked), desc="calibrate", unit="batch", disable=not progress) as bar,
-        torch.no_grad(),
-        observing(model, blocks, outputs, strict, stats.width, True) as observers,
-        LayerInputs(model, blocks, [each.inputs for each in checked]) as inputs,
-    ):
-        for layer in range(of_block[-1] + 1):
-            index = of_block.index(layer) if layer in of_block else None
-            observer = None if index is None else observers[index]
-            inputs.advance(_before_batches(bar, layer, observer, [each.counted for each in checked]))
-            if observer is not None and index is not None:
-                take(stats, index, observer, total_of if distributed else _mine)
-    stats.model_digest = joined_digest([router_digest(block) for block in blocks])
-
-
-def _before_batches(
-    bar: Any, layer: int, observer: Observer | None, counted: list[Tensor | None]
-) -> Callable[[int], None]:
-    """What is to be done before a layer runs a batch."""
-    bar.set_description(f"calibrate layer {layer}")
-
-    def before(batch: int) -> None:
-        mask = counted[batch]
-        if observer is not None:
-            observer.counted = None if mask is None else mask.to(observer.moments.device)
-        bar.update()
-
-    return before
-
-
-def _mine(sums: Tensor) -> Tensor:
-    return sums
-
-
-def _run_layers(
-    layers: LayersOnDisk,
-    batches: list[Mapping[str, Tensor]],
-    stats: ExpertStatistics,
-    options: FolderOptions,
-    progress: bool,
-    outputs: bool,
-    strict: bool,
-    distributed: bool,
-) -> None:
-    """Fills the statistics of a model one decoder layer at a time."""
-    model, blocks = layers.model, layers.blocks
-    _, _, of_block = decoder_layers(model, blocks)
-    checked = [check_batch(index, batch, model) for index, batch in enumerate(batches)]
-    given, counted = [each.inputs for each in checked], [each.counted for each in checked]
-    record = CalibrationProgress(layers, given, stats, options, outputs, show=progress)
-    done = len(record.digests) == len(blocks)
-    ordered = _layers_ordered(stats, record.digests, distributed)
-    left = range(record.position, record.position if done else of_block[-1] + 1)
+    given, counted, domains = [each.inputs for each in checked], [each.counted for each in checked], _domains(batches)
+    for domain in domains:
+        if domain is not None:
+            stats.of_domain(domain)  # before the sums of an interrupted run are read
+    course = course_of(model, blocks, given)
+    ends = course.last_calls(of_block)
+    record = None
+    if on_disk is not None:
+        record = CalibrationProgress(on_disk[0], given, stats, on_disk[1], outputs, course, show=progress)
+    digests = {} if record is None else record.digests
+    ordered = _layers_ordered(stats, digests, distributed)
+    start = 0 if record is None else record.position
+    left = range(start, start if len(digests) == len(blocks) else max(ends) + 1)
     bar = tqdm(total=len(left) * len(given), desc="calibrate", unit="batch", disable=not progress)
+    walk = LayerInputs(
+        *(model, blocks, given),
+        course=course,
+        states=None if record is None else record.states,
+        need=None if on_disk is None else on_disk[0].need,
+        position=start,
+    )
     with (
         bar,
         torch.no_grad(),
         observing(model, blocks, outputs, strict, stats.width, stats.channel_order is not None) as observers,
-        LayerInputs(model, blocks, given, states=record.states, need=layers.need, position=record.position) as inputs,
+        walk as inputs,
     ):
-        for layer in left:
-            index = of_block.index(layer) if layer in of_block else None
-            observer = None if index is None or index in record.digests else observers[index]
-            if index is not None and observer is None:
-                layer_state(blocks[index]).observer = None  # its sums are there from before the interruption
-            if observer is not None and index in ordered:
-                observer.inputs = None
-            inputs.advance(_before_batches(bar, layer, observer, counted))
-            if observer is not None and index is not None:
-                take(stats, index, observer, total_of if distributed else _mine)
-                record.digests[index] = router_digest(blocks[index])
-            record.write(layer + 1)
-    stats.model_digest = joined_digest([record.digests[index] for index in range(len(blocks))])
-    record.finish()
+        for index in digests:
+            layer_state(blocks[index]).observer = None  # its sums are there from before the interruption
+        for position in left:
+            layer = course.calls[position]
+            watched = {
+                index: observers[index] for index, of in enumerate(of_block) if of == layer and index not in digests
+            }
+            for index in ordered & watched.keys():
+                watched[index].inputs = None
+            inputs.advance(_before_batches(bar, layer, list(watched.values()), counted, domains))
+            for index, observer in watched.items():
+                if position == ends[index]:
+                    take(stats, index, observer, total_of if distributed else _mine)
+                    digests[index] = router_digest(blocks[index])
+            if record is not None:
+                record.write(position + 1)
+    stats.model_digest = joined_digest([digests[index] for index in range(len(blocks))])
+    if record is not None:
+        record.finish()
 
 
 def _layers_ordered(stats: ExpertStatistics, digests: Mapping[int, str], distributed: bool) -> set[int]:

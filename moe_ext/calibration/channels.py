@@ -8,8 +8,9 @@ from torch import Tensor
 
 from moe_ext.calibration.removal_order import removal_order
 from moe_ext.calibration.routed_inputs import RoutedInputs
-from moe_ext.models.blocks import MoeBlock, expert_tensors
+from moe_ext.models.blocks import MoeBlock
 from moe_ext.models.expert_width import width_of
+from moe_ext.runtime.formulas import ExpertsLayer, experts_layer
 from moe_ext.runtime.supported import reason_unsupported
 
 CHANNELS = ("energy", "gram")
@@ -55,31 +56,29 @@ def check_gram_memory(width: int) -> int:
     return needed
 
 
-def channel_errors(energies: Tensor, down: Tensor) -> Tensor:
+def channel_errors(energies: Tensor, layer: ExpertsLayer) -> Tensor:
     """What the squared error of the layer's output gains if a channel alone goes.
 
     Args:
         energies: (E, I) float64, ``sum g^2 h_j^2``, as ``ops.experts_observed`` adds up.
-        down: (E, H, I), any floating dtype.
 
     Returns:
         (E, I) float64, on the device of ``energies``: ``sum g^2 h_j^2 ||down[:, j]||^2``.
     """
-    norms = [expert.double().square().sum(0) for expert in down]  # one expert in float64 at a time
+    downs = (layer.outputs(expert).detach() for expert in range(len(energies)))
+    norms = [down.double().square().sum(0) for down in downs]  # one expert in float64 at a time
     return energies * torch.stack(norms).to(energies.device)
 
 
-def channel_norms(block: MoeBlock) -> Tensor:
+def channel_norms(layer: ExpertsLayer) -> Tensor:
     """(E, I) float64 on the CPU: ``||down[:, j]|| * ||up[j]||`` of the weights."""
-    tensors = expert_tensors(block)
     rows = []
-    for gate_up, down in zip(tensors["gate_up_proj"], tensors["down_proj"], strict=True):
-        up = gate_up.chunk(2)[1]
-        rows.append(down.double().norm(dim=0) * up.double().norm(dim=1))
+    for expert in range(len(layer.down)):
+        rows.append(layer.outputs(expert).double().norm(dim=0) * layer.up(expert).double().norm(dim=1))
     return torch.stack(rows).detach().cpu()
 
 
-def removal_orders(block: MoeBlock, inputs: RoutedInputs, activation: str, total: Callable[[Tensor], Tensor]) -> Tensor:
+def removal_orders(block: MoeBlock, inputs: RoutedInputs, total: Callable[[Tensor], Tensor]) -> Tensor:
     """Every expert's channels in their :func:`removal_order`, one expert's Gram matrix in memory at a time; those of an
     expert that no token reached by ``||down[:, j]|| * ||up[j]||``.
 
@@ -93,13 +92,14 @@ def removal_orders(block: MoeBlock, inputs: RoutedInputs, activation: str, total
     Raises:
         ValueError: sums that are not finite (layer and expert are named).
     """
-    tensors, unreached = expert_tensors(block), channel_norms(block).sort(dim=1, stable=True).indices
+    layer = experts_layer(block.experts)
+    unreached = channel_norms(layer).sort(dim=1, stable=True).indices
     rows = []
-    for expert, (gate_up, down) in enumerate(zip(tensors["gate_up_proj"], tensors["down_proj"], strict=True)):
-        mine, _ = inputs.gram(expert, gate_up.detach(), activation)
+    for expert in range(len(layer.down)):
+        mine, _ = inputs.gram(expert, layer)
         gram = total(mine).to(mine.device)
         if not bool(gram.isfinite().all()):
             raise ValueError(f"layer {block.name}: expert {expert} gave activations that are not finite")
         reached = bool(gram.diagonal().any())
-        rows.append(removal_order(gram, down.detach()).cpu() if reached else unreached[expert])
+        rows.append(removal_order(gram, layer.outputs(expert).detach()).cpu() if reached else unreached[expert])
     return torch.stack(rows).int()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.streamed_model import LayersOnDisk
+from moe_ext.runtime.course import Course
 from moe_ext.runtime.hidden_states import FolderOptions, MappedStates, waiting_states
 from moe_ext.runtime.processes import place_among
 from moe_ext.storage.digests import joined_digest, text_digest
@@ -21,11 +22,12 @@ class CalibrationProgress:
 
     Attributes:
         states: hidden states before ``position``.
-        position: decoder layer to go on with.
+        position: call of a decoder layer to go on with.
         digests: by MoE layer, of the routers of those whose sums are in the statistics.
 
     Args:
         stats: statistics of no text; the sums of finished layers are read into them.
+        course: of the model's forward passes over the batches.
         show: whether to say how much room the hidden states take.
 
     Raises:
@@ -40,6 +42,7 @@ class CalibrationProgress:
         stats: ExpertStatistics,
         options: FolderOptions,
         outputs: bool,
+        course: Course,
         *,
         show: bool,
     ) -> None:
@@ -58,14 +61,14 @@ class CalibrationProgress:
         self.digests: dict[int, str] = {}
         reached = self._read()
         self.states, self.position = waiting_states(
-            layers, batches, options.scratch, self._job, reached, hold=True, show=show
+            course, batches, options.scratch, self._job, reached, hold=True, show=show
         )
 
-    def write(self, layer: int) -> None:
-        """Says that the layers before ``layer`` are done."""
+    def write(self, position: int) -> None:
+        """Says that the layer calls before ``position`` are done."""
         if self._path is not None:
-            metadata = {"job": self._job, "layer": str(layer), "digests": json.dumps(self.digests)}
-            write_tensors(self._path, self._stats.tensors(), metadata)
+            metadata = {"job": self._job, "layer": str(position), "digests": json.dumps(self.digests)}
+            write_tensors(self._path, self._stats.every_tensor(), metadata)
         if isinstance(self.states, MappedStates):
             self.states.forget_earlier()
 
@@ -85,7 +88,7 @@ class CalibrationProgress:
                         f"resume: {self._path} is of another run (model, text or options differ); "
                         "name a new file, or delete it"
                     )
-                for name, tensor in self._stats.tensors().items():
+                for name, tensor in self._stats.every_tensor().items():
                     tensor.copy_(file.get_tensor(name))
                 self.digests = {int(layer): digest for layer, digest in json.loads(metadata["digests"]).items()}
                 return int(metadata["layer"])

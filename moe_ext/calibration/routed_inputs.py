@@ -7,10 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers.activations import ACT2FN
 
+from moe_ext.runtime.formulas import ExpertsLayer
 from moe_ext.storage.spilled_tensors import SpillingList
 
 MEMORY = 128 << 20
@@ -18,8 +17,6 @@ MEMORY = 128 << 20
 
 ROWS = 1024
 """Tokens of one product in float32; the products are summed in float64."""
-
-_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 class RoutedInputs:
@@ -67,20 +64,16 @@ class RoutedInputs:
         if rows:
             yield _joined(waiting, device)
 
-    def gram(self, expert: int, gate_up: Tensor, activation: str) -> tuple[Tensor, int]:
+    def gram(self, expert: int, layer: ExpertsLayer) -> tuple[Tensor, int]:
         """``sum g^2 h h^T`` of an expert, and the tokens that it is summed over.
-
-        Args:
-            gate_up: (2I, H), the expert's.
-            activation: the operators' name.
 
         Returns:
             (I, I) float64 on the weights' device, zero where no token came.
         """
-        width, tokens = gate_up.shape[0] // 2, 0
-        gram = torch.zeros(width, width, dtype=torch.float64, device=gate_up.device)
-        for x, weights in self.of_expert(expert, gate_up.device):
-            h = weights[:, None] * hidden(x, gate_up, activation)
+        device, width, tokens = layer.down.device, layer.outputs(expert).shape[1], 0
+        gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+        for x, weights in self.of_expert(expert, device):
+            h = weights[:, None] * layer.hidden(expert, x)
             gram += h.T @ h
             tokens += len(x)
         return gram, tokens
@@ -89,16 +82,3 @@ class RoutedInputs:
 def _joined(parts: list[tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
     x, weights = zip(*parts, strict=True)
     return torch.cat(x).to(device), torch.cat(weights).to(device)
-
-
-def hidden(x: Tensor, gate_up: Tensor, activation: str) -> Tensor:
-    """``h = act(gate x) * (up x)`` of one expert, (R, I) float32; the products are in the weights' dtype.
-
-    Args:
-        x: (R, H).
-        gate_up: (2I, H).
-        activation: the operators' name.
-    """
-    gate, up = F.linear(x.to(gate_up.dtype), gate_up).float().chunk(2, dim=-1)
-    h: Tensor = ACT2FN[_ACTIVATIONS[activation]](gate) * up
-    return h

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ from moe_ext.storage.tensor_file import read_tensors, write_tensors
 RATIO_BINS = 1024
 """Bins of equal width over [0, 1] that ``ratio_histogram`` counts ``w_j / w_1`` in; a ratio of 1 falls in the last."""
 
-FORMAT = Format("moe_ext.expert_statistics", 2, "a statistics file", oldest=1)  # 1: without output_pairs
+# 1: without output_pairs; 2: without domains, and what has none is still saved as 2.
+FORMAT = Format("moe_ext.expert_statistics", 3, "a statistics file", oldest=1)
+
+_OF_DOMAINS = "domain_"
 
 MOST_COUNTED = 2**53
 """The largest count: beyond it float64, in which the moments count as well, leaves numbers out."""
@@ -59,6 +62,7 @@ class ExpertStatistics(WithLayout):
             Gram matrices. Such statistics do not merge.
         model_digest: tells models of one family apart by their routers' weights; empty if not known.
         shards: labels of the runs that the sums are of, so that none is counted twice; empty if not known.
+        domains: statistics of every domain of the text, by name, which add up to these; empty if the text had none.
 
     Raises:
         ValueError: a tensor's shape, dtype or device is not as above, or a label is no text.
@@ -78,6 +82,7 @@ class ExpertStatistics(WithLayout):
     channel_order: torch.Tensor | None = None
     model_digest: str = ""
     shards: tuple[str, ...] = ()
+    domains: dict[str, ExpertStatistics] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_tensors(self.tensors(), self.num_layers, self.num_experts, self.top_k)
@@ -89,6 +94,10 @@ class ExpertStatistics(WithLayout):
             check_label(name, getattr(self, name))
         for shard in self.shards:
             check_label("shards", shard)
+        for name, part in self.domains.items():
+            check_label("domains", name)
+            if part.tensors().keys() != self.tensors().keys() - {"channel_order"} or part.layout != self.layout:
+                raise ValueError(f"domains: the statistics of {shown(name)} are not of the kind of all")
 
     @classmethod
     def zeros(
@@ -148,6 +157,56 @@ class ExpertStatistics(WithLayout):
         """I, if channels were observed."""
         return None if self.channel_errors is None else self.channel_errors.shape[2]
 
+    def of_domain(self, name: str) -> ExpertStatistics:
+        """The statistics of a domain; those of no text, added to these, if there are none yet."""
+        if name not in self.domains:
+            hidden_size = None if self.output_sum is None else self.output_sum.shape[2]
+            self.domains[name] = ExpertStatistics.empty(self.layout, self.gate, name, hidden_size, self.width)
+        return self.domains[name]
+
+    def domain(self, name: str) -> ExpertStatistics:
+        """The statistics of a domain; ValueError, naming those that there are, if it is none of them."""
+        if name not in self.domains:
+            known = ", ".join(map(shown, self.domains)) or "none"
+            raise ValueError(f"domain: there is no {shown(name)} in the statistics; they have {known}")
+        return self.domains[name]
+
+    def add_up_domains(self, layer: int) -> None:
+        """Makes the sums of a layer those of all domains, added in the order of their names."""
+        for name, tensor in self.tensors().items():
+            if name not in ("channel_norms", "channel_order"):
+                parts = [self.domains[domain].tensors()[name][layer] for domain in sorted(self.domains)]
+                tensor[layer] = torch.stack(parts).sum(0) if parts else 0
+
+    def balanced(self) -> ExpertStatistics:
+        """As if every domain had the same number of tokens, and all of them as many as now: each domain's sums times
+        all tokens over the number of domains and its own tokens. Counts are rounded; the moments, which criteria use,
+        are not.
+
+        Raises:
+            ValueError: fewer than two domains, or one without tokens (it is named).
+        """
+        if len(self.domains) < 2:
+            raise ValueError(
+                f"balance: expected statistics of two or more domains, got {len(self.domains)}; calibrate with several "
+                "sources (--data)"
+            )
+        sums: dict[str, Any] = {
+            name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in self.tensors().items()
+        }
+        for domain in sorted(self.domains):
+            part = self.domains[domain]
+            if not bool((part.tokens > 0).all()):
+                raise ValueError(f"balance: the domain {shown(domain)} has no tokens")
+            factors = self.tokens.double() / (len(self.domains) * part.tokens.double())  # (L,)
+            for name, tensor in part.tensors().items():
+                sums[name] += tensor.double() * factors.view(-1, *[1] * (tensor.dim() - 1))
+        for name, tensor in self.tensors().items():
+            sums[name] = sums[name].to(tensor.dtype) if tensor.is_floating_point() else sums[name].round().long()
+            if name in ("channel_norms", "channel_order"):
+                sums[name] = tensor
+        return replace(self, domains={}, **sums)
+
     def routing_counts(self) -> torch.Tensor:
         """(L, E) float64, a copy: ``n_e``, the tokens routed to each expert."""
         return self.moments[:, :, 0, 0].clone()
@@ -187,12 +246,25 @@ class ExpertStatistics(WithLayout):
         dataset = " + ".join(sorted(labels))
         shards = tuple(sorted((*self.shards, *other.shards)))
         digest = self.model_digest and other.model_digest  # known only if both are
-        both = replace(self, dataset=dataset, shards=shards, model_digest=digest, **sums)
+        domains = self._merged_domains(other)
+        both = replace(self, dataset=dataset, shards=shards, model_digest=digest, domains=domains, **sums)
         try:
             both._check_values()
         except ValueError as error:
             raise ValueError(f"other: does not add up: {error}") from None
         return both
+
+    def _merged_domains(self, other: ExpertStatistics) -> dict[str, ExpertStatistics]:
+        """Both operands' domains; one that has none counts as the domain that its label names."""
+        if not self.domains and not other.domains:
+            return {}
+        ours, theirs = (
+            each.domains or {each.dataset or "unnamed": replace(each, shards=(), model_digest="")}
+            for each in (self, other)
+        )
+        alone = {name: part for name, part in {**ours, **theirs}.items() if name not in ours or name not in theirs}
+        both = {name: ours[name].merge(theirs[name]) for name in ours if name in theirs}
+        return dict(sorted({**alone, **both}.items()))
 
     def _check_optional(self, other: ExpertStatistics) -> None:
         """ValueError unless both have the same optional tensors, of the same model."""
@@ -227,7 +299,7 @@ class ExpertStatistics(WithLayout):
         self._check_values()
         metadata = {
             **FORMAT.metadata(),
-            **({"format_version": "1"} if self.output_pairs is None else {}),
+            "format_version": "1" if self.output_pairs is None else "3" if self.domains else "2",
             "model_type": self.model_type,
             "layers": json.dumps(self.layers),
             "top_k": str(self.top_k),
@@ -239,8 +311,9 @@ class ExpertStatistics(WithLayout):
             "fewest": str(self.fewest),
             "model_digest": self.model_digest,
             "shards": json.dumps(self.shards),
+            **({"domains": json.dumps(sorted(self.domains))} if self.domains else {}),
         }
-        write_tensors(path, self.tensors(), metadata)
+        write_tensors(path, {**self.tensors(), **self._stacked()}, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExpertStatistics:
@@ -256,12 +329,60 @@ class ExpertStatistics(WithLayout):
         try:
             tensors, metadata = read_tensors(path, FORMAT)
             _check_names(tensors.keys(), int(metadata["format_version"]))
+            of_domains = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith(_OF_DOMAINS)}
             fields: dict[str, Any] = {**_parse_metadata(metadata, tensors), **tensors}
             loaded = cls(**fields)
+            loaded._read_domains(_parse_names("domains", metadata.get("domains", "[]")), of_domains)
             loaded._check_values()
         except ValueError as error:
             raise StatisticsFileError(f"{path}: {error}") from error
         return loaded
+
+    def _stacked(self) -> dict[str, torch.Tensor]:
+        """The domains' sums, by the name of the field after ``_OF_DOMAINS``, with the domain as the first dimension."""
+        if not self.domains:
+            return {}
+        parts = [self.domains[name].tensors() for name in sorted(self.domains)]
+        names = [name for name in parts[0] if name != "channel_norms"]
+        return {f"{_OF_DOMAINS}{name}": torch.stack([part[name] for part in parts]) for name in names}
+
+    def _read_domains(self, names: tuple[str, ...], stacked: dict[str, torch.Tensor]) -> None:
+        """Takes the domains out of what :meth:`_stacked` gave.
+
+        Raises:
+            ValueError: names and tensors do not fit each other, or do not add up to the sums of all.
+        """
+        if not names and not stacked:
+            return
+        wanted = [name for name in self.tensors() if name not in ("channel_norms", "channel_order")]
+        if sorted(stacked) != sorted(f"{_OF_DOMAINS}{name}" for name in wanted) or len(set(names)) != len(names):
+            raise ValueError(f"domains: expected names, each once, and tensors {_OF_DOMAINS}*, one a sum")
+        parts: dict[str, dict[str, Any]] = {domain: {} for domain in names}
+        for name in wanted:
+            tensor, of_all = stacked[f"{_OF_DOMAINS}{name}"], getattr(self, name)
+            if tuple(tensor.shape) != (len(names), *of_all.shape) or tensor.dtype != of_all.dtype:
+                raise ValueError(
+                    f"{_OF_DOMAINS}{name}: has shape {tuple(tensor.shape)} and {tensor.dtype}; expected "
+                    f"{(len(names), *of_all.shape)} and {of_all.dtype}"
+                )
+            total = tensor.sum(0)
+            if not torch.equal(total, of_all) and not torch.allclose(total.double(), of_all.double(), rtol=1e-9):
+                raise ValueError(f"{_OF_DOMAINS}{name}: does not add up to {name}")
+            for part, of_part in zip(parts.values(), tensor, strict=True):
+                part[name] = of_part.clone()
+        for domain, part in parts.items():
+            self.domains[domain] = ExpertStatistics(
+                self.layout, self.gate, domain, channel_norms=self.channel_norms, **part
+            )
+
+    def every_tensor(self) -> dict[str, torch.Tensor]:
+        """The sums by field name, those of domains by field and domain; themselves, not copies."""
+        of_domains = {
+            f"{name} of {domain}": tensor
+            for domain, part in sorted(self.domains.items())
+            for name, tensor in part.tensors().items()
+        }
+        return {**self.tensors(), **of_domains}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The sums by field name; themselves, not copies."""
@@ -269,6 +390,8 @@ class ExpertStatistics(WithLayout):
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def _check_values(self) -> None:
+        for part in self.domains.values():
+            part._check_values()
         for name, tensor in self.tensors().items():
             signed = name == "output_sum"
             valid = tensor.isfinite() & (signed | (tensor >= 0))
@@ -335,7 +458,10 @@ def _check_names(names: AbstractSet[str], version: int) -> None:
     later = {"output_pairs"} if version == 1 else set()
     if missing := sorted(_tensor_layout(1, 1, 1, None, None).keys() - names - later):
         raise ValueError(f"tensor {missing[0]!r} is missing")
-    if unexpected := sorted(names - (_tensor_layout(1, 1, 1, 1, 1).keys() - later)):
+    known = _tensor_layout(1, 1, 1, 1, 1).keys() - later
+    if version >= 3:
+        known |= {f"{_OF_DOMAINS}{name}" for name in known - {"channel_norms", "channel_order"}}
+    if unexpected := sorted(names - known):
         raise ValueError(f"tensor {shown(unexpected[0])} is not part of format version {version}")
 
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Chunk,
     Concatenate,
+    ErnieFuseAndSplitTextVisionExperts,
     MergeModulelist,
     Transpose,
     WeightConverter,
@@ -22,6 +24,9 @@ from transformers.core_model_loading import (
 )
 
 from moe_ext.checkpoints.stored_tensors import StoredTensor, same_bytes
+
+_SHARING_OUT = ErnieFuseAndSplitTextVisionExperts  # of experts' tensors, a half to each of two parameters
+_OF_EXPERTS = (MergeModulelist, _SHARING_OUT)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,11 @@ class Source:
         part: where the tensor goes among those of its expert, which lie one above the other in the parameter's
             slice of that expert; None if transformers' conversion is another one.
         stands_in: whether the tensor is stored under the name of another parameter, which is tied to this one.
+        others: further parameters that the same conversion makes, of the same tensor or of tensors of one numbering.
+        in_pieces: whether these and the target are equal pieces of it, one above the other.
+        before: parameters whose experts are numbered before those of the target, in keys that count the experts of
+            several modules.
+        swapped: whether rows of the matrix are columns of the parameter.
     """
 
     target: str
@@ -46,6 +56,14 @@ class Source:
     transposed: bool = False
     part: int | None = None
     stands_in: bool = False
+    others: tuple[str, ...] = ()
+    in_pieces: bool = False
+    before: tuple[str, ...] = ()
+    swapped: bool = False
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target, *self.others)
 
 
 def sources_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Source]:
@@ -63,24 +81,56 @@ def sources_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Source
             continue
         if pattern is None:
             found[name] = Source(target)
-        elif any(isinstance(operation, MergeModulelist) for operation in converter_of[pattern].operations):
+            continue
+        converter = converter_of[pattern]
+        others = tuple(target.replace(converter.target_patterns[0], each) for each in converter.target_patterns[1:])
+        if any(isinstance(operation, _OF_EXPERTS) for operation in converter.operations):
             # The renamings are plain, so the end of the key is as the pattern has it.
             number = re.search(pattern.replace("*.", r"(\d+)\.") + "$", name)
             if number is None:
                 raise ValueError(f"cannot tell which expert {name!r} is of")
-            part = _part(converter_of[pattern], pattern)
-            found[name] = Source(target, int(number[1]), number.span(1), converted=True, part=part)
+            source = Source(target, int(number[1]), number.span(1), converted=True, part=_part(converter, pattern))
+            found[name] = _shared_out(source, (target, *others), places) if others else source
         else:
-            transposed = all(
-                isinstance(operation, Transpose) and {operation.dim0, operation.dim1} == {1, 2}
-                for operation in converter_of[pattern].operations
+            found[name] = Source(
+                target,
+                converted=True,
+                transposed=_transposes(converter, {1, 2}),
+                others=others,
+                in_pieces=_cuts_rows(converter),
+                swapped=_transposes(converter, {0, 1}),
             )
-            found[name] = Source(target, converted=True, transposed=transposed)
     return found
+
+
+def _shared_out(source: Source, targets: tuple[str, ...], places: Mapping[str, Tensor]) -> Source:
+    """The source of an expert, of which several parameters have equal shares: in the order of their numbers."""
+    assert source.expert is not None
+    share = -(-sum(places[target].shape[0] for target in targets) // len(targets))
+    at = min(source.expert // share, len(targets) - 1)
+    others = (*targets[:at], *targets[at + 1 :])
+    return replace(source, target=targets[at], expert=source.expert - at * share, others=others, before=targets[:at])
+
+
+def _transposes(converter: WeightConverter, dims: set[int]) -> bool:
+    """Whether all that is done is to exchange two dimensions."""
+    return all(
+        isinstance(operation, Transpose) and {operation.dim0, operation.dim1} == dims
+        for operation in converter.operations
+    )
+
+
+def _cuts_rows(converter: WeightConverter) -> bool:
+    """Whether all that is done is to cut a tensor into equal pieces, one above the other."""
+    return len(converter.target_patterns) > 1 and all(
+        isinstance(operation, Chunk) and operation.dim == 0 for operation in converter.operations
+    )
 
 
 def _part(converter: WeightConverter, pattern: str) -> int | None:
     stack, *others = converter.operations
+    if isinstance(stack, _SHARING_OUT) and not others:
+        return int(converter.source_patterns.index(pattern)) if (stack.stack_dim, stack.concat_dim) == (0, 1) else None
     above = len(others) == 1 and isinstance(others[0], Concatenate) and others[0].dim == 1
     if isinstance(stack, MergeModulelist) and stack.dim == 0 and (above or len(converter.source_patterns) == 1):
         return int(converter.source_patterns.index(pattern))

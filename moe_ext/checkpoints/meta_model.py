@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model, dot_natural_key
+from transformers.core_model_loading import WeightConverter, convert_and_load_state_dict_in_model, dot_natural_key
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 from transformers.utils.loading_report import LoadStateDictInfo
@@ -224,11 +224,15 @@ def _check_fits(folder: str | Path, skeleton: Skeleton) -> None:
         for name, source in skeleton.sources.items()
         if source.target not in left_out
     }
+    conversions = get_model_conversion_mapping(model)  # of this call's own
+    for conversion in conversions:
+        if isinstance(conversion, WeightConverter):
+            conversion.force_cpu = False  # there is no number to bring there
     config = LoadStateDictConfig(
         device_map={"": "meta"},
         dtype=skeleton.dtype,
         dtype_plan=model._get_dtype_plan(skeleton.dtype),
-        weight_mapping=get_model_conversion_mapping(model),
+        weight_mapping=conversions,
     )
     with without_bar():
         info, _ = convert_and_load_state_dict_in_model(model, state, config)

@@ -10,32 +10,54 @@ import typer
 from moe_ext.calibration.calibrate import calibrate as run_calibration
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.commands.options import (
+    Ahead,
     AllowMissing,
     BatchSize,
+    BatchTokens,
+    Data,
+    DataColumns,
     Device,
     Dtype,
     Json,
+    LongRows,
     Model,
+    Packing,
+    Samples,
     Scratch,
     Sequential,
+    ShuffleSeed,
+    SkipBadRows,
     Strict,
+    Template,
     Text,
     Timeout,
+    Tokens,
     TrustRemoteCode,
     Window,
     destination,
 )
+from moe_ext.commands.output import errors
+from moe_ext.commands.reading import Fingerprinted, Reading
 from moe_ext.commands.shared import show_statistics, source_of
-from moe_ext.runtime.batches import read_domains, token_batches
 from moe_ext.runtime.processes import process_group, rank, started_by_torchrun
-from moe_ext.storage.digests import text_digest
 from moe_ext.storage.files import file_destination
 
 
 def calibrate(
     model: Model,
-    text: Text,
     save_to: Annotated[Path, destination("Statistics file to write.")],
+    text: Text = None,
+    data: Data = None,
+    columns: DataColumns = None,
+    template: Template = None,
+    skip_bad_rows: SkipBadRows = False,
+    tokens: Tokens = None,
+    samples: Samples = None,
+    seed: ShuffleSeed = None,
+    long: LongRows = None,
+    packing: Packing = False,
+    batch_tokens: BatchTokens = None,
+    ahead: Ahead = None,
     dataset: Annotated[str, typer.Option(help="Label of the text; the domain names if empty.")] = "",
     outputs: Annotated[bool, typer.Option("--outputs", help="Also sum experts' outputs (slower), for mone.")] = False,
     channels: Annotated[
@@ -59,34 +81,53 @@ def calibrate(
 ) -> None:
     """Run a model over text and write its expert statistics.
 
-    Started by torchrun, every process takes its share of the batches, and the first one writes. With --sequential an
-    interrupted run goes on from <out>.partial when it is started again.
+    Started by torchrun, every process takes its share of the batches, and the first one writes. An interrupted run goes
+    on from .OUT.0.partial when it is started again: it is written every few minutes, when Ctrl-C stops the run, and
+    with --sequential after every layer.
     """
     if scratch is not None and not sequential:
         raise typer.BadParameter("--scratch goes with --sequential")
     file_destination(save_to)
-    texts = read_domains(text)
+    reading = Reading(
+        text,
+        data,
+        columns=columns,
+        template=template,
+        skip_bad_rows=skip_bad_rows,
+        tokens=tokens,
+        samples=samples,
+        seed=seed,
+        long=long,
+        packing=packing,
+        batch_tokens=batch_tokens,
+        ahead=ahead,
+    )
     several = started_by_torchrun()
     with process_group(device, timeout) if several else nullcontext(device) as place:
         source, tokenizer, options = source_of(
             model, sequential, scratch, dtype, place, trust_remote_code, allow_missing
         )
         partial = save_to.with_name(f".{save_to.name}.{rank()}.partial")
-        if sequential:
+        if sequential or channels != "gram":
             options["resume"] = partial
-        batches = list(token_batches(texts, tokenizer, window=window, batch_size=batch_size))
-        stats = run_calibration(
-            source,
-            batches,
-            progress=not as_json and rank() == 0,
-            dataset=dataset or " + ".join(texts),
-            outputs=outputs,
-            channels=channels,
-            strict=strict,
-            shard=shard or text_digest(batches)[:12],
-            distributed=several,
-            **options,
-        )
+        batches = Fingerprinted(reading.batches(source, tokenizer, window=window, batch_size=batch_size))
+        try:
+            stats = run_calibration(
+                source,
+                batches,
+                progress=not as_json and rank() == 0,
+                dataset=dataset or reading.label,
+                outputs=outputs,
+                channels=channels,
+                strict=strict,
+                distributed=several,
+                **options,
+            )
+        except KeyboardInterrupt as stopped:
+            goes_on = f"interrupted: the same command goes on from {partial}" if partial.exists() else "interrupted"
+            errors.print(str(stopped) or goes_on, markup=False, highlight=False)
+            raise typer.Exit(130) from None
+        stats.shards = (shard or batches.label(),)
         if rank() == 0:
             stats.save(save_to)
             # Also what an interrupted run of more processes left: the result is there.
@@ -95,7 +136,7 @@ def calibrate(
         partial.unlink(missing_ok=True)
         first = rank() == 0
     if first:
-        show_statistics(stats, save_to, as_json)
+        show_statistics(stats, save_to, as_json, batches.counts, batches.waiting)
 
 
 def merge(

@@ -11,7 +11,9 @@ from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import load_checkpoint
 from moe_ext.commands.options import (
     AllowSuper,
+    Balance,
     Criterion,
+    Domain,
     Json,
     Objective,
     Seed,
@@ -31,17 +33,36 @@ from moe_ext.decision.weights_only import aimer
 from moe_ext.storage.formats import shown
 
 
+def statistics_of(file: Path, domain: str | None, balance: bool) -> ExpertStatistics:
+    """The statistics of all text, of one domain, or of all domains alike."""
+    if domain is not None and balance:
+        raise typer.BadParameter("give --domain or --balance, one of them")
+    stats = ExpertStatistics.load(file)
+    try:
+        return stats.balanced() if balance else stats if domain is None else stats.domain(domain)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
 def scores_for(
-    statistics: Path, criterion: str | None, objective: str | None, seed: int | None, trust_remote_code: bool
+    statistics: Path,
+    criterion: str | None,
+    objective: str | None,
+    seed: int | None,
+    domain: str | None,
+    balance: bool,
+    trust_remote_code: bool,
 ) -> Scores:
     if criterion is not None and objective is not None:
         raise typer.BadParameter("give --criterion or --objective, not both")
     if criterion == "aimer":
         if seed is not None:
             raise typer.BadParameter("--seed goes with --criterion random")
+        if domain is not None or balance:
+            raise typer.BadParameter("--domain and --balance go with statistics, which aimer does not take")
         with working(f"loading {statistics}"):
             return aimer(load_checkpoint(str(statistics), trust_remote_code=trust_remote_code)[0])
-    return scores_of(ExpertStatistics.load(statistics), criterion, objective=objective, seed=seed)
+    return scores_of(statistics_of(statistics, domain, balance), criterion, objective=objective, seed=seed)
 
 
 def score(
@@ -49,11 +70,13 @@ def score(
     criterion: Criterion = None,
     objective: Objective = None,
     seed: Seed = None,
+    domain: Domain = None,
+    balance: Balance = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Show the score of every expert, the lowest of which is removed first, and the model's super experts."""
-    scores = scores_for(statistics, criterion, objective, seed, trust_remote_code)
+    scores = scores_for(statistics, criterion, objective, seed, domain, balance, trust_remote_code)
     for name, count, row in zip(scores.layers, scores.experts, scores.values, strict=True):
         if not bool(row[:count].isfinite().all()):
             raise ValueError(f"layer {shown(name)}: {scores.criterion} gives scores beyond what float64 holds")
@@ -114,6 +137,8 @@ def plan(
     criterion: Criterion = None,
     objective: Objective = None,
     seed: Seed = None,
+    domain: Domain = None,
+    balance: Balance = False,
     allow_super: AllowSuper = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -141,13 +166,13 @@ def plan(
         raise typer.BadParameter("--normalise goes with --scope model")
     made = None
     if keep is not None or ratio is not None:
-        scores = scores_for(statistics, criterion, objective, seed, trust_remote_code)
+        scores = scores_for(statistics, criterion, objective, seed, domain, balance, trust_remote_code)
         made = plan_from(scores, keep=keep, ratio=ratio, scope=scope, normalise=normalise, allow_super=allow_super)
     elif criterion is not None or objective is not None or seed is not None or scope != "layer":
         raise typer.BadParameter("--criterion, --objective, --seed and --scope go with --keep or --ratio")
     if thinner or made is None:
         made = thin_plan(
-            ExpertStatistics.load(statistics),
+            statistics_of(statistics, domain, balance),
             size=size,
             channels=channels,
             fit=fit,

@@ -30,6 +30,7 @@ from moe_ext.binary import _C
 from moe_ext.calibration.calibrate import calibrate
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import load_checkpoint, save_checkpoint, size_on_disk
+from moe_ext.commands.demo_chats import calibrate_on_chats
 from moe_ext.commands.options import Json, destination
 from moe_ext.commands.output import out, print_json
 from moe_ext.decision.criteria import score
@@ -147,8 +148,9 @@ def run(folder: Path, output: Path, *, progress: bool = True) -> dict[str, Any]:
 
     Args:
         folder: the demo model: a Mixtral checkpoint with ``held_out`` and ``calibration`` text.
-        output: where ``statistics.safetensors``, ``plan.json``, ``search-<method>-<n>.safetensors``, ``scores.png``,
-            ``report.html``, ``demo.json`` and a new ``pruned-<n>`` checkpoint go.
+        output: where ``statistics.safetensors``, ``chats.jsonl``, ``domains.safetensors``, ``plan.json``,
+            ``search-<method>-<n>.safetensors``, ``scores.png``, ``report.html``, ``demo.json`` and a new
+            ``pruned-<n>`` checkpoint go.
         progress: whether to show what is under way.
 
     Returns:
@@ -215,6 +217,9 @@ def _run(demo: Demo, folder: Path, output: Path, say: Callable[[str], None]) -> 
     smaller = demo.pruned(plans[SAVED, kept])
     add(f"8→{kept} {SAVED} + skip", patch(smaller, skip=skip_thresholds(demo.statistics(smaller))))
 
+    say("calibrating on chats beside text")
+    chats = calibrate_on_chats(demo.model, demo.tokenizer, folder / "calibration", output, window=WINDOW)
+
     say("saving, reloading with stock transformers, comparing")
     saved = _save_and_reload(demo, smaller, output / f"pruned-{kept}")
 
@@ -242,9 +247,11 @@ def _run(demo: Demo, folder: Path, output: Path, say: Callable[[str], None]) -> 
         "evaluation": {"window": WINDOW, "stride": STRIDE, "characters_per_domain": CHARACTERS_PER_DOMAIN},
         "decode": {"tokens": DECODE_TOKENS, "rounds": DECODE_ROUNDS, "dtype": str(demo.model.dtype).split(".")[-1]},
         "rows": [asdict(row) for row in rows],
+        "chats": chats,
         "files": {
             "pruned checkpoint": str(saved),
             "statistics": str(output / "statistics.safetensors"),
+            "statistics by domain": str(output / "domains.safetensors"),
             "plan": str(output / "plan.json"),
             "heat maps": str(output / "scores.png"),
             "report": str(output / "report.html"),
@@ -316,5 +323,9 @@ def demo(
     else:
         # The table needs its width; a narrower terminal wraps lines, which reads better than columns cut short.
         Console(width=max(out.width, 130)).print(table_of(result))
+        chats = result["chats"]
+        shares = " and ".join(f"{tokens} tokens of {name}" for name, tokens in chats["tokens"].items())
+        alike = f"{chats['criterion']} ranks their experts alike to {chats['rank_agreement']:.2f}"
+        out.print(f"calibrated on {shares} in one run: {alike}")
         for name, path in result["files"].items():
             out.print(f"{name}: {path}")

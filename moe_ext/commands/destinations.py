@@ -11,6 +11,7 @@ import typer
 
 from moe_ext.commands.options import is_destination
 from moe_ext.commands.output import errors
+from moe_ext.data.sources import parse_source
 from moe_ext.storage.files import file_destination, noting_written
 
 _GROWING = "losses"  # is there from the first layer on
@@ -67,10 +68,22 @@ def check_places(outputs: Mapping[str, Path], arguments: Mapping[str, Any]) -> N
         if place in seen:
             raise typer.BadParameter(f"{seen[place]} and {option} are both {output}; give each a name of its own")
         seen[place] = option
+        for source in arguments.get("data") or []:
+            for file in _files_of(source):
+                _check_apart(option, place, "data", file)
         for name, given in arguments.items():
             for path in given if isinstance(given, list) else [given]:
                 if name != _NOT_READ and (isinstance(path, Path) or (name in _NAMES and isinstance(path, str))):
                     _check_apart(option, place, name, Path(os.path.realpath(path)))
+
+
+def _files_of(source: str) -> list[Path]:
+    """The files that a source names; none of one that reading it will say more about."""
+    try:
+        parsed = parse_source(source)
+        return parsed.files() if parsed.is_local else []
+    except ValueError:
+        return []
 
 
 def _check_apart(option: str, output: Path, name: str, given: Path) -> None:

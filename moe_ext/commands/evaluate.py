@@ -10,31 +10,44 @@ from moe_ext.checkpoints.load_save import stored_bytes
 from moe_ext.commands.options import (
     AllowMissing,
     BatchSize,
+    Data,
+    DataColumns,
     Device,
     Dtype,
     Json,
     Model,
     Reference,
+    Samples,
+    ShuffleSeed,
+    SkipBadRows,
     Strict,
+    Template,
+    Text,
     TrustRemoteCode,
     Window,
     destination,
 )
 from moe_ext.commands.output import out, print_json
+from moe_ext.commands.reading import Reading, say_counts
 from moe_ext.commands.shared import load
 from moe_ext.evaluation.compare import judged_against, weight_bytes
 from moe_ext.evaluation.divergence import divergence
 from moe_ext.evaluation.perplexity import Perplexity, check_finite, perplexity
 from moe_ext.evaluation.predictions import save_predictions as record_predictions
 from moe_ext.evaluation.windows import check_same_tokens
-from moe_ext.runtime.batches import read_domains
 from moe_ext.runtime.patching import patch
 from moe_ext.runtime.skipping import count_skips
 
 
 def evaluate(
     model: Model,
-    text: Annotated[list[Path] | None, typer.Option("--text", help="Text file, or folder of *.txt.")] = None,
+    text: Text = None,
+    data: Data = None,
+    columns: DataColumns = None,
+    template: Template = None,
+    skip_bad_rows: SkipBadRows = False,
+    samples: Samples = None,
+    seed: ShuffleSeed = None,
     reference: Reference = None,
     save_predictions: Annotated[
         Path | None,
@@ -72,11 +85,11 @@ def evaluate(
     the checkpoint's bits per weight of the reference. A perplexity or divergence that is infinite or no number is null
     in JSON, and the exit code is then 1.
     """
-    if (text is None) == (tasks is None):
-        raise typer.BadParameter("give --text or --tasks, one of them")
+    if bool(text or data) == (tasks is not None):
+        raise typer.BadParameter("give --text, --data or --tasks, one of them")
     if tasks is not None:
         if reference is not None or save_predictions is not None:
-            raise typer.BadParameter("--reference and --save-predictions are for --text")
+            raise typer.BadParameter("--reference and --save-predictions are for --text and --data")
         loading = {"trust_remote_code": trust_remote_code, "allow_missing": allow_missing}
         loading["unsafe_code"] = allow_unsafe_code
         evaluate_on_tasks(
@@ -85,8 +98,18 @@ def evaluate(
         return
     if reference is not None and save_predictions is not None:
         raise typer.BadParameter("--reference and --save-predictions: give one of them")
-    texts = read_domains(text or [])
+    reading = Reading(
+        text,
+        data,
+        columns=columns,
+        template=template,
+        skip_bad_rows=skip_bad_rows,
+        samples=samples,
+        seed=seed,
+    )
     loaded, tokenizer = load(model, dtype, device, trust_remote_code, allow_missing)
+    texts = reading.texts(tokenizer)
+    say_counts(reading.counts)
     if not stock:
         patch(loaded, skip="config" if skip else None, strict=strict)
     options: dict[str, Any] = {"window": window, "stride": stride, "batch_size": batch_size, "progress": not as_json}
@@ -119,6 +142,8 @@ def evaluate(
             "skip_rate": count.rate(),
             "skip_rates": rates,
         }
+        if reading.counts is not None:
+            content["data"] = reading.counts.as_json()
         print_json(content if reference is None else {**content, "reference": reference, **judged})
     else:
         out.print(_table(result, judged), f"expert slots skipped: {count.rate():.1%}")

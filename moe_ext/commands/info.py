@@ -1,6 +1,7 @@
 """``moe-ext info``: build facts, and which kernels would run."""
 
 import platform
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -10,9 +11,14 @@ from rich.table import Table
 
 from moe_ext.bench.measure import Shape
 from moe_ext.binary import _C
+from moe_ext.checkpoints.meta_model import skeleton_of
+from moe_ext.checkpoints.stored_tensors import stored_tensors
 from moe_ext.commands.options import Json
 from moe_ext.commands.output import out, print_json
+from moe_ext.models.blocks import moe_blocks
 from moe_ext.models.families import FAMILIES
+from moe_ext.models.router_formula import shown_router
+from moe_ext.runtime.supported import reason_unsupported
 from moe_ext.version import __version__
 
 
@@ -25,7 +31,20 @@ def cuda_kernels(layer: str, dtype: str) -> dict[str, str]:
     return {f"T = {tokens}": _C.cuda_kernels(tokens, *sizes, dtype) for tokens in (1, 16, 64, 256, 1024, 4096)}
 
 
+def layers_of(model: Path) -> dict[str, str]:
+    """What would run the MoE layers of a checkpoint folder, layers that are alike in one line."""
+    alike: dict[str, list[str]] = {}
+    for block in moe_blocks(skeleton_of(model, stored_tensors(model)).model):
+        reason = reason_unsupported(block)
+        experts = "the operators" if reason is None else f"transformers' implementation: {reason.split(': ', 1)[-1]}"
+        alike.setdefault(f"router: {shown_router(block)}; experts: {experts}", []).append(block.name)
+    return {names[0] + (f" and {len(names) - 1} more" if names[1:] else ""): how for how, names in alike.items()}
+
+
 def info(
+    model: Annotated[
+        Path | None, typer.Option(help="A checkpoint folder: also what runs its routers and experts, on the CPU.")
+    ] = None,
     layer: Annotated[
         str, typer.Option(help="H,I,E,K of a layer: also which CUDA kernels it takes by number of tokens, and why.")
     ] = "",
@@ -34,6 +53,7 @@ def info(
 ) -> None:
     """Build facts: versions, CPU variants, CUDA architectures, and what would run here."""
     kernels = cuda_kernels(layer, dtype) if layer else {}
+    layers = {} if model is None else layers_of(model)
     variants = _C.cpu_variants()
     facts = {
         "moe_ext": __version__,
@@ -52,6 +72,8 @@ def info(
     }
     if kernels:
         facts["cuda_kernels"] = kernels
+    if layers:
+        facts["layers"] = layers
     if as_json:
         print_json(facts)
         return

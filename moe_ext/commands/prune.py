@@ -4,18 +4,38 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import Tensor
 
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import read_tokenizer, save_checkpoint, size_on_disk
-from moe_ext.commands.options import BatchSize, Device, Dtype, Json, Model, TrustRemoteCode, Window, destination
+from moe_ext.commands.options import (
+    Ahead,
+    BatchSize,
+    BatchTokens,
+    Data,
+    DataColumns,
+    Device,
+    Dtype,
+    Json,
+    LongRows,
+    Model,
+    Packing,
+    Samples,
+    ShuffleSeed,
+    SkipBadRows,
+    Template,
+    Text,
+    Tokens,
+    TrustRemoteCode,
+    Window,
+    destination,
+)
 from moe_ext.commands.output import out, print_json, working
+from moe_ext.commands.reading import Reading
 from moe_ext.commands.shared import load
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.pruning.prune import prune as apply_plan
 from moe_ext.pruning.prune_folder import PrunedCheckpoint, prune_checkpoint
 from moe_ext.pruning.prune_gguf import prune_gguf
-from moe_ext.runtime.batches import read_domains, token_batches
 from moe_ext.storage.files import folder_destination
 
 
@@ -31,12 +51,22 @@ def prune(
     ] = None,
     refit: Annotated[
         bool,
-        typer.Option("--refit", help="Fit the kept experts' down projections to make up for what goes; takes --text."),
+        typer.Option(
+            "--refit", help="Fit the kept experts' down projections to make up for what goes; takes --text or --data."
+        ),
     ] = False,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option("--text", help="Calibration text for --refit: file, or folder of *.txt.", show_default=False),
-    ] = None,
+    text: Text = None,
+    data: Data = None,
+    columns: DataColumns = None,
+    template: Template = None,
+    skip_bad_rows: SkipBadRows = False,
+    tokens: Tokens = None,
+    samples: Samples = None,
+    seed: ShuffleSeed = None,
+    long: LongRows = None,
+    packing: Packing = False,
+    batch_tokens: BatchTokens = None,
+    ahead: Ahead = None,
     window: Window = 512,
     batch_size: BatchSize = 8,
     device: Device = "cpu",
@@ -53,28 +83,43 @@ def prune(
     """
     if (plan is None) == (plan_option is None):
         raise typer.BadParameter("give the plan once, as an argument or with --plan")
-    if refit != bool(text):
-        raise typer.BadParameter("--refit takes calibration text, --text; and --text goes with --refit")
+    if refit != bool(text or data):
+        raise typer.BadParameter("--refit takes calibration text, --text or --data; and these go with --refit")
     if refit and novices is not None:
         raise typer.BadParameter("give --refit or --novices, one of them")
     made = PruningPlan.load(plan or plan_option or Path())
+    reading = Reading(
+        text,
+        data,
+        needed=refit,
+        columns=columns,
+        template=template,
+        skip_bad_rows=skip_bad_rows,
+        tokens=tokens,
+        samples=samples,
+        seed=seed,
+        long=long,
+        packing=packing,
+        batch_tokens=batch_tokens,
+        ahead=ahead,
+    )
     if Path(model).suffix.lower() == ".gguf":
         if novices is not None or refit or dtype != "auto":
             raise typer.BadParameter("--novices, --refit and --dtype take a checkpoint, not a GGUF file")
         _say(prune_gguf(model, made, save_to, progress=not as_json), save_to, as_json)
         return
-    texts = read_domains(text) if text else {}
     folder_destination(save_to)
 
-    def batches_of(tokenizer: Any) -> list[dict[str, Tensor]]:
-        return list(token_batches(texts, tokenizer, window=window, batch_size=batch_size))
+    def batches_of(source: Any, tokenizer: Any) -> list[dict[str, Any]]:
+        return list(reading.batches(source, tokenizer, window=window, batch_size=batch_size))
 
     if novices is None and Path(model).is_dir():
+        tokenizer = read_tokenizer(model, trust_remote_code=trust_remote_code) if refit else None
         written = prune_checkpoint(
             model,
             made,
             save_to,
-            refit=batches_of(read_tokenizer(model, trust_remote_code=trust_remote_code)) if refit else None,
+            refit=batches_of(Path(model), tokenizer) if refit else None,
             device=device,
             shard_size=int(shard_size * 1e9),
             dtype=dtype,
@@ -85,7 +130,9 @@ def prune(
         means = None if novices is None else ExpertStatistics.load(novices)
         loaded, tokenizer = load(model, dtype, device, trust_remote_code, allow_not_finite=True)
         before = loaded.num_parameters()
-        apply_plan(loaded, made, novices=means, refit=batches_of(tokenizer) if refit else None, progress=not as_json)
+        apply_plan(
+            loaded, made, novices=means, refit=batches_of(loaded, tokenizer) if refit else None, progress=not as_json
+        )
         with working(f"writing {save_to}"):
             save_checkpoint(loaded, tokenizer, save_to)
         written = PrunedCheckpoint(save_to, before, loaded.num_parameters(), size_on_disk(save_to))

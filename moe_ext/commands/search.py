@@ -9,36 +9,57 @@ import typer
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.commands.destinations import check_places
 from moe_ext.commands.options import (
+    Ahead,
     AllowMissing,
     AllowSuper,
     BatchSize,
+    BatchTokens,
+    Data,
+    DataColumns,
     Device,
     Dtype,
     Json,
     Keep,
+    LongRows,
     Model,
+    Packing,
+    Samples,
     Scratch,
     Sequential,
+    SkipBadRows,
+    Strict,
+    Template,
     Text,
     Timeout,
+    Tokens,
     TrustRemoteCode,
     Window,
     counts_in,
     destination,
 )
 from moe_ext.commands.output import out, print_json
+from moe_ext.commands.reading import Reading
 from moe_ext.commands.shared import removed_experts, source_of
 from moe_ext.reconstruction.result import SearchResult
 from moe_ext.reconstruction.search import search as run_search
-from moe_ext.runtime.batches import read_domains, token_batches
 from moe_ext.runtime.processes import process_group, rank, started_by_torchrun
 from moe_ext.storage.files import file_destination
 
 
 def search(
     model: Model,
-    text: Text,
     save_to: Annotated[Path, destination("Plan file to write.")],
+    text: Text = None,
+    data: Data = None,
+    columns: DataColumns = None,
+    template: Template = None,
+    skip_bad_rows: SkipBadRows = False,
+    tokens: Tokens = None,
+    samples: Samples = None,
+    long: LongRows = None,
+    packing: Packing = False,
+    batch_tokens: BatchTokens = None,
+    ahead: Ahead = None,
     keep: Keep = None,
     ratio: Annotated[float | None, typer.Option(min=0, max=1, help="Share of experts that every layer loses.")] = None,
     loss: Annotated[
@@ -49,7 +70,9 @@ def search(
         Literal["model", "text", "kl"] | None,
         typer.Option(help="Of --loss fisher: sampled from the model (default), the text's tokens, or random signs."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of what --loss fisher samples; 0 if absent.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of what --loss fisher samples (0 if absent), and of the rows of --data.")
+    ] = None,
     method: Annotated[
         Literal["layerwise", "progressive", "greedy"],
         typer.Option(
@@ -86,6 +109,7 @@ def search(
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    strict: Strict = True,
     trust_remote_code: TrustRemoteCode = False,
     allow_missing: AllowMissing = False,
     as_json: Json = False,
@@ -102,16 +126,30 @@ def search(
         raise typer.BadParameter("--scratch goes with --sequential")
     if equal and budget == "model":
         raise typer.BadParameter("--equal is --budget layer: give one of them")
-    for option, value in (("--labels", labels), ("--seed", seed)):
-        if value is not None and loss != "fisher":
-            raise typer.BadParameter(f"{option} goes with --loss fisher")
+    if labels is not None and loss != "fisher":
+        raise typer.BadParameter("--labels goes with --loss fisher")
+    if seed is not None and loss != "fisher" and not data:
+        raise typer.BadParameter("--seed goes with --loss fisher, or with --data")
     counts = counts_in(keep)
     file_destination(save_to)
     losses = losses or save_to.with_suffix(".safetensors")
-    check_places({"--out": save_to, "--losses": losses}, {"model": model, "text": text})
+    check_places({"--out": save_to, "--losses": losses}, {"model": model, "text": text, "data": data})
     file_destination(losses)
     stats = None if statistics is None else ExpertStatistics.load(statistics)
-    texts = read_domains(text)
+    reading = Reading(
+        text,
+        data,
+        columns=columns,
+        template=template,
+        skip_bad_rows=skip_bad_rows,
+        tokens=tokens,
+        samples=samples,
+        seed=seed if data else None,
+        long=long,
+        packing=packing,
+        batch_tokens=batch_tokens,
+        ahead=ahead,
+    )
     several = started_by_torchrun()
     with process_group(device, timeout) if several else nullcontext(device) as place:
         source, tokenizer, options = source_of(
@@ -119,12 +157,12 @@ def search(
         )
         result = run_search(
             source,
-            token_batches(texts, tokenizer, window=window, batch_size=batch_size),
+            reading.batches(source, tokenizer, window=window, batch_size=batch_size),
             keep=counts,
             ratio=ratio,
             loss=loss,
             labels=labels,
-            seed=seed,
+            seed=seed if loss == "fisher" else None,
             method=method,
             budget="layer" if equal else budget,
             skip="config" if skip else None,
@@ -133,8 +171,9 @@ def search(
             statistics=stats,
             allow_super=allow_super,
             progress=not as_json and rank() == 0,
-            dataset=dataset or " + ".join(texts),
+            dataset=dataset or reading.label,
             distributed=several,
+            strict=strict,
             **options,
         )
         first = rank() == 0

@@ -9,7 +9,9 @@ from rich.table import Table
 
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import load_checkpoint, read_tokenizer
-from moe_ext.commands.output import out, print_json, working
+from moe_ext.commands.output import errors, out, print_json, working
+from moe_ext.commands.reading import say_counts
+from moe_ext.data import Counts
 from moe_ext.decision.pruning_plan import PruningPlan
 
 
@@ -48,12 +50,26 @@ def source_of(
     return Path(model), tokenizer, options
 
 
-def show_statistics(stats: ExpertStatistics, path: Path, as_json: bool) -> None:
+def show_statistics(
+    stats: ExpertStatistics, path: Path, as_json: bool, counts: Counts | None = None, waiting: float | None = None
+) -> None:
+    """What statistics are of, what became of the rows, and the share of the time that the model waited for text."""
     tokens = int(stats.tokens.max())
+    domains = {name: int(part.tokens.max()) for name, part in stats.domains.items()}
     if as_json:
-        print_json({"statistics": str(path), "tokens": tokens, "layers": list(stats.layers)})
-    else:
-        out.print(f"{tokens} tokens through {stats.num_layers} layers of {stats.num_experts} experts: {path}")
+        content: dict[str, Any] = {"statistics": str(path), "tokens": tokens, "layers": list(stats.layers)}
+        if domains:
+            content["domains"] = domains
+        if counts is not None:
+            content |= {"data": counts.as_json(), "waiting": waiting}
+        print_json(content)
+        return
+    out.print(f"{tokens} tokens through {stats.num_layers} layers of {stats.num_experts} experts: {path}")
+    for name, count in domains.items():
+        out.print(f"  {name}: {count} tokens, {count / tokens:.1%}")
+    if counts is not None:
+        say_counts(counts)
+        errors.print(f"waited for text: {waiting:.2%} of the time", highlight=False)
 
 
 def removed_experts(plan: PruningPlan, **columns: list[str]) -> Table:

@@ -10,26 +10,38 @@ from rich.table import Table
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import check_config_file, save_checkpoint, write_thresholds
 from moe_ext.commands.options import (
+    Ahead,
     AllowMissing,
     BatchSize,
+    BatchTokens,
+    Data,
+    DataColumns,
     Device,
     Dtype,
     Json,
+    LongRows,
     Model,
+    Packing,
+    Samples,
+    ShuffleSeed,
+    SkipBadRows,
     Statistics,
     Strict,
+    Template,
+    Text,
+    Tokens,
     TrustRemoteCode,
     Window,
     destination,
 )
 from moe_ext.commands.output import out, print_json
+from moe_ext.commands.reading import Reading
 from moe_ext.commands.shared import load
 from moe_ext.decision.thresholds import skip_thresholds
 from moe_ext.evaluation.skip_rates import skip_rates
 from moe_ext.models.blocks import layer_numbers, moe_blocks
 from moe_ext.models.config_section import is_scale
 from moe_ext.models.layout import layout_of
-from moe_ext.runtime.batches import read_domains, token_batches
 from moe_ext.runtime.patching import patch
 from moe_ext.storage.files import folder_destination
 
@@ -38,7 +50,18 @@ def skip(
     model: Model,
     statistics: Statistics,
     quantile: Annotated[float, typer.Option(min=0, max=1, help="Share of the weaker slots to skip.")] = 0.5,
-    text: Annotated[list[Path] | None, typer.Option("--text", help="Text to measure skip rates on.")] = None,
+    text: Text = None,
+    data: Data = None,
+    columns: DataColumns = None,
+    template: Template = None,
+    skip_bad_rows: SkipBadRows = False,
+    tokens: Tokens = None,
+    samples: Samples = None,
+    seed: ShuffleSeed = None,
+    long: LongRows = None,
+    packing: Packing = False,
+    batch_tokens: BatchTokens = None,
+    ahead: Ahead = None,
     save_to: Annotated[Path | None, destination("Folder for a copy with the thresholds.")] = None,
     renormalise: Annotated[
         str,
@@ -57,14 +80,28 @@ def skip(
     strict: Strict = True,
     as_json: Json = False,
 ) -> None:
-    """Set the thresholds below which a token's weaker experts are skipped, and measure how often they are."""
+    """Set the thresholds below which a token's weaker experts are skipped, and measure on text how often they are."""
     if (save_to is None) == (not in_place):
         raise typer.BadParameter("give --out or --in-place, one of them")
     scale: Any = int(renormalise) if renormalise.isascii() and renormalise.isdigit() else renormalise
     if not is_scale(scale):
         raise typer.BadParameter(f"--renormalise {renormalise}: expected kept, none or a number of experts")
     stats = ExpertStatistics.load(statistics)
-    texts = read_domains(text) if text else {}
+    reading = Reading(
+        text,
+        data,
+        needed=False,
+        columns=columns,
+        template=template,
+        skip_bad_rows=skip_bad_rows,
+        tokens=tokens,
+        samples=samples,
+        seed=seed,
+        long=long,
+        packing=packing,
+        batch_tokens=batch_tokens,
+        ahead=ahead,
+    )
     if save_to is not None:
         folder_destination(save_to)
     else:
@@ -77,8 +114,8 @@ def skip(
     thresholds = skip_thresholds(stats, quantile)
     patch(loaded, skip=thresholds, strict=strict, renormalise=scale)
     rates = None
-    if texts:
-        rates = skip_rates(loaded, token_batches(texts, tokenizer, window=window, batch_size=batch_size))
+    if reading:
+        rates = skip_rates(loaded, reading.batches(loaded, tokenizer, window=window, batch_size=batch_size))
     if save_to is not None:
         save_checkpoint(loaded, tokenizer, save_to)
     else:

@@ -7,7 +7,6 @@ alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +23,9 @@ from moe_ext.checkpoints.stored_tensors import stored_tensors
 from moe_ext.compression.judge import judged, record_reference
 from moe_ext.compression.request import CRITERION, Method, Request, check_possible
 from moe_ext.compression.result import Compressed, Measured
-from moe_ext.compression.texts import HELD_BACK, check_judged, held_back
+from moe_ext.compression.texts import HELD_BACK, check_judged, documents_of, held_back
 from moe_ext.compression.work_folder import WorkFolder, fingerprint
+from moe_ext.data.tokens import Texts
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.decision.thin_plan import MULTIPLE
 from moe_ext.decision.thresholds import skip_thresholds
@@ -43,7 +43,7 @@ _OTHER_WEIGHTS = ["*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data
 
 def compress(
     checkpoint: str | os.PathLike[str],
-    texts: Mapping[str, str],
+    texts: Texts,
     out: str | os.PathLike[str],
     *,
     method: Method = "thin",
@@ -55,7 +55,7 @@ def compress(
     blocks: int = 1,
     refit: bool = True,
     skip: bool = True,
-    judge: Mapping[str, str] | Literal["held back"] | None = "held back",
+    judge: Texts | Literal["held back"] | None = "held back",
     keep_files: str | os.PathLike[str] | None = None,
     window: int = 512,
     batch_size: int = 8,
@@ -73,7 +73,7 @@ def compress(
 
     Args:
         checkpoint: a folder with safetensors weights, or a name on the Hugging Face Hub, which is downloaded.
-        texts: domain to text.
+        texts: domain to text, or to several that are separate documents.
         out: must not exist yet, or be an empty folder.
         method: "thin": experts lose the channels that contribute least (``size`` or ``fit``). "thin-obs": those that
             the optimal brain surgeon removes; O(I^3) an expert. "experts": whole experts go by the criterion
@@ -88,8 +88,8 @@ def compress(
         multiple, blocks: of the experts' width, as for :func:`moe_ext.thin_plan`.
         refit: whether the kept experts' down projections are fitted to make up for what goes, on the calibration text.
         skip: whether skip thresholds, at the median, go into the result's config.
-        judge: domain to text to judge on; or "held back": the last tenth of every domain of ``texts``, which is then
-            not calibrated on; or None: nothing is judged, and no model has to fit into memory.
+        judge: domain to text, or texts, to judge on; or "held back": the last tenth of every domain of ``texts``, which
+            is then not calibrated on; or None: nothing is judged, and no model has to fit into memory.
         keep_files: a folder, new or empty, for statistics, plan and what this returns; without one they are removed.
         window, batch_size: of the calibration text, as for :func:`moe_ext.runtime.batches.token_batches`, and of the
             text that is judged on, as for :func:`moe_ext.perplexity`.
@@ -126,7 +126,7 @@ def compress(
         request, folder, judged=judge is not None, dtype=dtype, trust_remote_code=trust_remote_code
     )
     tokenizer = read_tokenizer(str(folder), trust_remote_code=trust_remote_code)
-    scored: Mapping[str, str] | None = judge if not isinstance(judge, str) else None
+    scored: Texts | None = judge if not isinstance(judge, str) else None
     if judge == "held back":
         texts, scored = held_back(texts, tokenizer)
     elif isinstance(judge, str):
@@ -185,7 +185,7 @@ class _Stages:
     work: WorkFolder
     batches: list[dict[str, Tensor]]
     dataset: str
-    judged: Mapping[str, str] | None
+    judged: Texts | None
     held_back: float | None
     scoring: dict[str, int]
     dtype: str
@@ -200,7 +200,7 @@ class _Stages:
             "request": asdict(self.request),
             "text": text_digest(self.batches),
             "dataset": self.dataset,
-            "judged": None if self.judged is None else dict(self.judged),
+            "judged": None if self.judged is None else documents_of(self.judged),
             "scoring": self.scoring,
             "dtype": self.dtype,
             "device": self.device,
@@ -275,7 +275,7 @@ class _Stages:
         skeleton = skeleton_of(folder, stored, trust_remote_code=self.trust_remote_code)
         return Measured(skeleton.model.num_parameters(), sum(tensor.size for tensor in stored.values()))
 
-    def _judge(self, found: Compressed, texts: Mapping[str, str]) -> Compressed:
+    def _judge(self, found: Compressed, texts: Texts) -> Compressed:
         reference = self.work.file("reference.safetensors")
         scoring = {**self.scoring, "progress": self.progress}
         loading = {"device": self.device, "trust_remote_code": self.trust_remote_code}

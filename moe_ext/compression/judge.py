@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_ext.checkpoints.load_save import load_checkpoint
+from moe_ext.data.tokens import Texts
 from moe_ext.evaluation.divergence import divergence
 from moe_ext.evaluation.predictions import save_predictions
 from moe_ext.runtime.patching import patch
@@ -14,7 +15,7 @@ from moe_ext.runtime.skipping import count_skips
 
 
 def record_reference(
-    folder: Path, texts: Mapping[str, str], file: Path, loading: Mapping[str, Any], scoring: Mapping[str, Any]
+    folder: Path, texts: Texts, file: Path, loading: Mapping[str, Any], scoring: Mapping[str, Any]
 ) -> None:
     """Writes what the checkpoint given predicts, without skipping.
 
@@ -27,7 +28,7 @@ def record_reference(
 
 
 def judged(
-    folder: Path, texts: Mapping[str, str], reference: Path, loading: Mapping[str, Any], scoring: Mapping[str, Any]
+    folder: Path, texts: Texts, reference: Path, loading: Mapping[str, Any], scoring: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What was measured of a checkpoint that skips by its thresholds, beside the reference's predictions."""
     model, tokenizer = load_checkpoint(folder, **loading)

@@ -17,8 +17,10 @@ from moe_ext.decision.criteria import score
 from moe_ext.decision.plan import plan
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.decision.thin_plan import MULTIPLE, thin_plan
-from moe_ext.models.blocks import family_of, moe_blocks, refuse_novices, text_config
+from moe_ext.models.blocks import moe_blocks, refuse_novices, text_config
+from moe_ext.models.counted import counts_differ
 from moe_ext.models.layout import layout_of
+from moe_ext.models.router_formula import gate_of
 from moe_ext.pruning.kept_parts import parts_of, slices_of
 from moe_ext.pruning.prune import prune
 from moe_ext.pruning.refit_folder import down_projections, planned
@@ -127,7 +129,7 @@ def check_possible(request: Request, folder: Path, *, judged: bool, dtype: str, 
     stored = stored_tensors(folder)
     skeleton = skeleton_of(folder, stored, dtype=dtype, trust_remote_code=trust_remote_code)
     model = skeleton.model
-    if text_config(model).is_heterogeneous:
+    if counts_differ(text_config(model)):
         raise ValueError(f"{folder}: its layers differ already; compress the model that it was made of")
     blocks = moe_blocks(model)
     refuse_novices(blocks, "compress")
@@ -142,7 +144,7 @@ def check_possible(request: Request, folder: Path, *, judged: bool, dtype: str, 
     # The operators run the experts of a refit, too.
     width = check_channels(request.channels or ("energy" if request.refit else None), blocks)
     width = width if request.thins else None
-    stats = ExpertStatistics.empty(layout, family_of(model).gate, "", None, width, request.channels == "gram")
+    stats = ExpertStatistics.empty(layout, gate_of(blocks[0]), "", None, width, request.channels == "gram")
     _spread_out(stats)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what these would say of no text, or prune will say again

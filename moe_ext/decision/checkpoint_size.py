@@ -102,8 +102,8 @@ def checkpoint_size(
         if tensor.target not in counting:
             fixed += tensor.size
             continue
-        experts, kept, has_channels = counting[tensor.target]
-        size = tensor.size // experts * len(kept)
+        before, after, kept, has_channels = counting[tensor.target]
+        size = tensor.size // before * after
         if tensor.expert is not None:
             size = tensor.size if tensor.expert in kept else 0
         if not has_channels or not tensor.per:
@@ -149,12 +149,15 @@ def _channel_dims(skeleton: Skeleton) -> dict[str, int]:
 
 def _counting(
     model: PreTrainedModel, blocks: list[MoeBlock], keep: Sequence[Sequence[int]]
-) -> dict[str, tuple[int, Sequence[int], bool]]:
-    """Of every tensor that counts experts: how many there are, which are kept, and whether these have channels."""
+) -> dict[str, tuple[int, int, Sequence[int], bool]]:
+    """Of every tensor that counts experts: that dimension's size and what is left of it, which experts are kept, and
+    whether these have channels."""
     names, found = names_of(model), {}
     for block, kept in zip(blocks, keep, strict=True):
         for name, tensor in expert_tensors(block).items():
-            found[names[id(tensor)]] = block.num_experts, kept, channel_dimension(block, name) is not None
-        for _, _, tensor, _ in block.routing_tensors():
-            found[names[id(tensor)]] = block.num_experts, kept, False
+            has_channels = channel_dimension(block, name) is not None
+            found[names[id(tensor)]] = block.num_experts, len(kept), kept, has_channels
+        for part in block.routing_tensors():
+            sizes = part.dimension.size(block.num_experts), part.dimension.size(len(kept))
+            found[names[id(part.tensor)]] = *sizes, kept, False
     return found

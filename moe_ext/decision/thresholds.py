@@ -15,7 +15,7 @@ def skip_thresholds(stats: ExpertStatistics, quantile: float = 0.5) -> Tensor:
             rank-j slots that will be skipped on such text; 0.5 is the paper's median, 0 skips nothing.
 
     Returns:
-        (L, K - 1) float32 in [0, 1], exact to one histogram bin (1/1024).
+        (L, K - 1) float32 in [0, 1], exact to one histogram bin (1/1024); 0 for a rank that no token has in its layer.
 
     Raises:
         ValueError: quantile outside [0, 1], top_k below 2, or a layer without tokens (the layer is named).
@@ -26,8 +26,8 @@ def skip_thresholds(stats: ExpertStatistics, quantile: float = 0.5) -> Tensor:
         raise ValueError("skipping needs at least 2 experts a token; these statistics have top_k = 1")
     histogram = stats.ratio_histogram.double()  # (L, K - 1, bins)
     total = histogram.sum(-1)  # (L, K - 1)
-    for name, counts in zip(stats.layers, total, strict=True):
-        if bool((counts == 0).any()):
+    for name, tokens in zip(stats.layers, stats.tokens.tolist(), strict=True):
+        if tokens == 0:
             raise ValueError(f"layer {name} has no calibration tokens; calibrate on text that reaches it")
     wanted = quantile * total
     upto = histogram.cumsum(-1)

@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_ext.checkpoints.load_save import load_checkpoint, stored_bytes
+from moe_ext.data.tokens import Texts
 from moe_ext.evaluation.divergence import Divergence, divergence
 from moe_ext.evaluation.perplexity import perplexity
 from moe_ext.evaluation.predictions import save_predictions
@@ -100,7 +101,7 @@ class Setting:
     reference: str | None = None  # a checkpoint, or a file of predictions
 
 
-def compare(checkpoints: Sequence[str], texts: Mapping[str, str], setting: Setting) -> Iterator[Compared]:
+def compare(checkpoints: Sequence[str], texts: Texts, setting: Setting) -> Iterator[Compared]:
     """Measures checkpoints one after the other; nothing of one is left in memory when the next begins.
 
     A reference that is a checkpoint runs once, in a process of its own, whole and without skipping. Its predictions
@@ -109,7 +110,7 @@ def compare(checkpoints: Sequence[str], texts: Mapping[str, str], setting: Setti
 
     Args:
         checkpoints: folders, or names on the Hugging Face Hub.
-        texts: domain to text.
+        texts: domain to text, or to several.
 
     Yields:
         One result a checkpoint, in order.
@@ -136,7 +137,7 @@ def compare(checkpoints: Sequence[str], texts: Mapping[str, str], setting: Setti
             yield alone(measure, name, dict(texts), setting, predictions)
 
 
-def record_reference(name: str, texts: Mapping[str, str], setting: Setting, path: Path) -> None:
+def record_reference(name: str, texts: Texts, setting: Setting, path: Path) -> None:
     """Writes what a reference predicts."""
     model, tokenizer = _loaded(name, replace(setting, skip=False))
     save_predictions(
@@ -160,7 +161,7 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, name="moe_ext-end-with-parent", daemon=True).start()
 
 
-def measure(name: str, texts: Mapping[str, str], setting: Setting, predictions: Path | None = None) -> Compared:
+def measure(name: str, texts: Texts, setting: Setting, predictions: Path | None = None) -> Compared:
     """Measures one checkpoint in this process, whose largest memory is reported, against a reference's predictions."""
     model, tokenizer = _loaded(name, setting)
     options: dict[str, Any] = {"window": setting.window, "stride": setting.stride, "batch_size": setting.batch_size}
@@ -171,7 +172,8 @@ def measure(name: str, texts: Mapping[str, str], setting: Setting, predictions: 
         else:
             found = divergence(model, predictions, texts, tokenizer, **options)
             quality, judged = found.perplexity, judged_against(found, stored_bytes(name))
-    prompt = prompt_batch(next(iter(texts.values()))[:PROMPT_CHARACTERS], tokenizer, model)
+    first = next(iter(texts.values()))
+    prompt = prompt_batch((first if isinstance(first, str) else first[0])[:PROMPT_CHARACTERS], tokenizer, model)
     prompt = {name: tensor.to(setting.device) for name, tensor in prompt.items()}
     seconds = _decode_seconds(model, prompt, setting.decode_tokens)
     return Compared(

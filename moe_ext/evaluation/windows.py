@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from moe_ext.data.tokens import token_ids
 from moe_ext.models.blocks import input_device
-from moe_ext.runtime.batches import check_tokens, token_ids, vocabulary_of
+from moe_ext.runtime.batches import check_tokens, vocabulary_of
 from moe_ext.storage.digests import tensor_bytes
 from moe_ext.storage.formats import shown
 
@@ -129,10 +130,11 @@ def _tokenise(
     return tokenised
 
 
-def check_same_tokens(texts: Mapping[str, str], tokenizer: Any, reference: Any) -> None:
+def check_same_tokens(texts: Mapping[str, str | Sequence[str]], tokenizer: Any, reference: Any) -> None:
     """ValueError, naming the domain, unless both tokenizers cut the texts into the same tokens."""
-    for domain, text in texts.items():
-        if token_ids(text, tokenizer) != token_ids(text, reference):
+    for domain, given in texts.items():
+        documents = [given] if isinstance(given, str) else given
+        if any(token_ids(text, tokenizer) != token_ids(text, reference) for text in documents):
             raise ValueError(f"reference: its tokenizer gives other tokens of {shown(domain)} than the model's")
 
 

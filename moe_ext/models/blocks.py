@@ -1,25 +1,27 @@
 """The MoE layers of a live model, as everything else in the package sees them: the :class:`MoeBlock` list of
 :func:`moe_blocks`, in layer order.
 
-A family without a record in :mod:`moe_ext.models.families` is recognised by transformers' experts interface
-(:func:`transformers.integrations.use_experts_implementation`): its record is then read off the model, and what cannot
-be read off it is left to the family's own code.
+Any family is recognised by transformers' experts interface
+(:func:`transformers.integrations.use_experts_implementation`). How its router chooses is found by numbers
+(:mod:`moe_ext.models.router_formula`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_ext.models.families import FAMILIES, NUM_EXPERTS_FIELDS, Family
+from moe_ext.models.boundary import MEANS, PLACES, boundaries, num_routed
+from moe_ext.models.counted import Counted, Dimension, counted_in, named_tensors, owners
+from moe_ext.models.families import FAMILIES, Family
 from moe_ext.models.quantised_experts import check_not_quantised
 from moe_ext.storage.digests import tensor_bytes
 
@@ -35,13 +37,32 @@ def router_digest(block: MoeBlock) -> str:
     return digest.hexdigest()
 
 
-# Buffers that moe_ext.models.novices puts into experts modules.
-PLACES, MEANS = "moe_ext_places", "moe_ext_means"
-
 # Attribute of a weight on the meta device that is loaded before it is used (checkpoints/meta_model): its device then.
 LOADED_LATER = "_moe_ext_loaded_later"
 
 _DECODER_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+
+
+class PerExpert(NamedTuple):
+    """A tensor that counts experts: the module it is in, its name there, itself, and its dimension of experts."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+    dimension: Dimension
+
+    def kept(self, keep: Sequence[int], experts: int) -> Tensor:
+        """A copy of what of it belongs to the experts ``keep`` of ``experts``, and of what belongs to none."""
+        places = torch.tensor(self.dimension.places(keep, experts), device=self.tensor.device)
+        return self.tensor.index_select(self.dimension.index, places)
+
+
+class CountingAttribute(NamedTuple):
+    """An integer that depends on the number of experts."""
+
+    module: nn.Module
+    name: str
+    value: int
 
 
 @dataclass(frozen=True)
@@ -53,9 +74,11 @@ class MoeBlock:
         module: the block, which holds the next two.
         router: the module that chooses experts.
         experts: the module that holds the experts' weights.
-        family: the family's record; ``renormalise`` is a bool in it.
+        family: the family's record.
         groups: expert groups; 1 if the family has none.
         groups_per_token: groups that a token's experts come from.
+        top_k: K, experts per token.
+        model: the model that the block is of.
     """
 
     name: str
@@ -63,8 +86,10 @@ class MoeBlock:
     router: nn.Module
     experts: nn.Module
     family: Family
-    groups: int = 1
-    groups_per_token: int = 1
+    groups: int
+    groups_per_token: int
+    top_k: int
+    model: PreTrainedModel = field(repr=False)
 
     @property
     def num_experts(self) -> int:
@@ -78,11 +103,7 @@ class MoeBlock:
     @property
     def num_routed(self) -> int:
         """Experts that the router chooses from: with novices, more than there are."""
-        return int(self.router.num_experts) if self.has_novices else self.num_experts  # type: ignore[arg-type]
-
-    @property
-    def top_k(self) -> int:
-        return int(self.router.top_k)  # type: ignore[arg-type]
+        return num_routed(self.experts)
 
     @property
     def fewest_experts(self) -> int:
@@ -101,39 +122,70 @@ class MoeBlock:
             raise ValueError(f"{self.name} is in no numbered decoder layer")
         return int(found[1])
 
-    def routing_tensors(self) -> list[tuple[nn.Module, str, Tensor, int]]:
-        """Per-expert parameters and buffers outside the experts: module, name in it, tensor, dimension of experts.
-
-        They are the router's; of a family without a record also those that the block itself holds, such as a
-        correction bias.
+    def routing_tensors(self) -> list[PerExpert]:
+        """Tensors outside the experts that count them: the router's rows, correction biases, scales.
 
         Raises:
-            ValueError: a tensor's shape does not say which dimension counts experts, or is not the record's.
+            ValueError: as :func:`moe_ext.models.counted.counted_in`, or a tensor has another shape than a model of this
+                config.
         """
-        router, dimensions = tensors_of(self.router), self.family.router_parameters
-        if dimensions is None:
-            own = {name: tensor for name, tensor in tensors_of(self.module).items() if "." not in name}
-            return [*self._counting(self.router, router), *self._counting(self.module, own)]
-        if set(router) != set(dimensions):
-            raise ValueError(
-                f"{self.name}: {type(self.router).__name__} has parameters {sorted(router)}; "
-                f"expected plain {sorted(dimensions)}"
-            )
-        return [(self.router, name, router[name], dim) for name, dim in dimensions.items()]
-
-    def _counting(
-        self, module: nn.Module, tensors: Mapping[str, Tensor]
-    ) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
-        for name, tensor in tensors.items():
-            counting = [dim for dim, size in enumerate(tensor.shape) if size == self.num_routed]
-            # A vector of another size has nothing to do with experts; a matrix might, in a way that is not known.
-            if len(counting) > 1 or (not counting and tensor.dim() > 1):
+        counted, experts = counted_of(self.model), experts_by_name(self.model)
+        own = next(name for name, module in experts.items() if module is self.experts)
+        tensors = named_tensors(self.model)
+        found = []
+        for name, dimension in counted.tensors.items():
+            if name.startswith(f"{own}.") or own not in (near := owners(name, experts)):
+                continue
+            if len(near) > 1:
+                raise ValueError(f"{name} counts the experts of {near}; expected tensors of one layer's experts")
+            path, _, key = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            if name not in tensors:  # it is parametrised, or has an adapter
                 raise ValueError(
-                    f"{self.name}: cannot tell which dimension of {type(module).__name__}'s {name} "
-                    f"{tuple(tensor.shape)} counts experts, and the family has no record in moe_ext"
+                    f"{self.name}: {type(module).__name__} has no plain {key!r}, only "
+                    f"{sorted(name for name, _ in (*module.named_parameters(), *module.named_buffers()))}"
                 )
-            if counting:
-                yield module, name, tensor, counting[0]
+            found.append(PerExpert(module, key, tensors[name], dimension))
+        return found
+
+
+def experts_by_name(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The experts modules of a model's MoE layers, by their names."""
+    return {
+        f"{each.name}.{each.experts}" if each.name else each.experts: getattr(each.module, each.experts)
+        for each in boundaries(model)
+    }
+
+
+def counted_of(model: PreTrainedModel) -> Counted:
+    """What depends on the number of a model's experts; ValueError as :func:`moe_ext.models.counted.counted_in`."""
+    return counted_in(model, {name: num_routed(experts) for name, experts in experts_by_name(model).items()})
+
+
+def counting_attributes(model: PreTrainedModel, counts: Sequence[int]) -> list[CountingAttribute]:
+    """The integers of a model's modules that depend on the numbers of experts, with what they are to be.
+
+    Args:
+        counts: E of every MoE layer by then, in layer order.
+
+    Raises:
+        ValueError: one would be no integer.
+    """
+    counted, experts = counted_of(model), experts_by_name(model)
+    had = {name: num_routed(module) for name, module in experts.items()}
+    will = dict(zip(experts, counts, strict=True))
+    found = []
+    for (path, name), (built, each) in counted.attributes.items():
+        near = owners(path, experts)
+        value = built + each * (max(will[one] for one in near) - max(had[one] for one in near))
+        if value.denominator != 1:
+            raise ValueError(
+                f"{path}: {name} is {built} with {max(had.values())} experts; with {max(counts)} it would be {value}"
+            )
+        module = model.get_submodule(path)
+        if vars(module).get(name) == built:  # not one that somebody has set
+            found.append(CountingAttribute(module, name, int(value)))
+    return found
 
 
 def layer_numbers(blocks: Sequence[MoeBlock]) -> list[int]:
@@ -153,26 +205,20 @@ def model_type_of(model: PreTrainedModel) -> str:
     return str(text_config(model).model_type)
 
 
-def canonical_field(config: Any, name: str) -> str:
-    """The name under which a config stores a field that may have several."""
-    return str(config.attribute_map.get(name, name))
-
-
 def family_of(model: PreTrainedModel) -> Family:
-    """The record of a model's family, ``renormalise`` as this model's config has it.
+    """The record of a model's family.
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: its family has no record here, and none can be read off the model; or the config lacks a field.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
     config = text_config(model)
     family = FAMILIES.get(config.model_type)
     if family is None:
-        return _read_family(model)
-    if isinstance(family.renormalise, str):
-        family = replace(family, renormalise=bool(_field(config, family.renormalise)))
+        # Most routers with groups rank a group by its two best.
+        grouped = hasattr(config, "n_group")
+        return Family("n_group" if grouped else None, fewest_per_group=2 if grouped else 1)
     return family
 
 
@@ -189,26 +235,55 @@ def moe_blocks(model: PreTrainedModel) -> list[MoeBlock]:
     """The MoE layers of a model in layer order.
 
     Raises:
-        TypeError, ValueError: as :func:`family_of`; ValueError too if there are none, or not one in each decoder layer
-            of a family that has them there, or if a token has no expert or more than there are.
+        TypeError, ValueError: as :func:`family_of`; ValueError too if there are none, if a layer's router cannot be
+            told, or if a token has no expert or more than there are.
     """
     family, config = family_of(model), text_config(model)
-    groups = _groups(config, family)
+    groups, of_token = _groups(config, family)
     blocks = [
-        MoeBlock(name, module, getattr(module, family.router), getattr(module, family.experts), family, *groups)
-        for name, module in model.named_modules()
-        # By name and with bases: wrappers such as FSDP make a subclass of the block's class.
-        if family.block in (cls.__name__ for cls in type(module).__mro__)
-    ]
-    if not blocks or (family.every_layer and len(blocks) != config.num_hidden_layers):
-        raise ValueError(
-            f"{type(model).__name__} has {len(blocks)} MoE layers ({family.block}); "
-            f"its config says {config.num_hidden_layers if family.every_layer else 'one or more'}"
+        MoeBlock(
+            each.name,
+            each.module,
+            getattr(each.module, each.router),
+            getattr(each.module, each.experts),
+            family,
+            groups,
+            of_token,
+            each.top_k,
+            model,
         )
+        for each in boundaries(model)
+    ]
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no MoE layers that are supported: no module of it goes through transformers' "
+            f"experts interface (model type {config.model_type!r}){_experts_of_its_own(model)}"
+        )
+    _refuse_shared_weights(blocks)
     for block in blocks:
         if not 1 <= block.top_k <= block.num_routed:
             raise ValueError(f"{block.name}: top_k is {block.top_k}; expected 1 to {block.num_routed} experts a token")
     return blocks
+
+
+def _experts_of_its_own(model: PreTrainedModel) -> str:
+    """What in a model seems to be experts all the same, for the refusal."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if "expert" in kind.lower() or name.rpartition(".")[2] == "experts":
+            return f"; its experts, {name}, are a {kind} with code of their own, which is not known here"
+    return ""
+
+
+def _refuse_shared_weights(blocks: Sequence[MoeBlock]) -> None:
+    """ValueError if two layers have the same experts: what is counted, kept or skipped in one holds for the other."""
+    owner: dict[int, str] = {}
+    for block in blocks:
+        for tensor in block.experts.parameters():
+            if owner.setdefault(id(tensor), block.name) != block.name:
+                raise ValueError(
+                    f"{owner[id(tensor)]} and {block.name} share their experts (tied weights), which is not supported"
+                )
 
 
 def _groups(config: Any, family: Family) -> tuple[int, int]:
@@ -255,61 +330,6 @@ def refuse_shared_out(blocks: Sequence[MoeBlock], job: str) -> None:
             )
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module's class goes through transformers' experts interface."""
-    return "is_concatenated" in vars(module) and hasattr(type(module).forward, "__wrapped__")
-
-
-def eager_forward(experts: nn.Module) -> Any:
-    """The forward that the modeling code wrote, under the interface's wrapper: a function of the module, (T, H) hidden
-    states, (T, K) experts and (T, K) weights."""
-    return type(experts).forward.__wrapped__  # type: ignore[attr-defined]
-
-
-def _read_family(model: PreTrainedModel) -> Family:
-    """A record for a family without one, from the modules and config of a model."""
-    config = text_config(model)
-    found: dict[tuple[str, str, str], Family] = {}
-    for name, block in model.named_modules():
-        for experts_name, experts in block.named_children():
-            if not is_experts(experts):
-                continue
-            routers = [
-                key for key, child in block.named_children()
-                if child is not experts and hasattr(child, "top_k") and hasattr(child, "num_experts")
-            ]  # fmt: skip
-            if len(routers) != 1:
-                raise ValueError(
-                    f"{name}: {type(block).__name__} has {len(routers)} modules with top_k and num_experts; expected "
-                    f"one, the router. Model type {config.model_type!r} has no record in moe_ext"
-                )
-            stored = {canonical_field(config, field) for field in NUM_EXPERTS_FIELDS}
-            fields = sorted(field for field in stored if vars(config).get(field) == experts.num_experts)
-            grouped = hasattr(config, "n_group")
-            kind = (type(block).__name__, routers[0], experts_name)
-            found[kind] = Family(
-                type(block).__name__,
-                fields[0] if fields else None,
-                router=routers[0],
-                router_parameters=None,
-                experts=experts_name,
-                score="own",
-                renormalise=False,
-                selects_by_score=False,
-                groups_field="n_group" if grouped else None,
-                fewest_per_group=2 if grouped else 1,  # most such routers rank a group by its two best
-                every_layer=False,
-            )
-    if len(found) > 1:
-        raise ValueError(f"model type {config.model_type!r} has several kinds of MoE blocks: {sorted(found)}")
-    if not found:
-        raise ValueError(
-            f"model type {config.model_type!r} is not supported: no module of it goes through transformers' experts "
-            f"interface; supported: {', '.join(FAMILIES)}, and families that do"
-        )
-    return next(iter(found.values()))
-
-
 def _field(config: Any, name: str) -> Any:
     if not hasattr(config, name):
         raise ValueError(f"config of model type {config.model_type!r} has no field {name!r}")
@@ -323,23 +343,25 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def expert_tensors(block: MoeBlock) -> dict[str, Tensor]:
-    """The parameters and buffers of a block's experts by name, each with experts along its first dimension.
+    """The weights and biases of a block's experts by name, each with experts along its first dimension. What modules
+    inside the experts module hold is shared by all experts, such as a norm.
 
     Raises:
         ValueError: transformers holds them quantised, or one is not plain, on the meta device, has another number of
-            experts, or, where the family has a record, is none of the weights and biases that the interface knows.
+            experts, or is none of those that the experts interface knows.
     """
     check_not_quantised(block.name, block.experts)
-    experts, tensors = block.experts, tensors_of(block.experts)
-    if block.family.router_parameters is not None:
-        expected = {"gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"}
-        if getattr(experts, "has_bias", False):
-            expected |= {f"{name}_bias" for name in expected}
-        if set(tensors) != expected:
-            raise ValueError(
-                f"{block.name}: {type(experts).__name__} has parameters {sorted(tensors)}; "
-                f"expected plain {sorted(expected)}"
-            )
+    experts = block.experts
+    named = (*experts.named_parameters(recurse=False), *experts.named_buffers(recurse=False))
+    tensors = {name: tensor for name, tensor in named if name not in (PLACES, MEANS)}
+    expected = {"gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"}
+    if getattr(experts, "has_bias", False):
+        expected |= {f"{name}_bias" for name in expected}
+    if set(tensors) != expected:
+        raise ValueError(
+            f"{block.name}: {type(experts).__name__} has parameters {sorted(tensors_of(experts))}; "
+            f"expected plain {sorted(expected)}"
+        )
     for name, tensor in tensors.items():
         check_plain(block.name, experts, name, tensor)
         if tensor.dim() == 0 or tensor.shape[0] != block.num_experts:
@@ -355,12 +377,13 @@ def check_layout(block: MoeBlock) -> None:
         ValueError: what is different, with the layer's name.
     """
     expert_tensors(block)
-    for module, name, tensor, dim in block.routing_tensors():
+    for module, name, tensor, dimension in block.routing_tensors():
         check_plain(block.name, module, name, tensor)
-        if tensor.dim() <= dim or tensor.shape[dim] != block.num_routed:
+        size = dimension.size(block.num_routed)
+        if tensor.dim() <= dimension.index or tensor.shape[dimension.index] != size:
             raise ValueError(
                 f"{block.name}: the router's {name} has shape {tuple(tensor.shape)}; "
-                f"expected {block.num_routed} experts along dimension {dim}"
+                f"expected {block.num_routed} experts along dimension {dimension.index}"
             )
 
 
@@ -390,17 +413,35 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def refuse_several_in_a_layer(blocks: Sequence[MoeBlock], of_block: Sequence[int], job: str) -> None:
+    """ValueError if a decoder layer has several MoE blocks, such as one for text and one for images.
+
+    Args:
+        of_block: from :func:`decoder_layers`.
+    """
+    for first, second in zip(range(len(blocks)), range(1, len(blocks)), strict=False):
+        if of_block[first] == of_block[second]:
+            raise ValueError(
+                f"{job}: {blocks[first].name} and {blocks[second].name} are in one decoder layer; expected one a layer"
+            )
+
+
 def decoder_layers(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> tuple[str, list[nn.Module], list[int]]:
     """The name of the list of decoder layers, the layers, and which of them every MoE layer is in.
 
     Raises:
-        ValueError: there is no such list.
+        ValueError: there is no such list, or more than one.
     """
     modules = dict(model.named_modules())
     parts = blocks[0].name.split(".")
     for depth in range(len(parts) - 1, 0, -1):
         owner = ".".join(parts[:depth])
         if isinstance(modules[owner], nn.ModuleList):
+            for block in blocks:
+                if not block.name.startswith(f"{owner}."):
+                    raise ValueError(
+                        f"{blocks[0].name} and {block.name} are in two lists of decoder layers; expected one"
+                    )
             of_block = [int(block.name.removeprefix(owner + ".").split(".")[0]) for block in blocks]
             return owner, list(modules[owner].children()), of_block
     raise ValueError(f"{blocks[0].name} is in no list of decoder layers")

@@ -34,7 +34,7 @@ class Layout:
         model_type: transformers' name of the model family, such as ``"mixtral"``.
         layers: L module names of the Mixture-of-Experts blocks, in model order.
         experts: number of experts of every layer.
-        top_k: K, experts per token.
+        top_k: K, experts per token, the largest of any layer.
         groups: expert groups of a layer, contiguous and of equal size, that pruning must keep equal; 1: none.
         fewest: experts that a layer must keep for its router to choose K; 0 stands for K.
 
@@ -96,9 +96,9 @@ def layout_of(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> Layout:
         model_type=model_type_of(model),
         layers=tuple(block.name for block in blocks),
         experts=tuple(block.num_experts for block in blocks),
-        top_k=blocks[0].top_k,
+        top_k=max(block.top_k for block in blocks),
         groups=blocks[0].groups,
-        fewest=blocks[0].fewest_experts,
+        fewest=max(block.fewest_experts for block in blocks),
     )
 
 

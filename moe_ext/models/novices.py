@@ -11,20 +11,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from moe_ext.models.blocks import MEANS, PLACES, is_experts
+from moe_ext.models.boundary import MEANS, PLACES, is_experts, output_width
 from moe_ext.models.config_section import LEFT_KEY
 
+MARK = "moe_ext_novices"
+"""Buffer of a decoder layer with means: how many. vLLM leaves out tensors of experts that it does not know, and would
+serve the checkpoint without its means; it refuses an unknown tensor of a layer."""
 
-def add_novices(experts: nn.Module, places: Tensor, means: Tensor) -> None:
+
+def add_novices(layer: nn.Module, experts: nn.Module, places: Tensor, means: Tensor) -> None:
     """Puts means in the place of experts that are not there any more.
 
     Args:
-        experts: a module with E' experts, below a router that chooses from E.
+        layer: the decoder layer.
+        experts: its module with E' experts, below a router that chooses from E.
         places: (E,) int64; where the router's expert e is: below E' an expert, E' + r the mean r.
         means: (E - E', H), dtype and device of the experts' weights.
     """
     experts.register_buffer(PLACES, places)
     experts.register_buffer(MEANS, means)
+    layer.register_buffer(MARK, torch.full((1,), means.shape[0], dtype=torch.int64, device=places.device))
     experts.forward = partial(_forward, experts)  # a bound method would not unpickle
 
 
@@ -46,7 +52,7 @@ def _forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_
     return cast(Tensor, out + (spread.to(means.dtype) @ means).to(out.dtype))
 
 
-def make_room(layer: nn.Module, left: int, hidden_size: int) -> None:
+def make_room(layer: nn.Module, left: int) -> None:
     """Gives a decoder layer that was just built the shapes of one with novices, for a checkpoint to fill.
 
     Raises:
@@ -58,9 +64,9 @@ def make_room(layer: nn.Module, left: int, hidden_size: int) -> None:
             f"config.moe_ext.{LEFT_KEY} says {left} experts of a {type(layer).__name__} that has not so many"
         )
     experts, routed = found[0], cast(int, found[0].num_experts)
-    for name, parameter in list(experts.named_parameters()):
+    for name, parameter in list(experts.named_parameters(recurse=False)):
         setattr(experts, name, nn.Parameter(parameter.detach()[:left].clone(), requires_grad=parameter.requires_grad))
-        weight = parameter
     experts.num_experts = left  # type: ignore[assignment]
+    weight = cast(Tensor, experts.down_proj)
     places = torch.arange(routed, device=weight.device)
-    add_novices(experts, places, weight.new_zeros(routed - left, hidden_size))
+    add_novices(layer, experts, places, weight.new_zeros(routed - left, output_width(experts)))

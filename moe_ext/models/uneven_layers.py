@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -37,11 +38,11 @@ def built(config: Any, make: Callable[[], Any]) -> Any:
 def _layers_built_one_by_one(config: Any, left: dict[int, int]) -> Iterator[None]:
     """Decoder layers of the config's family that are built inside the ``with`` block read ``per_layer_config``, and
     have ``left[layer]`` experts beside means; the rest of the model may read the global fields."""
-    base = MODEL_MAPPING.get(type(config), None)
-    classes = [] if base is None else _decoder_layers(sys.modules[base.__module__])
+    classes = _decoder_layers(config)
     if not classes:
         raise ValueError(
-            f"the decoder layers of model type {config.model_type!r} cannot be told from its modeling code"
+            f"the decoder layers of model type {config.model_type!r} cannot be told from its modeling code, or do not "
+            "know which layer they are: their numbers of experts cannot differ"
         )
     originals = [cls.__init__ for cls in classes]
     for cls, original in zip(classes, originals, strict=True):
@@ -55,12 +56,19 @@ def _layers_built_one_by_one(config: Any, left: dict[int, int]) -> Iterator[None
             cls.__init__ = original
 
 
-def _decoder_layers(modeling: Any) -> list[Any]:
+def _decoder_layers(config: Any) -> list[Any]:
+    """The classes of a family's decoder layers that are built with a config and their index."""
+    base = MODEL_MAPPING.get(type(config), None)
+    # Configs of a part of a model are in no such table; their modeling code is beside them.
+    name = type(config).__module__.replace(".configuration_", ".modeling_") if base is None else base.__module__
+    if name not in sys.modules and name.startswith("transformers.models."):
+        import_module(name)
     return [
         cls
-        for cls in vars(modeling).values()
+        for key, cls in (vars(sys.modules[name]) if name in sys.modules else {}).items()
         if inspect.isclass(cls)
-        and issubclass(cls, GradientCheckpointingLayer)
+        and issubclass(cls, nn.Module)
+        and (issubclass(cls, GradientCheckpointingLayer) or key.endswith("Layer"))
         and {"config", "layer_idx"} <= set(inspect.signature(cls.__init__).parameters)
     ]
 
@@ -71,7 +79,7 @@ def _built_from_its_own_config(original: Any, left: dict[int, int]) -> Any:
         own = config.per_layer_config[layer_idx]
         original(self, own, layer_idx, *args, **kwargs)
         if layer_idx in left:
-            make_room(self, left[layer_idx], config.hidden_size)
+            make_room(self, left[layer_idx])
         # One config for all from here on: implementations of attention and experts are chosen there.
         for module in self.modules():
             if getattr(module, "config", None) is own:

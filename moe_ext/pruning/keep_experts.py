@@ -1,31 +1,41 @@
 """Leaves a MoE layer some of its experts, in place."""
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Sequence
 
-from moe_ext.models.blocks import MoeBlock, expert_tensors
+from moe_ext.models.blocks import MoeBlock, PerExpert, counting_attributes, expert_tensors, experts_by_name
+from moe_ext.models.boundary import num_routed
+from moe_ext.models.counted import Dimension
+from moe_ext.models.fixed_choices import gate_rows, remapped, tables
 from moe_ext.pruning.replace import replace_tensor
 
 
-def keep_experts(block: MoeBlock, keep: tuple[int, ...]) -> None:
-    """Removes all experts but those of ``keep``, their rows of the router and its biases."""
-    keep_slices(keep, block.routing_tensors() + expert_parts(block))
-    for module in (block.module, block.router, block.experts):
-        if hasattr(module, "num_experts"):
-            module.num_experts = len(keep)  # type: ignore[assignment]
+def keep_experts(block: MoeBlock, keep: Sequence[int]) -> None:
+    """Leaves one layer of a whole model those experts, in all that the block's modules hold; its config stays."""
+    inside = set(block.module.modules())
+    counts = [len(keep) if experts is block.experts else num_routed(experts)
+              for experts in experts_by_name(block.model).values()]  # fmt: skip
+    attributes = [each for each in counting_attributes(block.model, counts) if each.module in inside]
+    remap_choices(block, keep)
+    keep_slices(keep, block.num_experts, block.routing_tensors() + expert_parts(block))
+    for module, name, value in attributes:
+        setattr(module, name, value)
 
 
-Part = tuple[nn.Module, str, Tensor, int]  # module, name of a tensor of it, the tensor, its dimension of experts
+def remap_choices(block: MoeBlock, keep: Sequence[int]) -> None:
+    """Before a whole layer is left with those experts: tables of its router that say a token's experts."""
+    for name, table in tables(block).items():
+        if len(keep) < block.num_experts and not table.is_meta:
+            replace_tensor(block.router, name, table, remapped(table, keep, gate_rows(block)))
 
 
-def expert_parts(block: MoeBlock) -> list[Part]:
+def expert_parts(block: MoeBlock) -> list[PerExpert]:
     """The tensors of a layer's experts."""
-    return [(block.experts, name, old, 0) for name, old in expert_tensors(block).items()]
+    return [PerExpert(block.experts, name, old, Dimension(0)) for name, old in expert_tensors(block).items()]
 
 
-def keep_slices(keep: tuple[int, ...], parts: list[Part]) -> None:
-    """Replaces per-expert tensors by their slices ``keep``."""
+def keep_slices(keep: Sequence[int], experts: int, parts: Sequence[PerExpert]) -> None:
+    """Replaces the tensors of a layer with ``experts`` experts by what belongs to those of ``keep``."""
     # All slices are copied before any takes its place: a block is pruned as a whole or not at all.
-    slices = [old.index_select(dim, torch.tensor(keep, device=old.device)) for _, _, old, dim in parts]
-    for (module, name, old, _), kept in zip(parts, slices, strict=True):
-        replace_tensor(module, name, old, kept)
+    slices = [part.kept(keep, experts) for part in parts]
+    for part, kept in zip(parts, slices, strict=True):
+        replace_tensor(part.module, part.name, part.tensor, kept)

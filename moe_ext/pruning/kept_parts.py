@@ -1,7 +1,7 @@
 """What is left of every stored tensor when a plan's experts and channels stay: names, shapes and byte ranges."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from moe_ext.checkpoints.quantised_weight import Piece, QuantisedWeight
 from moe_ext.checkpoints.stored_tensors import CheckpointError, StoredTensor
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import MoeBlock, expert_tensors
+from moe_ext.models.counted import Dimension
 from moe_ext.models.expert_width import channel_dimension
 from moe_ext.pruning.shard_writer import Part, Selection
 from moe_ext.pruning.thin import channel_places
@@ -23,7 +24,7 @@ class Slice:
     """What is kept of a tensor that counts experts.
 
     Attributes:
-        dim: its dimension of experts.
+        dimension: its dimension of experts.
         keep: the experts that are kept, of ``experts``.
         shape: its shape in the model.
         channel_dim: its dimension of channels there, if some of them go.
@@ -32,7 +33,7 @@ class Slice:
         layer: name of the Mixture-of-Experts block.
     """
 
-    dim: int
+    dimension: Dimension
     keep: tuple[int, ...]
     experts: int
     layer: str
@@ -40,6 +41,10 @@ class Slice:
     channel_dim: int | None = None
     channels: Tensor | None = None
     places: Tensor | None = None
+
+    def swapped(self) -> "Slice":
+        """The same of the transposed matrix."""
+        return replace(self, dimension=replace(self.dimension, index=1 - self.dimension.index))
 
 
 def slices_of(skeleton: Skeleton, blocks: list[MoeBlock], plan: PruningPlan) -> dict[str, Slice]:
@@ -51,14 +56,18 @@ def slices_of(skeleton: Skeleton, blocks: list[MoeBlock], plan: PruningPlan) -> 
         for name, tensor in expert_tensors(block).items():
             dim = None if kept is None else channel_dimension(block, name)
             if dim is None or kept is None:
-                found[names[id(tensor)]] = Slice(0, keep, block.num_experts, block.name)
+                found[names[id(tensor)]] = Slice(Dimension(0), keep, block.num_experts, block.name)
             else:
                 places = channel_places(block, name, kept)
                 found[names[id(tensor)]] = Slice(
-                    0, keep, block.num_experts, block.name, tuple(tensor.shape), dim, kept, places
+                    Dimension(0), keep, block.num_experts, block.name, tuple(tensor.shape), dim, kept, places
                 )
-        for _, _, tensor, dim in block.routing_tensors():
-            found[names[id(tensor)]] = Slice(dim, keep, block.num_experts, block.name)
+        for part in block.routing_tensors():
+            found[names[id(part.tensor)]] = Slice(part.dimension, keep, block.num_experts, block.name)
+    for name, origin in skeleton.model.all_tied_weights_keys.items():  # stored under one of its names
+        for one, other in ((name, origin), (origin, name)):
+            if one in found:
+                found.setdefault(other, found[one])
     return found
 
 
@@ -87,9 +96,7 @@ def parts_of(
                 parts += _kept(stored[key], stored[key].dtype, source, slices, weight, piece)
             continue
         tensor = stored[name]
-        plain = QuantisedWeight(name, tensor.shape, {}, _not_quantised)
-        piece = Piece("weight", tuple((dim, 1) for dim in range(len(tensor.shape))))
-        for part in _kept(tensor, dtype, source, slices, plain, piece):
+        for part in plain_parts(tensor, dtype, source, slices):
             if source.target in fitted:
                 part = _fitted(part, source, slices[source.target], fitted[source.target])
             if not source.converted and part.shape != shapes[source.target]:
@@ -99,6 +106,13 @@ def parts_of(
                 )
             parts.append(part)
     return parts
+
+
+def plain_parts(tensor: StoredTensor, dtype: torch.dtype, source: Source, slices: dict[str, Slice]) -> list[Part]:
+    """What is left of a tensor that is stored as it is: a part, or none."""
+    plain = QuantisedWeight(tensor.name, tensor.shape, {}, _not_quantised)
+    piece = Piece("weight", tuple((dim, 1) for dim in range(len(tensor.shape))))
+    return _kept(tensor, dtype, source, slices, plain, piece)
 
 
 def _whole(tensor: StoredTensor, dtype: torch.dtype) -> Part:
@@ -119,10 +133,51 @@ def _kept(
 ) -> list[Part]:
     """What is left of a stored tensor of a weight: a part, or none."""
     whole = _whole(tensor, dtype)
-    if source.target not in slices:
+    counting = [slices[target] for target in source.targets if target in slices]
+    if not counting:
         return [whole]
-    part = _sliced(whole, source, slices[source.target], weight, piece)
+    if source.others:
+        _check_equal(whole, source, counting)
+        if source.expert is None:
+            return [_in_pieces(whole, source, slices, weight, piece)]
+    kept = slices[source.target].swapped() if source.swapped else slices[source.target]
+    part = _sliced(whole, source, kept, weight, piece, sum(len(slices[target].keep) for target in source.before))
     return [] if part is None else [part]
+
+
+def _check_equal(part: Part, source: Source, counting: Sequence[Slice]) -> None:
+    """ValueError unless the parameters of a conversion that makes several keep as many experts each."""
+    counts = {kept.layer: len(kept.keep) for kept in counting}
+    if len(counting) != len(source.targets) or len(set(counts.values())) > 1:
+        raise ValueError(
+            f"plan: {part.source.file}: {part.name!r} is of {', '.join(source.targets)} together, which need as many "
+            f"experts each; the plan keeps {', '.join(f'{count} in {layer}' for layer, count in counts.items())}"
+        )
+
+
+def _in_pieces(whole: Part, source: Source, slices: dict[str, Slice], weight: QuantisedWeight, piece: Piece) -> Part:
+    """What is left of a tensor of which several parameters are pieces of equal size, one above the other.
+
+    Raises:
+        ValueError: it is not so.
+    """
+    count = len(source.targets)
+    if not source.in_pieces or weight.pieces or whole.shape[0] % count:
+        raise ValueError(
+            f"{whole.source.file}: {whole.name!r} is stored in another form than transformers holds it, in which the "
+            "experts are not known; prune the loaded model by this plan, moe_ext.prune"
+        )
+    rows, found = whole.shape[0] // count, list[Part]()
+    size = math.prod(whole.shape) * whole.source.dtype.itemsize // count
+    for place, target in enumerate(source.targets):
+        alone = replace(whole, shape=(rows, *whole.shape[1:]), ranges=((0, size),))
+        part = _sliced(alone, Source(target), slices[target], weight, piece)
+        assert part is not None
+        found.append(
+            replace(part, ranges=tuple((begin + place * size, end + place * size) for begin, end in part.ranges))
+        )
+    shape = (sum(part.shape[0] for part in found), *found[0].shape[1:])
+    return replace(whole, shape=shape, ranges=tuple(span for part in found for span in part.ranges))
 
 
 def _fitted(part: Part, source: Source, kept: Slice, stored: StoredTensor) -> Part:
@@ -144,12 +199,15 @@ def _fitted(part: Part, source: Source, kept: Slice, stored: StoredTensor) -> Pa
     return replace(part, source=stored, ranges=((begin, end),), selections=())
 
 
-def _sliced(part: Part, source: Source, kept: Slice, weight: QuantisedWeight, piece: Piece) -> Part | None:
+def _sliced(
+    part: Part, source: Source, kept: Slice, weight: QuantisedWeight, piece: Piece, first_number: int = 0
+) -> Part | None:
     """What is left of a tensor that counts experts; None if nothing is.
 
     Args:
         source: of the weight.
         weight, piece: what the tensor is of, and which part of that.
+        first_number: of the first expert that is kept, in keys.
     """
     tensor, name, shape = part.source, part.name, part.shape
     if source.expert is not None:
@@ -159,28 +217,28 @@ def _sliced(part: Part, source: Source, kept: Slice, weight: QuantisedWeight, pi
             return None
         first, last = source.expert_at
         position = kept.keep.index(source.expert)
-        part = replace(part, name=f"{name[:first]}{position}{name[last:]}")
+        part = replace(part, name=f"{name[:first]}{first_number + position}{name[last:]}")
         if kept.channels is None:
             return part
         return _selected(part, source, kept, [position], weight, piece)
-    counting = piece.axis(kept.dim)
+    size = kept.dimension.size(kept.experts)
+    counting = piece.axis(kept.dimension.index)
     if counting is None and piece.holds == "numbers" and weight.pieces and weight.indivisible is None:
         return part  # a scale that all experts share
-    dim, together = counting or (kept.dim, 1)
-    if together != 1 or len(shape) <= dim or shape[dim] != kept.experts:
-        raise CheckpointError(
-            f"{tensor.file}: {name!r} has shape {tensor.shape}; expected {kept.experts} in place {kept.dim}"
-        )
+    dim, together = counting or (kept.dimension.index, 1)
+    if together != 1 or len(shape) <= dim or shape[dim] != size:
+        raise CheckpointError(f"{tensor.file}: {name!r} has shape {tensor.shape}; expected {size} in place {dim}")
     inner = math.prod(shape[dim + 1 :]) * tensor.dtype.itemsize
     ranges: list[tuple[int, int]] = []
+    positions = kept.dimension.places(kept.keep, kept.experts)
     for outer in range(math.prod(shape[:dim])):
-        for expert in kept.keep:
-            begin = (outer * kept.experts + expert) * inner
+        for position in positions:
+            begin = (outer * size + position) * inner
             if kept.channels is None and ranges and ranges[-1][1] == begin:
                 ranges[-1] = (ranges[-1][0], begin + inner)
             else:
                 ranges.append((begin, begin + inner))
-    part = replace(part, shape=(*shape[:dim], len(kept.keep), *shape[dim + 1 :]), ranges=tuple(ranges))
+    part = replace(part, shape=(*shape[:dim], len(positions), *shape[dim + 1 :]), ranges=tuple(ranges))
     if kept.places is None:
         return part
     return _selected(part, source, kept, list(range(len(kept.keep))), weight, piece)

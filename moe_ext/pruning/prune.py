@@ -7,7 +7,6 @@ where every layer keeps the same number of experts, and :func:`moe_ext.from_pret
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +16,10 @@ from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import (
     MoeBlock,
-    canonical_field,
     check_layout,
+    counted_of,
+    counting_attributes,
+    decoder_layers,
     expert_tensors,
     model_type_of,
     moe_blocks,
@@ -27,11 +28,14 @@ from moe_ext.models.blocks import (
     refuse_shared_out,
     text_config,
 )
+from moe_ext.models.boundary import output_width
 from moe_ext.models.config_section import section_of, section_with_novices, set_section
-from moe_ext.models.families import FURTHER_LAYERS_FIELDS, NUM_EXPERTS_FIELDS
+from moe_ext.models.counted import with_counts
+from moe_ext.models.families import FURTHER_LAYERS_FIELDS
 from moe_ext.models.novices import add_novices
+from moe_ext.models.uneven_counts import check_uneven, counts_by_layer
 from moe_ext.models.wrapped import unwrapped_to_change
-from moe_ext.pruning.keep_experts import expert_parts, keep_experts, keep_slices
+from moe_ext.pruning.keep_experts import expert_parts, keep_slices, remap_choices
 from moe_ext.pruning.refit_layers import refitted_layers
 from moe_ext.pruning.replace import replace_tensor
 from moe_ext.pruning.thin import Thinning
@@ -55,9 +59,9 @@ def check_plan(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan
             f"the plan has {len(plan.layers)} layers from {shown(plan.layers[0])}; "
             f"this model has {len(names)} MoE layers from {names[0]!r}"
         )
-    if plan.top_k != blocks[0].top_k:
-        raise ValueError(f"the plan is for top_k {plan.top_k}; this model has {blocks[0].top_k}")
-    _num_experts_fields(model, blocks[0])
+    top_k = max(block.top_k for block in blocks)
+    if plan.top_k != top_k:
+        raise ValueError(f"the plan is for top_k {plan.top_k}; this model has {top_k}")
     for block in blocks:
         check_layout(block)
         if plan.num_experts != block.num_experts:
@@ -67,8 +71,7 @@ def check_plan(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan
     for block, keep in zip(blocks, plan.keep, strict=True):
         _check_keep(block, keep)
     if len({len(keep) for keep in plan.keep}) > 1:
-        for block in blocks:
-            _ = block.layer  # the config names layers by number: a block without one is refused here
+        check_uneven(model, blocks, [len(keep) for keep in plan.keep])
 
 
 def _check_keep(block: MoeBlock, keep: tuple[int, ...]) -> None:
@@ -104,9 +107,11 @@ def prune(
     """Removes the experts and channels that a plan does not keep, in place; patched or not, the model stays so.
 
     With the experts go their rows of the router, its correction biases and every count of experts in the model and its
-    config, which counts no layers for multi-token prediction either: transformers has left them out. Where layers keep
-    different numbers, the config says so in transformers' ``per_layer_config``; it then refuses reading the one global
-    count, so that code which needs it (the auxiliary loss of training) fails clearly.
+    config; where a table says a token's experts, others take a removed one's tokens
+    (:mod:`moe_ext.models.fixed_choices`). The config counts no layers for multi-token prediction any more:
+    transformers has left them out. Where layers keep different numbers, the config says so in transformers'
+    ``per_layer_config``; it then refuses reading the one global count, so that code which needs it (the auxiliary loss
+    of training) fails clearly.
 
     At most one layer's experts are held twice at any moment. Skip thresholds in the config stay as they are; calibrate
     the pruned model for thresholds of its own. Should memory run out, every layer is either pruned or as it was, but
@@ -133,61 +138,56 @@ def prune(
             :func:`moe_ext.pruning.refit_layers.refitted_layers`). The model is left as it was.
     """
     given, model = model, unwrapped_to_change(model, "prune")
-    blocks = moe_blocks(model)
-    check_plan(model, blocks, plan)
-    fields = _num_experts_fields(model, blocks[0])
     if novices is not None:
+        blocks = moe_blocks(model)
+        check_plan(model, blocks, plan)
         if plan.channels is not None:
             raise ValueError("novices: go with experts that keep all their channels; this plan thins them")
         if refit is not None:
             raise ValueError("refit: kept experts make up for removed ones already by novices; expected one of the two")
         _put_novices(model, blocks, plan, novices)
         return given
+    prune_whole(model, plan, refit=refit, progress=progress)
+    return given
+
+
+def prune_whole(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    *,
+    refit: Iterable[Mapping[str, Tensor]] | None = None,
+    progress: bool = False,
+    further_layers: bool = False,
+) -> None:
+    """:func:`prune` of a model without a wrapper, without novices.
+
+    Args:
+        further_layers: whether layers for multi-token prediction, which the model does not have, are kept where it is
+            saved; the config then goes on counting them.
+    """
+    blocks = moe_blocks(model)
+    check_plan(model, blocks, plan)
     thinning = None if plan.channels is None else Thinning.of(model, blocks, plan.channels, list(map(len, plan.keep)))
     fitted: dict[int, Tensor] = {}
     if refit is not None:
         with closing(refitted_layers(model, blocks, plan, list(refit), progress=progress)) as layers:
             fitted.update(layers)
+    counts, fields = [len(keep) for keep in plan.keep], counted_of(model).fields
+    attributes = counting_attributes(model, counts)
+    parts = [block.routing_tensors() + expert_parts(block) for block in blocks]
     with torch.no_grad():
         for block, keep in zip(blocks, plan.keep, strict=True):
-            keep_experts(block, keep)
-    _write_counts(text_config(model), fields, blocks)
-    _announce_no_further_layers(model)
+            remap_choices(block, keep)
+            keep_slices(keep, plan.num_experts, parts.pop(0))  # the only other holder of the old tensors
+    for module, name, value in attributes:
+        setattr(module, name, value)
+    with_counts(text_config(model), fields, counts_by_layer(blocks, counts))
+    if not further_layers:
+        _announce_no_further_layers(model)
     if thinning is not None:
         thinning.apply(model, blocks)
     for layer, down in fitted.items():
         replace_tensor(blocks[layer].experts, "down_proj", expert_tensors(blocks[layer])["down_proj"], down)
-    if hasattr(model, "num_experts"):  # the language model head's copy, for the auxiliary loss
-        model.num_experts = max(map(len, plan.keep))
-    return given
-
-
-def _num_experts_fields(model: PreTrainedModel, block: MoeBlock) -> list[str]:
-    """The config fields that count experts, as the config stores them: the family's, and others of a known name that
-    hold the same number. ValueError, naming the layer, if there is none."""
-    config, field = text_config(model), block.family.num_experts_field
-    stored = None if field is None else canonical_field(config, field)
-    if stored is None or stored not in vars(config):
-        raise ValueError(
-            f"{block.name}: no field of the {config.model_type!r} config is known to hold its {block.num_experts} "
-            f"experts{'' if field is None else f' (looked for {field!r})'}; the pruned model could not be saved"
-        )
-    names = {canonical_field(config, name) for name in NUM_EXPERTS_FIELDS}
-    return sorted({stored, *(name for name in names if vars(config).get(name) == block.num_experts)})
-
-
-def _write_counts(config: Any, counts: list[str], blocks: list[MoeBlock]) -> None:
-    """The layers' numbers of experts into a config's fields: one number if they are equal, else the largest, and the
-    exceptions per layer."""
-    overrides = {int(layer): dict(fields) for layer, fields in config.to_dict().get("per_layer_config", {}).items()}
-    largest = max(block.num_experts for block in blocks)
-    if any(block.num_experts != largest for block in blocks):
-        for block in blocks:
-            overrides.setdefault(block.layer, {}).update(dict.fromkeys(counts, block.num_experts))
-    for name in counts:
-        setattr(config, name, largest)
-    if overrides:
-        config.per_layer_config = overrides
 
 
 def _announce_no_further_layers(model: PreTrainedModel) -> None:
@@ -210,15 +210,16 @@ def _put_novices(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPl
         raise ValueError("novices: the statistics have no sums of outputs: calibrate(..., outputs=True)")
     if (different := plan.misfit(stats.layout)) is not None:
         raise ValueError(f"novices: the statistics are of another model than the plan: {different}")
-    if stats.output_sum.shape[-1] != text_config(model).hidden_size:
+    if stats.output_sum.shape[-1] != output_width(blocks[0].experts):
         raise ValueError(
             f"novices: the statistics' outputs have {stats.output_sum.shape[-1]} dimensions; "
-            f"the model's have {text_config(model).hidden_size}"
+            f"the model's have {output_width(blocks[0].experts)}"
         )
     section = section_with_novices(
         {str(block.layer): len(keep) for block, keep in zip(blocks, plan.keep, strict=True)},
         section_of(model.config),
     )
+    _, layers, inside = decoder_layers(model, blocks)
     with torch.no_grad():
         for layer, (block, keep) in enumerate(zip(blocks, plan.keep, strict=True)):
             removed = list(plan.removed(layer))
@@ -228,7 +229,7 @@ def _put_novices(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPl
             places[[*keep, *removed]] = torch.arange(plan.num_experts)
             # Copied before the experts change: a layer is pruned as a whole or not at all.
             places, mean = places.to(weight.device), mean.to(weight.device, weight.dtype)
-            keep_slices(keep, expert_parts(block))
+            keep_slices(keep, plan.num_experts, expert_parts(block))
             block.experts.num_experts = len(keep)  # type: ignore[assignment]
-            add_novices(block.experts, places, mean)
+            add_novices(layers[inside[layer]], block.experts, places, mean)
     set_section(model.config, section)

@@ -24,13 +24,17 @@ from moe_ext.checkpoints.stored_tensors import INDEX, CheckpointError, stored_te
 from moe_ext.checkpoints.written_config import changed_content, read_content, write_content
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import moe_blocks, refuse_novices, text_config
+from moe_ext.models.counted import counts_differ
+from moe_ext.pruning.further_layers import further_parts
 from moe_ext.pruning.kept_parts import Slice, parts_of, slices_of
-from moe_ext.pruning.prune import prune
+from moe_ext.pruning.prune import prune_whole
 from moe_ext.pruning.refit_files import RefitFiles
 from moe_ext.pruning.refit_folder import down_projections, planned, refit_into
 from moe_ext.pruning.renumbered_names import positions_of, renumbered
 from moe_ext.pruning.shard_writer import Part, shards_of, write_shard
+from moe_ext.pruning.tables_on_disk import tables_left, with_tables
 from moe_ext.pruning.unfinished import PROGRESS, begin, check_space, fingerprint, locked
+from moe_ext.runtime.batches import as_batches
 from moe_ext.storage.digests import text_digest
 from moe_ext.storage.files import flush_to_disk, folder_destination, put_in_place
 from moe_ext.storage.formats import parse_json
@@ -64,8 +68,9 @@ def prune_checkpoint(
     """Writes a checkpoint folder without the experts that a plan does not keep, whatever the model's size.
 
     The tensors are those of :func:`moe_ext.prune` and ``save_pretrained`` on the loaded model, byte by byte and under
-    the same names. The config is the source's, with only those fields changed that pruning changes; everything beside
-    weights, config and model card is copied. Weights are read through a memory map of 64 MB at most.
+    the same names; and those of layers for multi-token prediction (:mod:`moe_ext.pruning.further_layers`). The config
+    is the source's, with only those fields changed that pruning changes; everything beside weights, config and model
+    card is copied. Weights are read through a memory map of 64 MB at most.
 
     Until it is complete the result is ``.OUT.partial`` beside ``out``. Interrupted in whatever way, the same call goes
     on with it; another call for ``out`` begins anew.
@@ -101,7 +106,7 @@ def prune_checkpoint(
     target = folder_destination(out)
     stored = stored_tensors(checkpoint)
     skeleton = skeleton_of(checkpoint, stored, dtype=dtype, trust_remote_code=trust_remote_code)
-    if text_config(skeleton.model).is_heterogeneous:
+    if counts_differ(text_config(skeleton.model)):
         raise ValueError(f"{checkpoint}: its layers differ already; prune the model that it was made of")
     blocks = moe_blocks(skeleton.model)
     refuse_novices(blocks, "prune")
@@ -111,17 +116,20 @@ def prune_checkpoint(
             "refit a checkpoint in bfloat16"
         )
     before, config = skeleton.model.num_parameters(), copy.deepcopy(skeleton.model.config)
-    slices = slices_of(skeleton, blocks, plan)
+    slices, tables = slices_of(skeleton, blocks, plan), tables_left(skeleton, stored, blocks, plan)
     written, further = _changed_quantisation(Path(checkpoint), skeleton, slices)
     downs = [] if refit is None else down_projections(skeleton, blocks)
-    prune(skeleton.model, plan)  # checks the plan, writes the config, and gives the shapes to arrive at
+    drafting = further_parts(skeleton, stored, blocks, plan, slices)
+    # Checks the plan, writes the config, and gives the shapes to arrive at.
+    prune_whole(skeleton.model, plan, further_layers=bool(drafting))
     fitted = planned(skeleton, downs)
-    parts = parts_of(skeleton, stored, slices, fitted)
+    parts = with_tables(parts_of(skeleton, stored, slices, fitted), tables) + drafting
     if len(names := {part.name for part in parts}) != len(parts):
         raise CheckpointError(f"{checkpoint}: {len(parts)} tensors would have only {len(names)} names")
     shards = shards_of(parts, shard_size)
     work = target.with_name(f".{target.name}.partial")
     with locked(work, target):
+        refit = None if refit is None else list(as_batches(refit))
         text = None if refit is None else text_digest(refit)
         finished = begin(work, fingerprint(checkpoint, stored, plan, shard_size, dtype, text), shards)
         left = sum(part.size for name, parts in shards.items() if name not in finished for part in parts)
@@ -138,7 +146,7 @@ def prune_checkpoint(
                 trust_remote_code=trust_remote_code,
             )
             by_name = dict(zip(downs, found, strict=True))
-            shards = shards_of(parts_of(skeleton, stored, slices, by_name), shard_size)
+            shards = shards_of(with_tables(parts_of(skeleton, stored, slices, by_name), tables) + drafting, shard_size)
         total, strange = sum(part.size for part in parts), list[str]()
         with tqdm(total=total, desc="prune", unit="B", unit_scale=True, disable=not progress) as bar:
             for name, content in shards.items():

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_ext.calibration.removal_order import damped
-from moe_ext.calibration.routed_inputs import ROWS, RoutedInputs, hidden
+from moe_ext.calibration.routed_inputs import ROWS, RoutedInputs
+from moe_ext.runtime.formulas import ExpertsLayer
 from moe_ext.storage.spilled_tensors import SpillingList
 
 CHANNEL_DAMPING = 0.01
@@ -73,21 +74,21 @@ class OutputFit:
     Args:
         inputs: of the kept experts, over all batches.
         wanted: for every batch (T, H) float32, what they should give for its counted tokens; changed.
-        gate_up: (E, 2I, H).
-        down: (E, H, I), as they are.
-        activation: the operators' name.
+        layer: the experts as they are. Biases of their outputs stay; the rest of ``wanted`` is fitted.
     """
 
-    def __init__(
-        self, inputs: RoutedInputs, wanted: SpillingList, gate_up: Tensor, down: Tensor, activation: str
-    ) -> None:
-        self.inputs, self.wanted, self.gate_up, self.activation = inputs, wanted, gate_up, activation
-        self.device, self.dtype = down.device, down.dtype
-        self.down = down.transpose(1, 2).double()  # (E, I, H)
+    def __init__(self, inputs: RoutedInputs, wanted: SpillingList, layer: ExpertsLayer) -> None:
+        self.inputs, self.wanted, self.layer = inputs, wanted, layer
+        self.device, self.dtype = layer.down.device, layer.down.dtype
+        down = layer.down.detach()
+        self.down = (down if layer.formula.transposed else down.transpose(1, 2)).double()  # (E, I, H)
+        self.channels = self.down.shape[1]
         self.tokens = torch.zeros(len(down), dtype=torch.int64)
+        if layer.down_bias is not None:
+            self._subtract_biases(layer.down_bias.detach().float().cpu())
 
     def fit(self, damping: float = EXPERT_DAMPING, most_joint: int = MOST_JOINT) -> Tensor:
-        """(E, H, I) in the dtype of ``down``.
+        """As the layer's down projections are, in their dtype.
 
         Raises:
             ValueError: sums that are not finite.
@@ -104,7 +105,8 @@ class OutputFit:
             for _ in range(SWEEPS):
                 for expert in range(experts):
                     self._alone(expert, float(ridge[expert]))
-        return self.down.transpose(1, 2).to(self.dtype).contiguous()
+        down = self.down if self.layer.formula.transposed else self.down.transpose(1, 2)
+        return down.to(self.dtype).contiguous()
 
     def _together(self, ridge: Tensor) -> None:
         experts, channels, outputs = self.down.shape
@@ -121,7 +123,7 @@ class OutputFit:
                 rows_of = []
                 for expert in range(experts):
                     rows, slots = (routed[part] == expert).nonzero(as_tuple=True)
-                    h = hidden(x[part][rows], self.gate_up[expert], self.activation)
+                    h = self.layer.hidden(expert, x[part][rows])
                     features[rows, expert] = weights[part][rows, slots][:, None] * h
                     rows_of.append(rows)
                 flat = features.flatten(1)
@@ -163,13 +165,20 @@ class OutputFit:
                     wanted[rows] -= (h @ (self.down[expert].float() if down is None else down)).cpu()
             self.wanted[batch] = wanted
 
+    def _subtract_biases(self, biases: Tensor) -> None:
+        """Takes what the biases (E, H) give from what is wanted; a slot without expert gives nothing."""
+        biases = torch.cat((biases, torch.zeros_like(biases[:1])))
+        for batch in range(len(self.inputs)):
+            _, routed, weights = self.inputs.batch(batch, torch.device("cpu"))
+            self.wanted[batch] = self.wanted[batch] - torch.einsum("tk,tkh->th", weights, biases[routed])
+
     def _features(self, batch: int, expert: int) -> list[tuple[Tensor, Tensor]]:
         """``g h`` (R, I) of an expert's tokens in a batch, and their rows on the CPU, some at a time."""
         x, routed, weights = self.inputs.batch(batch, torch.device("cpu"))
         found = []
         rows, slots = (routed == expert).nonzero(as_tuple=True)
         for part, place in zip(rows.split(ROWS), slots.split(ROWS), strict=True):
-            h = hidden(x[part].to(self.device), self.gate_up[expert], self.activation)
+            h = self.layer.hidden(expert, x[part].to(self.device))
             found.append((weights[part, place].to(self.device)[:, None] * h, part))
         return found
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from moe_ext.calibration.channels import check_channels, check_gram_memory
 from moe_ext.calibration.routed_inputs import MEMORY, RoutedInputs
 from moe_ext.decision.pruning_plan import PruningPlan
-from moe_ext.models.blocks import MoeBlock, decoder_layers, expert_tensors
+from moe_ext.models.blocks import MoeBlock, decoder_layers, expert_tensors, refuse_several_in_a_layer
 from moe_ext.models.expert_width import width_of
 from moe_ext.pruning.keep_experts import keep_experts
 from moe_ext.pruning.refit import CHANNEL_DAMPING, FITTED_BY, OutputFit, refitted_down, ridge_for
@@ -28,9 +28,10 @@ from moe_ext.pruning.replace import replace_tensor
 from moe_ext.pruning.thin import thin_layer
 from moe_ext.pruning.watched_experts import Watch, scale_of_experts, watching
 from moe_ext.runtime.batches import check_batch
+from moe_ext.runtime.course import course_of
+from moe_ext.runtime.formulas import experts_layer
 from moe_ext.runtime.layer_walk import LayerInputs
 from moe_ext.runtime.patching import altered_gates, patched
-from moe_ext.runtime.supported import activation_of
 from moe_ext.storage.spilled_tensors import SpillingList
 
 
@@ -57,19 +58,22 @@ def refitted_layers(
             not a sum of its experts' and others, or activations that are not finite (layer and expert are named).
         MemoryError: no room for an expert's Gram matrix.
     """
-    refit = _Refit(model, blocks, plan, batches)
     _, _, of_block = decoder_layers(model, blocks)
+    refuse_several_in_a_layer(blocks, of_block, "refit")
+    refit = _Refit(model, blocks, plan, batches)
     last = of_block[-1]
     removes = any(len(keep) < block.num_experts for keep, block in zip(plan.keep, blocks, strict=True))
     given = [each.inputs for each in refit.checked]
+    course = course_of(model, blocks, given)
+    course.refuse_loops("refit")
     with (
         torch.no_grad(),
         patched(model, blocks),
-        LayerInputs(model, blocks, given, need=need) as pruned,
-        LayerInputs(model, blocks, given, need=need) as whole,
+        LayerInputs(model, blocks, given, course=course, need=need) as pruned,
+        LayerInputs(model, blocks, given, course=course, need=need) as whole,
         tqdm(total=last + 1, desc="refit", unit="layer", disable=not progress) as bar,
     ):
-        for layer in range(last + 1):
+        for layer in course.calls[: course.last_calls([last])[0] + 1]:
             if need is not None:
                 need(layer)
             if removes:
@@ -156,15 +160,13 @@ class _Refit:
             whole: past it.
         """
         block = self.blocks[layer]
-        activation = activation_of(block.experts.config)
         with RoutedInputs() as inputs:
             wanted = self._watched(block, inputs, pruned, whole)
             try:
-                down = self._of_channels(layer, inputs, activation)
+                down = self._of_channels(layer, inputs)
                 if whole is not None:
                     self.put(layer, down)
-                    gate_up = expert_tensors(block)["gate_up_proj"]
-                    down = self._of_experts(layer, OutputFit(inputs, wanted, gate_up, down, activation))
+                    down = self._of_experts(layer, OutputFit(inputs, wanted, experts_layer(block.experts)))
             finally:
                 wanted.close()
         return down
@@ -209,26 +211,25 @@ class _Refit:
             pruned.stay(before, after)
         return wanted
 
-    def _of_channels(self, layer: int, inputs: RoutedInputs, activation: str) -> Tensor:
-        """Every expert's, fitted to its own outputs."""
-        block, channels = self.blocks[layer], self.plan.channels
-        tensors = expert_tensors(block)
+    def _of_channels(self, layer: int, inputs: RoutedInputs) -> Tensor:
+        """Every expert's, fitted to its own outputs; as the layer's down projections are."""
+        experts, channels = experts_layer(self.blocks[layer].experts), self.plan.channels
         if channels is None:
-            return tensors["down_proj"].detach()
+            return experts.down.detach()
         rows = []
-        for expert, (gate_up, down, kept) in enumerate(
-            zip(tensors["gate_up_proj"], tensors["down_proj"], channels.indices(layer), strict=True)
-        ):
-            gram, tokens = inputs.gram(expert, gate_up.detach(), activation)
+        for expert, kept in enumerate(channels.indices(layer)):
+            down = experts.outputs(expert).detach()
+            gram, tokens = inputs.gram(expert, experts)
             self._count(layer, expert, tokens, len(kept), 1)
             if not bool(gram.isfinite().all()):
                 raise ValueError(f"refit: {self._name(layer, expert)} gave activations that are not finite")
             if bool(gram.diagonal().any()):
                 damping = CHANNEL_DAMPING * float(ridge_for(torch.tensor(tokens), len(kept), 1))
-                rows.append(refitted_down(gram, down.detach(), kept, damping=damping))
+                rows.append(refitted_down(gram, down, kept, damping=damping))
             else:
-                rows.append(down.detach()[:, kept.to(down.device)])
-        return torch.stack(rows)
+                rows.append(down[:, kept.to(down.device)])
+        stacked = torch.stack(rows)  # (E, H, I')
+        return stacked.mT.contiguous() if experts.formula.transposed else stacked
 
     def _of_experts(self, layer: int, fit: OutputFit) -> Tensor:
         """All experts', fitted to what they should give together."""
@@ -237,7 +238,7 @@ class _Refit:
         except ValueError as error:
             raise ValueError(f"refit: {self.blocks[layer].name}: {error}") from None
         for expert, tokens in enumerate(fit.tokens.tolist()):
-            self._count(layer, expert, tokens, down.shape[2], FITTED_BY)
+            self._count(layer, expert, tokens, fit.channels, FITTED_BY)
         return down
 
     def _count(self, layer: int, expert: int, tokens: int, channels: int, enough: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from moe_ext.calibration.routed_inputs import RoutedInputs
 from moe_ext.models.blocks import MoeBlock
 from moe_ext.runtime.layer_walk import LayerInputs
 from moe_ext.runtime.patching import layer_state
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Watch:
@@ -24,13 +28,20 @@ class Watch:
         self.output: Tensor | None = None
 
     def __call__(
-        self, x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor, activation: str
+        self,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        activation: str,
+        **options: Unpack[ops.LayerOptions],
     ) -> Tensor:
         if self.inputs is not None:
             self.inputs.add(x, experts, weights, self.counted)
         if self.factor == 0:
             return torch.zeros_like(x)
-        self.output = ops.experts(x, gate_up, down, experts, weights, activation)
+        self.output = ops.experts(x, gate_up, down, experts, weights, activation, **options)
         return self.factor * self.output
 
 

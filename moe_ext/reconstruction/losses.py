@@ -14,16 +14,15 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_ext import ops
+from moe_ext.models.blocks import MoeBlock
+from moe_ext.models.router_formula import RouterFormula
+from moe_ext.reconstruction import expert_outputs
 from moe_ext.reconstruction.measures import Measure, loss_of_batch
 from moe_ext.reconstruction.router_formula import ranked_scores
-from moe_ext.runtime.supported import activation_of
 from moe_ext.storage.spilled_tensors import SpillingList
-
-GRAM_BYTES = 32 << 20
-"""Bytes of Gram matrices that exist at a time."""
 
 MEMORY = 128 << 20
 """Bytes of tokens that a layer keeps in memory to evaluate subsets later; more go to a temporary file."""
@@ -42,37 +41,47 @@ class Ranked(NamedTuple):
     scores: Tensor
 
 
-def ranked(experts: nn.Module, x: Tensor, logits: Tensor, depth: int) -> Iterator[Ranked]:
+def ranked(
+    block: MoeBlock,
+    x: Tensor,
+    logits: Tensor,
+    depth: int,
+    formula: RouterFormula | None = None,
+    correction: Tensor | None = None,
+) -> Iterator[Ranked]:
     """Runs all experts over all tokens, some tokens at a time.
 
     Args:
-        experts: the layer's experts, of a model that :func:`moe_ext.patch` takes.
-        x: (T, H), the layer's input.
+        block: the layer, of a patched model.
+        x: (T, H), its experts' input.
         logits: (T, E), its router's output.
         depth: N, ranks that are kept of a token.
+        formula, correction: of the router, as for :func:`ranked_scores`.
     """
-    gate_up, down, activation = experts.gate_up_proj, experts.down_proj, activation_of(experts.config)
-    assert isinstance(gate_up, Tensor)
-    assert isinstance(down, Tensor)
     num_experts = logits.shape[1]
     first, second = torch.triu_indices(depth, depth, offset=1, device=x.device)  # (M,) each
-    step = max(16, GRAM_BYTES // (8 * num_experts**2))
+    step = expert_outputs.tokens_at_a_time(block, x.shape[1])
     for part, part_logits in zip(x.split(step), logits.split(step), strict=True):
-        gram = ops.expert_gram(part.to(gate_up.dtype), gate_up, down, activation)  # (T, E, E)
-        scores, ranks = ranked_scores(part_logits, depth)
+        gram = expert_outputs.gram_of(block, part)  # (T, E, E)
+        scores, ranks = ranked_scores(part_logits, depth, formula, correction)
         squares = gram.diagonal(dim1=1, dim2=2).gather(1, ranks)  # (T, N)
         products = gram.flatten(1).gather(1, ranks[:, first] * num_experts + ranks[:, second])  # (T, M)
         distances = squares[:, first] + squares[:, second] - 2 * products
         yield Ranked(distances.cpu(), ranks.cpu(), scores.cpu())
 
 
-def projected(experts: nn.Module, x: Tensor, logits: Tensor, gradient: Tensor, depth: int) -> Iterator[Ranked]:
+def projected(
+    block: MoeBlock,
+    x: Tensor,
+    logits: Tensor,
+    gradient: Tensor,
+    depth: int,
+    formula: RouterFormula | None = None,
+    correction: Tensor | None = None,
+) -> Iterator[Ranked]:
     """As :func:`ranked`, with what the experts' outputs are along the gradient (T, H) for the layer's output."""
-    gate_up, down, activation = experts.gate_up_proj, experts.down_proj, activation_of(experts.config)
-    assert isinstance(gate_up, Tensor)
-    assert isinstance(down, Tensor)
-    projections = ops.expert_projection(x.to(gate_up.dtype), gate_up, down, gradient, activation)  # (T, E)
-    scores, ranks = ranked_scores(logits, depth)
+    projections = expert_outputs.projections_of(block, x, gradient)  # (T, E)
+    scores, ranks = ranked_scores(logits, depth, formula, correction)
     yield Ranked(projections.gather(1, ranks).cpu(), ranks.cpu(), scores.cpu())
 
 
@@ -84,6 +93,7 @@ class LayerErrors:
         keep: (S, E) bool, the subsets known beforehand.
         top_k: K.
         thresholds: (K - 1,) float32 skip thresholds of the pruned layer, or None.
+        scale: of all routing weights.
         measure: what the losses measure; "nats": of parts from :func:`projected`, the others from :func:`ranked`.
         tokens: tokens of all batches, of all processes.
         store: whether :meth:`losses_of` will be asked.
@@ -95,11 +105,12 @@ class LayerErrors:
         top_k: int,
         thresholds: Tensor | None,
         *,
+        scale: float = 1.0,
         measure: Measure = "norms",
         tokens: int = 0,
         store: bool,
     ) -> None:
-        self.keep, self.top_k, self.thresholds = keep, top_k, thresholds
+        self.keep, self.top_k, self.thresholds, self._scale = keep, top_k, thresholds, scale
         self.measure, self.tokens = measure, tokens
         self.losses = torch.zeros(len(keep), dtype=torch.float64)
         self._stored = SpillingList(MEMORY) if store else None
@@ -136,4 +147,4 @@ class LayerErrors:
 
     def _errors(self, part: Ranked, keep: Tensor) -> Tensor:
         errors = ops.projected_errors if self.measure == "nats" else ops.subset_errors
-        return errors(*part, keep, self.top_k, self.thresholds)
+        return errors(*part, keep, self.top_k, self.thresholds) * self._scale**2

@@ -10,6 +10,7 @@ from typing import Any
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.decision.super_experts import SuperExpert, named, super_experts
 from moe_ext.models.layout import Layout
+from moe_ext.reconstruction.budgets import allowed_sizes
 from moe_ext.reconstruction.result import SearchResult
 
 
@@ -49,7 +50,7 @@ class Outliers:
         for each in () if self.allowed else self.experts:
             stay[each.layer].append(each.expert)
         for layer, count in enumerate(counts):
-            if count < len(stay[layer]):
+            if count not in allowed_sizes(layout, stay[layer]):
                 here = [each for each in self.experts if each.layer == layer]
                 raise ValueError(f"keep: {count} leaves no place for {named(here)}; keep more, or allow_super=True")
         return stay

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb
 from typing import Any, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_ext.models.config_section import check_thresholds, scale_in_config, thresholds_in_config
-from moe_ext.reconstruction.budgets import counts_per_layer
+from moe_ext.models.layout import Layout
+from moe_ext.reconstruction.budgets import allowed_sizes, counts_per_layer
 from moe_ext.reconstruction.measures import Measure
+from moe_ext.reconstruction.subsets import count_subsets
 from moe_ext.runtime.head_gradients import LabelKind, Labels
 from moe_ext.storage.formats import check_label
 
@@ -51,11 +52,12 @@ class SearchRequest:
             return "nats"
         return "squares" if self.shares == "model" else "norms"
 
-    def every_size(self, num_experts: int, top_k: int) -> bool:
+    def every_size(self, layout: Layout) -> bool:
         """Whether subsets of all sizes are evaluated: for a model-wide budget, or to know what one would cost, where
         that is quick."""
         most = 0 if self.method == "greedy" else self.max_subsets
-        quick = all(comb(num_experts, size) <= most for size in range(top_k, num_experts))
+        sizes = allowed_sizes(layout)[1:]
+        quick = all(count_subsets(layout.num_experts, size, layout.groups) <= most for size in sizes)
         return self.shares == "model" or (self.loss == "fisher" and quick)
 
     @property
@@ -72,13 +74,14 @@ class SearchRequest:
                 raise ValueError(f"{name}: goes with loss='fisher', got {value!r} with loss={self.loss!r}")
         assert self.drawn
 
-    def counts(self, layers: int, num_experts: int, top_k: int) -> list[int]:
+    def counts(self, layout: Layout) -> list[int]:
         """Experts that every layer keeps, before a model-wide budget shares them out.
 
         Raises:
             ValueError: no such numbers, method or budget, or a budget that the method cannot have.
         """
-        counts = counts_per_layer(self.keep, self.ratio, layers, num_experts, top_k)
+        of_layer = layout.num_experts, layout.top_k, layout.groups, layout.fewest
+        counts = counts_per_layer(self.keep, self.ratio, layout.num_layers, *of_layer)
         if self.method not in METHODS or self.shares not in BUDGETS:
             raise ValueError(
                 f"method and budget are {self.method!r} and {self.shares!r}; expected one of {METHODS} and {BUDGETS}"
@@ -113,7 +116,7 @@ class SearchRequest:
             raise ValueError(f"skip: {model.config.name_or_path} holds no skip thresholds; moe-ext skip sets them")
         return found
 
-    def as_json(self, counts: list[int], thresholds: Tensor | None, tokens: int) -> dict[str, Any]:
+    def as_json(self, layout: Layout, counts: list[int], thresholds: Tensor | None, tokens: int) -> dict[str, Any]:
         """The request as plans and files of unfinished searches remember it."""
         return {
             "loss": self.loss,
@@ -130,4 +133,5 @@ class SearchRequest:
             "skip": None if thresholds is None else thresholds.tolist(),
             "dataset": self.dataset,
             "tokens": tokens,
+            **({"groups": layout.groups} if layout.groups > 1 else {}),
         }

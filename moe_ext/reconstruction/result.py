@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from moe_ext.decision.pruning_plan import PruningPlan, check_kept
 from moe_ext.reconstruction.measures import MEASURES, Measure
-from moe_ext.reconstruction.subsets import IMPROVEMENT
+from moe_ext.reconstruction.subsets import IMPROVEMENT, count_subsets
 from moe_ext.storage.files import replace_file
 from moe_ext.storage.formats import FileFormatError, Format, parse_json, shown
 from moe_ext.storage.tensor_file import read_tensors, write_tensors
@@ -61,9 +60,13 @@ class LayerLosses:
         """Numbers of kept experts that subsets were evaluated for, descending."""
         return sorted(set(self.keep.sum(1).tolist()), reverse=True)
 
-    def is_exact(self, size: int) -> bool:
-        """Whether every subset of that size was evaluated, so that :meth:`best` is the optimum."""
-        return int((self.keep.sum(1) == size).sum()) == comb(self.keep.shape[1], size)
+    def is_exact(self, size: int, groups: int = 1) -> bool:
+        """Whether every subset of that size was evaluated, so that :meth:`best` is the optimum.
+
+        Args:
+            groups: of experts, of which a subset keeps as many each (:attr:`SearchResult.groups`).
+        """
+        return int((self.keep.sum(1) == size).sum()) == count_subsets(self.keep.shape[1], size, groups)
 
     def that_keep(self, experts: Iterable[int]) -> LayerLosses:
         """The subsets that keep all of those experts."""
@@ -127,6 +130,9 @@ class SearchResult:
             row[list(kept)] = True
             if not bool((layer.keep == row).all(1).any()):
                 raise ValueError(f"losses: layer {shown(name)} has none for the experts that the plan keeps")
+        groups = self.plan.made_by.get("groups", 1)
+        if type(groups) is not int or groups < 1 or self.plan.num_experts % groups:
+            raise ValueError(f"made_by: groups: {shown(groups)} do not hold {self.plan.num_experts} experts")
         if self.measure not in MEASURES:
             raise ValueError(f"made_by: measure: expected one of {', '.join(MEASURES)}, got {shown(self.measure)}")
 
@@ -135,6 +141,11 @@ class SearchResult:
         """What the losses measure: one of :data:`moe_ext.reconstruction.measures.MEASURES`."""
         measure: Measure = self.plan.made_by.get("measure", "norms")
         return measure
+
+    @property
+    def groups(self) -> int:
+        """Groups of a layer's experts, of which every subset keeps as many; 1: none."""
+        return int(self.plan.made_by.get("groups", 1))
 
     def layer_losses(self) -> list[float]:
         """The loss of what the plan keeps, layer by layer."""
@@ -161,7 +172,8 @@ class SearchResult:
 
     def is_exact(self) -> bool:
         """Whether every layer's subset is the best of all of its size, rather than one that a heuristic found."""
-        return all(layer.is_exact(len(kept)) for layer, kept in zip(self.losses, self.plan.keep, strict=True))
+        of_layers = zip(self.losses, self.plan.keep, strict=True)
+        return all(layer.is_exact(len(kept), self.groups) for layer, kept in of_layers)
 
     def to_json(self) -> str:
         """The plan and all losses as a JSON object, one layer a line."""
@@ -169,7 +181,7 @@ class SearchResult:
             json.dumps(
                 {
                     "name": name,
-                    "exact": layer.is_exact(len(kept)),
+                    "exact": layer.is_exact(len(kept), self.groups),
                     "keep": [row.nonzero().flatten().tolist() for row in layer.keep],
                     "losses": layer.losses.tolist(),
                 }

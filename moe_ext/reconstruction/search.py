@@ -23,12 +23,13 @@ from moe_ext.models.blocks import (
     layer_numbers,
     model_type_of,
     moe_blocks,
+    refuse_novices,
     refuse_offloaded,
     refuse_shared_out,
 )
 from moe_ext.models.layout import Layout, layout_of
 from moe_ext.models.wrapped import unwrapped
-from moe_ext.reconstruction.budgets import share_out
+from moe_ext.reconstruction.budgets import allowed_sizes, share_out
 from moe_ext.reconstruction.layer_search import LayerSearch, RouterMasks
 from moe_ext.reconstruction.outliers import Outliers
 from moe_ext.reconstruction.progress import SearchProgress
@@ -36,6 +37,7 @@ from moe_ext.reconstruction.request import Budget, Loss, Method, SearchRequest
 from moe_ext.reconstruction.result import LayerLosses, SearchResult
 from moe_ext.runtime.backward_walk import OutputGradients
 from moe_ext.runtime.batches import check_batch
+from moe_ext.runtime.course import Course, course_of
 from moe_ext.runtime.head_gradients import LabelKind, Labels, check_head
 from moe_ext.runtime.hidden_states import MEMORY, FolderOptions, room_for_all, waiting_states
 from moe_ext.runtime.layer_walk import LayerInputs
@@ -70,14 +72,17 @@ def search(
     trust_remote_code: bool | None = None,
     statistics: ExpertStatistics | None = None,
     allow_super: bool = False,
+    strict: bool = True,
 ) -> SearchResult:
     """The experts to keep by reconstruction loss (arXiv 2402.14800, section 3.2), or by what the model loses.
 
-    The reconstruction loss of keeping subset R in a layer is ``||F(x) - F_R(x)||_F``, F_R routing with the other
-    experts' logits at minus infinity; the norm is taken of each calibration batch and summed over them, as the paper's
+    The reconstruction loss of keeping subset R in a layer is ``||F(x) - F_R(x)||_F``, F_R routing as the pruned layer
+    does; the norm is taken of each calibration batch and summed over them, as the paper's
     published code does. It is computed in float64 from the Gram matrices of the experts' outputs, as the model's dtype
-    rounds them: all experts run once over all tokens, and nothing runs once a subset. Equal losses: the
-    lexicographically first set of dropped experts.
+    rounds them: all experts run once over all tokens, and no expert runs once a subset. Routers that take the softmax
+    over the selected logits, or otherwise renormalise what they choose by, need not, either; others route among the
+    experts of every subset, by their formula or their own code. Of a family with expert groups, subsets keep as many
+    experts of every group. Equal losses: the lexicographically first set of dropped experts.
 
     With ``loss="fisher"`` it is ``1/2 mean_t (sum_e (w_R[t, e] - w[t, e]) a_t[e])^2``, with ``a_t[e] = <dL/dy_t,
     f_e(x_t)>``, w and w_R the routing weights of all experts and of R, y the experts' combined output and L the
@@ -91,14 +96,14 @@ def search(
     are in memory or where ``scratch`` says.
 
     Args:
-        model: a model that :func:`moe_ext.patch` supports and whose router takes the softmax over the selected logits.
-            Patched or not, it is left as it was; it is not pruned. Or a checkpoint folder: its decoder layers are then
-            in memory one at a time, and the result is that of the loaded model.
+        model: a model that :func:`moe_ext.patch` supports. Patched or not, it is left as it was; it is not pruned. Or a
+            checkpoint folder: its decoder layers are then in memory one at a time, and the result is that of the loaded
+            model.
         batches: mappings with ``input_ids`` (B, S) and optionally ``attention_mask`` (B, S); tokens whose mask is 0 are
             padding and count in no loss. All are read before the search begins.
-        keep: experts that every layer keeps, K to E; or a list of one number for each layer. Exactly one of ``keep``
-            and ``ratio`` is given.
-        ratio: share of the experts removed, in [0, 1): ``floor(ratio * E + 0.5)`` of every layer.
+        keep: experts that every layer keeps, from what the router needs (K, or more with groups) to E; or a list of one
+            number for each layer. Exactly one of ``keep`` and ``ratio`` is given.
+        ratio: share of the experts removed, in [0, 1): ``floor(ratio * E + 0.5)`` of every layer, or of every group.
         loss: "reconstruction", or "fisher".
         labels: of the cross-entropy, for "fisher": "model" (default): sampled from the model's own distribution, once.
             "text": the next token of the text (the empirical Fisher metric). "kl": as "model" with random signs in the
@@ -133,6 +138,8 @@ def search(
             (:func:`moe_ext.super_experts`, arXiv 2507.23279) are kept. Without them none is looked for; the losses see
             what an outlier does to its layer's output.
         allow_super: whether super experts may go as others do. A warning names those that the losses alone drop.
+        strict: as for :func:`moe_ext.patch`, if the model is not patched. With False, experts that the operators cannot
+            run are evaluated by the family's own code, one after the other.
 
     Returns:
         The plan, and the losses of every subset that was evaluated. With "model", or a list, the plan's layers keep
@@ -155,13 +162,14 @@ def search(
         inside: PreTrainedModel = unwrapped(model)
         outliers = Outliers.of(statistics, allow_super)
         return _search(
-            inside, moe_blocks(inside), batches, request, None, None, resume, progress, distributed, outliers
+            *(inside, moe_blocks(inside), batches, request, None, None, resume, progress, distributed),
+            *(outliers, strict),
         )
     options = FolderOptions.given(**in_folder)
     with options.opened(model) as layers:
         return _search(
             *(layers.model, layers.blocks, batches, request, layers, options.scratch, resume, progress, distributed),
-            Outliers.of(statistics, allow_super),
+            *(Outliers.of(statistics, allow_super), strict),
         )
 
 
@@ -176,11 +184,12 @@ def _search(
     progress: bool,
     distributed: bool,
     outliers: Outliers,
+    strict: bool,
 ) -> SearchResult:
     """:func:`search`, of a model in memory or one whose layers are on the disk."""
     _check_model(model, blocks)
     layout = layout_of(model, blocks)
-    counts = request.counts(len(blocks), layout.num_experts, layout.top_k)
+    counts = request.counts(layout)
     thresholds = request.thresholds(model, layer_numbers(blocks), layout.top_k)
     protected = outliers.protected(layout, counts)
     if request.loss == "fisher":
@@ -188,19 +197,25 @@ def _search(
         if on_disk is not None:
             on_disk.load_head()
     listed, counted, tokens = _listed(batches, model)
-    asked = {**request.as_json(counts, thresholds, tokens), **outliers.as_json()}
+    asked = {**request.as_json(layout, counts, thresholds, tokens), **outliers.as_json()}
+    if not strict:
+        asked["strict"] = False
     text, of_model = text_digest(listed), _digest_of_model(model, blocks, on_disk)
     numbers = list(range(len(listed)))
     if distributed:
         check_same_job(listed, model, on_disk, {name: asked[name] for name in asked if name != "tokens"})
         listed, counted, numbers = list(share_of(listed)), list(share_of(counted)), list(share_of(numbers))
-    layers = LayerSearch(blocks, counts, request, thresholds, distributed, tokens, protected)
+    layers = LayerSearch(blocks, layout, counts, request, thresholds, distributed, tokens, protected)
     record = SearchProgress(resume, {**asked, "model": of_model, "text": text}, distributed)
     found = record.layers
     left = [layer for layer in range(len(blocks)) if layer not in found]
+    course = course_of(model, blocks, listed if left else [])
+    course.refuse_loops("search")
     if request.loss == "fisher":
         if left:
-            walk = _backwards(model, blocks, listed, counted, request.drawn, numbers, on_disk, scratch, progress)
+            walk = _backwards(
+                *(model, blocks, listed, counted, request.drawn, numbers, course, on_disk, scratch, progress, strict)
+            )
             with walk as (inputs, bar):
                 for layer in reversed(left):
                     found[layer] = layers.search(layer, inputs, counted, bar)
@@ -216,14 +231,14 @@ def _search(
         reached = of_block[left[0]] if left else 0
         waiting = listed if left else []
         states, position = waiting_states(
-            on_disk, waiting, scratch, job, reached, hold=False, show=progress and bool(left)
+            course, waiting, scratch, job, reached, hold=False, show=progress and bool(left)
         )
     need = None if on_disk is None else on_disk.need
     with (
         tqdm(total=len(left) * len(listed), desc="search", unit="batch", disable=not progress) as bar,
         torch.no_grad(),
-        patched(model, blocks),
-        LayerInputs(model, blocks, listed, states=states, need=need, position=position) as inputs,
+        patched(model, blocks, strict=strict),
+        LayerInputs(model, blocks, listed, course=course, states=states, need=need, position=position) as inputs,
         RouterMasks() as masks,
     ):
         for layer, block in enumerate(blocks):
@@ -269,11 +284,13 @@ def _chosen(
     allowed = [layer.that_keep(stay) for layer, stay in zip(losses, protected, strict=True)]
     predicted: dict[str, float] = {}
     if asked["measure"] != "norms":
-        sizes = [list(range(layout.num_experts, max(layout.top_k, len(stay)) - 1, -1)) for stay in protected]
+        sizes = [allowed_sizes(layout, stay) for stay in protected]
         shares = {"layer": counts}
         if all(layer.sizes() == of_layer for layer, of_layer in zip(allowed, sizes, strict=True)):
+            every = [range(layout.num_experts, of_layer[-1] - 1, -1) for of_layer in sizes]
             curves = [
-                [layer.best(size)[1] for size in of_layer] for layer, of_layer in zip(allowed, sizes, strict=True)
+                [layer.best(size)[1] if size in of_layer else torch.inf for size in through]
+                for layer, of_layer, through in zip(allowed, sizes, every, strict=True)
             ]
             shares["model"] = share_out(curves, sum(counts), layout.num_experts)
         for budget, each in shares.items():
@@ -284,7 +301,7 @@ def _chosen(
         "criterion": f"{'Fisher' if asked['loss'] == 'fisher' else 'reconstruction'} loss, {asked['method']}",
         **asked,
         "losses": [loss for _, loss in chosen],
-        "exact": [layer.is_exact(count) for layer, count in zip(losses, counts, strict=True)],
+        "exact": [layer.is_exact(count, layout.groups) for layer, count in zip(losses, counts, strict=True)],
         **({"predicted": predicted} if predicted else {}),
         "moe_ext": __version__,
     }
@@ -297,12 +314,7 @@ def _check_model(model: PreTrainedModel, blocks: list[MoeBlock]) -> None:
         raise ValueError(f"the model {altered}; patch(model, skip=None) before searching, and pass skip=thresholds")
     refuse_offloaded(blocks, "search")
     refuse_shared_out(blocks, "search")
-    for block in blocks:
-        if not block.family.fused or block.family.renormalise is not True or block.has_novices:
-            raise ValueError(
-                f"{block.name}: search evaluates routers that take the softmax over the selected logits, and this one "
-                f"routes otherwise; use calibrate, score and plan"
-            )
+    refuse_novices(blocks, "search")
     if len({(block.num_experts, block.top_k) for block in blocks}) > 1:
         raise ValueError("the model's layers have different numbers of experts; search takes the same in every layer")
 
@@ -315,18 +327,20 @@ def _backwards(
     counted: Sequence[Tensor | None],
     labels: Labels,
     numbers: Sequence[int],
+    course: Course,
     on_disk: LayersOnDisk | None,
     scratch: str | os.PathLike[str] | None,
     progress: bool,
+    strict: bool,
 ) -> Iterator[tuple[OutputGradients, Any]]:
     """The walk through a model's layers and back, and the bar that shows where it is."""
     memory = MEMORY
     if on_disk is not None:
-        memory = room_for_all(on_disk, batches, scratch, show=progress)
+        memory = room_for_all(course, batches, scratch, show=progress)
     with (
         tqdm(desc="search", unit="batch", disable=not progress) as bar,
         torch.no_grad(),
-        patched(model, blocks),
+        patched(model, blocks, strict=strict),
     ):
 
         def ran(what: str) -> None:
@@ -336,7 +350,13 @@ def _backwards(
 
         need = None if on_disk is None else on_disk.need
         with OutputGradients(
-            model, blocks, batches, counted, labels, numbers=numbers, memory=memory, folder=scratch, need=need, ran=ran
+            *(model, blocks, batches, counted, labels),
+            numbers=numbers,
+            memory=memory,
+            folder=scratch,
+            need=need,
+            ran=ran,
+            course=course,
         ) as walk:
             bar.reset(walk.passes() + len(blocks) * len(batches))
             yield walk, bar

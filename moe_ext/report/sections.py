@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -199,6 +200,7 @@ def _routing(stats: ExpertStatistics) -> Section:
             rows,
         )
     ]
+    pictures += _domain_loads(stats)
     if stats.top_k > 1:
         shares, pairs = overlap(stats), redundant_pairs(stats)
         first = max(pairs, key=lambda pair: pair.overlap, default=None)
@@ -229,6 +231,38 @@ def _routing(stats: ExpertStatistics) -> Section:
             )
         )
     return Section("Where tokens go", "", pictures)
+
+
+_MOST_DOMAINS = 8  # of which the load is drawn
+
+
+def _domain_loads(stats: ExpertStatistics) -> list[Picture]:
+    """Of every domain, the largest first."""
+    largest = sorted(stats.domains.items(), key=lambda entry: (-int(entry[1].tokens.max()), entry[0]))
+    pictures = []
+    of_all = load_of(stats)
+    for number, (domain, part) in enumerate(largest[:_MOST_DOMAINS]):
+        load = load_of(part)
+        differing = (load - of_all).abs().nan_to_num(0.0)
+        layer, expert = divmod(int(differing.argmax()), stats.num_experts)
+        rows = []
+        for index, name in enumerate(stats.layers):
+            row = load[index, : stats.experts[index]]
+            rows.append((name, f"{int(row.argmax())} ({row.max():.2f})", f"{int(row.argmin())} ({row.min():.2f})"))
+        share = int(part.tokens.max()) / max(1, int(stats.tokens.max()))
+        pictures.append(
+            Picture(
+                f"load-domain-{number}",
+                f"Routing load, {domain}",
+                f"The same on the text of one domain, {share:.0%} of all tokens.",
+                f"It differs most from that of all text in layer {layer}: expert {expert} has "
+                f"{load[layer, expert]:.2f} times an even load here and {of_all[layer, expert]:.2f} in all.",
+                partial(load_figure, load),
+                ("layer", "most (load)", "least (load)"),
+                rows,
+            )
+        )
+    return pictures
 
 
 def _heat_map(name: str, scores: Scores, removals: PruningPlan | None) -> Picture:
@@ -347,7 +381,7 @@ def _search(search: SearchResult) -> Section:
         zip(search.plan.layers, search.plan.keep, curves, search.layer_losses(), strict=True)
     ):
         removed = ", ".join(map(str, search.plan.removed(layer))) or "none"
-        how = "all" if search.losses[layer].is_exact(len(kept)) else "some"
+        how = "all" if search.losses[layer].is_exact(len(kept), search.groups) else "some"
         rows.append((name, removed, f"{loss:.4g}", f"{how} {len(curve)}", f"{curve[len(curve) // 2]:.2f}"))
     widest = max(range(len(curves)), key=lambda layer: curves[layer][-1])
     return Section(

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_ext.models.blocks import MoeBlock, decoder_layers
+from moe_ext.models.blocks import MoeBlock, decoder_layers, refuse_several_in_a_layer
+from moe_ext.runtime.base_forward import alone, run_base
+from moe_ext.runtime.course import Course, course_of, split_state, unwritten
 from moe_ext.runtime.head_gradients import Labels, check_head, head_gradient
 from moe_ext.runtime.hidden_states import MEMORY
-from moe_ext.runtime.layer_walk import LayerInputs, alone, run_base
+from moe_ext.runtime.layer_walk import LayerInputs
 from moe_ext.storage.spilled_tensors import SpillingList
 
 SeenBackwards = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -68,8 +70,10 @@ class OutputGradients:
             weights are not all in memory.
         ran: called after every batch in every layer, with the name of what was done.
 
+        course: of the model's forward passes over the batches; found out if absent.
+
     Raises:
-        ValueError: the model predicts no tokens.
+        ValueError: the model predicts no tokens, or hidden states are not all that its decoder layers are given.
     """
 
     def __init__(
@@ -85,11 +89,15 @@ class OutputGradients:
         folder: str | os.PathLike[str] | None = None,
         need: Callable[[int, int], None] | None = None,
         ran: Callable[[str], None] = lambda what: None,
+        course: Course | None = None,
     ) -> None:
         check_head(model)
+        self._course = course or course_of(model, blocks, batches)
+        self._course.refuse_obstacles("loss: 'fisher'")
         self._model, self._blocks, self._batches, self._counted = model, blocks, batches, counted
         self._labels, self._numbers = labels, range(len(batches)) if numbers is None else numbers
         _, self._layers, self._layer_of_block = decoder_layers(model, blocks)
+        refuse_several_in_a_layer(blocks, self._layer_of_block, "loss: 'fisher'")
         self._states = KeptStates(len(batches), memory, folder)
         self._gradients = SpillingList(memory // min(4, len(self._layers)), folder)
         self._need, self._ran = need, ran
@@ -124,7 +132,9 @@ class OutputGradients:
 
     def _forward(self) -> None:
         need = None if self._need is None else partial(_towards, self._need, 1)
-        inputs = LayerInputs(self._model, self._blocks, self._batches, states=self._states, need=need)
+        inputs = LayerInputs(
+            self._model, self._blocks, self._batches, course=self._course, states=self._states, need=need
+        )
         with torch.no_grad():
             for _ in self._layers:
                 inputs.advance(lambda batch: self._ran("forward"))
@@ -160,11 +170,12 @@ class OutputGradients:
         batch = 0
 
         def through(original: Callable[..., Any]) -> Callable[..., Any]:
-            def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            def forward(*args: Any, **kwargs: Any) -> Tensor:
+                hidden, (others, named) = split_state(args, kwargs)
                 stored = hidden if layer == 0 else self._states.before(layer, batch).to(hidden.device)
-                with torch.enable_grad():
+                with torch.enable_grad(), unwritten(self._layers[layer], (others, named)):
                     entered.append(stored.detach().clone().requires_grad_())
-                    left.append(original(entered[0], *args, **kwargs))
+                    left.append(original(entered[0], *others, **named))
                 return left[0].detach()
 
             return forward

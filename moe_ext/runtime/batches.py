@@ -5,19 +5,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from moe_ext.data.tokens import Texts, token_ids
 from moe_ext.models.blocks import text_config
-from moe_ext.storage.formats import parse_json, shown
+from moe_ext.storage.formats import check_label, parse_json, shown
 
 _NO_PROSE = (
     *(".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".orc", ".avro"),
     *(".npy", ".npz", ".pt", ".pth", ".pkl", ".bin", ".safetensors", ".gguf", ".pdf", ".docx", ".xlsx"),
     *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz"),
 )
-_INSTEAD = "write the texts themselves into a *.txt file, one domain a file"
+_INSTEAD = "give it as data (--data, moe_ext.data.batches), which reads rows of text and chats"
 
 
 def read_domains(paths: Iterable[Path]) -> dict[str, str]:
@@ -68,16 +70,6 @@ def _is_json_lines(text: str) -> bool:
     return True
 
 
-def token_ids(text: str, tokenizer: Any) -> list[int]:
-    """A text's tokens with the special ones that the tokenizer adds. A text that begins with the BOS token itself, as
-    chat templates write it, gets no second one."""
-    tokens: list[int] = tokenizer(text, verbose=False)["input_ids"]  # not verbose: windows may be shorter than the text
-    first, number = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
-    if first and text.startswith(first) and tokens[:2] == [number, number]:
-        return tokens[1:]
-    return tokens
-
-
 def prompt_batch(text: str, tokenizer: Any, model: Any) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask``, both (1, S), of a text to continue.
 
@@ -92,12 +84,12 @@ def prompt_batch(text: str, tokenizer: Any, model: Any) -> dict[str, Tensor]:
 
 
 def token_batches(
-    texts: Mapping[str, str] | Sequence[str], tokenizer: Any, *, window: int = 512, batch_size: int = 8
+    texts: Texts | Sequence[str], tokenizer: Any, *, window: int = 512, batch_size: int = 8
 ) -> Iterator[dict[str, Tensor]]:
     """Cuts texts into windows that do not overlap, padded on the right to the longest of their batch.
 
     Args:
-        texts: documents; a mapping's keys are not used.
+        texts: documents, or domain to one or several; the domains are not used.
         tokenizer: a transformers tokenizer.
         window: tokens a sequence, at most.
         batch_size: sequences a batch.
@@ -110,7 +102,11 @@ def token_batches(
     """
     if window < 1 or batch_size < 1:
         raise ValueError(f"window is {window}, batch_size is {batch_size}; expected at least 1")
-    documents = texts.values() if isinstance(texts, Mapping) else texts
+    documents = [
+        document
+        for given in (texts.values() if isinstance(texts, Mapping) else texts)
+        for document in ([given] if isinstance(given, str) else given)
+    ]
     windows: list[list[int]] = []
     for document in documents:
         tokens = token_ids(document, tokenizer)
@@ -161,23 +157,23 @@ _LEFT_OUT = frozenset(
      "num_truncated_tokens", "length", "labels")
 )  # fmt: skip
 _PASSED_ON = frozenset(("cu_seq_lens_q", "cu_seq_lens_k"))  # by every decoder to its attention, without naming them
+_OURS = frozenset(("counted", "domain"))  # which this package reads, and no model
 
 
-def check_batch(index: int, batch: Mapping[str, Tensor], model: Any) -> CheckedBatch:
+def check_batch(index: int, batch: Mapping[str, Any], model: Any) -> CheckedBatch:
     """A batch for a model, without what tokenizers add and the model does not take.
 
     Raises:
         ValueError: a malformed batch, a token that the model does not have, or an input that it does not take and that
             no tokenizer gives.
     """
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise ValueError(f"batch {index} is no mapping with 'input_ids'")
-    shape = tuple(getattr(batch["input_ids"], "shape", ()))
-    if len(shape) != 2:
-        raise ValueError(f"batch {index}: 'input_ids' has shape {shape}; expected (sequences, tokens)")
+    batch = as_batch(index, batch)
+    shape = tuple(batch["input_ids"].shape)
     taken = set(inspect.signature(model.base_model.forward).parameters)
     inputs = {}
     for name, value in batch.items():
+        if name in _OURS:
+            continue
         if name not in taken and name not in _PASSED_ON and "input_ids" in taken:
             if name in _LEFT_OUT:
                 continue
@@ -186,9 +182,124 @@ def check_batch(index: int, batch: Mapping[str, Tensor], model: Any) -> CheckedB
             raise ValueError(f"batch {index}: {shown(name)} is {type(value).__name__}; expected a tensor")
         inputs[name] = value
     check_tokens(f"batch {index}", inputs["input_ids"], vocabulary_of(model))
+    inputs["input_ids"] = inputs["input_ids"].long()
+    counted = batch.get("counted")
+    if counted is not None and (not isinstance(counted, Tensor) or tuple(counted.shape) != shape):
+        raise ValueError(f"batch {index}: 'counted' has shape {_shape(counted)}; expected {shape}")
     mask = inputs.get("attention_mask")
     if mask is None:
-        return CheckedBatch(inputs, None)
-    if tuple(mask.shape) != shape:
-        raise ValueError(f"batch {index}: 'attention_mask' has shape {tuple(mask.shape)}; expected {shape}")
-    return CheckedBatch(inputs, mask.reshape(-1).bool())
+        return CheckedBatch(inputs, None if counted is None else counted.reshape(-1).bool())
+    seen = _seen(index, mask, shape)
+    return CheckedBatch(inputs, (seen if counted is None else seen & counted.bool()).reshape(-1))
+
+
+def as_batches(batches: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
+    """:func:`as_batch` of all."""
+    for index, batch in enumerate(batches):
+        yield as_batch(index, batch)
+
+
+def as_batch(index: int, batch: Any) -> Mapping[str, Any]:
+    """A batch of any kind that holds tokens, as a mapping of tensors: mappings as they are, their lists and numpy
+    arrays as tensors; one sequence without a batch dimension as a batch of one; tokens alone as ``input_ids``.
+
+    Raises:
+        ValueError: no tokens, sequences of different lengths, or several batches or rows in one.
+    """
+    if isinstance(batch, Tensor | np.ndarray) or (isinstance(batch, list) and batch and _holds_numbers(batch)):
+        batch = {"input_ids": batch}
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise ValueError(f"batch {index} {_what_it_is(batch)}")
+    found = {name: _as_tensor(index, name, value) for name, value in batch.items()}
+    ids = found["input_ids"]
+    shape = tuple(getattr(ids, "shape", ()))
+    if len(shape) == 1:
+        found = {name: value[None] if _is_like(value, shape) else value for name, value in found.items()}
+    elif len(shape) != 2:
+        raise ValueError(f"batch {index}: 'input_ids' has shape {shape}; expected (sequences, tokens)")
+    domain_of(index, found)
+    return found
+
+
+def domain_of(index: int, batch: Mapping[str, Any]) -> str | None:
+    """The domain that a batch is of, if it says so; ValueError unless it is one."""
+    domain = batch.get("domain")
+    if domain is None:
+        return None
+    names = set(domain) if isinstance(domain, list) else {domain}
+    if len(names) != 1 or not isinstance(name := next(iter(names)), str):
+        raise ValueError(f"batch {index}: 'domain' is {shown(domain)}; expected one name: a batch is of one domain")
+    check_label(f"batch {index}: 'domain'", name)
+    return name
+
+
+def _is_like(value: Any, shape: tuple[int, ...]) -> bool:
+    return isinstance(value, Tensor) and tuple(value.shape) == shape
+
+
+def _holds_numbers(value: list[Any]) -> bool:
+    """Whether a list is one of token ids, or of such lists."""
+    return all(type(each) is int for each in (value[0] if isinstance(value[0], list) and value[0] else value))
+
+
+def _as_tensor(index: int, name: str, value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, np.ndarray) or (isinstance(value, list) and name in _OF_TOKENS):
+        rows = list(value)
+        if any(isinstance(row, Tensor) for row in rows):
+            raise ValueError(
+                f"batch {index}: {shown(name)} is a list of tensors; expected one tensor (a data set's "
+                "with_format('torch'), or a collate_fn that stacks)"
+            )
+        lengths = {len(row) if isinstance(row, list | np.ndarray) else None for row in rows}
+        if len(lengths) > 1:
+            raise ValueError(f"batch {index}: {shown(name)} has rows of different lengths; pad them to one")
+        try:
+            return torch.tensor([list(row) for row in rows] if None not in lengths else rows)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"batch {index}: {shown(name)} holds no numbers ({error})") from None
+    return value
+
+
+_OF_TOKENS = frozenset(("input_ids", "attention_mask", "position_ids", "counted"))
+
+
+def _what_it_is(batch: Any) -> str:
+    """Of a batch that holds no tokens, and what to do."""
+    instead = "; texts and rows of data sets are made into batches by moe_ext.data.batches"
+    if isinstance(batch, str):
+        return f"is a text, not tokens{instead}"
+    if isinstance(batch, Mapping):
+        return f"is no mapping with 'input_ids': it has {shown(sorted(map(str, batch)), 120)}{instead}"
+    if isinstance(batch, list | tuple) and batch:
+        return f"is a {type(batch).__name__} of {type(batch[0]).__name__}; expected a mapping with 'input_ids'"
+    return f"is no mapping with 'input_ids': {type(batch).__name__}"
+
+
+def _seen(index: int, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(B, S) bool: the tokens that are no padding. A mask of (B, 1, S, S), which says who sees whom, is True, or 0 in
+    what it adds, where it lets one see; a token that does not see itself is padding."""
+    if tuple(mask.shape) == shape:
+        return mask.bool()
+    if mask.dim() != 4:
+        raise ValueError(
+            f"batch {index}: 'attention_mask' has shape {_shape(mask)}; expected {shape}, or 4 dimensions (batch, 1, "
+            "tokens, tokens)"
+        )
+    rows, length = shape
+    if mask.shape[0] not in (1, rows) or tuple(mask.shape[2:]) != (length, length):
+        raise ValueError(
+            f"batch {index}: 'attention_mask' has shape {_shape(mask)}; expected {(rows, 1, length, length)}"
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"batch {index}: 'attention_mask' of 4 dimensions is {mask.dtype}; expected bool, or floats that are added"
+        )
+    own = mask.diagonal(dim1=2, dim2=3)  # (B, heads, S)
+    own = own if mask.dtype == torch.bool else own > torch.finfo(mask.dtype).min / 2
+    return own.any(1).expand(rows, length)
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(getattr(value, "shape", ()))

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_ext.models.blocks import input_device
-from moe_ext.runtime.layer_walk import replaced_forwards
+from moe_ext.runtime.base_forward import replaced_forwards
 
 LabelKind = Literal["model", "text", "kl"]
 LABELS: tuple[str, ...] = get_args(LabelKind)

@@ -1,5 +1,5 @@
 """What waits between decoder layers of which one is in memory: every batch's hidden states before the next layer, in
-memory, in a temporary file, or in files that are mapped into memory and outlive the process.
+the frames of its forward pass, in a temporary file, or in files that are mapped into memory and outlive the process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moe_ext.checkpoints.streamed_model import LayersOnDisk
-from moe_ext.models.blocks import text_config
+from moe_ext.runtime.course import Course
 from moe_ext.storage.files import allocate, flush_to_disk, locked_file
 from moe_ext.storage.spilled_tensors import SpillingList
 
@@ -65,6 +65,81 @@ class SpillingStates:
 
     def remove(self) -> None:
         self.close()
+
+
+class ParkedStates:
+    """Hidden states that wait in the frames of suspended forward passes. On the CPU those of the first batches stay
+    where the model has them, up to a number of bytes. The others give their memory up until they are restored: what
+    was in it is in a list on the CPU, of which as many bytes are in memory and the rest in a temporary file.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self._memory, self._in_place = memory, dict[int, int]()
+        self._list: SpillingList | None = None
+        self._slots: dict[tuple[int, int], int] = {}  # by batch, and place among its tensors
+        self._parked: dict[int, list[tuple[Tensor, int]]] = {}
+
+    def park(self, batch: int, tensors: Sequence[Tensor]) -> None:
+        """Takes tensors of a batch, none of which is read before :meth:`restore`."""
+        self._in_place.pop(batch, None)
+        whole = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors if _is_whole(tensor)}
+        size = sum(tensor.nbytes for tensor in whole.values())
+        on_cpu = all(tensor.device.type == "cpu" for tensor in whole.values())
+        if on_cpu and sum(self._in_place.values()) + size <= self._memory:
+            self._in_place[batch] = size
+            return
+        self._parked[batch] = []
+        for place, tensor in enumerate(whole.values()):
+            slot = self._written(batch, place, tensor)
+            self._parked[batch].append((tensor, slot))
+            tensor.untyped_storage().resize_(0)
+
+    def restore(self, batch: int) -> None:
+        """Gives a batch's tensors their content back."""
+        for tensor, slot in self._parked.pop(batch, []):
+            tensor.untyped_storage().resize_(tensor.nbytes)
+            tensor.copy_(self._content(slot))
+
+    def read(self, batch: int, tensor: Tensor) -> Tensor:
+        """What a tensor of a batch holds; to be read only."""
+        for parked, slot in self._parked.get(batch, []):
+            if parked.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
+                return self._content(slot).view(tensor.shape)
+        return tensor
+
+    def close(self) -> None:
+        for batch in list(self._parked):
+            self._parked.pop(batch)
+        if self._list is not None:
+            self._list.close()
+
+    def remove(self) -> None:
+        self.close()
+
+    def _content(self, slot: int) -> Tensor:
+        assert self._list is not None
+        return self._list[slot]
+
+    def _written(self, batch: int, place: int, tensor: Tensor) -> int:
+        """The slot of the list that has a tensor's content now."""
+        if tensor.device.type == "cpu":
+            tensor = tensor.clone()  # numpy, which writes the file, would hold its memory for good
+        if self._list is None:
+            self._list = SpillingList(0 if tensor.device.type == "cpu" else self._memory)
+        slot = self._slots.get((batch, place))
+        if slot is not None and (before := self._list[slot]).shape == tensor.shape and before.dtype == tensor.dtype:
+            self._list[slot] = tensor
+        else:
+            slot = len(self._list)
+            self._list.append(tensor)
+            self._slots[batch, place] = slot
+        return slot
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor is all that its memory holds, and may give it up."""
+    storage = tensor.untyped_storage()
+    return tensor.is_contiguous() and storage.nbytes() == tensor.nbytes > 0 and storage.resizable()
 
 
 _ALIGNMENT = mmap.PAGESIZE  # a batch begins on a page of its own
@@ -116,10 +191,15 @@ class FolderOptions:
                 raise TypeError(f"{name}: is for a checkpoint folder; this model is in memory")
 
 
-def _sizes(layers: LayersOnDisk, batches: Sequence[Mapping[str, Tensor]]) -> list[int]:
-    """Bytes that every batch's hidden states take."""
-    width = text_config(layers.model).hidden_size * layers.model.dtype.itemsize
-    return [-(-batch["input_ids"].numel() * width // _ALIGNMENT) * _ALIGNMENT for batch in batches]
+def states_of(course: Course, memory: int) -> SpillingStates | ParkedStates:
+    """Hidden states of which so many bytes are in memory: alone, or in forward passes where they are not all."""
+    return SpillingStates(memory) if course.obstacle is None else ParkedStates(memory)
+
+
+def _sizes(course: Course, batches: Sequence[Mapping[str, Tensor]]) -> list[int]:
+    """Bytes that every batch takes between layers."""
+    size = course.token_bytes if course.obstacle is None else course.waiting_bytes
+    return [-(-batch["input_ids"].numel() * size // _ALIGNMENT) * _ALIGNMENT for batch in batches]
 
 
 class MappedStates:
@@ -188,10 +268,11 @@ class MappedStates:
         self._after.madvise(mmap.MADV_DONTNEED, start, self._sizes[batch])  # the file keeps it
         self._shapes[batch] = (states.shape, states.dtype)
 
-    def shape_as(self, batches: Sequence[Mapping[str, Tensor]], width: int, dtype: torch.dtype) -> None:
-        """For states that an earlier process wrote: (B, S, width) of every batch."""
+    def shape_as(self, batches: Sequence[Mapping[str, Tensor]], course: Course) -> None:
+        """For states that an earlier process wrote: (B, S, ...) of every batch."""
         self._shapes = {
-            batch: (torch.Size([*inputs["input_ids"].shape, width]), dtype) for batch, inputs in enumerate(batches)
+            batch: (torch.Size([*inputs["input_ids"].shape, *course.token_shape]), course.dtype)
+            for batch, inputs in enumerate(batches)
         }
 
     def turn(self) -> None:
@@ -252,7 +333,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def waiting_states(
-    layers: LayersOnDisk,
+    course: Course,
     batches: Sequence[Mapping[str, Tensor]],
     scratch: str | os.PathLike[str] | None,
     job: str,
@@ -260,10 +341,11 @@ def waiting_states(
     *,
     hold: bool,
     show: bool,
-) -> tuple[HiddenStates, int]:
+) -> tuple[HiddenStates | ParkedStates, int]:
     """Where the hidden states of a run wait, and the decoder layer that it begins with.
 
     Args:
+        course: of the model's forward pass over the batches.
         scratch: folder for them; None: they are in memory.
         job: digest of the run: states of another one are not taken.
         reached: decoder layer at which the run may go on, if the states before it, or before an earlier one, are there.
@@ -271,10 +353,11 @@ def waiting_states(
         show: whether to say how much room they take.
 
     Raises:
+        ValueError: a scratch folder for hidden states that do not tell all that a layer is given.
         MemoryError: they do not fit into memory.
         OSError: they do not fit onto the disk, or the folder is not there.
     """
-    sizes = _sizes(layers, batches)
+    sizes = _sizes(course, batches)
     name = f"moe_ext-{job[:16]}"
     if scratch is not None and sum(sizes) == 0:
         remove_states(Path(scratch), name)  # of a run that was interrupted once it needed them no more
@@ -283,7 +366,8 @@ def waiting_states(
         _check_memory(sum(sizes))
         if show:
             tqdm.write(f"{size} in memory", file=sys.stderr)
-        return SpillingStates(sum(sizes)), 0
+        return states_of(course, sum(sizes)), 0
+    course.refuse_obstacles("scratch")
     folder = Path(scratch)
     if not folder.is_dir():
         raise FileNotFoundError(f"scratch: the folder {folder} does not exist")
@@ -292,12 +376,12 @@ def waiting_states(
         tqdm.write(f"{size} in {folder}, twice", file=sys.stderr)
     position = MappedStates.latest(folder, name, sizes, reached)
     mapped = MappedStates(folder, name, sizes, position, hold=hold)
-    mapped.shape_as(batches, text_config(layers.model).hidden_size, layers.model.dtype)
+    mapped.shape_as(batches, course)
     return mapped, position
 
 
 def room_for_all(
-    layers: LayersOnDisk,
+    course: Course,
     batches: Sequence[Mapping[str, Tensor]],
     scratch: str | os.PathLike[str] | None,
     *,
@@ -307,12 +391,13 @@ def room_for_all(
     folder what does no harm, the rest in an unnamed file there.
 
     Args:
+        course: of the model's forward pass over the batches.
         show: whether to say how much room they take.
 
     Raises:
         MemoryError, OSError: as :func:`waiting_states`.
     """
-    needed = (layers.num_layers + 1) * sum(_sizes(layers, batches))
+    needed = (len(course.calls) + 1) * sum(_sizes(course, batches))
     size = f"hidden states of {len(batches)} batches, of all layers: {needed / 1e9:.2f} GB"
     if scratch is None:
         _check_memory(needed)

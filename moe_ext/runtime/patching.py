@@ -2,8 +2,9 @@
 
 The experts go through transformers' own door: ``moe_ext`` is an experts implementation next to ``eager`` and
 ``grouped_mm``, selected with ``model.set_experts_implementation``. Weights stay the model's own parameters, uncopied.
-The router's forward is replaced on the instance: where the ``route`` operator computes the family's routing, top-K,
-renormalisation and skipping are one operator; elsewhere the family's own code runs and the skip rule follows it. Where
+The router's forward is replaced on the instance: where the ``route`` operator computes the family's routing, as numbers
+show (:mod:`moe_ext.models.router_formula`), scores, top-K, renormalisation and skipping are one operator; elsewhere the
+family's own code runs and the skip rule follows it. Where
 gradients are required, both run transformers' own differentiable code.
 """
 
@@ -15,13 +16,13 @@ from functools import partial
 from types import MethodType
 from typing import Any, Literal, cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_ext import ops
-from moe_ext.models.blocks import MoeBlock, eager_forward, evaluation_mode, layer_numbers, moe_blocks
+from moe_ext.models.blocks import MoeBlock, evaluation_mode, layer_numbers, moe_blocks
+from moe_ext.models.boundary import eager_forward, num_routed
 from moe_ext.models.config_section import (
     GateScale,
     check_thresholds,
@@ -33,9 +34,11 @@ from moe_ext.models.config_section import (
     set_section,
     thresholds_in_config,
 )
+from moe_ext.models.router_formula import KnownRouter, RouterFormula, known_router
 from moe_ext.models.wrapped import unwrapped
+from moe_ext.runtime.formulas import FORMULA, experts_layer, find_formula
 from moe_ext.runtime.skipping import share_of_largest, skip_weak
-from moe_ext.runtime.supported import activation_of, check_experts, check_tensors, reason_unsupported
+from moe_ext.runtime.supported import check_experts, check_tensors, reason_unsupported
 from moe_ext.storage.formats import shown
 
 IMPLEMENTATION = "moe_ext"
@@ -64,16 +67,20 @@ class LayerState:
         fallback: transformers' experts implementation where gradients are required, and where ``stock`` is set.
         stock: whether the operators cannot run the experts.
         thresholds: (K - 1,) skip thresholds, or None.
-        renormalise: as for the ``route`` operator; None: the router runs its own code.
+        router: what the router computes; None: it runs its own code.
         scale: what becomes of the weights of experts that are kept.
+        top_k: K.
+        experts: the experts module.
         observer: called in the place of the ``experts`` operator during calibration.
     """
 
     fallback: str
     stock: bool
     thresholds: Tensor | None
-    renormalise: bool | None
-    scale: GateScale = "kept"
+    router: KnownRouter | None
+    scale: GateScale
+    top_k: int
+    experts: nn.Module
     observer: Any = None
 
 
@@ -161,12 +168,13 @@ def _patch_blocks(
         raise ValueError(
             f"{next(iter(unsupported.values()))}. With strict=False such layers stay on transformers' implementation"
         )
+    top_k = max(block.top_k for block in blocks)
     if isinstance(skip, str):
         if skip != "config":
             raise ValueError(f"skip is {skip!r}; expected thresholds, 'config' or None")
-        thresholds = thresholds_in_config(model.config, layer_numbers(blocks), blocks[0].top_k)
+        thresholds = thresholds_in_config(model.config, layer_numbers(blocks), top_k)
     else:
-        thresholds = None if skip is None else check_thresholds(skip, len(blocks), blocks[0].top_k)
+        thresholds = None if skip is None else check_thresholds(skip, len(blocks), top_k)
     scale = _scale_asked(model, blocks, renormalise, stored=skip is not None)
 
     state = _state_of(model)
@@ -187,19 +195,23 @@ def _patch_blocks(
         if skip is not None or renormalise != "config":
             section = section_with_scale(scale, section)
         set_section(model.config, section)
+    # Ours, where a model was loaded with it by name, has no backward.
     named = "eager" if state.of_experts in (None, IMPLEMENTATION) else state.of_experts
     for layer, block in enumerate(blocks):
         stock = block.name in unsupported
-        # Of transformers' implementations only eager leaves sentinel slots out; ours, loaded by name, has no backward.
         own = LayerState(
-            fallback="eager" if thresholds is not None and not stock else named,
+            fallback=named,
             stock=stock,
-            thresholds=None if thresholds is None else thresholds[layer].clone(),
-            renormalise=block.family.renormalise is True if block.family.fused else None,
+            thresholds=None if thresholds is None else thresholds[layer, : block.top_k - 1].clone(),
+            router=known_router(block),
             scale=scale,
+            top_k=block.top_k,
+            experts=block.experts,
         )
         setattr(block.experts, STATE, own)
         setattr(block.router, STATE, own)
+        if not stock:
+            setattr(block.experts, FORMULA, find_formula(block.experts))
         # Below accelerate's hooks where there are any: they bring the weights.
         place = "_old_forward" if hasattr(block.router, "_hf_hook") else "forward"
         setattr(block.router, place, partial(_router_forward, block.router))  # a bound method would not unpickle
@@ -225,7 +237,8 @@ def _scale_asked(
     if isinstance(scale, str):
         return scale
     for block in blocks:
-        if not block.family.fused or block.family.renormalise is not True:
+        known = known_router(block)
+        if known is None or known.formula != RouterFormula() or known.is_corrected:
             raise ValueError(
                 f"renormalise is {scale}: a number is for routers that take the softmax over the selected logits, and "
                 f"that of {block.name} does not"
@@ -264,6 +277,7 @@ def _unpatch_blocks(model: PreTrainedModel, blocks: list[MoeBlock]) -> PreTraine
             del block.router.forward
         delattr(block.router, STATE)
         delattr(block.experts, STATE)
+        vars(block.experts).pop(FORMULA, None)
     model.set_experts_implementation(state.implementation)
     _restore_config_entry(model, state)
     delattr(model, STATE)
@@ -295,37 +309,36 @@ def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor
     if state is not None and state.stock:
         if observer is not None:
             observer.observe(hidden_states, top_k_index, top_k_weights)
-        # Not every implementation knows the sentinel; a skipped slot's weight is 0, so any expert does.
-        top_k_index = top_k_index.masked_fill(top_k_index == cast(int, self.num_experts), 0)
-        return cast(Tensor, _stock_forward(self, state)(self, hidden_states, top_k_index, top_k_weights))
-    gate_up, down = cast(Tensor, self.gate_up_proj), cast(Tensor, self.down_proj)
-    if ops.gradients_required(hidden_states, top_k_weights, gate_up, down):
-        return cast(Tensor, _stock_forward(self, state)(self, hidden_states, top_k_index, top_k_weights))
+        return _stock_forward(self, state, hidden_states, top_k_index, top_k_weights)
+    if ops.gradients_required(hidden_states, top_k_weights, *self.parameters(recurse=False)):
+        return _stock_forward(self, state, hidden_states, top_k_index, top_k_weights)
     if state is None:  # nobody has checked this module
         check_experts("experts", self)
-    activation = activation_of(self.config)
-    x = hidden_states.to(gate_up.dtype)  # under autocast the two differ; transformers' grouped_mm casts alike
-    if observer is None:
-        out = ops.experts(x, gate_up, down, top_k_index, top_k_weights, activation)
-    else:
-        out = observer(x, gate_up, down, top_k_index, top_k_weights, activation)
-    return out.to(hidden_states.dtype)
+    layer = experts_layer(self)
+    x = hidden_states.to(layer.gate_up.dtype)  # under autocast the two differ; transformers' grouped_mm casts alike
+    run = ops.experts if observer is None else observer
+    out = run(x, layer.gate_up, layer.down, top_k_index, top_k_weights, layer.activation, **layer.options())
+    return cast(Tensor, out.to(hidden_states.dtype))
 
 
-def _stock_forward(experts: nn.Module, state: LayerState | None) -> Any:
-    """What transformers ran before the patch: a function of (self, hidden_states, top_k_index, top_k_weights)."""
-    name = "eager" if state is None else state.fallback
-    return ALL_EXPERTS_FUNCTIONS.get(name, eager_forward(experts))
+def _stock_forward(
+    experts: nn.Module, state: LayerState | None, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """What transformers ran before the patch."""
+    run: Any = ALL_EXPERTS_FUNCTIONS.get("eager" if state is None else state.fallback, eager_forward(experts))
+    # Not every implementation knows the sentinel; a skipped slot's weight is 0, so any expert does.
+    top_k_index = top_k_index.masked_fill(top_k_index == cast(int, experts.num_experts), 0)
+    return cast(Tensor, run(experts, hidden_states, top_k_index, top_k_weights))
 
 
 def _router_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """A patched router: logits (T, E), weights (T, K), experts (T, K) int64, E where a slot is skipped."""
     state = cast(LayerState, getattr(self, STATE))
-    thresholds, renormalise, scale = state.thresholds, state.renormalise, state.scale
-    num_experts, top_k = cast(int, self.num_experts), cast(int, self.top_k)
+    thresholds, known, scale = state.thresholds, state.router, state.scale
+    num_experts, top_k = num_routed(state.experts), state.top_k
     if thresholds is not None and thresholds.device != hidden_states.device:
         thresholds = state.thresholds = thresholds.to(hidden_states.device)
-    if renormalise is None or ops.gradients_required(hidden_states, self.weight, getattr(self, "bias", None)):
+    if known is None or not known.runs(hidden_states, args, kwargs) or _differentiates(known, self, hidden_states):
         output: tuple[Tensor, ...] = type(self).forward(self, hidden_states, *args, **kwargs)
         if thresholds is None and not isinstance(scale, int):
             return output
@@ -335,16 +348,30 @@ def _router_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
         if thresholds is not None:
             weights, experts = skip_weak(weights, experts, thresholds, num_experts, rescale=scale == "kept")
         return logits, weights, experts, *more
-    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-    logits = F.linear(flat, cast(Tensor, self.weight), cast(Tensor | None, getattr(self, "bias", None)))  # (T, E)
+    logits = known.logits(self, hidden_states)  # (T, E)
+    correction = known.correction(self, args, kwargs)
     if scale == "kept":
-        return logits, *ops.route(logits, top_k, thresholds, renormalise)
+        return logits, *_routed(known.formula, logits, top_k, thresholds, correction)
     # The operator scales; what is scaled otherwise is made of its output, which is small.
-    weights, experts = ops.route(logits, scale if isinstance(scale, int) else top_k, None, renormalise)
+    chosen = scale if isinstance(scale, int) else top_k
+    weights, experts = _routed(known.formula, logits, chosen, None, correction)
     weights, experts = weights[:, :top_k].contiguous(), experts[:, :top_k].contiguous()
     if thresholds is not None:
         weights, experts = skip_weak(weights, experts, thresholds, num_experts, rescale=False)
     return logits, weights, experts
+
+
+def _differentiates(known: KnownRouter, router: nn.Module, hidden_states: Tensor) -> bool:
+    return ops.gradients_required(hidden_states, *known.tensors(router))
+
+
+def _routed(
+    formula: RouterFormula, logits: Tensor, top_k: int, thresholds: Tensor | None, correction: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    groups = formula.groups, formula.groups_per_token, formula.group_best, formula.outside_zero
+    of_sum = formula.epsilon, formula.least, formula.scale
+    given = (thresholds, formula.renormalise, formula.score, correction, formula.by_logits, *groups, *of_sum)
+    return ops.route(logits, top_k, *given)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)

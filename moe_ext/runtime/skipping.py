@@ -24,15 +24,15 @@ def skip_weak(
 ) -> tuple[Tensor, Tensor]:
     """Applies the skip rule to routed slots, differentiably in the weights.
 
-    Ranks are those of the weights, whatever order the slots are in: a router that selects by corrected scores or within
-    groups does not sort them. Slots keep their places.
+    Ranks are those of the weights' magnitudes, whatever order the slots are in: a router that selects by corrected
+    scores or within groups does not sort them. Slots keep their places.
 
     Args:
         weights: (T, K).
         experts: (T, K) integer.
         thresholds: (K - 1,).
         num_experts: E, the index that marks a skipped slot.
-        rescale: whether the kept weights are scaled to sum to what all K summed to.
+        rescale: whether the kept weights are scaled to sum to what all K summed to, in magnitude.
 
     Returns:
         weights (T, K) with 0 and experts (T, K) with E in skipped slots.
@@ -48,16 +48,17 @@ def skip_weak(
     # Thresholds are finer than half precision.
     precise = weights.to(torch.promote_types(weights.dtype, torch.float32))
     # Thresholds and weights made under inference_mode must not enter the backward graph.
-    ranked, order = precise.detach().sort(dim=-1, descending=True, stable=True)
+    # By magnitude: some families' weights may be negative.
+    ranked, order = precise.detach().abs().sort(dim=-1, descending=True, stable=True)
     weak = torch.zeros_like(ranked, dtype=torch.bool)
     weak[:, 1:] = ranked[:, 1:] < thresholds.to(ranked) * ranked[:, :1]
     skipped = torch.zeros_like(weak).scatter(-1, order, weak)
     kept = precise.masked_fill(skipped, 0.0)
     if not rescale:
         return kept.to(weights.dtype), experts.masked_fill(skipped, num_experts)
-    total = kept.sum(-1, keepdim=True)
+    total = kept.abs().sum(-1, keepdim=True)
     # A sigmoid router may give a token weights of 0 only: they stay 0.
-    scale = precise.sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
+    scale = precise.abs().sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
     return (kept * scale).to(weights.dtype), experts.masked_fill(skipped, num_experts)
 
 

@@ -1,96 +1,84 @@
 """Which experts the operators can run, and why others not."""
 
-from typing import Any, cast
+from collections.abc import Mapping
 
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
-from transformers.integrations.moe import _default_apply_gate
 
 from moe_ext.binary import _C
-from moe_ext.models.blocks import MoeBlock, check_layout, check_plain, device_of, expert_tensors, tensors_of
+from moe_ext.models.blocks import MoeBlock, check_plain, device_of, expert_tensors, tensors_of
 from moe_ext.models.dtypes import DTYPES
 from moe_ext.models.quantised_experts import check_not_quantised
-
-# transformers' names (config.hidden_act) of the activations that the operators compute.
-ACTIVATION_OF_HIDDEN_ACT = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
+from moe_ext.models.router_formula import known_router
+from moe_ext.runtime.formulas import experts_layer, find_formula
 
 
 def check_experts(name: str, experts: nn.Module) -> None:
-    """Checks that an experts module computes ``down (act(gate x) * (up x))`` on plain (E, 2I, H) and (E, H, I) weights.
+    """Checks that an experts module holds plain weights, and nothing of an expert outside what the operators compute.
 
     Raises:
         ValueError: what is different, beginning with ``name``.
     """
     check_not_quantised(name, experts)
-    flags = {
-        "is_transposed": "transposed weights",
-        "has_bias": "biases",
-        "has_post_expert_norm": "a norm after each expert",
-        "_is_expert_parallel": "expert parallelism",
-    }
+    flags = {"has_post_expert_norm": "a norm after each expert", "_is_expert_parallel": "expert parallelism"}
     found = [reason for flag, reason in flags.items() if getattr(experts, flag, False)]
-    if not getattr(experts, "has_gate", True):
-        found.append("no gate projection")
-    if not getattr(experts, "is_concatenated", True):
-        found.append("interleaved gate and up rows")
-    if getattr(type(experts), "_apply_gate", None) is not _default_apply_gate:
-        found.append("its own gating function")
-    elif not _is_activation_of(experts.config, experts.act_fn):
-        found.append("another activation than its config names")
     if found:
         raise ValueError(f"{name}: {type(experts).__name__} has {' and '.join(found)}, which moe_ext does not support")
+    expected = {"gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"}
+    if getattr(experts, "has_bias", False):
+        expected |= {f"{key}_bias" for key in expected}
     tensors = tensors_of(experts)
-    if set(tensors) != {"gate_up_proj", "down_proj"}:
+    if set(tensors) != expected:
         raise ValueError(
-            f"{name}: {type(experts).__name__} has parameters {sorted(tensors)}; "
-            "expected plain ['down_proj', 'gate_up_proj']"
+            f"{name}: {type(experts).__name__} has parameters {sorted(tensors)}; expected plain {sorted(expected)}"
         )
     for key, tensor in tensors.items():
         check_plain(name, experts, key, tensor)
+    _check_shapes(name, experts, tensors)
 
 
-def _is_activation_of(config: Any, activation: object) -> bool:
-    name = getattr(config, "hidden_act", None)
-    return name in ACT2FN and type(ACT2FN[name]) is type(activation)
-
-
-def activation_of(config: Any) -> str:
-    """The operators' name of a config's activation.
-
-    Raises:
-        ValueError: the operators do not compute that activation.
-    """
-    activation = ACTIVATION_OF_HIDDEN_ACT.get(config.hidden_act)
-    if activation is None:
-        raise ValueError(
-            f"hidden_act {config.hidden_act!r} is not supported; supported: {', '.join(ACTIVATION_OF_HIDDEN_ACT)}"
-        )
-    return activation
+def _check_shapes(name: str, experts: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """ValueError unless the weights fit each other as the module's class says they lie."""
+    gated, transposed = getattr(experts, "has_gate", True), getattr(experts, "is_transposed", False)
+    first = tensors["gate_up_proj" if gated else "up_proj"]
+    size = tuple(first.shape)
+    if transposed and len(size) == 3:
+        size = (size[0], size[2], size[1])
+    if len(size) == 3 and (not gated or size[1] % 2 == 0):
+        count, rows, hidden = size
+        width = rows // 2 if gated else rows
+        down = (count, width, hidden) if transposed else (count, hidden, width)
+        expected = {"down_proj": down, "down_proj_bias": (count, hidden)}
+        expected[f"{'gate_up' if gated else 'up'}_proj_bias"] = (count, rows)
+        if all(tuple(tensors[key].shape) == shape for key, shape in expected.items() if key in tensors):
+            return
+    shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items())
+    kind = "transposed " if transposed else ""
+    raise ValueError(f"{name}: {type(experts).__name__} has {kind}weights that do not fit each other: {shapes}")
 
 
 def check_tensors(block: MoeBlock) -> None:
     """ValueError, naming the layer, unless the block's weights are plain tensors in memory in the expected shapes."""
-    if block.family.fused:
-        check_layout(block)
-    else:  # the router runs its own code, whatever it holds
-        expert_tensors(block)
+    expert_tensors(block)
+    weight = tensors_of(block.router).get("weight")
+    if known_router(block) is not None:  # others run their own code, whatever they hold
+        for name, tensor in tensors_of(block.router).items():
+            check_plain(block.name, block.router, name, tensor)
+    elif weight is not None and weight.dim() == 2 and weight.shape[0] < block.num_routed:
+        raise ValueError(
+            f"{block.name}: the router's weight has shape {tuple(weight.shape)}; "
+            f"expected {block.num_routed} experts along dimension 0"
+        )
 
 
 def reason_unsupported(block: MoeBlock) -> str | None:
     """Why the operators cannot run a block's experts, naming the layer; None if they can."""
     try:
         check_experts(block.name, block.experts)
-        activation_of(block.experts.config)
+        layer = experts_layer(block.experts, find_formula(block.experts))
     except ValueError as error:
         reason = str(error)
         return reason if reason.startswith(block.name) else f"{block.name}: {reason}"
-    gate_up = cast(Tensor, block.experts.gate_up_proj)
+    gate_up = layer.gate_up
     if gate_up.dtype not in DTYPES.values():
         return f"{block.name}: dtype {gate_up.dtype} is not supported; use float32, bfloat16 or float16"
     device = device_of(block.experts, gate_up)
@@ -103,7 +91,7 @@ def reason_unsupported(block: MoeBlock) -> str | None:
         return f"{block.name}: device {device} is not supported; use the CPU"
     for name, parameter in block.experts.named_parameters():
         if (parameter.dtype, parameter.device) != (gate_up.dtype, gate_up.device):
-            return f"{block.name}: {name} has another dtype or device than gate_up_proj"
+            return f"{block.name}: {name} has another dtype or device than the first of the weights"
         if not parameter.is_contiguous():
             return f"{block.name}: {name} is not contiguous; replace its data by data.contiguous()"
     return None

@@ -1,7 +1,8 @@
 """Short fingerprints that tell models and texts apart: of statistics that do not add up, of interrupted runs."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,33 @@ def joined_digest(digests: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def text_digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
-    """Of the batches' tensors."""
-    digest = hashlib.sha256()
+def text_digest(batches: Iterable[Mapping[str, Any]]) -> str:
+    """Of the batches' tensors, and what else they say, such as their domain."""
+    digest = TextDigest()
     for batch in batches:
-        for name in sorted(batch):
-            digest.update(f"{name} {tuple(batch[name].shape)} {batch[name].dtype}".encode())
-            digest.update(tensor_bytes(batch[name]))
+        digest.add(batch)
     return digest.hexdigest()
+
+
+class TextDigest:
+    """:func:`text_digest` of batches as they come."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, batch: Mapping[str, Any]) -> None:
+        """The next one."""
+        for name in sorted(batch):
+            value = batch[name]
+            if isinstance(value, Tensor):
+                self._digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                self._digest.update(tensor_bytes(value))
+            else:
+                self._digest.update(f"{name} {value!r}".encode())
+
+    def hexdigest(self) -> str:
+        """Of all so far."""
+        return self._digest.hexdigest()
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

@@ -212,10 +212,10 @@ def test_a_skipping_model_is_refused(tiny_mixtral: MixtralFactory) -> None:
     [
         ([], "no token was counted"),
         ([{"input_ids": torch.zeros(1, 3).long(), "attention_mask": torch.zeros(1, 3)}], "no token was counted"),
-        ([{"input_ids": [[1, 2]]}], r"batch 0: 'input_ids' has shape \(\)"),
+        ([{"input_ids": "ab"}], r"batch 0: 'input_ids' has shape \(\)"),
         ([{"input_ids": torch.zeros(1, 3).long(), "text": ["a"]}], "batch 0: MixtralModel takes no 'text'"),
         ([{"tokens": torch.zeros(1, 3)}], "batch 0 is no mapping with 'input_ids'"),
-        ([{"input_ids": torch.zeros(3).long()}], r"batch 0: 'input_ids' has shape \(3,\); expected \(sequences"),
+        ([{"input_ids": torch.zeros(1, 1, 3).long()}], r"batch 0: 'input_ids' has shape \(1, 1, 3\); expected \(seq"),
         (
             [{"input_ids": torch.zeros(1, 3).long(), "attention_mask": torch.ones(1, 2)}],
             r"batch 0: 'attention_mask' has shape \(1, 2\); expected \(1, 3\)",

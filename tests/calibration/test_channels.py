@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 
 import moe_ext
 from moe_ext.calibration.removal_order import removal_order
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.models.blocks import expert_tensors, moe_blocks
-from tests.support.families import ALL, STOCK_ONLY, build, on_experts
-from tests.support.reference import DEVICES
+from moe_ext.models.expert_width import width_of
+from moe_ext.runtime.formulas import experts_layer
+from tests.support.families import ALL, STOCK_ONLY, build, experts_case_of, on_experts
+from tests.support.reference import DEVICES, ExpertsCase, between
 
 FAMILIES = [name for name in ALL if name not in STOCK_ONLY]
 
@@ -47,20 +48,26 @@ def look(model: PreTrainedModel, text: list[dict[str, Tensor]], hook: Hook) -> N
         handle.remove()
 
 
+def hidden_of(case: ExpertsCase, expert: int, token: int) -> tuple[Tensor, Tensor]:
+    """h (I,) of an expert for a token, and its down projection (H, I), in float64."""
+    rows, bias, down, _ = case.projections(expert)
+    products = rows @ case.x[token].double() + bias
+    return between(case, products, torch.zeros_like(products))[0], down
+
+
 def brute_force(model: PreTrainedModel, text: list[dict[str, Tensor]]) -> Tensor:
     """(L, E, I): sum over routed, counted tokens of g^2 h_j^2 ||down[:, j]||^2, from the definitions."""
     blocks = moe_blocks(model)
-    width = expert_tensors(blocks[0])["down_proj"].shape[2]
+    width = width_of(blocks[0])
     errors = torch.zeros(len(blocks), blocks[0].num_experts, width, dtype=torch.float64)
 
     def hook(layer: int, module: nn.Module, args: tuple[Tensor, ...], counted: Tensor) -> None:
         x, experts, weights = args
-        gate_up, down = (expert_tensors(blocks[layer])[name].double() for name in ("gate_up_proj", "down_proj"))
+        case = experts_case_of(module, x, experts, weights)
         for token in counted.nonzero().flatten().tolist():
             for expert, weight in zip(experts[token].tolist(), weights[token].double().tolist(), strict=True):
-                gate, up = (gate_up[expert] @ x[token].double()).chunk(2)
-                h = ACT2FN[module.config.hidden_act](gate) * up  # type: ignore[union-attr]
-                errors[layer, expert] += (weight * h) ** 2 * down[expert].square().sum(0)
+                h, down = hidden_of(case, expert, token)
+                errors[layer, expert] += (weight * h) ** 2 * down.square().sum(0)
 
     look(model, text, hook)
     return errors
@@ -68,15 +75,13 @@ def brute_force(model: PreTrainedModel, text: list[dict[str, Tensor]]) -> Tensor
 
 def gram_of(model: PreTrainedModel, text: list[dict[str, Tensor]], layer: int, expert: int) -> Tensor:
     """(I, I): sum over routed, counted tokens of g^2 h h^T of one expert, from the definition."""
-    block = moe_blocks(model)[layer]
-    gate_up = expert_tensors(block)["gate_up_proj"][expert].double()
-    gram = torch.zeros(len(gate_up) // 2, len(gate_up) // 2, dtype=torch.float64)
+    width = width_of(moe_blocks(model)[layer])
+    gram = torch.zeros(width, width, dtype=torch.float64)
 
     def hook(seen: int, module: nn.Module, args: tuple[Tensor, ...], counted: Tensor) -> None:
-        x, experts, weights = args
+        _, experts, weights = args
         for token, slot in ((experts == expert) & counted[:, None]).nonzero().tolist() if seen == layer else ():
-            gate, up = (gate_up @ x[token].double()).chunk(2)
-            h = weights[token, slot].double() * ACT2FN[module.config.hidden_act](gate) * up  # type: ignore[union-attr]
+            h = weights[token, slot].double() * hidden_of(experts_case_of(module, *args), expert, token)[0]
             gram.addr_(h, h)
 
     look(model, text, hook)
@@ -158,8 +163,10 @@ def test_errors_without_norms_are_no_statistics() -> None:
 def test_what_cannot_be_observed_is_refused() -> None:
     with pytest.raises(ValueError, match="channels: expected one of energy, gram, or None, got 'all'"):
         moe_ext.calibrate(build("mixtral"), batches(), channels="all", progress=False)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"observed by the operators only; model.layers.0.mlp: GptOssExperts has"):
-        moe_ext.calibrate(build("gpt_oss"), batches(), channels="energy", strict=False, progress=False)
+    with pytest.raises(ValueError, match=r"observed by the operators only; model.layers.0.mlp: MixtralExperts: its"):
+        moe_ext.calibrate(
+            build("mixtral", hidden_act="relu"), batches(), channels="energy", strict=False, progress=False
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -173,7 +180,7 @@ def test_the_order_of_channels_is_that_of_the_gram_matrices(family: str) -> None
     reached = stats.routing_counts() > 0
     for layer, block in enumerate(moe_blocks(model)):
         for expert in (int(reached[layer].long().argmax()), int(reached[layer].long().argmin())):
-            down = expert_tensors(block)["down_proj"][expert].detach()
+            down = experts_layer(block.experts).outputs(expert).detach()
             if reached[layer, expert]:
                 expected = removal_order(gram_of(model, batches(), layer, expert), down)
             else:

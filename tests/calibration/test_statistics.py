@@ -455,10 +455,10 @@ def test_a_missing_file_stays_a_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": "3"}, "written by a newer moe_ext .*upgrade"),
-        ({"format_version": "0"}, "format_version: expected 1 to 2, got 0"),
-        ({"format_version": ""}, "format_version: expected 1 to 2, got ''"),
-        ({"format_version": "one"}, "format_version: expected 1 to 2, got 'one'"),
+        ({"format_version": "4"}, "written by a newer moe_ext .*upgrade"),
+        ({"format_version": "0"}, "format_version: expected 1 to 3, got 0"),
+        ({"format_version": ""}, "format_version: expected 1 to 3, got ''"),
+        ({"format_version": "one"}, "format_version: expected 1 to 3, got 'one'"),
         ({"top_k": "two"}, "'top_k' is 'two'; expected an integer"),
         ({"top_k": "3"}, "ratio_histogram: has shape"),
         ({"top_k": str(10**18)}, "top_k: expected 1 to 4 experts"),
@@ -481,7 +481,7 @@ def test_a_newer_file_is_recognised_whatever_else_it_lacks(saved: Path) -> None:
         metadata["format_version"] = "7"
 
     rewrite(saved, into_the_future)
-    with pytest.raises(StatisticsFileError, match=r"newer moe_ext \(format version 7, known is 2\): upgrade moe_ext"):
+    with pytest.raises(StatisticsFileError, match=r"newer moe_ext \(format version 7, known is 3\): upgrade moe_ext"):
         ExpertStatistics.load(saved)
 
 

@@ -1,12 +1,9 @@
 """Pruned checkpoints load in vLLM and generate what they generate in transformers. Opt-in: ``make test-vllm``.
 
 vLLM wants another transformers than moe_ext: it lives in an environment of its own, whose Python MOE_EXT_VLLM_PYTHON
-names. That there is no moe_ext in it is part of the test.
+names. That there is no moe_ext in it is part of the test; our plugin, which is there, is switched off.
 """
 
-import json
-import os
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +18,9 @@ from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import moe_blocks
 from tests.support.batches import random_tokens
 from tests.support.families import HALVES, build, channels_for, keep_of, plan_for
-from tests.support.paths import DEMO_MODEL, ROOT
+from tests.support.paths import DEMO_MODEL
+from tests.support.vllm_process import STOCK, VLLM, generated
 
-VLLM = os.environ.get("MOE_EXT_VLLM_PYTHON", "")
 pytestmark = pytest.mark.skipif(not VLLM, reason="opt-in: make test-vllm")
 
 TOKENS = 64
@@ -55,6 +52,13 @@ def write_checkpoints(folder: Path) -> dict[str, Path]:
         moe_ext.prune(model, plan_for(model, keep_of(model, family))).save_pretrained(folder / f"{family}, pruned")
         write_thinned(family, folder / f"{family}, thin", fewer=False)
         write_thinned(family, folder / f"{family}, fewer and thin", fewer=True)
+    for family in FAMILIES:
+        model = build(family, **SIZES)
+        text = [{"input_ids": random_tokens(2, 24, vocabulary=256)}]
+        means = moe_ext.calibrate(model, text, progress=False, outputs=True)
+        moe_ext.prune(model, plan_for(model, keep_of(model, family)), novices=means).save_pretrained(
+            folder / f"{family}, novices"
+        )
     for family in UNEVEN:
         model = build(family, **SIZES)
         moe_ext.prune(model, plan_for(model, keep_of(model, family, fewer=1))).save_pretrained(
@@ -90,20 +94,7 @@ def in_vllm(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     """What one process of vLLM says of all checkpoints."""
     folder = tmp_path_factory.mktemp("vllm")
     jobs = {name: {"checkpoint": str(path), "prompts": PROMPTS} for name, path in checkpoints.items()}
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-    script = ROOT / "tests" / "support" / "vllm_generate.py"
-    result = subprocess.run(
-        [VLLM, str(script), "jobs.json", "results.json", str(TOKENS)],
-        cwd=folder,
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    done: dict[str, dict[str, Any]] = json.loads((folder / "results.json").read_text())
-    return done
+    return generated(folder, jobs, TOKENS, STOCK)
 
 
 def greedy_of_transformers(folder: Path, prompt: list[int]) -> tuple[list[int], float]:
@@ -142,3 +133,9 @@ def test_vllm_generates_the_tokens_of_transformers(
 @pytest.mark.parametrize("family", UNEVEN)
 def test_vllm_refuses_layers_with_different_numbers_of_experts(family: str, in_vllm: dict[str, dict[str, Any]]) -> None:
     assert "is a per-layer attribute and may vary across layers" in in_vllm[f"{family}, uneven"]["error"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vllm_refuses_means_in_the_place_of_experts(family: str, in_vllm: dict[str, dict[str, Any]]) -> None:
+    assert "There is no module or parameter named" in in_vllm[f"{family}, novices"]["error"]
+    assert "moe_ext_novices" in in_vllm[f"{family}, novices"]["error"]

@@ -77,6 +77,11 @@ def test_the_files_are_where_the_demo_says(finished: tuple[dict[str, Any], Path]
     assert all(f'<figure id="{name}">' in page for name in ("scores-man", "search-losses", "quality-speed"))
     stats, plan = ExpertStatistics.load(files["statistics"]), PruningPlan.load(files["plan"])
     assert plan.layers == stats.layers
+    by_domain = ExpertStatistics.load(files["statistics by domain"])
+    assert {name: int(part.tokens[0]) for name, part in by_domain.domains.items()} == result["chats"]["tokens"]
+    chats, text = result["chats"]["tokens"].values()
+    assert abs(chats - text) <= demo.WINDOW
+    assert -1 <= result["chats"]["rank_agreement"] <= 1
     model, _ = load_checkpoint(files["pruned checkpoint"])
     assert model.config.num_local_experts == 6
     assert len(model.config.moe_ext["skip_thresholds"]) == len(stats.layers)

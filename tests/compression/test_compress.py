@@ -20,6 +20,8 @@ from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import load_checkpoint, save_checkpoint
 from moe_ext.compression import compress as stages
 from moe_ext.compression import work_folder
+from moe_ext.compression.texts import check_judged, held_back
+from moe_ext.data.tokens import Templated
 from moe_ext.pruning import refit_layers
 from moe_ext.reconstruction.layer_search import LayerSearch
 from moe_ext.runtime.batches import read_domains
@@ -473,3 +475,18 @@ def test_float8_is_thinned_by_whole_blocks_without_refit_and_judge(here: Path) -
     assert ours == single
     assert found["before"]["parameters"] > found["after"]["parameters"]
     assert found["kl"] is None
+
+
+def test_whole_documents_are_held_back_where_a_domain_has_ten() -> None:
+    tokenizer = letter_tokenizer(bos=False)
+    many = [f"{letter * 9}" for letter in "abcdefghabcdefghabcd"]
+    few = ["a" * 40, Templated("b" * 20)]
+    first, last = held_back({"many": many, "few": few, "one": "c" * 30}, tokenizer)
+    assert (first["many"], last["many"]) == (many[:18], many[18:])
+    assert (first["few"], last["few"]) == (["a" * 36, "b" * 18], ["a" * 4, "b" * 2])
+    assert isinstance(last["few"][1], Templated)
+    assert (first["one"], last["one"]) == ("c" * 27, "c" * 3)
+    with pytest.raises(ValueError, match="texts: 'few' is too short to hold a tenth back"):
+        held_back({"few": ["a" * 40, "b" * 9]}, tokenizer)
+    with pytest.raises(ValueError, match="judge: 'x' has fewer than 2 tokens"):
+        check_judged({"x": ["ab", "a"]}, tokenizer, 8, None)

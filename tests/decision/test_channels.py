@@ -10,6 +10,7 @@ from moe_ext.calibration.channels import channel_errors
 from moe_ext.calibration.removal_order import damped, removal_order
 from moe_ext.decision.channels import kept_by_score
 from moe_ext.pruning.refit import refitted_down
+from moe_ext.runtime.formulas import ExpertsLayer, Formula
 
 
 def random_expert(tokens: int, channels: int, hidden: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -27,7 +28,7 @@ def squared_error(h: Tensor, down: Tensor, kept: Tensor, fitted: Tensor) -> floa
 
 def test_a_channels_error_is_what_the_output_loses_with_it() -> None:
     h, down = random_expert(20, 6, 5)
-    errors = channel_errors(h.square().sum(0)[None], down[None])
+    errors = channel_errors(h.square().sum(0)[None], ExpertsLayer(Formula(), torch.zeros(1, 12, 3), down[None]))
     for channel in range(6):
         others = torch.arange(6) != channel
         assert float(errors[0, channel]) == pytest.approx(squared_error(h, down, others, down[:, others]))

@@ -177,14 +177,25 @@ def calls(draw: st.DrawFn) -> tuple[Callable[..., Any], Arguments]:
     top_k = draw(st.integers(1, num_experts))
     thresholds = torch.rand(top_k - 1, generator=generator) if draw(st.booleans()) else None
     dtype = draw(st.sampled_from(DTYPES))
+    arguments: Arguments
     if operator is ops.route:
         logits = torch.randn(tokens, num_experts, generator=generator).to(dtype)
-        return operator, {
-            "logits": logits,
-            "top_k": top_k,
-            "thresholds": thresholds,
-            "renormalise": draw(st.booleans()),
-        }
+        arguments = {"logits": logits, "top_k": top_k, "thresholds": thresholds, "renormalise": draw(st.booleans())}
+        if draw(st.booleans()):
+            groups = draw(st.sampled_from([count for count in (1, 2, 3, 4) if num_experts % count == 0]))
+            arguments |= {
+                "score": draw(st.sampled_from(ops.SCORES)),
+                "bias": torch.randn(num_experts, generator=generator) if draw(st.booleans()) else None,
+                "by_logits": draw(st.booleans()),
+                "groups": groups,
+                "groups_per_token": groups,
+                "group_best": 1,
+                "outside_zero": draw(st.booleans()),
+                "epsilon": draw(st.sampled_from([0.0, 1e-20])),
+                "least": draw(st.sampled_from([0.0, 1e-12])),
+                "scale": 2.5,
+            }
+        return operator, arguments
     if operator in (ops.subset_errors, ops.projected_errors):
         ranks = torch.stack([torch.randperm(num_experts, generator=generator) for _ in range(tokens)])
         pairs = num_experts * (num_experts - 1) // 2
@@ -202,7 +213,7 @@ def calls(draw: st.DrawFn) -> tuple[Callable[..., Any], Arguments]:
         }
     hidden, intermediate = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     case = experts_case(tokens, num_experts, top_k, hidden, intermediate, dtype=dtype)
-    arguments: Arguments = {"x": case.x, "gate_up": case.gate_up, "down": case.down}
+    arguments = {"x": case.x, "gate_up": case.gate_up, "down": case.down}
     if operator is ops.expert_projection:
         arguments["g"] = torch.randn(tokens, hidden, generator=generator)
     elif operator is not ops.expert_gram:

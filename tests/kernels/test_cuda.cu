@@ -521,7 +521,7 @@ TEST("projections equal double-precision brute force, by every kernel, in more p
         moe_ext::ProjectionParams p{};
         p.x = on_device[0].data(), p.gate_up = on_device[1].data(), p.down = on_device[2].data();
         p.tokens = tokens, p.num_experts = kExperts, p.hidden = hidden, p.intermediate = intermediate;
-        p.dtype = dtype, p.activation = moe_ext::Activation::kSilu;
+        p.dtype = dtype, p.formula.activation = moe_ext::Activation::kSilu;
         p.g = on_device[3].data(), p.g_dtype = g_dtype, p.out = out.data();
         Scratchpad scratchpad;
         moe_ext::cuda::projection(p, scratchpad.scratch(), nullptr);
@@ -656,7 +656,7 @@ TEST("every way of the experts adds up pairs beside moments: an expert with itse
     p.experts_are_int64 = true;
     p.weights = weights.data();
     p.weights_dtype = moe_ext::DType::kFloat32;
-    p.activation = moe_ext::Activation::kSilu;
+    p.formula.activation = moe_ext::Activation::kSilu;
     for (const bool with_pairs : {false, true}) {
       Scratchpad memory;
       p.out = (with_pairs ? out : alone).data();

@@ -117,7 +117,7 @@ Result run(const Case& c, const Threads& threads, const Options& options = {}) {
   p.intermediate = c.shape.intermediate;
   p.dtype = c.dtype;
   p.weights_dtype = c.weights_dtype;
-  p.activation = c.activation;
+  p.formula.activation = c.activation;
   p.experts_are_int64 = options.int64_experts;
   moe_ext::cpu::experts(p, threads);
   return result;

@@ -49,20 +49,20 @@ struct Layer {
 
   std::vector<double> gram(const moe_ext::Threads& threads) const {
     std::vector<double> out(tokens * num_experts * num_experts, std::nan(""));
-    const GramParams p{{x.data(), gate_up.data(), down.data(), tokens, num_experts, hidden, intermediate, dtype,
-                        moe_ext::Activation::kSilu},
-                       out.data()};
+    const GramParams p{
+        {x.data(), gate_up.data(), down.data(), nullptr, nullptr, tokens, num_experts, hidden, intermediate, dtype, {}},
+        out.data()};
     moe_ext::cpu::gram(p, threads);
     return out;
   }
 
   std::vector<double> projection(const moe_ext::Threads& threads) const {
     std::vector<double> out(tokens * num_experts, std::nan(""));
-    const ProjectionParams p{{x.data(), gate_up.data(), down.data(), tokens, num_experts, hidden, intermediate, dtype,
-                              moe_ext::Activation::kSilu},
-                             g.data(),
-                             out.data(),
-                             DType::kFloat32};
+    const ProjectionParams p{
+        {x.data(), gate_up.data(), down.data(), nullptr, nullptr, tokens, num_experts, hidden, intermediate, dtype, {}},
+        g.data(),
+        out.data(),
+        DType::kFloat32};
     moe_ext::cpu::projection(p, threads);
     return out;
   }

@@ -199,3 +199,29 @@ TEST("a skipped slot in the middle leaves the later ones in place") {
   CHECK(got.experts == (std::vector<int64_t>{0, 3, 2}), got.experts[0], got.experts[1], got.experts[2]);
   CHECK(got.weights == (std::vector<float>{0.5f, 0.0f, 0.5f}), got.weights[0], " ", got.weights[2]);
 }
+
+TEST("a formula whose bias is 0 routes as the plain softmax does, skipping included") {
+  constexpr int64_t tokens = 200, num_experts = 37, top_k = 5;
+  const Array logits = Random(11).array(DType::kFloat32, tokens * num_experts, 4.0f);
+  const std::vector<float> zeros(num_experts, 0.0f), thresholds(top_k - 1, 0.5f);
+  for (const bool renormalise : {false, true}) {
+    const Routing expected = route(logits, DType::kFloat32, num_experts, top_k, &thresholds, renormalise);
+    Routing got = expected;
+    moe_ext::RouteParams p{};
+    p.logits = logits.data();
+    p.thresholds = thresholds.data();
+    p.bias = zeros.data();
+    p.weights = got.weights.data();
+    p.experts = got.experts.data();
+    p.tokens = tokens;
+    p.num_experts = num_experts;
+    p.top_k = top_k;
+    p.renormalise = renormalise;
+    CHECK(!p.plain());
+    moe_ext::cpu::route(p, std_threads(2));
+    CHECK(got.experts == expected.experts);
+    for (size_t slot = 0; slot < got.weights.size(); ++slot) {
+      CHECK(std::fabs(got.weights[slot] - expected.weights[slot]) <= 0x1p-20 * expected.weights[slot], "slot ", slot);
+    }
+  }
+}

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import moe_ext
@@ -78,6 +79,20 @@ def test_moe_ext_reloads_means_to_the_bit_and_stock_transformers_refuses(name: s
     assert torch.equal(logits_of(loaded, tokens), logits_of(model, tokens))
     with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
         type(model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layer_with_means_says_so_outside_its_experts(name: str, tmp_path: Path) -> None:
+    """An engine that leaves out what it does not know of experts would serve the checkpoint without its means."""
+    model = build(name)
+    stats = calibrated(model, name)
+    keep = keep_of(model, name)
+    moe_ext.prune(model, plan_for(model, keep), novices=stats)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    marks = {key: value for key, value in stored.items() if key.endswith(".moe_ext_novices")}
+    assert [key.split(".")[-2] for key in marks] == [str(block.layer) for block in moe_blocks(model)]
+    assert [int(value) for value in marks.values()] == [stats.layout.num_experts - len(kept) for kept in keep]
 
 
 def test_means_of_half_precision_models_keep_their_dtype(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def gradient(case: ExpertsCase, dtype: torch.dtype = torch.float32, seed: int = 
 
 
 def projection_of(case: ExpertsCase, g: Tensor) -> Tensor:
-    return ops.expert_projection(case.x, case.gate_up, case.down, g, case.activation)
+    return ops.expert_projection(case.x, case.gate_up, case.down, g, case.activation, **case.options)
 
 
 def assert_equals_brute_force(case: ExpertsCase, g: Tensor, device: str = "cpu") -> None:

@@ -1,5 +1,6 @@
 """Every code block of the README and of docs/ runs, in order, on the demo model and a little text."""
 
+import json
 import re
 import shlex
 import sys
@@ -19,9 +20,24 @@ from tests.support.paths import DEMO_MODEL, ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BIG_MODELS = ("mistralai/Mixtral-8x7B-v0.1", "./Mixtral-8x7B-v0.1")  # what readers have and tests have not
+# Data sets on the Hub, and a row of each as it is there.
+DATA_SETS: dict[str, dict[str, Any]] = {
+    "allenai/c4:en/train": {
+        "text": "A page about bread. " * 40,
+        "timestamp": "2019-04-25",
+        "url": "https://example.org",
+    },
+    "theblackcat102/evol-codealpaca-v1": {"instruction": "Add two numbers.", "output": "def add(a, b): return a + b"},
+    "allenai/tulu-3-sft-personas-math": {
+        "id": "personas-1",
+        "prompt": "What is 2 + 2?",
+        "messages": [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}],
+        "constraints": [],
+    },
+}
 # Lines that others run: they install the package, or run the demo and these tests (CI), or several processes
-# (test_processes.py).
-BY_OTHERS = ("make demo", "make test", "pip install ", "torchrun ")
+# (test_processes.py), or vLLM (test_vllm_server.py).
+BY_OTHERS = ("make demo", "make test", "pip install ", "torchrun ", "vllm serve ")
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -35,9 +51,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).mkdir()
         for domain, text in list(read_domains([DEMO_MODEL / source]).items())[:2]:
             (tmp_path / name / f"{domain}.txt").write_text(text[:1200])
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "my_code").mkdir()
+    (tmp_path / "my_code" / "add.py").write_text(DATA_SETS["theblackcat102/evol-codealpaca-v1"]["output"] * 20)
+    for name, row in DATA_SETS.items():
+        (tmp_path / local(name)).write_text((json.dumps(row) + "\n") * 8)
+    chat = {"messages": DATA_SETS["allenai/tulu-3-sft-personas-math"]["messages"]}
+    (tmp_path / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 24)
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(measure, "CACHE_BYTES", 1 << 20)
     return tmp_path
+
+
+def local(data_set: str) -> str:
+    """The file that stands for a data set on the Hub."""
+    return f"hub/{re.sub('[^a-z0-9]', '-', data_set)}.jsonl"
 
 
 def run_shell(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +100,8 @@ def test_the_code_blocks_of_a_page_run(
     for language, text in blocks(page):
         for model in BIG_MODELS:
             text = text.replace(model, str(DEMO_MODEL))
+        for data_set in DATA_SETS:
+            text = text.replace(data_set, local(data_set))
         if language == "bash":
             run_shell(text, monkeypatch)
         elif language == "python":
@@ -81,7 +112,7 @@ def test_the_code_blocks_of_a_page_run(
 
 # Beside the pages whose code runs, those that name files as well.
 WITH_PATHS = [*PAGES, *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "SECURITY", "CHANGELOG", "benchmarks/README"))]
-FOLDERS = (".ci", ".github", "benchmarks", "csrc", "docs", "examples", "moe_ext", "tests", "tools")
+FOLDERS = (".ci", ".github", "benchmarks", "csrc", "docs", "engines", "examples", "moe_ext", "tests", "tools")
 needs_source = pytest.mark.skipif(not (ROOT / "moe_ext").exists(), reason="some paths lead to the package's source")
 
 

@@ -92,11 +92,19 @@ def test_the_installed_package_holds_what_is_no_python_code() -> None:
 
 def test_extras_bring_what_they_are_for() -> None:
     extras = set(metadata("moe_ext").get_all("Provides-Extra") or [])
-    assert {"report", "eval", "test"} <= extras
+    assert {"data", "report", "eval", "test"} <= extras
     needed = requires("moe_ext") or []
-    for package, extra in (("matplotlib", "report"), ("jinja2", "report"), ("lm-eval", "eval"), ("pytest", "test")):
+    for package, extra in (
+        ("matplotlib", "report"),
+        ("jinja2", "report"),
+        ("lm-eval", "eval"),
+        ("pytest", "test"),
+        ("datasets", "data"),
+    ):
         assert any(line.startswith(package) and f'extra == "{extra}"' in line for line in needed), package
-    assert not any(line.startswith(("matplotlib", "lm-eval")) and "extra" not in line for line in needed)
+    assert not any(
+        line.startswith(("matplotlib", "lm-eval", "datasets", "pyarrow")) and "extra" not in line for line in needed
+    )
 
 
 def test_lm_eval_finds_the_model_by_its_entry_point() -> None:

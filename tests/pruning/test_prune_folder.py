@@ -21,7 +21,8 @@ import moe_ext
 from moe_ext.checkpoints.stored_tensors import INDEX, CheckpointError
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import moe_blocks
-from moe_ext.models.families import FURTHER_LAYERS_FIELDS, NUM_EXPERTS_FIELDS
+from moe_ext.models.counted import NUM_EXPERTS_FIELDS
+from moe_ext.models.families import FURTHER_LAYERS_FIELDS
 from moe_ext.pruning import prune_folder, shard_writer, unfinished
 from tests.support.checkpoints import BLOCK, declare_float8, dequantised, plain_copy, quantise, rewritten, tensors_in
 from tests.support.families import ALL, build, keep_of, plan_for

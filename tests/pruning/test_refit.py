@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 import moe_ext
-from moe_ext.calibration.routed_inputs import RoutedInputs, hidden
+from moe_ext.calibration.routed_inputs import RoutedInputs
 from moe_ext.commands.main import app
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import expert_tensors, moe_blocks
@@ -23,6 +23,7 @@ from moe_ext.pruning import refit_files, refit_layers
 from moe_ext.pruning.prune import prune
 from moe_ext.pruning.prune_folder import prune_checkpoint
 from moe_ext.pruning.refit import EXPERT_DAMPING, OutputFit, ridge_for
+from moe_ext.runtime.formulas import ExpertsLayer, Formula
 from moe_ext.runtime.patching import is_patched, patch
 from moe_ext.storage.spilled_tensors import SpillingList
 from tests.support.checkpoints import tensors_in
@@ -177,12 +178,13 @@ def test_experts_are_fitted_all_together_or_one_after_the_other_in_two_sweeps(jo
     for part in (slice(0, 25), slice(25, 40)):
         inputs.add(x[part], experts[part], weights[part], None)
         targets.append(wanted[part])
-    got = OutputFit(inputs, targets, gate_up, down, "silu").fit(most_joint=100 if joint else 0)
+    layer = ExpertsLayer(Formula(), gate_up, down)
+    got = OutputFit(inputs, targets, layer).fit(most_joint=100 if joint else 0)
     h = torch.zeros(40, 3, 5, dtype=torch.float64)
     for token in range(40):
         for expert, weight in zip(experts[token].tolist(), weights[token], strict=True):
             if expert < 3:
-                h[token, expert] = weight * hidden(x[token : token + 1], gate_up[expert], "silu")[0]
+                h[token, expert] = weight * layer.hidden(expert, x[token : token + 1])[0]
     flat = h.flatten(1)
     gram, tokens = flat.T @ flat, torch.tensor([int((experts == expert).sum()) for expert in range(3)])
     ridge = EXPERT_DAMPING * ridge_for(tokens, 5, 10)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import moe_ext
 from moe_ext import SearchResult, ops
 from moe_ext.models.blocks import moe_blocks
+from moe_ext.reconstruction import expert_outputs
 from moe_ext.reconstruction import losses as layer_losses
 from moe_ext.reconstruction.result import SearchFileError
 from moe_ext.runtime import backward_walk
@@ -225,7 +226,7 @@ def test_what_does_not_fit_into_memory_changes_nothing(
 ) -> None:
     expected = search(tiny_mixtral(), padded_batches(), keep=4, method="greedy")
     monkeypatch.setattr(layer_losses, "MEMORY", 3000)
-    monkeypatch.setattr(layer_losses, "GRAM_BYTES", 0)  # 16 tokens at a time
+    monkeypatch.setattr(expert_outputs, "GRAM_BYTES", 0)  # 16 tokens at a time
     monkeypatch.setattr("moe_ext.reconstruction.search.MEMORY", 4000)
     got = search(tiny_mixtral(), padded_batches(), keep=4, method="greedy")
     assert got.plan.keep == expected.plan.keep

@@ -351,3 +351,22 @@ def test_a_searchs_json_that_is_not_valid_is_refused(tmp_path: Path, change: tup
     path.write_text(search.to_json().replace(*change, 1))
     with pytest.raises(SearchFileError, match=message):
         SearchResult.load(path)
+
+
+def test_the_load_of_every_domain_is_shown_beside_that_of_all() -> None:
+    stats = ExpertStatistics.zeros("mixtral", ("layers.0", "layers.1"), 4, 1, "softmax")
+    for number in range(9):
+        part = stats.of_domain("<code>" if number == 8 else f"d{number}")
+        part.tokens += number + 1
+        part.moments[0, number % 4, 0, 0] = part.moments[1, 3, 0, 0] = number + 1
+    for layer in range(2):
+        stats.add_up_domains(layer)
+    pictures = {picture.name: picture for section in Report(stats).sections() for picture in section.pictures}
+    loads = [picture for name, picture in pictures.items() if name.startswith("load-domain")]
+    assert [picture.title for picture in loads] == [
+        "Routing load, <code>", *(f"Routing load, d{number}" for number in range(7, 0, -1))
+    ]  # fmt: skip
+    # 9 of 45 tokens, all of them to expert 0 of layer 0, which has 15 of all.
+    assert "20% of all tokens" in loads[0].caption
+    assert "in layer 0: expert 0 has 4.00 times an even load here and 1.33 in all" in loads[0].description
+    assert loads[0].rows[0] == ("layers.0", "0 (4.00)", "1 (0.00)")

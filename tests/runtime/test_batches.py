@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from transformers import BatchEncoding
 
 import moe_ext
+from moe_ext.data.tokens import token_ids
 from moe_ext.evaluation.skip_rates import skip_rates
-from moe_ext.runtime.batches import check_batch, prompt_batch, read_domains, token_batches, token_ids
+from moe_ext.runtime.batches import check_batch, prompt_batch, read_domains, token_batches
 from tests.support.batches import random_tokens
 from tests.support.mixtral import MixtralFactory
 
@@ -55,7 +56,7 @@ def test_a_file_and_a_folder_are_read_by_domain(tmp_path: Path) -> None:
         (["a.txt", "twin/a.txt"], "two text files are named 'a'"),
         (["blank.txt"], "blank.txt is empty"),
         (["latin.txt"], "latin.txt is not UTF-8 text"),
-        (["chat.jsonl"], "chat.jsonl is no prose but jsonl: write the texts themselves into a"),
+        (["chat.jsonl"], "chat.jsonl is no prose but jsonl: give it as data \\(--data"),
         (["table.CSV"], "table.CSV is no prose but CSV"),
         (["chat.txt"], "chat.txt is no prose but lines of JSON"),
         (["chats"], "chat.txt is no prose but lines of JSON"),
@@ -105,7 +106,7 @@ def test_a_templated_text_gets_no_second_bos() -> None:
 def test_what_a_tokenizer_adds_is_left_out_and_nothing_else(tiny_mixtral: MixtralFactory) -> None:
     model, tokens = tiny_mixtral(), random_tokens(2, 5)
     given = {"input_ids": tokens, "position_ids": torch.arange(5)[None], "token_type_ids": tokens, "length": [5, 5]}
-    inputs, counted = check_batch(0, given, model)  # type: ignore[arg-type]
+    inputs, counted = check_batch(0, given, model)
     assert list(inputs) == ["input_ids", "position_ids"]
     assert counted is None
     with pytest.raises(ValueError, match="batch 3: MixtralModel takes no 'attention_masks'"):

@@ -216,10 +216,10 @@ def test_a_process_that_died_takes_the_orders_from_one_that_had_come_further(tmp
     def dying(rank: int) -> None:
         write = CalibrationProgress.write
 
-        def dies(self: Any, layer: int) -> None:
-            if rank == 1 and layer == 2:
+        def dies(self: Any, position: int) -> None:
+            if rank == 1 and position == 2:
                 os.kill(os.getpid(), 9)  # the other one has written the second layer
-            write(self, layer)
+            write(self, position)
 
         CalibrationProgress.write = dies  # type: ignore[method-assign]
         moe_ext.calibrate(source, five_batches(), resume=tmp_path / f"unfinished-{rank}", **options)

@@ -14,6 +14,7 @@ from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import input_device, model_type_of, moe_blocks
 from moe_ext.models.expert_width import width_of
+from tests.support.reference import ExpertsCase
 
 # Fields that the families share; a config without one of them takes its own instead.
 SHARED = {
@@ -118,8 +119,11 @@ UNRECORDED: dict[str, tuple[str, dict[str, Any]]] = {
 KEEP = {"qwen2_moe": 6, "qwen3_moe": 10, "olmoe": 9, "deepseek_v2": 8, "deepseek_v3": 8, "glm4_moe": 6, "dots1": 6}
 """Experts that the tests keep; 5 of 8 elsewhere."""
 
-STOCK_ONLY = ("gpt_oss",)
+STOCK_ONLY: tuple[str, ...] = ()
 """Families whose experts the operators do not compute."""
+
+OWN_ROUTER = ("phimoe",)
+"""Families whose routing the ``route`` operator does not compute."""
 
 HALVES = ("deepseek_v2", "deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe", "afmoe")
 """Families with shared experts as wide as one routed: half the width is twice as many of them, three quarters is no
@@ -158,6 +162,17 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **change
         if tensor_name in saved and "correction_bias" not in tensor_name:
             tensor.data = tensor.data.to(dtype)
     return model
+
+
+def experts_case_of(module: Any, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> ExpertsCase:
+    """What a family's experts are given, for the brute force: its formula as transformers' modeling code has it."""
+    options: dict[str, Any] = {}
+    if "GptOss" in type(module).__name__:
+        options = {"transposed": True, "interleaved": True, "up_offset": 1.0}
+        options |= {"limit": module.limit, "alpha": module.alpha}
+        options |= {"gate_up_bias": module.gate_up_proj_bias.cpu(), "down_bias": module.down_proj_bias.cpu()}
+    gate_up, down = module.gate_up_proj.detach().cpu(), module.down_proj.detach().cpu()
+    return ExpertsCase(x, gate_up, down, experts, weights, options=options)
 
 
 def logits_of(model: PreTrainedModel, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:

@@ -26,12 +26,31 @@ BAD_EXPERTS: list[tuple[dict[str, Any], str]] = [
     ({"experts": torch.zeros(6, 2, dtype=torch.int32)}, r"'experts' has shape \(6, 2\); expected \(5, 2\)"),
     ({"weights": torch.zeros(5, 3)}, r"'weights' has shape \(5, 3\); expected \(5, 2\)"),
     ({"weights": torch.zeros(5, 2).double()}, "'weights' has dtype float64; expected float32"),
-    ({"activation": "relu"}, "'activation' is \"relu\"; expected \"silu\", \"gelu\" or \"gelu_tanh\""),
+    ({"activation": "relu"}, "'activation' is \"relu\"; expected \"silu\", \"gelu\", \"gelu_tanh\" or"),
 ]  # fmt: skip
+
+# The formulas and layouts of experts that families have, with limits small enough to be reached, and further ones.
+FORMULAS: dict[str, dict[str, Any]] = {
+    "gpt_oss": {
+        "biases": True, "transposed": True, "interleaved": True, "limit": 1.25, "alpha": 1.702, "up_offset": 1.0,
+    },
+    "openai_privacy_filter": {"biases": True, "transposed": True, "limit": 1.25, "alpha": 1.702, "up_offset": 1.0},
+    "minimax_m3_vl": {"limit": 0.75, "alpha": 1.702, "up_offset": 1.0},
+    "deepseek_v4": {"limit": 1.0},
+    "step3p7": {"limit": 0.5, "limit_after": True},
+    "inkling2": {"gate_cap": 1.5, "up_cap": 2.5},
+    "nemotron_h": {"activation": "relu2", "gated": False},
+    "aria": {"transposed": True},
+    "interleaved rows": {"interleaved": True, "biases": True},
+    "no gate, transposed": {"activation": "gelu", "gated": False, "transposed": True, "biases": True},
+    "squares, transposed": {"activation": "relu2", "gated": False, "transposed": True, "biases": True},
+    "limited gelu": {"activation": "gelu_tanh", "limit": 0.75, "up_offset": -0.5},
+    "quick gelu without gate": {"alpha": 1.702, "gated": False},
+}  # fmt: skip
 
 
 def gram_of(case: ExpertsCase) -> Tensor:
-    return ops.expert_gram(case.x, case.gate_up, case.down, case.activation)
+    return ops.expert_gram(case.x, case.gate_up, case.down, case.activation, **case.options)
 
 
 def assert_gram_equals_brute_force(case: ExpertsCase, device: str, kernels: str = "tall") -> None:

@@ -1,7 +1,8 @@
 """Float64 brute force, written from the definitions and sharing nothing with the package; bounds on rounding errors."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ WGMMA = "cuda" in DEVICES and "9.0a" in _C.cuda_archs and torch.cuda.get_device_
 MMA_SYNC = ["tall", "flat", "narrow"]  # what MOE_EXT_CUDA_KERNELS can force for large batches everywhere
 GROUPED = MMA_SYNC + ["hopper"] * WGMMA
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ACTIVATIONS = ["silu", "gelu", "gelu_tanh"]
+ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "relu2"]
 
 
 def activate(name: str, x: Tensor) -> Tensor:
@@ -21,12 +22,14 @@ def activate(name: str, x: Tensor) -> Tensor:
         return x * torch.sigmoid(x)
     if name == "gelu":
         return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+    if name == "relu2":
+        return x.clamp(min=0) ** 2
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 @dataclass
 class ExpertsCase:
-    """Inputs of the experts operators; T, E, K, H, I as everywhere."""
+    """Inputs of the experts operators; T, E, K, H, I as everywhere. ``options``: what the operators take by keyword."""
 
     x: Tensor
     gate_up: Tensor
@@ -34,13 +37,36 @@ class ExpertsCase:
     experts: Tensor
     weights: Tensor
     activation: str = "silu"
+    options: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, str]:
         return self.x, self.gate_up, self.down, self.experts, self.weights, self.activation
 
     def to(self, device: str) -> "ExpertsCase":
         moved = {name: getattr(self, name).to(device) for name in ("x", "gate_up", "down", "experts", "weights")}
-        return replace(self, **moved)
+        options = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in self.options.items()}
+        return replace(self, **moved, options=options)
+
+    @property
+    def transposed(self) -> bool:
+        return bool(self.options.get("transposed", False))
+
+    @property
+    def intermediate(self) -> int:
+        return self.down.shape[1 if self.transposed else 2]
+
+    def projections(self, expert: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of an expert in float64: rows of gate and up (2I, H), gate before up, or (I, H) without gate; their biases;
+        down (H, I) and its bias."""
+        rows, down = self.gate_up[expert].double(), self.down[expert].double()
+        if self.transposed:
+            rows, down = rows.T, down.T
+        bias, down_bias = (self.options.get(name) for name in ("gate_up_bias", "down_bias"))
+        of_rows = torch.zeros(len(rows), dtype=torch.float64) if bias is None else bias[expert].double()
+        of_down = torch.zeros(len(down), dtype=torch.float64) if down_bias is None else down_bias[expert].double()
+        if self.options.get("interleaved", False):
+            rows, of_rows = torch.cat((rows[::2], rows[1::2])), torch.cat((of_rows[::2], of_rows[1::2]))
+        return rows, of_rows, down, of_down
 
     def tokens(self, rows: slice | Tensor) -> "ExpertsCase":
         """The same with some of its tokens."""
@@ -58,8 +84,11 @@ def experts_case(
     seed: int = 0,
     sentinels: float = 0.0,
     activation: str = "silu",
+    biases: bool = False,
+    **options: Any,
 ) -> ExpertsCase:
-    """Random inputs with distinct experts per token; a share ``sentinels`` of the slots beyond the first is empty."""
+    """Random inputs with distinct experts per token; a share ``sentinels`` of the slots beyond the first is empty.
+    ``options``: of the operators, in which the weights are laid out; ``biases`` makes those."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -69,20 +98,63 @@ def experts_case(
     weights = torch.rand(tokens, top_k, generator=generator) + 0.1
     empty = torch.rand(tokens, top_k, generator=generator) < sentinels
     empty[:, :1] = False
+    rows = 2 * intermediate if options.get("gated", True) else intermediate
+    x = normal(tokens, hidden).to(dtype)
+    gate_up = (normal(num_experts, rows, hidden) / math.sqrt(hidden)).to(dtype)
+    down = (normal(num_experts, hidden, intermediate) / math.sqrt(intermediate)).to(dtype)
+    if options.get("transposed", False):
+        gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
+    if biases:
+        options["gate_up_bias"] = normal(num_experts, rows).to(dtype)
+        options["down_bias"] = normal(num_experts, hidden).to(dtype)
     return ExpertsCase(
-        x=normal(tokens, hidden).to(dtype),
-        gate_up=(normal(num_experts, 2 * intermediate, hidden) / math.sqrt(hidden)).to(dtype),
-        down=(normal(num_experts, hidden, intermediate) / math.sqrt(intermediate)).to(dtype),
+        x=x,
+        gate_up=gate_up,
+        down=down,
         experts=experts.masked_fill(empty, num_experts),
         weights=weights.masked_fill(empty, 0.0),
         activation=activation,
+        options=options,
     )
+
+
+def between(case: ExpertsCase, gate_up: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """h (R, I) of gate and up (R, 2I), gate before up, or of up alone (R, I); and how far a float32 computation from
+    arguments with these errors can take it away."""
+    options, silu = case.options, case.activation == "silu"
+
+    def activated(x: Tensor, x_error: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, gate_cap = options.get("alpha", 1.0), options.get("gate_cap")
+        a = cap(x, gate_cap) * torch.sigmoid(alpha * x) if silu else activate(case.activation, x)
+        # No activation is steeper than 1.13, and with a cap x sigmoid(alpha x) than 1.25; but for the square, which is
+        # where it is steeper. As computed it errs by up to 7 * 2^-24 |x|: CUDA's fast SiLU takes an exponential to
+        # 2 + 1.18 |x| ulp, a sum and a division to 2 ulp; |x| * sigmoid * (1 - sigmoid) < 0.23. A cap adds 4 ulp.
+        steepest = 2 * (x.abs() + x_error) if case.activation == "relu2" else torch.full_like(x, 1.25)
+        size = torch.maximum(x.abs() + x_error, a.abs())
+        return a, steepest.clamp(min=1.13) * x_error + 11 * FLOAT32 * size
+
+    def cap(x: Tensor, bound: float | None) -> Tensor:
+        return x if bound is None else bound * torch.tanh(x / bound)
+
+    if not options.get("gated", True):
+        return activated(gate_up, error)
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate_error, up_error = error.chunk(2, dim=-1)
+    limit, after = options.get("limit") or math.inf, options.get("limit_after", False)
+    a, a_error = activated(gate if after else gate.clamp(max=limit), gate_error)
+    a = a.clamp(max=limit) if after else a
+    up = up.clamp(-limit, limit)
+    capped = cap(up, options.get("up_cap")) + options.get("up_offset", 0.0)
+    up_error = up_error + 8 * FLOAT32 * (up.abs() + up_error + abs(options.get("up_offset", 0.0)))
+    return a * capped, a_error * (capped.abs() + up_error) + a.abs() * up_error
 
 
 def expert_output(case: ExpertsCase, expert: int, token: int) -> Tensor:
     """f_e(x_t), (H,) float64."""
-    gate, up = (case.gate_up[expert].double() @ case.x[token].double()).chunk(2)
-    return case.down[expert].double() @ (activate(case.activation, gate) * up)
+    rows, bias, down, down_bias = case.projections(expert)
+    products = rows @ case.x[token].double() + bias
+    h, _ = between(case, products, torch.zeros_like(products))
+    return down @ h + down_bias
 
 
 # Half a unit in the last place, relative: one rounding of a result to its dtype. float16 also has subnormals.
@@ -106,18 +178,23 @@ class Arithmetic:
     energy: float = 0.0
 
 
+# Of experts that the small batches' CUDA kernels take.
+USUAL_LAYOUT = {"gated": True, "interleaved": False, "transposed": False}
+
+
 def arithmetic_of(case: ExpertsCase, device: str, kernels: str = "") -> Arithmetic:
     """That of the named CUDA kernels, or of those that a call takes. On the CPU, dot products of bfloat16 keep h in
     bfloat16, all else float32. On CUDA, float32 and sizes that are no multiples of 8 keep float32 throughout; up to 16
     tokens h is kept in the dtype of x, beyond that h and y. CUDA sums energies in float32 over at most 192 rows, by
     fewer than 64 roundings in a row, and of h before it is rounded: what an H100's tensor cores lose of a square,
     2^-11, is less than that rounding would cost."""
-    dtype, (_, hidden, intermediate) = case.x.dtype, case.down.shape
+    dtype, hidden, intermediate = case.x.dtype, case.x.shape[1], case.intermediate
     if device == "cpu" and dtype == torch.bfloat16 and _C.active_cpu_variant() == "avx512_bf16":
         return Arithmetic(h=dtype)
     if device == "cpu" or dtype == torch.float32 or hidden % 8 or intermediate % 8 or kernels == "plain":
         return Arithmetic(energy=0.0 if device == "cpu" else 64 * FLOAT32)
-    small_batch = kernels == "small_batch" or (kernels == "" and case.x.shape[0] <= 16)
+    usual = all(case.options.get(name, usual) == usual for name, usual in USUAL_LAYOUT.items())
+    small_batch = kernels == "small_batch" or (kernels == "" and case.x.shape[0] <= 16 and usual)
     return Arithmetic(TENSOR_CORES, dtype, torch.float32 if small_batch else dtype, 64 * FLOAT32)
 
 
@@ -140,7 +217,7 @@ def experts_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None) -
     arithmetic = arithmetic or Arithmetic()
     product = arithmetic.product
     tokens, hidden = case.x.shape
-    num_experts, _, intermediate = case.down.shape
+    num_experts, intermediate = case.down.shape[0], case.intermediate
     out = torch.zeros(tokens, hidden, dtype=torch.float64)
     magnitude, bound = torch.zeros_like(out), torch.zeros_like(out)
     moments = torch.zeros(num_experts, 3, 3, dtype=torch.float64)
@@ -158,24 +235,19 @@ def experts_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None) -
         rows, slots = (case.experts == expert).nonzero(as_tuple=True)  # (R) each
         if len(rows) == 0:
             continue
-        x, gate_up, down = case.x[rows].double(), case.gate_up[expert].double(), case.down[expert].double()
+        x, (gate_up, bias, down, down_bias) = case.x[rows].double(), case.projections(expert)
         weights = case.weights[rows, slots].double()
 
-        gate, up = (x @ gate_up.T).chunk(2, dim=-1)  # (R, I)
-        gate_error, up_error = (hidden * product * (x.abs() @ gate_up.abs().T)).chunk(2, dim=-1)
-        # No activation is steeper than 1.13. As computed it errs by up to 7 * 2^-24 |gate|: CUDA's fast SiLU takes an
-        # exponential to 2 + 1.18 |gate| ulp, a sum and a division to 2 ulp; |gate| * sigmoid * (1 - sigmoid) < 0.23.
-        activated = activate(case.activation, gate)
-        activated_error = 1.13 * gate_error + 7 * FLOAT32 * (gate.abs() + gate_error)
-        h = activated * up
-        h_error = activated_error * (up.abs() + up_error) + activated.abs() * up_error
+        products = x @ gate_up.T + bias  # (R, 2I), or (R, I) without gate
+        h, h_error = between(case, products, (hidden + 1) * product * (x.abs() @ gate_up.abs().T + bias.abs()))
         h_error = rounded(h, rounded(h, h_error, torch.float32), arithmetic.h)
         channels[expert] = (weights[:, None] ** 2 * h**2).sum(0)
         of_sums = arithmetic.energy * (h.abs() + h_error) ** 2
         channels_bound[expert] = (weights[:, None] ** 2 * ((2 * h.abs() + h_error) * h_error + of_sums)).sum(0)
 
-        y = h @ down.T  # (R, H)
-        y_error = h_error @ down.abs().T + intermediate * product * ((h.abs() + h_error) @ down.abs().T)
+        y = h @ down.T + down_bias  # (R, H)
+        of_sum = (h.abs() + h_error) @ down.abs().T + down_bias.abs()
+        y_error = h_error @ down.abs().T + (intermediate + 1) * product * of_sum
         y_error = rounded(y, y_error, arithmetic.y)
         out.index_add_(0, rows, weights[:, None] * y)
         magnitude.index_add_(0, rows, weights.abs()[:, None] * (y.abs() + y_error))

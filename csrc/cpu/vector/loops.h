@@ -1,10 +1,10 @@
 // The hot loops of the experts, gram and projection operators, compiled once per instruction set and reached through a
 // table. All that the rest of csrc/cpu includes of this folder.
 //
-// All products are dot products of an activation row and a weight row, both contiguous along the reduction, so weights
-// are read as transformers stores them. Every output element has one vector accumulator that walks a chunk of the
-// reduction in order, and chunks are added in order, whatever the tile it falls in: a token's result has the same bits
-// in any batch and for any number of threads.
+// All products are dot products of an activation row and a weight row, both contiguous along the reduction, or of an
+// activation row and a column of a transposed weight matrix: weights are read as transformers stores them. Every output
+// element has one vector accumulator that walks a chunk of the reduction in order, and chunks are added in order,
+// whatever the tile it falls in: a token's result has the same bits in any batch and for any number of threads.
 #pragma once
 
 #include <stdint.h>
@@ -20,7 +20,7 @@ inline constexpr int64_t kBlockColumns = 64;
 inline constexpr int64_t kChunkBytes = 4096;
 
 // Rows of a weight matrix, each k elements long: [0, split) follow each other from `first` on, the others from
-// `second`.
+// `second`. Of a transposed one its columns, that start there. Of a bias its elements.
 struct WeightRows {
   const void* first;  // null: there are none
   const void* second;
@@ -35,8 +35,14 @@ struct Product {
   int64_t row_count;
   int64_t columns;  // at most kBlockColumns
   int64_t k;
-  float* y;  // (row_count, kBlockColumns) out; columns beyond `columns` are left as they are
+  float* y;            // (row_count, kBlockColumns) out; columns beyond `columns` are left as they are
+  WeightRows bias;     // `columns` elements of the weights' dtype that are added to every row of y, or none
+  int64_t transposed;  // 0; or, of a transposed weight matrix (k, transposed), the elements of its rows
 };
+
+// What of y (row_count, kBlockColumns) Loops::gate reads for column i < columns: gate y[r, i], up y[r, columns + i]; or
+// interleaved gate y[r, 2 i], up y[r, 2 i + 1]; or, not gated, up y[r, i].
+constexpr int64_t gate_columns(const Formula& formula) { return formula.gated ? kBlockColumns / 2 : kBlockColumns; }
 
 // Columns of a token's rows that the gram loop has in float64 at a time, and most rows of its tiles.
 inline constexpr int64_t kGramChunk = 512;
@@ -66,9 +72,9 @@ struct Loops {
   // `dtype` is that of the weights.
   void (*multiply)(DType dtype, const Product& p);
 
-  // h[r, i] = act(y[r, i]) * y[r, columns + i]   for r < row_count, i < columns <= kBlockColumns / 2.
-  // y (row_count, kBlockColumns); h of `operand` (float32, or bfloat16 rounded to nearest even) with stride h_stride.
-  void (*gate)(Activation activation, const float* y, int64_t row_count, int64_t columns, DType operand, void* h,
+  // h[r, i] = the formula's h of row r's gate and up   for r < row_count, i < columns <= gate_columns(formula).
+  // h of `operand` (float32, or bfloat16 rounded to nearest even) with stride h_stride.
+  void (*gate)(const Formula& formula, const float* y, int64_t row_count, int64_t columns, DType operand, void* h,
                int64_t h_stride);
 
   // sums[i] += sum over rows r of weights[r] * h[r, i]^2   for i < columns, r in order; a row whose weight is negative

@@ -7,7 +7,7 @@
 #include "cpu/vector/conversion_inl.h"
 #include "cpu/vector/energy_inl.h"
 #include "cpu/vector/gram_inl.h"
-#include "cpu/vector/product_inl.h"
+#include "cpu/vector/multiply_inl.h"
 #include "cpu/vector/project_inl.h"
 #include "cpu/vector/scatter_inl.h"
 

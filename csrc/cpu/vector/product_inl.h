@@ -1,4 +1,5 @@
-// Loops::multiply: the order in which the tiles of a product are computed, and what each of them prefetches.
+// Products with weights as rows: the order in which the tiles of a product are computed, and what each of them
+// prefetches.
 //
 // Up to kTileRows activation rows, reading the weights is what takes time: a few weight rows from end to end. More
 // rows: chunk by chunk (kChunkBytes), tiles of rows outside, tiles of columns inside, so that activations stay in L1
@@ -162,13 +163,5 @@ struct Block {
     }
   }
 };
-
-static void multiply(DType dtype, const Product& p) {
-  with_type(dtype, [&](auto* type) {
-    using W = Pointee<decltype(type)>;
-    using A = std::conditional_t<kBFloat16Operands && std::is_same_v<W, BFloat16>, BFloat16, float>;
-    Block<A, W>{p}.run();
-  });
-}
 
 }  // namespace moe_ext::cpu::MOE_EXT_ISA

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/params.h"
 #include "moe.h"
 
 namespace moe_ext::cuda {
@@ -65,6 +66,8 @@ __device__ __forceinline__ float activate(Activation activation, float x) {
       return 0.5f * x * (1.0f + erff(x * 0.70710678f));
     case Activation::kGeluTanh:
       return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    case Activation::kRelu2:
+      return x > 0.0f ? x * x : 0.0f * x;  // a NaN stays one
   }
   return x;
 }
@@ -72,6 +75,36 @@ __device__ __forceinline__ float activate(Activation activation, float x) {
 // act(gate) * up of two neighbouring elements, to be rounded to 16 bits.
 __device__ __forceinline__ float2 gated(Activation activation, const float* gate, const float* up) {
   return {activate<false>(activation, gate[0]) * up[0], activate<false>(activation, gate[1]) * up[1]};
+}
+
+__device__ __forceinline__ float at_most(float x, float limit) { return x > limit ? limit : x; }  // a NaN stays one
+
+// Gate and up of an element for h = act(gate) * up, from what the products gave.
+__device__ __forceinline__ void shape(const Shaping& s, float& gate, float& up) {
+  gate = at_most(gate, s.gate_limit);
+  up = at_most(up < -s.up_limit ? -s.up_limit : up, s.up_limit);
+  float factor = s.inverse_scale;
+  if (s.capped) {
+    if (s.up_cap != Formula::kNone) up = s.up_cap * tanhf(up / s.up_cap);
+    if (s.gate_cap != Formula::kNone && gate != 0.0f) factor *= s.gate_cap * tanhf(gate / s.gate_cap) / gate;
+  }
+  up = (up + s.offset) * factor;
+  gate *= s.scale;
+}
+
+// act(x) of a projection without gate, or x, to be rounded to 16 bits.
+__device__ __forceinline__ float activate_alone(const GemmParams& p, float x) {
+  if (p.activation == Activation::kRelu2) return activate<false>(Activation::kRelu2, x);
+  if (p.activation == Activation::kSilu) {
+    return activate<false>(Activation::kSilu, x * p.shaping.scale) * p.shaping.inverse_scale;
+  }
+  return x;
+}
+
+// An element of a bias, 0 where there is none.
+template <typename T>
+__device__ __forceinline__ float bias_at(const void* bias, int64_t at) {
+  return bias == nullptr ? 0.0f : to_float(static_cast<const T*>(bias)[at]);
 }
 
 // sum += weight * h^2, but nothing of a position that is not counted, whose h need not be a number.

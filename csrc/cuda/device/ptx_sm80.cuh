@@ -59,6 +59,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&matrices)[4], uint32_t 
                : "memory");
 }
 
+// The same of matrices that lie transposed: lane l has elements 2 (l % 4) and the next of column l / 4.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&matrices)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(address)
+               : "memory");
+}
+
 // c (16, 8) += a (16, 16) * b (16, 8), float32 accumulation. With g = lane / 4, t = lane % 4:
 //   a[0..3]: rows g, g + 8, g, g + 8, columns 2t, 2t, 2t + 8, 2t + 8 and the next;  b[0..1]: rows 2t, 2t + 8 and the
 //   next, column g;  c[0..3]: row g columns 2t, 2t + 1, then row g + 8.

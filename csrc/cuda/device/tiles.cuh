@@ -44,8 +44,10 @@ __device__ __forceinline__ Place place_of(const GemmParams& p, unsigned index, i
 
 // Which of all experts' rows of weights gives c's `column`: in gate_up a gate row, or the up row of the same column.
 template <Product kProduct, typename Index>
-__device__ __forceinline__ Index weight_row(int expert, Index columns, Index column, bool up) {
-  return expert * weight_rows(kProduct, columns) + (up ? columns : 0) + column;
+__device__ __forceinline__ Index weight_row(int expert, Index columns, Index column, bool up,
+                                            bool interleaved = false) {
+  const Index row = interleaved ? 2 * column + (up ? 1 : 0) : (up ? columns : 0) + column;
+  return expert * weight_rows(kProduct, columns) + row;
 }
 
 // Byte offset of a 16-byte chunk in rows of kChunks chunks: eight neighbouring rows, and eight neighbouring chunks in

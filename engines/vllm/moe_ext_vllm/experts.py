@@ -1,0 +1,130 @@
+"""moe_ext's ``experts`` operator as a kernel of vLLM's for experts that are not quantised.
+
+vLLM's ``w13`` (E, 2I, H) and ``w2`` (E, H, I) are the operator's own layout: nothing is packed anew or copied.
+"""
+
+import os
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from torch import Tensor
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.platforms import current_platform
+
+from moe_ext_vllm import library
+
+_logger = init_logger("vllm.moe_ext")
+
+ON_CUDA = "MOE_EXT_VLLM_KERNELS"
+"""Environment variable: 1 runs moe_ext's CUDA kernels too. Not by default until they were measured inside vLLM."""
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class MoeExtExperts(mk.FusedMoEExpertsModular):
+    """Experts computed by ``torch.ops.moe_ext.experts``."""
+
+    @property
+    def expects_unquantized_inputs(self) -> bool:
+        return True
+
+    @staticmethod
+    def activation_format() -> mk.FusedMoEActivationFormat:
+        return mk.FusedMoEActivationFormat.Standard
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return current_platform.is_cpu() or (current_platform.is_cuda() and os.environ.get(ON_CUDA) == "1")
+
+    @staticmethod
+    def _supports_no_act_and_mul() -> bool:
+        return False
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
+        return weight_key is None and activation_key is None
+
+    @staticmethod
+    def _supports_activation(activation: Any) -> bool:
+        return activation.value in _ACTIVATIONS
+
+    @staticmethod
+    def _supports_parallel_config(moe_parallel_config: Any) -> bool:
+        return not moe_parallel_config.use_ep  # the operator knows no map of experts to ranks
+
+    @staticmethod
+    def _supports_batch_invariance() -> bool:
+        # On the CPU a token's result depends on no other token; CUDA chooses a kernel by the number of tokens.
+        return current_platform.is_cpu()
+
+    @staticmethod
+    def is_supported_config(
+        cls: Any, moe_config: Any, weight_key: Any, activation_key: Any, activation_format: Any
+    ) -> tuple[bool, str | None]:
+        supported, reason = mk.FusedMoEExperts.is_supported_config(
+            cls, moe_config, weight_key, activation_key, activation_format
+        )
+        if not supported:
+            return supported, reason
+        if moe_config.has_bias:
+            return False, "kernel does not support experts with a bias"
+        if moe_config.in_dtype not in _DTYPES:
+            return False, f"kernel does not support {moe_config.in_dtype}"
+        limits = [getattr(moe_config, name, None) for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")]
+        if any(limit is not None for limit in limits):
+            return False, "kernel does not support bounds of the activation"
+        return True, None
+
+    def workspace_shapes(self, M: int, N: int, K: int, *args: Any, **kwargs: Any) -> Any:  # noqa: N803
+        return (0,), (0,), (M, K)  # the operator has its own memory
+
+    def finalize_weight_and_reduce_impl(self) -> Any:
+        return TopKWeightAndReduceNoOP()
+
+    def apply(
+        self,
+        output: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: Tensor | None,
+        a1q_scale: Tensor | None,
+        a2_scale: Tensor | None,
+        workspace13: Tensor,
+        workspace2: Tensor,
+        expert_tokens_meta: Any,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        """Writes (T, H), weighted and summed, into ``output``."""
+        if expert_map is not None:
+            raise ValueError("moe_ext's kernel has no expert parallelism; run vLLM's with MOE_EXT_VLLM_LIBRARY=''")
+        weights = topk_weights.to(torch.float32)
+        if apply_router_weight_on_input:  # of one expert a token, already multiplied in
+            weights = torch.ones_like(weights)
+        ids = topk_ids if topk_ids.dtype in (torch.int32, torch.int64) else topk_ids.to(torch.int64)
+        output.copy_(torch.ops.moe_ext.experts(hidden_states, w1, w2, ids, weights, activation.value))
+
+
+class MoeExtMethod(UnquantizedFusedMoEMethod):
+    """vLLM's method for experts that are not quantised, with moe_ext's kernel where that computes them."""
+
+    def __init__(self, moe: Any) -> None:
+        super().__init__(moe)
+        reason = library.load()
+        if reason is None:
+            supported, unsupported = MoeExtExperts.is_supported_config(
+                MoeExtExperts, self.moe, None, None, MoeExtExperts.activation_format()
+            )
+            if supported:
+                self.experts_cls = MoeExtExperts
+                _logger.info_once("Using moe_ext's experts kernel.")
+                return
+            reason = unsupported
+        _logger.info_once(f"Not using moe_ext's experts kernel: {reason}.")

@@ -1,0 +1,124 @@
+"""The walk through the decoder layers of every family that goes through transformers' experts interface."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moe_ext
+from moe_ext.calibration.statistics import ExpertStatistics
+from moe_ext.checkpoints.streamed_model import LayersOnDisk
+from moe_ext.models.blocks import evaluation_mode, moe_blocks
+from moe_ext.runtime.course import course_of
+from moe_ext.runtime.hidden_states import MappedStates, ParkedStates
+from moe_ext.runtime.layer_walk import LayerInputs
+from moe_ext.runtime.suspended import THREAD_NAME
+from tests.support import every_family
+
+REFUSED = ("diffusion_gemma", "ernie4_5_vl_moe")
+"""Families that may be refused in memory, too: an encoder's and a decoder's layers, experts that no text reaches."""
+
+LOOPS = ("inkling2_loop",)
+"""Families that run a layer more than once: sums over its tokens are added up in another order."""
+
+MORE_THAN_STATES = {
+    "gemma4": "decoder layer 0 is given a KVSharingDict, which layers may write to",
+    "glm5_next": "returns more than hidden states",
+    "glm_moe_dsa": "returns more than hidden states",
+    "hy_v4": "returns more than hidden states",
+    "hy_v4_vl": "returns more than hidden states",
+    "inkling2": "depends on earlier layers than the one before",
+    "inkling2_loop": "given something other than what the one before it returned",
+    "mistral_large4": "returns more than hidden states",
+    "zaya": "returns more than hidden states",
+}
+"""Families whose layers are given more than what the one before returned as hidden states, and what is said."""
+
+
+def batches_of(model: Any) -> list[dict[str, Tensor]]:
+    batches = [every_family.inputs(model, 1, padding=4), every_family.inputs(model, 2, (1, 7))]
+    del batches[1]["attention_mask"]
+    return batches
+
+
+def no_pass_is_left() -> bool:
+    return not any(thread.name == THREAD_NAME for thread in threading.enumerate())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", every_family.names())
+def test_statistics_of_a_folder_are_those_of_the_model(name: str, tmp_path: Path) -> None:
+    built = every_family.build(name, dtype=torch.bfloat16)
+    built.save_pretrained(tmp_path / "source")
+    options: dict[str, Any] = {"progress": False, "strict": False}
+    batches = batches_of(built)
+    model = type(built).from_pretrained(tmp_path / "source", dtype="auto").eval()
+    try:
+        expected = moe_ext.calibrate(model, batches, **options)
+    except (ValueError, RuntimeError):
+        assert name in REFUSED
+        with pytest.raises(ValueError):  # noqa: PT011  what is said is not this test's matter
+            moe_ext.calibrate(tmp_path / "source", batches, **options)
+    else:
+        assert_same(moe_ext.calibrate(tmp_path / "source", batches, **options), expected, name)
+    assert no_pass_is_left()
+
+
+def assert_same(got: ExpertStatistics, expected: ExpertStatistics, name: str) -> None:
+    for key, tensor in expected.tensors().items():
+        if name in LOOPS and tensor.is_floating_point():
+            torch.testing.assert_close(got.tensors()[key], tensor, rtol=1e-12, atol=0)
+        else:
+            assert torch.equal(got.tensors()[key], tensor), key
+    assert got.model_digest == expected.model_digest
+
+
+def routed(model: Any, batches: list[dict[str, Tensor]], states: Any) -> list[tuple[Tensor, Tensor]]:
+    """What every router sees and says, layer after layer."""
+    blocks, found = moe_blocks(model), []
+    with (
+        torch.no_grad(),
+        evaluation_mode(model),
+        LayerInputs(model, blocks, batches, states=states) as inputs,
+    ):
+        for block in range(len(blocks)):
+            inputs.observe(block, lambda batch, x, logits: found.append((x.clone(), logits.clone())))
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in every_family.names() if name not in REFUSED])
+def test_stored_states_give_the_same_or_are_refused_before_a_layer_runs(name: str, tmp_path: Path) -> None:
+    model = every_family.build(name)
+    batches, blocks = batches_of(model), moe_blocks(model)
+    course = course_of(model, blocks, batches)
+    if name in MORE_THAN_STATES:
+        assert MORE_THAN_STATES[name] in str(course.obstacle)
+        return
+    assert course.obstacle is None
+    sizes = [-(-batch["input_ids"].numel() * course.token_bytes // 4096) * 4096 for batch in batches]
+    expected = routed(model, batches, ParkedStates(0))  # all that waits lies in a file
+    stored = routed(model, batches, MappedStates(tmp_path, "walk", sizes, 0, hold=False))
+    assert len(stored) == len(expected) == len(blocks) * len(batches)
+    for one, other in zip(stored, expected, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["inkling2", "zaya", "deepseek_v4"])
+def test_scratch_is_used_or_refused_before_any_work(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every_family.build(name, dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    model = moe_ext.from_pretrained(tmp_path / "source")
+    (tmp_path / "scratch").mkdir()
+    options: dict[str, Any] = {"progress": False, "strict": False}
+    if name == "deepseek_v4":  # hyper-connections: several hidden states a token
+        expected = moe_ext.calibrate(model, batches_of(model), **options)
+        options["scratch"] = tmp_path / "scratch"
+        assert_same(moe_ext.calibrate(tmp_path / "source", batches_of(model), **options), expected, name)
+    else:
+        monkeypatch.setattr(LayersOnDisk, "need", None)  # no layer is loaded
+        with pytest.raises(ValueError, match=f"scratch stores hidden states .* {MORE_THAN_STATES[name]}"):
+            moe_ext.calibrate(tmp_path / "source", batches_of(model), scratch=tmp_path / "scratch", **options)
+    assert list((tmp_path / "scratch").iterdir()) == []
