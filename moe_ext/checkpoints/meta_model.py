@@ -165,7 +165,7 @@ def _beside(folder: str | Path, form: str, names: Set[str], sources: dict[str, S
         owner = name.rpartition(".")[0]
         if owner not in owners or not re.search(r"\.\d+\.", name):
             continue
-        if "experts" in name:
+        if ".experts." in name:
             raise ValueError(f"{folder}: {name!r} is none of the tensors that {form} is known to hold of an expert")
         found[name] = owners[owner]
     return found
