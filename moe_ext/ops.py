@@ -236,6 +236,9 @@ def route(
         NotImplementedError: gradients are required, of either mode; or a tensor's device has no kernel.
         TypeError, ValueError: an argument is no tensor, number or name at all; or a tensor is not dense.
     """
+    for name, value in (("epsilon", epsilon), ("least", least), ("scale", scale)):
+        if isinstance(value, Tensor):  # torch would read one of a single value, and wait for it on CUDA
+            raise TypeError(f"route: '{name}' is of type Tensor; expected float")
     groups_of = groups, groups_per_token, group_best, outside_zero
     given = logits, top_k, thresholds, renormalise, score, bias, by_logits, *groups_of, epsilon, least, scale
     weights, experts = _call(_ROUTE, *given)
