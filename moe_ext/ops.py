@@ -75,6 +75,10 @@ def _in_order(op: str, options: Mapping[str, Any]) -> tuple[Any, ...]:
         return ()
     if unknown := options.keys() - _DEFAULTS.keys():
         raise TypeError(f"{op}: got an unexpected argument {min(unknown)!r}; known options are {', '.join(_DEFAULTS)}")
+    for name in ("limit", "alpha", "up_offset", "gate_cap", "up_cap"):
+        if isinstance(options.get(name), Tensor):  # torch would read one of a single value, and wait for it on CUDA
+            expected = "float" if name in ("alpha", "up_offset") else "Optional[float]"
+            raise TypeError(f"{op}: '{name}' is of type Tensor; expected {expected}")
     return tuple({**_DEFAULTS, **options}.values())
 
 
