@@ -240,7 +240,8 @@ def route(
         NotImplementedError: gradients are required, of either mode; or a tensor's device has no kernel.
         TypeError, ValueError: an argument is no tensor, number or name at all; or a tensor is not dense.
     """
-    for name, value in (("epsilon", epsilon), ("least", least), ("scale", scale)):
+    numbers: dict[str, Any] = {"epsilon": epsilon, "least": least, "scale": scale}
+    for name, value in numbers.items():
         if isinstance(value, Tensor):  # torch would read one of a single value, and wait for it on CUDA
             raise TypeError(f"route: '{name}' is of type Tensor; expected float")
     groups_of = groups, groups_per_token, group_best, outside_zero
