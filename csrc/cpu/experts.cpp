@@ -3,8 +3,8 @@
 //
 // Two passes over the slots sorted by expert, each spread over the threads task by task:
 //   gate_up   a task is one expert and half a block of its I columns, or a block without gate: reads their rows once
-//             for all of the expert's tokens and writes h (P, I), of the variant's operand type. Where channels are observed it adds
-//             g^2 h^2 to their sums.
+//             for all of the expert's tokens and writes h (P, I), of the variant's operand type. Where channels are
+//             observed it adds g^2 h^2 to their sums.
 //   down      a task is one block of the H columns and every expert: reads an expert's rows once for all of its tokens,
 //             weights the products and adds them to the tokens' sums, expert by expert; at the end rounds the sums
 //             into out. When observing it takes its part of ||f_e||^2 from the same registers.

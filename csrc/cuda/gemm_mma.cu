@@ -148,10 +148,8 @@ __global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kSh
   const int b_column = first_column + (kGateUp ? copy_row / 16 * 8 + copy_row % 8 : copy_row);
   constexpr int kColumnStep = kGateUp ? kRowStep / 2 : kRowStep;
   const bool up = kGateUp && copy_row / 8 % 2 == 1;
-  const bool interleaved = kGateUp && p.interleaved;
-  const T* b_row = static_cast<const T*>(p.b) + chunk * kChunk +
-                   weight_row<kProduct, int64_t>(place.expert, p.columns, b_column, up, interleaved) * inner;
-  const int64_t b_step = interleaved ? 2 * kColumnStep * inner : kColumnStep * inner;
+  const T* b_row = static_cast<const T*>(p.b) +
+                   weight_row<kProduct, int64_t>(place.expert, p.columns, b_column, up) * inner + chunk * kChunk;
   // Transposed: one chunk of columns of every kInnerStep-th row.
   constexpr int kColumnChunks = S.columns / kChunk, kInnerStep = S.threads() / kColumnChunks;
   [[maybe_unused]] const int column_chunk = threadIdx.x % kColumnChunks, inner_row = threadIdx.x / kColumnChunks;
@@ -162,8 +160,8 @@ __global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kSh
     of_expert = weight_rows(kProduct, p.columns);
     int64_t column = first_column + column_chunk * kChunk;  // of the expert's matrix
     if constexpr (kGateUp) {
-      column = interleaved ? 2 * first_column + column_chunk * kChunk
-                           : (column_chunk % 2 == 0 ? 0 : p.columns) + first_column + column_chunk / 2 * kChunk;
+      column = p.interleaved ? 2 * first_column + column_chunk * kChunk
+                             : (column_chunk % 2 == 0 ? 0 : p.columns) + first_column + column_chunk / 2 * kChunk;
       column_inside = first_column + column_chunk / 2 * kChunk < p.columns;
     } else {
       column_inside = column < p.columns;
@@ -192,8 +190,8 @@ __global__ void __launch_bounds__(kGemmShapes[kShape].threads(), kGemmShapes[kSh
     } else {
 #pragma unroll
       for (int i = 0; i < kBCopies; ++i) {
-        ptx::copy_async(b_stage + swizzled<kChunks>(copy_row + i * kRowStep, chunk), b_row + i * b_step + k,
-                        inside && b_column + i * kColumnStep < p.columns);
+        ptx::copy_async(b_stage + swizzled<kChunks>(copy_row + i * kRowStep, chunk),
+                        b_row + i * kColumnStep * inner + k, inside && b_column + i * kColumnStep < p.columns);
       }
     }
   };

@@ -34,6 +34,7 @@ inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>
 inline bool fits_tensor_cores(const ExpertsParams& p) {
   const Activation activation = p.formula.activation;
   if (!p.formula.gated && activation != Activation::kSilu && activation != Activation::kRelu2) return false;
+  if (p.formula.interleaved && !p.formula.transposed) return false;
   return p.dtype != DType::kFloat32 && p.hidden % 8 == 0 && p.intermediate % 8 == 0 && is_aligned(p.x) &&
          is_aligned(p.gate_up) && is_aligned(p.down);
 }
@@ -113,8 +114,8 @@ inline bool takes_tensor_cores(const ExpertsParams& p, const std::string& forced
   if (fits_tensor_cores(p)) return true;
   if (by_shape(forced)) return false;
   throw std::runtime_error("MOE_EXT_CUDA_KERNELS=" + forced +
-                           " needs bfloat16 or float16, H and I multiples of 8, 16-byte aligned tensors, and, without "
-                           "gate, silu or relu2");
+                           " needs bfloat16 or float16, H and I multiples of 8, 16-byte aligned tensors, rows that are "
+                           "not interleaved unless transposed, and, without gate, silu or relu2");
 }
 
 inline Choice choose_grouped(const ExpertsParams& p, const std::string& forced, const Device& device) {

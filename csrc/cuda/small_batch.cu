@@ -283,11 +283,14 @@ __device__ __forceinline__ void store(const SmallBatchParams& p, const float4* s
       if constexpr (kProduct == Product::kGateUp) {
         static_cast<T*>(p.h)[at] = from_float<T>(h_of<T>(p, upper, lower, expert, columns, column));
       } else {
-        // The bias is part of the first split's sum.
-        const void* bias = split == 0 ? p.experts.down_bias : nullptr;
-        const int64_t row = int64_t{expert} * columns + column;
-        p.y[at] = upper + bias_at<T>(bias, row);
-        if (column + 8 < columns) p.y[at + 8] = lower + bias_at<T>(bias, row + 8);
+        float first = upper, second = lower;
+        if (p.experts.down_bias != nullptr && split == 0) {  // part of the first split's sum
+          const int64_t row = int64_t{expert} * columns + column;
+          first += bias_at<T>(p.experts.down_bias, row);
+          if (column + 8 < columns) second += bias_at<T>(p.experts.down_bias, row + 8);
+        }
+        p.y[at] = first;
+        if (column + 8 < columns) p.y[at + 8] = second;
       }
     }
   }
@@ -332,11 +335,13 @@ __global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) 
   const int64_t units = int64_t{active} * splits * groups;
   const int end = static_cast<int>(units * (blockIdx.x + 1) / gridDim.x);
   int current = -1, count = 0;          // expert and split under way, and the expert's slots
+  int expert = 0;                       // of `current`
   int staged_from = -1, staged_k = -1;  // first slot of the list, and first k, of what is staged
   for (int unit = static_cast<int>(units * blockIdx.x / gridDim.x); unit < end; ++unit) {
     if (unit / groups != current) {
       current = unit / groups;
-      count = find_slots<kThreads>(lists.active[current / splits], slots, lists);
+      expert = lists.active[current / splits];
+      count = find_slots<kThreads>(expert, slots, lists);
       staged_from = -1;
     }
     const int first_column = unit % groups * kColumns<kProduct>;
@@ -346,8 +351,7 @@ __global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) 
     for (int from = 0; from < count; from += kTokens) {
       const int tokens = min(kTokens, count - from);
       // The lane's first row of weights, and the up row of the same column or the row eight on.
-      const int64_t row =
-          weight_row<kProduct, int64_t>(lists.active[current / splits], columns, first_column + row_of_lane(), false);
+      const int64_t row = weight_row<kProduct, int64_t>(expert, columns, first_column + row_of_lane(), false);
       const T* rows[2];
       rows[0] = static_cast<const T*>(kGateUp ? e.gate_up : e.down) + row * inner + first_k;
       rows[1] = rows[0] + int64_t{kGateUp ? columns : 8} * inner;
@@ -381,7 +385,6 @@ __global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) 
 
       leave(acc, sums);
       __syncthreads();
-      const int expert = lists.active[current / splits];
       if constexpr (kEnergies) {
         store_observed<T, kTokenTiles>(p, sums, lists.slots + from, tokens, columns, first_column, expert);
       } else {

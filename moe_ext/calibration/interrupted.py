@@ -127,4 +127,4 @@ def stopping_between_batches(active: bool) -> Iterator[list[bool]]:
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)

@@ -131,6 +131,9 @@ class Observer:
         if experts.shape[1] != self.top_k:
             raise ValueError(f"{self.block.name} gives a token {experts.shape[1]} experts; expected {self.top_k}")
         if self.counted is not None and len(self.counted) != len(x):
+            if bool(self.counted.all()):
+                self.counted = None
+                return self._chosen(x, experts, weights)
             raise ValueError(
                 f"{self.block.name} has {len(x)} of a batch's {len(self.counted)} tokens, and which of them are "
                 "padding is not known: give this model batches without padding"

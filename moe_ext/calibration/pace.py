@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
+from operator import length_hint
 from typing import Any
 
 from tqdm import tqdm
@@ -23,7 +24,7 @@ class Pace:
         self._batches, self._source = batches, source
         budget = getattr(source, "tokens", None)
         self._by_tokens = isinstance(budget, int)
-        total = budget if self._by_tokens else len(source) if isinstance(source, Sized) else None
+        total = budget if self._by_tokens else length_hint(source, 0) or None
         unit = "token" if self._by_tokens else "batch"
         self._bar = tqdm(total=total, desc="calibrate", unit=unit, unit_scale=self._by_tokens, disable=not show)
         self._tokens, self._begun = 0, time.monotonic()

@@ -19,6 +19,9 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from moe_ext.checkpoints.faults import check_loaded, say_ignored
 from moe_ext.checkpoints.float8 import DTYPES as FLOAT8
+from moe_ext.checkpoints.gguf_file import GgufFile
+from moe_ext.checkpoints.gguf_weights import FORMAT as GGUF
+from moe_ext.checkpoints.gguf_weights import gguf_weights
 from moe_ext.checkpoints.key_map import Source, settle_ties, sources_of, tied
 from moe_ext.checkpoints.quantised import format_name, quantised_weights, read_quantisation
 from moe_ext.checkpoints.quantised_weight import QuantisedWeight
@@ -87,6 +90,7 @@ def skeleton_of(
     dtype: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    source: GgufFile | None = None,
 ) -> Skeleton:
     """The model of a checkpoint folder, without reading a weight.
 
@@ -95,6 +99,7 @@ def skeleton_of(
         dtype: "auto" (as ``from_pretrained`` would choose it), "float32", "bfloat16" or "float16".
         device: where the weights will go.
         trust_remote_code: as for :func:`moe_ext.from_pretrained`.
+        source: the GGUF file that the tensors are bytes of.
 
     Raises:
         CheckpointError: a tensor that the model needs and the checkpoint has not, or has in another shape.
@@ -107,7 +112,10 @@ def skeleton_of(
     config = read_config(str(folder), trust_remote_code=trust_remote_code)
     quantisation, declared = read_quantisation(folder, config), getattr(config, "quantization_config", None)
     weights: dict[str, QuantisedWeight] = {}
-    if quantisation is not None:
+    form = None if quantisation is None else format_name(quantisation)
+    if source is not None:
+        weights, form = gguf_weights(folder, source, config), GGUF
+    elif quantisation is not None:
         weights = quantised_weights(folder, quantisation, stored)
         if dtype != "auto":
             raise ValueError(
@@ -127,15 +135,15 @@ def skeleton_of(
     if declared is not None:
         skeleton.model.config.quantization_config = declared
     unexpected = _unexpected(skeleton.model, skeleton.stored.keys() - skeleton.sources.keys())
-    if quantisation is None:
+    if form is None:
         say_ignored(folder, unexpected)
         return skeleton
-    beside = _beside(folder, format_name(quantisation), unexpected, skeleton.sources)
+    beside = _beside(folder, form, unexpected, skeleton.sources)
     say_ignored(folder, unexpected - beside.keys())
     return replace(
         skeleton,
         quantised={name: weight for name, weight in weights.items() if name in skeleton.sources},
-        format=format_name(quantisation),
+        format=form,
         beside=beside,
     )
 
@@ -157,7 +165,7 @@ def _beside(folder: str | Path, form: str, names: Set[str], sources: dict[str, S
         owner = name.rpartition(".")[0]
         if owner not in owners or not re.search(r"\.\d+\.", name):
             continue
-        if "experts" in name:
+        if ".experts." in name:
             raise ValueError(f"{folder}: {name!r} is none of the tensors that {form} is known to hold of an expert")
         found[name] = owners[owner]
     return found

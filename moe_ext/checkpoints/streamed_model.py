@@ -20,6 +20,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_ext.checkpoints.finite import is_finite
+from moe_ext.checkpoints.gguf_weights import gguf_in, gguf_pieces
 from moe_ext.checkpoints.meta_model import skeleton_of, without_bar
 from moe_ext.checkpoints.stored_tensors import CheckpointError, StoredTensor, stored_tensors
 from moe_ext.models.blocks import decoder_layers, moe_blocks
@@ -35,7 +36,7 @@ class LayersOnDisk:
     one decoder layer.
 
     Args:
-        folder: a checkpoint folder with safetensors weights.
+        folder: a checkpoint folder with safetensors weights; or with one GGUF file, or split set, beside its config.
         dtype: "auto" (as ``from_pretrained`` would choose it), "float32", "bfloat16" or "float16".
         device: where weights go.
         read_ahead: whether the next layer is read while one computes.
@@ -55,8 +56,11 @@ class LayersOnDisk:
         read_ahead: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
-        self._stored = stored_tensors(folder)
-        skeleton = skeleton_of(folder, self._stored, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        file = gguf_in(Path(folder))
+        self._stored = stored_tensors(folder) if file is None else gguf_pieces(folder, file)
+        skeleton = skeleton_of(
+            folder, self._stored, dtype=dtype, device=device, trust_remote_code=trust_remote_code, source=file
+        )
         self._skeleton = skeleton
         self.model: PreTrainedModel = skeleton.model
         self.folder, self._device = Path(folder), torch.device(device)

@@ -30,7 +30,7 @@ from moe_ext.commands.options import (
     destination,
 )
 from moe_ext.commands.output import out, print_json, working
-from moe_ext.commands.reading import Reading
+from moe_ext.commands.reading import Reading, say_counts
 from moe_ext.commands.shared import load
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.pruning.prune import prune as apply_plan
@@ -111,7 +111,9 @@ def prune(
     folder_destination(save_to)
 
     def batches_of(source: Any, tokenizer: Any) -> list[dict[str, Any]]:
-        return list(reading.batches(source, tokenizer, window=window, batch_size=batch_size))
+        made = list(reading.batches(source, tokenizer, window=window, batch_size=batch_size))
+        say_counts(reading.counts)
+        return made
 
     if novices is None and Path(model).is_dir():
         tokenizer = read_tokenizer(model, trust_remote_code=trust_remote_code) if refit else None

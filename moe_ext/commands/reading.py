@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,6 @@ def count_in(text: str | None) -> int | None:
 
 class Reading:
     """The text of a command, found before any work.
-
-    Attributes:
-        counts: what became of the rows of ``--data``, once they are read.
 
     Raises:
         typer.BadParameter: ``--text`` and ``--data``, neither where one is needed, or options of ``--data`` without it.
@@ -95,10 +93,16 @@ class Reading:
             "ahead": 16 if ahead is None else ahead,
         }
         self._packing, self._batch_tokens = packing, batch_tokens
-        self.counts: Counts | None = None
+        self._batches: Batches | None = None
+        self._counts: Counts | None = None
 
     def __bool__(self) -> bool:
         return bool(self._texts or self._sources)
+
+    @property
+    def counts(self) -> Counts | None:
+        """What became of the rows of ``--data``, once they are read."""
+        return self._counts if self._batches is None else self._batches.counts
 
     @property
     def label(self) -> str:
@@ -107,10 +111,10 @@ class Reading:
 
     def batches(
         self, model: PreTrainedModel | Path, tokenizer: Any, *, window: int, batch_size: int
-    ) -> Batches | TextBatches:
+    ) -> Batches | list[dict[str, Any]]:
         """For a model in memory, or a checkpoint folder."""
         if not self._sources:
-            return TextBatches(self._texts, tokenizer, window, batch_size)
+            return list(token_batches(self._texts, tokenizer, window=window, batch_size=batch_size))
         in_memory = isinstance(model, PreTrainedModel)
         config = model.config if isinstance(model, PreTrainedModel) else read_config(model)
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -120,7 +124,7 @@ class Reading:
         if self._packing and not packing:
             why = "the model lets one row of a window see another" if in_memory else "that is tried in memory only"
             errors.print(f"rows are not packed: {why}")
-        return batches_of(
+        made = batches_of(
             self._sources,
             tokenizer,
             window=window,
@@ -130,23 +134,15 @@ class Reading:
             **self._mix,
             **self._rows,
         )
+        self._batches = made
+        return made
 
     def texts(self, tokenizer: Any) -> Texts:
         """Domain to text, or to several."""
         if not self._sources:
             return self._texts
-        found, self.counts = documents_of(self._sources, tokenizer, **self._rows)
+        found, self._counts = documents_of(self._sources, tokenizer, **self._rows)
         return found
-
-
-class TextBatches:
-    """Batches of the texts of ``--text``, which can be gone through several times."""
-
-    def __init__(self, texts: Mapping[str, str], tokenizer: Any, window: int, batch_size: int) -> None:
-        self._texts, self._tokenizer, self._window, self._batch_size = texts, tokenizer, window, batch_size
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return token_batches(self._texts, self._tokenizer, window=self._window, batch_size=self._batch_size)
 
 
 class Fingerprinted:
@@ -166,6 +162,9 @@ class Fingerprinted:
         for batch in self._batches:
             self._digest.add(batch)
             yield batch
+
+    def __length_hint__(self) -> int:
+        return length_hint(self._batches, 0)
 
     @property
     def counts(self) -> Counts | None:

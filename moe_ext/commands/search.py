@@ -38,7 +38,7 @@ from moe_ext.commands.options import (
     destination,
 )
 from moe_ext.commands.output import out, print_json
-from moe_ext.commands.reading import Reading
+from moe_ext.commands.reading import Reading, say_counts
 from moe_ext.commands.shared import removed_experts, source_of
 from moe_ext.reconstruction.result import SearchResult
 from moe_ext.reconstruction.search import search as run_search
@@ -181,6 +181,7 @@ def search(
             result.plan.save(save_to)
     if not first:
         return
+    say_counts(reading.counts)
     exact = result.plan.made_by["exact"]
     if as_json:
         rows = zip(result.plan.layers, result.plan.keep, result.layer_losses(), exact, strict=True)

@@ -35,7 +35,7 @@ from moe_ext.commands.options import (
     destination,
 )
 from moe_ext.commands.output import out, print_json
-from moe_ext.commands.reading import Reading
+from moe_ext.commands.reading import Reading, say_counts
 from moe_ext.commands.shared import load
 from moe_ext.decision.thresholds import skip_thresholds
 from moe_ext.evaluation.skip_rates import skip_rates
@@ -116,6 +116,7 @@ def skip(
     rates = None
     if reading:
         rates = skip_rates(loaded, reading.batches(loaded, tokenizer, window=window, batch_size=batch_size))
+        say_counts(reading.counts)
     if save_to is not None:
         save_checkpoint(loaded, tokenizer, save_to)
     else:

@@ -6,6 +6,7 @@ layer for good would leave it. The model is not touched: a twin of the module sh
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from moe_ext.models.blocks import MoeBlock, PerExpert
+from moe_ext.models.blocks import MoeBlock, PerExpert, counted_of
+from moe_ext.models.fixed_choices import gate_rows, remapped, tables
 
 
 class Routes(NamedTuple):
@@ -50,6 +52,17 @@ class SlicedRouter:
                 self._own[names[id(part.tensor)]] = part
             else:
                 self._given.append(part)
+        self._tables = tables(block)
+        counted = counted_of(block.model)
+        path = next(name for name, module in block.model.named_modules() if module is block.router)
+        self._attributes = [
+            (self._twin.get_submodule(owner[len(path) + 1 :]), name, built, each)
+            for (owner, name), (built, each) in counted.attributes.items()
+            if owner == path or owner.startswith(f"{path}.")
+        ]
+        self._fields = counted.fields if hasattr(self._twin, "config") else ()
+        if self._fields:  # which the code may read as it runs
+            self._twin.config = copy.copy(self._twin.config)
 
     def is_of_block(self, value: object) -> bool:
         """Whether an argument of the router is a tensor that its block holds, with numbers for every expert."""
@@ -71,6 +84,12 @@ class SlicedRouter:
         index = torch.tensor(list(keep), device=device)
         tensors = {name: part.kept(keep, experts) if some else part.tensor for name, part in self._own.items()}
 
+        if some:
+            rows = gate_rows(self._block) if self._tables else None
+            for name, table in self._tables.items():
+                assert rows is not None
+                tensors[name] = remapped(table, keep, rows)
+
         def sliced(value: Any) -> Any:
             for part in self._given:
                 if value is part.tensor and some:
@@ -80,6 +99,10 @@ class SlicedRouter:
         for module in self._twin.modules():
             if hasattr(module, "num_experts"):
                 module.num_experts = len(keep)
+        for module, name, built, each in self._attributes:
+            setattr(module, name, int(built + each * (len(keep) - experts)))
+        for field in self._fields:
+            setattr(self._twin.config, field, len(keep))
         given = {name: sliced(value) for name, value in kwargs.items()}
         output = torch.func.functional_call(self._twin, tensors, tuple(map(sliced, args)), given)
         if not isinstance(output, tuple) or len(output) < 3 or not _are_routes(*output[1:3]):

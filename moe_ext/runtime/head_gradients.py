@@ -85,7 +85,7 @@ def head_gradient(
     if counted is not None:
         has_label = counted.to(device)
     if labels.kind == "text":
-        has_label, label = _of_text(ids, has_label)
+        has_label, label = _of_text(ids, has_label, inputs.get("position_ids"))
     generator = labels.generator(batch)
     uniform = torch.rand(len(flat), dtype=torch.float64, generator=generator).to(device)
     gradient = torch.zeros_like(flat)
@@ -126,11 +126,14 @@ def _through_head(
     return torch.autograd.grad(logits, leaf, direction[None])[0][0]
 
 
-def _of_text(ids: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tokens (B * S,) have a next one, and which it is."""
+def _of_text(ids: Tensor, counted: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which tokens (B * S,) have a next one, and which it is; a row that positions (B, S) show to be packed has several
+    texts."""
     counted = counted.view_as(ids)
     has_label = torch.zeros_like(counted)
     has_label[:, :-1] = counted[:, :-1] & counted[:, 1:]
+    if positions is not None and positions.shape == ids.shape:
+        has_label[:, :-1] &= (positions.diff(dim=1) == 1).to(ids.device)
     return has_label.flatten(), ids.roll(-1, dims=1).flatten().long()
 
 

@@ -13,6 +13,7 @@ import moe_ext
 from moe_ext.calibration import interrupted
 from moe_ext.calibration.statistics import ExpertStatistics
 from tests.support.batches import five_batches
+from tests.support.letters import letter_tokenizer
 from tests.support.mixtral import MixtralFactory
 
 JOBS: dict[str, Any] = {
@@ -103,3 +104,17 @@ def test_a_second_ctrl_c_stops_at_once() -> None:
         assert asked
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_bar_says_how_much_there_is_and_what_became_of_rows(
+    tiny_mixtral: MixtralFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, rows = tiny_mixtral(), {"x": ["abc", 3, "abcd"]}
+    moe_ext.calibrate(model, five_batches())
+    assert "5/5" in capsys.readouterr().err
+    tokenizer = letter_tokenizer(bos=False)
+    data = moe_ext.data.batches(rows, tokenizer, tokens=6, batch_size=1, skip_bad_rows=True, ahead=0)
+    moe_ext.calibrate(model, data)
+    said = capsys.readouterr().err
+    assert "6.00/6.00" in said
+    assert "1 bad rows, waiting" in said

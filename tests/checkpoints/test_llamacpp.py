@@ -7,6 +7,7 @@ source (source/), where llama.cpp's converter lies, and what the converter needs
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -154,6 +155,17 @@ def test_a_pruned_gguf_is_that_of_the_pruned_folder(family: str, what: str, kind
     }  # what the converter reads of the folder
     logits = numpy.load(made / "results.npz")
     assert numpy.array_equal(logits[ours], logits[theirs])
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_statistics_of_a_converted_file_are_those_of_the_folder(family: str, made: Path, tmp_path: Path) -> None:
+    shutil.copy(made / f"{family} whole" / "config.json", tmp_path)
+    shutil.copy(made / f"{family} whole f32.gguf", tmp_path)
+    batches = [{"input_ids": torch.tensor([TOKENS])}]
+    got = moe_ext.calibrate(tmp_path, batches, progress=False)
+    expected = moe_ext.calibrate(made / f"{family} whole", batches, progress=False)
+    assert torch.equal(got.coactivation, expected.coactivation)
+    torch.testing.assert_close(got.moments, expected.moments, rtol=1e-4, atol=0)  # memory may be aligned otherwise
 
 
 @pytest.mark.parametrize("what", WHATS)

@@ -15,12 +15,13 @@ from transformers import Mxfp4Config
 import moe_ext
 from moe_ext.checkpoints.stored_tensors import CheckpointError
 from moe_ext.checkpoints.streamed_model import LayersOnDisk
+from moe_ext.decision.checkpoint_size import checkpoint_size
 from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import moe_blocks
 from moe_ext.models.expert_width import width_of
 from tests.support.batches import padded_batches
-from tests.support.checkpoints import rewritten, tensors_in
+from tests.support.checkpoints import declare_float8, quantise, rewritten, tensors_in
 from tests.support.families import build, keep_of, plan_for
 from tests.support.quantised import FORMS, Form, modules, plain_copy, plain_tensors, write
 
@@ -117,6 +118,18 @@ def test_statistics_are_those_of_what_the_weights_stand_for(quantised: tuple[For
     got = moe_ext.calibrate(source, padded_batches(), **options)
     assert torch.equal(got.coactivation, expected.coactivation)
     torch.testing.assert_close(got.moments, expected.moments, rtol=1e-3, atol=0)  # memory may be aligned otherwise
+
+
+def test_the_size_of_a_thinner_result_is_known_before(quantised: tuple[Form, Path], tmp_path: Path) -> None:
+    form, source = quantised
+    model = build("mixtral", **SIZES)
+    plan = plan_of(model)
+    size = checkpoint_size(source, plan.keep)
+    assert moe_ext.prune_checkpoint(source, plan, tmp_path / "fewer", progress=False).weight_bytes == size.at(64)
+    if form.block:
+        assert size.block % form.block == 0
+        plan = replace(plan, channels=whole_blocks(moe_ext.prune(model, plan), 32, max(form.block, 1)))
+        assert moe_ext.prune_checkpoint(source, plan, tmp_path / "thin", progress=False).weight_bytes == size.at(32)
 
 
 def test_a_search_runs_on_a_quantised_folder(tmp_path: Path) -> None:
@@ -276,6 +289,21 @@ def test_quantised_folders_that_are_not_whole_are_refused_by_tensor(
     with pytest.raises(error, match=message):
         moe_ext.prune_checkpoint(source, plan, tmp_path / "got", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_further_scales_of_what_is_no_routed_expert_stay(tmp_path: Path) -> None:
+    model = build("deepseek_v3", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    further = {
+        "model.layers.1.mlp.shared_experts.up_proj.output_scale": torch.tensor(0.5),
+        "model.layers.2.self_attn.kv_scale": torch.ones(2),
+    }
+    rewritten(tmp_path / "source", lambda tensors: (quantise(tensors, 4), tensors.update(further)))
+    declare_float8(tmp_path / "source", 4)
+    plan = plan_for(model, keep_of(model, "deepseek_v3"))
+    moe_ext.prune_checkpoint(tmp_path / "source", plan, tmp_path / "got", progress=False)
+    got = tensors_in(tmp_path / "got")
+    assert {name: bits(got[name]) for name in further} == {name: bits(tensor) for name, tensor in further.items()}
 
 
 def test_columns_in_another_order_keep_their_channels(tmp_path: Path) -> None:

@@ -76,18 +76,21 @@ def test_calibrate_keeps_domains_that_score_and_plan_choose_from(folder: Path) -
     )
 
 
-def test_every_command_that_reads_text_reads_data(folder: Path) -> None:
+def test_every_command_that_reads_text_reads_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = (*CHAT, "--samples", "4")
     moe_json("calibrate", MODEL, *few, "--out", "stats.safetensors")
     sequential = moe_json("calibrate", MODEL, *few, "--sequential", "--out", "walked.safetensors")
     assert sequential["domains"] == {"chat": int(ExpertStatistics.load("stats.safetensors").tokens[0])}
     one, other = (ExpertStatistics.load(f"{name}.safetensors").every_tensor() for name in ("stats", "walked"))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    capsys.readouterr()
     plan = moe_json("search", MODEL, *few, "--keep", "7", "--seed", "2", "--out", "plan.json")
     assert len(plan["layers"]) == 4
     skipping = moe_json("skip", MODEL, "stats.safetensors", *few, "--out", "skipping")
     assert 0.1 < skipping["skip_rates"][0] < 0.4
     moe_json("prune", MODEL, "plan.json", "--refit", *few, "--out", "pruned")
+    # Each of the three says it; the files of the calibrations' results did.
+    assert capsys.readouterr().err.count("1 rows that could not be read, left out\n  chat.jsonl, line 4: ") == 3
     for command in (("eval", "pruned"), ("eval", "pruned", "--reference", MODEL)):
         found = moe_json(*command, *few)
         assert found["data"]["bad"] == 1

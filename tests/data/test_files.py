@@ -5,17 +5,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
-import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_ext.data import files
 from moe_ext.data.files import rows_of
 from moe_ext.data.rows import UnreadableRowError
+
+NEEDS = "needs the extra data: pip install '.[test]'"
+datasets = pytest.importorskip("datasets", reason=NEEDS)
+pyarrow = pytest.importorskip("pyarrow", reason=NEEDS)
+zstandard = pytest.importorskip("zstandard", reason=NEEDS)
 
 ROWS: list[dict[str, Any]] = [
     {"text": f"é {number}", "messages": [{"role": "user", "content": "a\nb"}], "n": number} for number in range(700)

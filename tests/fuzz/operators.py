@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_ext import ops
-from tests.support.operators import RUNNABLE_VARIANTS, assert_gram_equals_brute_force
+from tests.support.operators import FORMULAS, RUNNABLE_VARIANTS, assert_gram_equals_brute_force
 from tests.support.reference import (
     ACTIVATIONS,
     DTYPES,
@@ -62,8 +62,14 @@ def cases(draw: st.DrawFn) -> ExpertsCase:
         dtype=draw(st.sampled_from(DTYPES)),
         seed=draw(st.integers(0, 2**31)),
         sentinels=draw(st.sampled_from([0.0, 0.3, 1.0])),
-        activation=draw(st.sampled_from(ACTIVATIONS)),
+        **draw(formulas()),
     )
+
+
+def formulas() -> st.SearchStrategy[dict[str, Any]]:
+    """Of experts_case: usual experts with any activation, or one of the others."""
+    usual: list[dict[str, Any]] = [{"activation": name} for name in ACTIVATIONS]
+    return st.sampled_from(usual) | st.sampled_from(list(FORMULAS.values()))
 
 
 # ---- right calls
@@ -77,10 +83,10 @@ def test_experts_equal_brute_force_and_tokens_keep_their_bits(case: ExpertsCase,
     moments = torch.zeros(num_experts, 3, 3, dtype=torch.float64)
     with patch.dict(os.environ, MOE_EXT_ISA=variant):
         arithmetic = arithmetic_of(case, "cpu")
-        out = ops.experts_observed(*case.arguments(), moments, counted)
-        assert torch.equal(ops.experts(*case.arguments()), out)
+        out = ops.experts_observed(*case.arguments(), moments, counted, **case.options)
+        assert torch.equal(ops.experts(*case.arguments(), **case.options), out)
         last = case.tokens(slice(tokens - 1, tokens))
-        assert torch.equal(ops.experts(*last.arguments()), out[-1:])
+        assert torch.equal(ops.experts(*last.arguments(), **case.options), out[-1:])
     expected = experts_reference(case, arithmetic)
     assert_within(out, expected.out, expected.bound)
     assert_moments_within(moments, experts_reference(case if counted is None else case.tokens(counted), arithmetic))
@@ -212,13 +218,14 @@ def calls(draw: st.DrawFn) -> tuple[Callable[..., Any], Arguments]:
             "thresholds": thresholds,
         }
     hidden, intermediate = draw(st.integers(1, 9)), draw(st.integers(1, 9))
-    case = experts_case(tokens, num_experts, top_k, hidden, intermediate, dtype=dtype)
+    case = experts_case(tokens, num_experts, top_k, hidden, intermediate, dtype=dtype, **draw(formulas()))
     arguments = {"x": case.x, "gate_up": case.gate_up, "down": case.down}
     if operator is ops.expert_projection:
         arguments["g"] = torch.randn(tokens, hidden, generator=generator)
     elif operator is not ops.expert_gram:
         arguments |= {"experts": case.experts, "weights": case.weights}
-    arguments["activation"] = draw(st.sampled_from(ACTIVATIONS))
+    arguments["activation"] = case.activation
+    arguments |= case.options
     if operator is ops.experts_observed:
         arguments["moments"] = torch.zeros(num_experts, 3, 3, dtype=torch.float64)
         arguments["counted"] = torch.rand(tokens, generator=generator) < 0.7 if draw(st.booleans()) else None

@@ -1,5 +1,6 @@
 """What depends on the number of experts, as it is measured, against what the modeling code of some families says."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,19 +147,32 @@ def test_padding_that_a_group_of_experts_cannot_tell_is_refused() -> None:
     ("prefix", "head", "fields", "reason"),
     [
         ("JetMoe", "JetMoeForCausalLM", {"kv_channels": 8, "num_local_experts": 4}, "JetMoeParallelExperts"),
-        ("Dbrx", "DbrxForCausalLM", {"d_model": 16, "n_heads": 2, "n_layers": 1}, "DbrxExperts"),
         ("Llama", "LlamaForCausalLM", {}, r"\(model type 'llama'\)$"),
     ],
 )
 def test_families_beside_the_interface_are_refused_with_what_is_in_the_way(
     prefix: str, head: str, fields: dict[str, Any], reason: str
 ) -> None:
-    small = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    small: dict[str, Any] = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     small |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": None}
     with torch.device("meta"):
         model = getattr(transformers, head)(getattr(transformers, f"{prefix}Config")(**small, **fields))
     with pytest.raises(ValueError, match=rf"no module of it goes through transformers' experts interface .*{reason}"):
         moe_blocks(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*left on transformers")
+@pytest.mark.parametrize(("name", "fields"), [("muse_spark", {}), ("nemotron_h", {"moe_latent_size": 16})])
+def test_means_of_latent_experts_have_their_width(name: str, fields: dict[str, int], tmp_path: Path) -> None:
+    model = every_family.build(name, **fields)
+    inputs = every_family.inputs(model, 1)
+    stats = moe_ext.calibrate(model, [inputs], progress=False, outputs=True, strict=False)
+    assert stats.output_sum is not None
+    assert stats.output_sum.shape[-1] == 16
+    moe_ext.prune(model, moe_ext.plan(moe_ext.score(stats, "mone"), keep=5), novices=stats)
+    expected = _logits(model, inputs)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(_logits(moe_ext.from_pretrained(tmp_path).eval(), inputs), expected)
 
 
 # ---- tables

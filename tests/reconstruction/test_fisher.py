@@ -145,6 +145,17 @@ def test_padding_counts_in_no_loss(tiny_mixtral: MixtralFactory) -> None:
         torch.testing.assert_close(a.losses, b.losses, rtol=TOLERANCE, atol=TOLERANCE * float(b.losses.max()))
 
 
+def test_the_last_token_of_a_packed_text_has_no_label_in_the_next(tiny_mixtral: MixtralFactory) -> None:
+    first, second = random_tokens(1, 6, seed=1), random_tokens(1, 9, seed=2)
+    positions = torch.cat([torch.arange(6), torch.arange(9)])[None]
+    packed = {"input_ids": torch.cat([first, second], 1), "position_ids": positions}
+    got = search(tiny_mixtral(), [packed], keep=6, labels="text")
+    expected = search(tiny_mixtral(), [{"input_ids": first}, {"input_ids": second}], keep=6, labels="text")
+    for one, other in zip(got.losses, expected.losses, strict=True):
+        assert torch.equal(one.keep, other.keep)
+        torch.testing.assert_close(one.losses, other.losses, rtol=TOLERANCE, atol=TOLERANCE * float(other.losses.max()))
+
+
 def test_experts_that_no_token_reaches_go_first_and_cost_nothing(tiny_mixtral: MixtralFactory) -> None:
     model = tiny_mixtral()
     shifted = torch.zeros(8, dtype=torch.bool)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,9 @@ from tests.support import every_family
 from tests.support.batches import random_tokens
 from tests.support.letters import LETTERS, letter_tokenizer
 from tests.support.mixtral import MixtralFactory
+
+NEEDS = "needs the extra data: pip install '.[test]'"
+datasets = pytest.importorskip("datasets", reason=NEEDS)
 
 TOKENS = random_tokens(3, 9)
 MASK = torch.tensor([[1] * 9, [1] * 6 + [0] * 3, [0] * 2 + [1] * 7])  # right and left padding

@@ -56,6 +56,16 @@ def test_quantile_zero_skips_nothing() -> None:
     assert moe_ext.skip_thresholds(stats, 0.0).tolist() == [[0.0]]
 
 
+def test_a_negative_weight_counts_by_its_magnitude() -> None:
+    weights, experts = torch.tensor([[0.6, -0.3, 0.1]]), torch.tensor([[4, 2, 0]])
+    same = skip_weak(weights, experts, torch.zeros(2), 8)
+    assert torch.equal(same[0], weights)
+    assert torch.equal(same[1], experts)
+    kept, left = skip_weak(weights, experts, torch.tensor([0.4, 0.4]), 8)
+    torch.testing.assert_close(kept, torch.tensor([[0.6, -0.3, 0.0]]) / 0.9)
+    assert left.tolist() == [[4, 2, 8]]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_median_skips_half_of_the_calibration_slots(tiny_mixtral: MixtralFactory, device: str) -> None:
     model = tiny_mixtral().to(device)

@@ -9,6 +9,7 @@ must fit each other in a way of its own (then a line in ``_ITS_OWN``).
 import inspect
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
+
+from tests.support.families import reloaded
 
 VOCABULARY = 96
 """Tokens; the last eight stand for images, sound and what else is not text."""
@@ -286,12 +289,12 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **change
     torch.manual_seed(seed)
     model: PreTrainedModel = model_class(config(name, **changes)).eval()
     _fill(model, torch.Generator().manual_seed(seed))
-    # As from_pretrained does, not model.to(dtype): rotary buffers, which no checkpoint holds, and biases stay float32.
-    saved = model.state_dict().keys()
-    for tensor_name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor_name in saved and tensor.is_floating_point() and "correction_bias" not in tensor_name:
-            tensor.data = tensor.data.to(dtype)
-    return model
+    if dtype == torch.float32:
+        return model
+    # Not model.to(dtype): every family has tensors of its own that stay float32.
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return reloaded(model_class.from_pretrained, Path(folder), dtype=dtype).eval()
 
 
 def _fill(model: PreTrainedModel, generator: torch.Generator) -> None:

@@ -57,11 +57,17 @@ __device__ __forceinline__ float2 unpack(uint32_t bits) {
 // kExact: to float32 accuracy. Otherwise silu to a few 2^-24 (1 + |x|) of its value, for results that are rounded to 16
 // bits; below x = -87, where it is less than 1e-36, it may be 0.
 template <bool kExact>
+__device__ __forceinline__ float silu(float x) {
+  if constexpr (kExact) return x / (1.0f + expf(-x));
+  return __fdividef(x, 1.0f + __expf(-x));
+}
+
+template <bool kExact>
 __device__ __forceinline__ float activate(Activation activation, float x) {
+  if (activation == Activation::kSilu) return silu<kExact>(x);  // first: a layer's usual one
   switch (activation) {
     case Activation::kSilu:
-      if constexpr (kExact) return x / (1.0f + expf(-x));
-      return __fdividef(x, 1.0f + __expf(-x));
+      break;
     case Activation::kGeluErf:
       return 0.5f * x * (1.0f + erff(x * 0.70710678f));
     case Activation::kGeluTanh:
@@ -74,6 +80,7 @@ __device__ __forceinline__ float activate(Activation activation, float x) {
 
 // act(gate) * up of two neighbouring elements, to be rounded to 16 bits.
 __device__ __forceinline__ float2 gated(Activation activation, const float* gate, const float* up) {
+  if (activation == Activation::kSilu) return {silu<false>(gate[0]) * up[0], silu<false>(gate[1]) * up[1]};
   return {activate<false>(activation, gate[0]) * up[0], activate<false>(activation, gate[1]) * up[1]};
 }
 
