@@ -298,7 +298,8 @@ def test_further_scales_of_what_is_no_routed_expert_stay(tmp_path: Path) -> None
         "model.layers.1.mlp.shared_experts.up_proj.output_scale": torch.tensor(0.5),
         "model.layers.2.self_attn.kv_scale": torch.ones(2),
     }
-    rewritten(tmp_path / "source", lambda tensors: (quantise(tensors, 4), tensors.update(further)))
+    rewritten(tmp_path / "source", lambda tensors: quantise(tensors, 4))
+    rewritten(tmp_path / "source", lambda tensors: tensors.update(further))
     declare_float8(tmp_path / "source", 4)
     plan = plan_for(model, keep_of(model, "deepseek_v3"))
     moe_ext.prune_checkpoint(tmp_path / "source", plan, tmp_path / "got", progress=False)
