@@ -203,6 +203,14 @@ def test_layers_of_mxfp4_are_those_of_transformers_dequantised_model(gpt_oss: tu
             assert [name for name in held if not torch.equal(held[name], wanted[name])] == []
 
 
+def test_statistics_of_mxfp4_are_those_of_transformers_dequantised_model(gpt_oss: tuple[Path, PruningPlan]) -> None:
+    source, _ = gpt_oss
+    got = moe_ext.calibrate(source, padded_batches(), progress=False)
+    expected = moe_ext.calibrate(dequantised_by_transformers(source), padded_batches(), progress=False)
+    assert torch.equal(got.coactivation, expected.coactivation)
+    torch.testing.assert_close(got.moments, expected.moments, rtol=1e-3, atol=0)  # memory may be aligned otherwise
+
+
 def declare(folder: Path, **fields: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"].update(fields)
