@@ -46,7 +46,7 @@ def _layers_built_one_by_one(config: Any, left: dict[int, int]) -> Iterator[None
         )
     originals = [cls.__init__ for cls in classes]
     for cls, original in zip(classes, originals, strict=True):
-        cls.__init__ = _built_from_its_own_config(original, left)
+        cls.__init__ = _built_from_its_own_config(original, left, type(config))
     setattr(type(config), _ALLOWED, True)  # language model heads keep a copy of the global count
     try:
         yield
@@ -73,12 +73,12 @@ def _decoder_layers(config: Any) -> list[Any]:
     ]
 
 
-def _built_from_its_own_config(original: Any, left: dict[int, int]) -> Any:
+def _built_from_its_own_config(original: Any, left: dict[int, int], kind: type) -> Any:
     @wraps(original)
     def build(self: nn.Module, config: Any, layer_idx: int, *args: Any, **kwargs: Any) -> None:
         own = config.per_layer_config[layer_idx]
         original(self, own, layer_idx, *args, **kwargs)
-        if layer_idx in left:
+        if layer_idx in left and isinstance(config, kind):  # layers of images and sound have numbers of their own
             make_room(self, left[layer_idx])
         # One config for all from here on: implementations of attention and experts are chosen there.
         for module in self.modules():

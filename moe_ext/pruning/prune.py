@@ -179,7 +179,11 @@ def prune_whole(
         for block, keep in zip(blocks, plan.keep, strict=True):
             remap_choices(block, keep)
             keep_slices(keep, plan.num_experts, parts.pop(0))  # the only other holder of the old tensors
-    for module, name, value in attributes:
+            inside = set(block.module.modules())
+            for module, name, value in attributes:
+                if module in inside:
+                    setattr(module, name, value)
+    for module, name, value in attributes:  # those of no block, too
         setattr(module, name, value)
     with_counts(text_config(model), fields, counts_by_layer(blocks, counts))
     if not further_layers:

@@ -163,7 +163,7 @@ def test_families_beside_the_interface_are_refused_with_what_is_in_the_way(
 
 @pytest.mark.filterwarnings("ignore:.*left on transformers")
 @pytest.mark.parametrize(("name", "fields"), [("muse_spark", {}), ("nemotron_h", {"moe_latent_size": 16})])
-def test_means_of_latent_experts_have_their_width(name: str, fields: dict[str, int], tmp_path: Path) -> None:
+def test_means_of_latent_experts_have_their_width(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
     model = every_family.build(name, **fields)
     inputs = every_family.inputs(model, 1)
     stats = moe_ext.calibrate(model, [inputs], progress=False, outputs=True, strict=False)

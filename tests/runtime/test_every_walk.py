@@ -40,10 +40,12 @@ MORE_THAN_STATES = {
 
 
 def batches_of(model: Any) -> list[dict[str, Tensor]]:
-    batches = [every_family.inputs(model, 1, padding=4), every_family.inputs(model, 2, (1, 7))]
-    del batches[1]["attention_mask"]
     kinds = "moe_mm_token_type_ids"
-    if kinds in inspect.signature(model.forward).parameters:  # experts for text, and others for images
+    has_kinds = kinds in inspect.signature(model.forward).parameters  # experts for text, and others for images
+    padding = 0 if has_kinds else 4  # which of their tokens are padding would not be known
+    batches = [every_family.inputs(model, 1, padding=padding), every_family.inputs(model, 2, (1, 7))]
+    del batches[1]["attention_mask"]
+    if has_kinds:
         for batch in batches:
             batch[kinds] = (batch["input_ids"] % 3 == 0).int()
     return batches
