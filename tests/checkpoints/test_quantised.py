@@ -315,6 +315,22 @@ def test_further_scales_of_what_is_no_routed_expert_stay(tmp_path: Path) -> None
     assert {name: bits(got[name]) for name in further} == {name: bits(tensor) for name, tensor in further.items()}
 
 
+def test_names_in_layers_for_multi_token_prediction_go_with_the_last_layer(tmp_path: Path) -> None:
+    model = build("deepseek_v3", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    mtp = "model.layers.3.mlp.experts"
+    further = {f"{mtp}.{expert}.up_proj.weight": torch.full((24, 32), expert).bfloat16() for expert in range(12)}
+    rewritten(tmp_path / "source", lambda tensors: quantise(tensors, 4))
+    rewritten(tmp_path / "source", lambda tensors: tensors.update(further))
+    declare_float8(tmp_path / "source", 4)
+    plan = plan_for(model, keep_of(model, "deepseek_v3"))
+    kept, gone = plan.keep[-1][1], plan.removed(len(plan.keep) - 1)[0]
+    declare(tmp_path / "source", modules_to_not_convert=[f"{mtp}.{kept}.up_proj", f"{mtp}.{gone}.up_proj", "lm_head"])
+    moe_ext.prune_checkpoint(tmp_path / "source", plan, tmp_path / "got", progress=False)
+    content = json.loads((tmp_path / "got" / "config.json").read_text())["quantization_config"]
+    assert content["modules_to_not_convert"] == [f"{mtp}.1.up_proj", "lm_head"]
+
+
 def test_columns_in_another_order_keep_their_channels(tmp_path: Path) -> None:
     """GPTQ's act-order: whole experts go, channels do not."""
     model = build("mixtral", dtype=torch.bfloat16, **SIZES)
