@@ -75,6 +75,10 @@ def _in_order(op: str, options: Mapping[str, Any]) -> tuple[Any, ...]:
         return ()
     if unknown := options.keys() - _DEFAULTS.keys():
         raise TypeError(f"{op}: got an unexpected argument {min(unknown)!r}; known options are {', '.join(_DEFAULTS)}")
+    for name in ("limit", "alpha", "up_offset", "gate_cap", "up_cap"):
+        if isinstance(options.get(name), Tensor):  # torch would read one of a single value, and wait for it on CUDA
+            expected = "float" if name in ("alpha", "up_offset") else "Optional[float]"
+            raise TypeError(f"{op}: '{name}' is of type Tensor; expected {expected}")
     return tuple({**_DEFAULTS, **options}.values())
 
 
@@ -236,6 +240,10 @@ def route(
         NotImplementedError: gradients are required, of either mode; or a tensor's device has no kernel.
         TypeError, ValueError: an argument is no tensor, number or name at all; or a tensor is not dense.
     """
+    numbers: dict[str, Any] = {"epsilon": epsilon, "least": least, "scale": scale}
+    for name, value in numbers.items():
+        if isinstance(value, Tensor):  # torch would read one of a single value, and wait for it on CUDA
+            raise TypeError(f"route: '{name}' is of type Tensor; expected float")
     groups_of = groups, groups_per_token, group_best, outside_zero
     given = logits, top_k, thresholds, renormalise, score, bias, by_logits, *groups_of, epsilon, least, scale
     weights, experts = _call(_ROUTE, *given)

@@ -10,7 +10,6 @@
 //               with 16-byte cp.async into the same swizzled layout, zeros beyond the tile's rows and beyond k
 //   consumers   two warpgroups, each 128 of the tile's rows of weights in two wgmmas m64: in gate_up one is gate and
 //               the other up, so that a thread has both of the same element in its accumulators
-// Without gate the first projection is computed as down is, with its rows gathered.
 // They meet at two mbarriers for each of kStages steps of 64 elements of k: `full` (filled) and `empty` (multiplied).
 // Results are turned by stmatrix on their way through shared memory and leave in rows of 128 bytes. Where energies of
 // channels are observed, the tensor cores of mma.sync weight and add up the squares of a warp's 16 columns, of operands
@@ -113,8 +112,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, const CUtensorMap* 
       sources[i] = 0;
       if (row < place.rows) {
         const uint32_t position = static_cast<uint32_t>(place.first_position) + row;
-        const bool gathered = kGateUp || p.slot_of != nullptr;
-        const uint32_t a_row = gathered ? static_cast<uint32_t>(p.slot_of[position]) / top_k : position;
+        const uint32_t a_row = kGateUp ? static_cast<uint32_t>(p.slot_of[position]) / top_k : position;
         sources[i] = a_row * (inner / 8);
       }
     }
@@ -245,42 +243,6 @@ __device__ __forceinline__ void store_energies(const GemmParams& p, const Place&
   p.energies.sums[static_cast<unsigned>(place.tile * lane.columns + at)] = energy;
 }
 
-// What a formula does to gate and up, and biases: in place, for the epilogue to finish. sums[m] is of 64 columns of c
-// from `column` on, in gate_up gate and up of the same; a thread has rows lane / 4 + 8 * half of its warp's 16.
-template <typename T, bool kGateUp>
-__device__ __forceinline__ void apply_special(const GemmParams& p, const Place& place, int column,
-                                              float (&sums)[2][kMaxRows / 2]) {
-  constexpr Product kProduct = kGateUp ? Product::kGateUp : Product::kDown;
-  const int thread = threadIdx.x % kGroupThreads;
-  const int64_t of_thread = column + thread / kWarpSize * 16 + thread % kWarpSize / 4;
-  float biases[2][2];
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = of_thread + 8 * half + (kGateUp ? 0 : m * kOutColumns);
-      const int64_t row = weight_row<kProduct, int64_t>(place.expert, p.columns, at, kGateUp && m == 1);
-      biases[m][half] = at < p.columns ? bias_at<T>(p.bias, row) : 0.0f;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kMaxRows / 8; ++i) {
-    if (i * 8 >= place.rows) break;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      float &first = sums[0][4 * i + e], &second = sums[1][4 * i + e];
-      first += biases[0][e / 2];
-      second += biases[1][e / 2];
-      if constexpr (kGateUp) {
-        shape(p.shaping, first, second);
-      } else {
-        first = activate_alone(p, first);
-        second = activate_alone(p, second);
-      }
-    }
-  }
-}
-
 // Columns [column, column + 64) of c from pairs of 16-bit results: value(i, half) is row lane / 4 + 8 * half of the
 // warp's 16 columns at positions 8 i + 2 (lane % 4) and the next.
 template <typename T, typename Value>
@@ -340,7 +302,6 @@ __device__ __forceinline__ void consume(const GemmParams& p, char* memory, int g
     }
     if constexpr (kGateUp) {
       const int column = place.first_column + group * kOutColumns;
-      if (p.special) apply_special<T, true>(p, place, column, sums);
       const auto h = [&](int i, int half) {
         return gated(p.activation, sums[0] + 4 * i + 2 * half, sums[1] + 4 * i + 2 * half);
       };
@@ -359,7 +320,6 @@ __device__ __forceinline__ void consume(const GemmParams& p, char* memory, int g
         });
       }
     } else {
-      if (p.special) apply_special<T, false>(p, place, place.first_column + group * kBoxRows, sums);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         const int column = place.first_column + group * kBoxRows + m * kOutColumns;

@@ -46,11 +46,18 @@ inline int64_t rows_per_expert(const ExpertsParams& p) {
 // Whether rows of weights are in order, and not columns: what the wgmma and small batches' kernels read.
 inline bool has_plain_layout(const ExpertsParams& p) { return !p.formula.interleaved && !p.formula.transposed; }
 
+// Whether the wgmma kernels know the layer: usual rows, gate and up as the products leave them. (What is done to
+// accumulators in place makes ptxas wait for every wgmma.)
+inline bool has_usual_experts(const ExpertsParams& p) {
+  return has_plain_layout(p) && p.formula.gated && p.formula.unlimited() && p.gate_up_bias == nullptr &&
+         p.down_bias == nullptr;
+}
+
 // Whether the wgmma kernels can take it: they count rows of weights, and 16-byte pieces of activations, in 32 bits.
 inline bool fits_hopper(const ExpertsParams& p, const Device& device) {
   const int64_t most = std::numeric_limits<int32_t>::max();
   const int64_t positions = p.tokens * p.top_k, longest = std::max(p.hidden, p.intermediate);
-  return device.wgmma && has_plain_layout(p) && p.num_experts * std::max(2 * p.intermediate, p.hidden) <= most &&
+  return device.wgmma && has_usual_experts(p) && p.num_experts * std::max(2 * p.intermediate, p.hidden) <= most &&
          positions * longest / 8 <= most;
 }
 
@@ -123,7 +130,7 @@ inline Choice choose_grouped(const ExpertsParams& p, const std::string& forced, 
     if (fits_hopper(p, device)) return grouped(kHopper, kHopper);
     throw std::runtime_error(
         device.wgmma ? "MOE_EXT_CUDA_KERNELS=hopper: T * K * max(H, I) / 8 or E * max(2 I, H) is beyond 2^31 - 1, or "
-                       "the weights are interleaved or transposed"
+                       "the experts have biases, limits or no gate, or are interleaved or transposed"
                      : "MOE_EXT_CUDA_KERNELS=hopper needs a device of compute capability 9.0 (H100, H200) and moe_ext "
                        "built for 9.0a (TORCH_CUDA_ARCH_LIST), not for " MOE_EXT_CUDA_ARCHS);
   }

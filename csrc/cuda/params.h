@@ -143,7 +143,7 @@ constexpr Index weight_rows(Product product, Index columns) {
 // bf16 and fp16, columns and inner multiples of 8, pointers 16-byte aligned. c has the dtype of a. `shape` is a row of
 // kGemmShapes. Without gate the activation is kSilu or kRelu2; interleaved only if transposed.
 void launch_grouped_gemm(Product product, int shape, const GemmParams& p, DType dtype, cudaStream_t stream);
-// The same on devices with `wgmma`, neither interleaved nor transposed, tiles of at most kHopperRows rows; a block a
+// The same on devices with `wgmma`, of experts that are not special, tiles of at most kHopperRows rows; a block a
 // multiprocessor goes through them all.
 void launch_hopper_gemm(Product product, const GemmParams& p, DType dtype, int multiprocessors, cudaStream_t stream);
 // Any size; h and y are float32. `rows`, of a tile at most, is one of kPlainRows.

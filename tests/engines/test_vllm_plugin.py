@@ -122,7 +122,7 @@ def with_our_kernel(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempP
     jobs["prefix"]["prompts"] = [PROMPTS[2], [*PROMPTS[2][:48], *PROMPTS[0]]]
     jobs["experts"] = job(checkpoints["mixtral, uneven"], enable_expert_parallel=True)
     jobs["other code"] = job(checkpoints["mixtral, skips"], model_impl="transformers")
-    return generated(tmp_path_factory.mktemp("ours"), jobs, TOKENS, {**LIBRARY, "MOE_EXT_VLLM_COUNT": "1"})
+    return generated(tmp_path_factory.mktemp("ours"), jobs, TOKENS, {**LIBRARY, "MOE_EXT_VLLM_COUNT": "60"})
 
 
 @pytest.fixture(scope="module")

@@ -217,9 +217,9 @@ TEST("a formula whose bias is 0 routes as the plain softmax does, skipping inclu
     p.num_experts = num_experts;
     p.top_k = top_k;
     p.renormalise = renormalise;
-    CHECK(!p.plain());
+    CHECK(!p.plain(), "a bias");
     moe_ext::cpu::route(p, std_threads(2));
-    CHECK(got.experts == expected.experts);
+    CHECK(got.experts == expected.experts, "other experts");
     for (size_t slot = 0; slot < got.weights.size(); ++slot) {
       CHECK(std::fabs(got.weights[slot] - expected.weights[slot]) <= 0x1p-20 * expected.weights[slot], "slot ", slot);
     }

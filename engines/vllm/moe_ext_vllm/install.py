@@ -10,13 +10,13 @@ from vllm.model_executor.model_loader import base_loader
 from vllm.model_executor.model_loader import utils as loader_utils
 from vllm.model_executor.models import utils as model_utils
 
-from moe_ext_vllm import SWITCH, __version__, library
+from moe_ext_vllm import SWITCH, __version__, counts, library
 from moe_ext_vllm.experts import ON_CUDA, MoeExtMethod
 from moe_ext_vllm.layers import make_layers
 from moe_ext_vllm.model import initialize_model
 from moe_ext_vllm.runner import SkippingRoutedExperts, SkippingRunner
 
-_SETTINGS = (library.VARIABLE, ON_CUDA, "MOE_EXT_VLLM_COUNT")
+_SETTINGS = (library.VARIABLE, ON_CUDA, counts.VARIABLE)
 _installed = False
 
 

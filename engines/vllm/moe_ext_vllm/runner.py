@@ -77,7 +77,8 @@ class SkippingRunner(MoERunner):
         self.skips = skips
         thresholds = None if row is None else torch.tensor(row, dtype=torch.float32)
         self.register_buffer("skip_thresholds", thresholds, persistent=False)
-        counted = torch.zeros(2, dtype=torch.int64) if row is not None and counts.wanted() else None
+        seconds = None if row is None else counts.wanted()
+        counted = None if seconds is None else torch.zeros(2, dtype=torch.int64)
         self.register_buffer("skip_counts", counted, persistent=False)
         if skips:
             router.runner = self
@@ -85,8 +86,8 @@ class SkippingRunner(MoERunner):
             # Before weights are loaded, where the kernel is known by then; otherwise by the first token.
             if (experts := getattr(self._quant_method, "experts_cls", None)) is not None:
                 self._carried_to(experts)
-        if counted is not None:
-            counts.add(layer_name, self)
+        if seconds is not None:
+            counts.add(layer_name, self, seconds)
 
     def carried(self) -> Carried:
         """What a skipped slot of this layer carries to its kernel.
