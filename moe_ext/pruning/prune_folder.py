@@ -8,7 +8,7 @@ rename when all is there. A run that was interrupted goes on with the shards tha
 import copy
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def prune_checkpoint(
         )
     before, config = skeleton.model.num_parameters(), copy.deepcopy(skeleton.model.config)
     slices, tables = slices_of(skeleton, blocks, plan), tables_left(skeleton, stored, blocks, plan)
-    written, further = _changed_quantisation(Path(checkpoint), skeleton, slices)
+    written, further = _changed_quantisation(Path(checkpoint), skeleton, slices, stored, plan.keep[-1])
     downs = [] if refit is None else down_projections(skeleton, blocks)
     drafting = further_parts(skeleton, stored, blocks, plan, slices)
     # Checks the plan, writes the config, and gives the shapes to arrive at.
@@ -173,14 +173,14 @@ def prune_checkpoint(
 
 
 def _changed_quantisation(
-    checkpoint: Path, skeleton: Skeleton, slices: Mapping[str, Slice]
+    checkpoint: Path, skeleton: Skeleton, slices: Mapping[str, Slice], stored: Iterable[str], last: Sequence[int]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The source's config with the experts renumbered that it names in what it says of quantisation, and the text of
     further files that name experts so."""
     content = read_content(checkpoint)
     if skeleton.format is None or all(kept.keep == tuple(range(kept.experts)) for kept in slices.values()):
         return content, {}
-    positions = positions_of(skeleton.sources, slices)
+    positions = positions_of(skeleton.sources, slices, stored, last)
     for key in ("quantization_config", "compression_config"):
         if key in content:
             content[key] = renumbered(content[key], positions)

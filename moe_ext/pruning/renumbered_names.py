@@ -1,7 +1,7 @@
 """Names of experts in what a checkpoint says of its quantisation, once the experts have other numbers."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moe_ext.checkpoints.key_map import Source
@@ -15,9 +15,19 @@ _FROM_LAYER = re.compile(r"(?:^|\.)((?:layers|blocks|h)\.\d+\..*)$")
 _GONE = object()
 
 
-def positions_of(sources: Mapping[str, Source], slices: Mapping[str, Slice]) -> dict[str, dict[int, int]]:
-    """Of a checkpoint that names experts one by one."""
+def positions_of(
+    sources: Mapping[str, Source], slices: Mapping[str, Slice], stored: Iterable[str], last: Sequence[int]
+) -> dict[str, dict[int, int]]:
+    """Of a checkpoint that names experts one by one.
+
+    Args:
+        stored: all its keys; layers for multi-token prediction are in no model.
+        last: the experts that the last layer keeps, and those layers with it.
+    """
     found: dict[str, dict[int, int]] = {}
+    for name in stored:
+        if (expert := re.search(r"(?<=\.experts\.)\d+(?=\.)", name)) is not None:
+            found[_from_layer(name[: expert.start()])] = {number: place for place, number in enumerate(last)}
     for name, source in sources.items():
         if source.expert is not None and source.target in slices:
             kept = slices[source.target].keep

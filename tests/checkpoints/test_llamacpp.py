@@ -10,8 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,7 @@ SIZES = {
     "qwen2_moe": {**SHARED, "moe_intermediate_size": 64, "mlp_only_layers": []},
 }
 WHATS = ("whole", "fewer", "thin", "both")
-PRUNED = [
-    *((family, what, "f32") for family in SIZES for what in WHATS[1:]),
-    *(("mixtral", what, kind) for what in WHATS[1:] for kind in ("q8_0", "q4_0")),
-]
+PRUNED = [*((what, "f32") for what in WHATS[1:]), ("both", "q8_0"), ("both", "q4_0")]
 TOKENS = [5, 17, 300, 4000, 8, 9, 10, 11]
 Q4_0 = 2  # llama.cpp's number of a file of that type
 
@@ -95,31 +91,35 @@ def blocks(plan: PruningPlan) -> KeptChannels:
     return KeptChannels.of(kept, 64)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """By family: folders ``FAMILY WHAT``; files ``FAMILY WHAT TYPE.gguf`` of the converter; files ``... ours.gguf``
-    that were pruned as GGUF."""
-    folder = tmp_path_factory.mktemp("llamacpp")
-    quantised, logits = [], {}
-    for family, sizes in SIZES.items():
-        whole = folder / f"{family} whole"
-        tokens = write_tokenizer(whole)
-        model = build(family, vocab_size=tokens, **sizes)
-        model.save_pretrained(whole)
-        for name, plan in plans(family).items():
-            moe_ext.prune_checkpoint(whole, plan, folder / f"{family} {name}", progress=False)
-        for name in WHATS:
-            convert(folder / f"{family} {name}", "f32")
+@dataclass(frozen=True)
+class Made:
+    """Of a family: folders ``WHAT``; files ``WHAT TYPE.gguf`` of the converter; files ``WHAT TYPE ours.gguf`` that were
+    pruned as GGUF; and llama.cpp's logits of all files by their names without the ending."""
+
+    family: str
+    folder: Path
+    logits: dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=list(SIZES))
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    family, folder = request.param, tmp_path_factory.mktemp("llamacpp")
+    whole = folder / "whole"
+    build(family, vocab_size=write_tokenizer(whole), **SIZES[family]).save_pretrained(whole)
+    for name, plan in plans(family).items():
+        moe_ext.prune_checkpoint(whole, plan, folder / name, progress=False)
     for name in WHATS:
-        convert(folder / f"mixtral {name}", "q8_0")
-        quantised.append([f"{folder}/mixtral {name} f32.gguf", f"{folder}/mixtral {name} q4_0.gguf", Q4_0])
+        convert(folder / name, "f32")
+    for name in ("whole", "both"):
+        convert(folder / name, "q8_0")
+    quantised = [[f"{folder}/{name} f32.gguf", f"{folder}/{name} q4_0.gguf", Q4_0] for name in ("whole", "both")]
     run(folder, {"quantise": quantised, "logits": {}, "tokens": TOKENS})
-    for family, name, kind in PRUNED:
-        ours = folder / f"{family} {name} {kind} ours.gguf"
-        moe_ext.prune_gguf(folder / f"{family} whole {kind}.gguf", plans(family)[name], ours, progress=False)
-    logits = {file.stem: str(file) for file in folder.glob("*.gguf")}
-    run(folder, {"quantise": [], "logits": logits, "tokens": TOKENS})
-    return folder
+    for name, kind in PRUNED:
+        ours = folder / f"{name} {kind} ours.gguf"
+        moe_ext.prune_gguf(folder / f"whole {kind}.gguf", plans(family)[name], ours, progress=False)
+    files = {file.stem: str(file) for file in folder.glob("*.gguf")}
+    run(folder, {"quantise": [], "logits": files, "tokens": TOKENS})
+    return Made(family, folder, dict(numpy.load(folder / "results.npz")))
 
 
 def run(folder: Path, jobs: dict[str, Any]) -> None:
@@ -134,18 +134,12 @@ def run(folder: Path, jobs: dict[str, Any]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@cache
-def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metadata and tensors; a file's 50,000 tokens take the package a second."""
-    return read_fields(file), read_tensors(file)
-
-
-@pytest.mark.parametrize(("family", "what", "kind"), PRUNED)
-def test_a_pruned_gguf_is_that_of_the_pruned_folder(family: str, what: str, kind: str, made: Path) -> None:
+@pytest.mark.parametrize(("what", "kind"), PRUNED)
+def test_a_pruned_gguf_is_that_of_the_pruned_folder(what: str, kind: str, made: Made) -> None:
     """Tensors, metadata and logits, bit by bit: rounding to blocks and taking experts out can change places."""
-    theirs, ours = (f"{family} {what} {kind}{end}" for end in ("", " ours"))
-    (got, tensors), (expected, expected_tensors) = (read(made / f"{name}.gguf") for name in (ours, theirs))
-    assert tensors == expected_tensors
+    theirs, ours = (f"{what} {kind}{end}" for end in ("", " ours"))
+    assert read_tensors(made.folder / f"{ours}.gguf") == read_tensors(made.folder / f"{theirs}.gguf")
+    got, expected = (read_fields(made.folder / f"{name}.gguf") for name in (ours, theirs))
     assert got.keys() == expected.keys()
     differ = {name for name, value in got.items() if value != expected[name]}
     assert differ <= {
@@ -153,27 +147,23 @@ def test_a_pruned_gguf_is_that_of_the_pruned_folder(family: str, what: str, kind
         "general.size_label",
         "general.finetune",
     }  # what the converter reads of the folder
-    logits = numpy.load(made / "results.npz")
-    assert numpy.array_equal(logits[ours], logits[theirs])
+    assert numpy.array_equal(made.logits[ours], made.logits[theirs])
 
 
-@pytest.mark.parametrize("family", SIZES)
-def test_statistics_of_a_converted_file_are_those_of_the_folder(family: str, made: Path, tmp_path: Path) -> None:
-    shutil.copy(made / f"{family} whole" / "config.json", tmp_path)
-    shutil.copy(made / f"{family} whole f32.gguf", tmp_path)
+def test_statistics_of_a_converted_file_are_those_of_the_folder(made: Made, tmp_path: Path) -> None:
+    shutil.copy(made.folder / "whole" / "config.json", tmp_path)
+    shutil.copy(made.folder / "whole f32.gguf", tmp_path)
     batches = [{"input_ids": torch.tensor([TOKENS])}]
     got = moe_ext.calibrate(tmp_path, batches, progress=False)
-    expected = moe_ext.calibrate(made / f"{family} whole", batches, progress=False)
+    expected = moe_ext.calibrate(made.folder / "whole", batches, progress=False)
     assert torch.equal(got.coactivation, expected.coactivation)
     torch.testing.assert_close(got.moments, expected.moments, rtol=1e-4, atol=0)  # memory may be aligned otherwise
 
 
 @pytest.mark.parametrize("what", WHATS)
-@pytest.mark.parametrize("family", SIZES)
-def test_llamacpp_computes_what_transformers_does(family: str, what: str, made: Path) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(made / f"{family} {what}", dtype=torch.float32).eval()
+def test_llamacpp_computes_what_transformers_does(what: str, made: Made) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(made.folder / what, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = model(torch.tensor([TOKENS])).logits[0].numpy()
-    got = numpy.load(made / "results.npz")[f"{family} {what} f32"]
     assert numpy.abs(expected).max() > 5
-    assert numpy.abs(got - expected).max() < 2e-3
+    assert numpy.abs(made.logits[f"{what} f32"] - expected).max() < 2e-3

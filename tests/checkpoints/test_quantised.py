@@ -203,6 +203,14 @@ def test_layers_of_mxfp4_are_those_of_transformers_dequantised_model(gpt_oss: tu
             assert [name for name in held if not torch.equal(held[name], wanted[name])] == []
 
 
+def test_statistics_of_mxfp4_are_those_of_transformers_dequantised_model(gpt_oss: tuple[Path, PruningPlan]) -> None:
+    source, _ = gpt_oss
+    got = moe_ext.calibrate(source, padded_batches(), progress=False)
+    expected = moe_ext.calibrate(dequantised_by_transformers(source), padded_batches(), progress=False)
+    assert torch.equal(got.coactivation, expected.coactivation)
+    torch.testing.assert_close(got.moments, expected.moments, rtol=1e-3, atol=0)  # memory may be aligned otherwise
+
+
 def declare(folder: Path, **fields: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"].update(fields)
@@ -298,17 +306,29 @@ def test_further_scales_of_what_is_no_routed_expert_stay(tmp_path: Path) -> None
         "model.layers.1.mlp.shared_experts.up_proj.output_scale": torch.tensor(0.5),
         "model.layers.2.self_attn.kv_scale": torch.ones(2),
     }
-
-    def with_further(tensors: dict[str, Tensor]) -> None:
-        quantise(tensors, 4)
-        tensors.update(further)
-
-    rewritten(tmp_path / "source", with_further)
+    rewritten(tmp_path / "source", lambda tensors: quantise(tensors, 4))
+    rewritten(tmp_path / "source", lambda tensors: tensors.update(further))
     declare_float8(tmp_path / "source", 4)
     plan = plan_for(model, keep_of(model, "deepseek_v3"))
     moe_ext.prune_checkpoint(tmp_path / "source", plan, tmp_path / "got", progress=False)
     got = tensors_in(tmp_path / "got")
     assert {name: bits(got[name]) for name in further} == {name: bits(tensor) for name, tensor in further.items()}
+
+
+def test_names_in_layers_for_multi_token_prediction_go_with_the_last_layer(tmp_path: Path) -> None:
+    model = build("deepseek_v3", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    mtp = "model.layers.3.mlp.experts"
+    further = {f"{mtp}.{expert}.up_proj.weight": torch.full((24, 32), expert).bfloat16() for expert in range(12)}
+    rewritten(tmp_path / "source", lambda tensors: quantise(tensors, 4))
+    rewritten(tmp_path / "source", lambda tensors: tensors.update(further))
+    declare_float8(tmp_path / "source", 4)
+    plan = plan_for(model, keep_of(model, "deepseek_v3"))
+    kept, gone = plan.keep[-1][1], plan.removed(len(plan.keep) - 1)[0]
+    declare(tmp_path / "source", modules_to_not_convert=[f"{mtp}.{kept}.up_proj", f"{mtp}.{gone}.up_proj", "lm_head"])
+    moe_ext.prune_checkpoint(tmp_path / "source", plan, tmp_path / "got", progress=False)
+    content = json.loads((tmp_path / "got" / "config.json").read_text())["quantization_config"]
+    assert content["modules_to_not_convert"] == [f"{mtp}.1.up_proj", "lm_head"]
 
 
 def test_columns_in_another_order_keep_their_channels(tmp_path: Path) -> None:
