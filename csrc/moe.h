@@ -38,11 +38,13 @@ struct Formula {
 
   static constexpr float kNone = std::numeric_limits<float>::infinity();
 
-  constexpr bool capped() const { return gate_cap != kNone || up_cap != kNone; }
+  [[gnu::always_inline]] constexpr bool capped() const { return gate_cap != kNone || up_cap != kNone; }
   // h = act(gate) * up, or act(up).
-  constexpr bool unlimited() const { return limit == kNone && alpha == 1.0f && up_offset == 0.0f && !capped(); }
+  [[gnu::always_inline]] constexpr bool unlimited() const {
+    return limit == kNone && alpha == 1.0f && up_offset == 0.0f && !capped();
+  }
   // Rows of `gate_up` (columns, where it is transposed) for so many columns of h.
-  constexpr int64_t rows(int64_t columns) const { return gated ? 2 * columns : columns; }
+  [[gnu::always_inline]] constexpr int64_t rows(int64_t columns) const { return gated ? 2 * columns : columns; }
 };
 
 // How a CPU kernel gets its threads: the caller's pool, so that no second one is started.

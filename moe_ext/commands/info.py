@@ -13,7 +13,7 @@ from moe_ext.bench.measure import Shape
 from moe_ext.binary import _C
 from moe_ext.checkpoints.meta_model import skeleton_of
 from moe_ext.checkpoints.stored_tensors import stored_tensors
-from moe_ext.commands.options import Json
+from moe_ext.commands.options import Json, TrustRemoteCode
 from moe_ext.commands.output import out, print_json
 from moe_ext.models.blocks import moe_blocks
 from moe_ext.models.families import FAMILIES
@@ -31,10 +31,11 @@ def cuda_kernels(layer: str, dtype: str) -> dict[str, str]:
     return {f"T = {tokens}": _C.cuda_kernels(tokens, *sizes, dtype) for tokens in (1, 16, 64, 256, 1024, 4096)}
 
 
-def layers_of(model: Path) -> dict[str, str]:
+def layers_of(model: Path, trust_remote_code: bool) -> dict[str, str]:
     """What would run the MoE layers of a checkpoint folder, layers that are alike in one line."""
     alike: dict[str, list[str]] = {}
-    for block in moe_blocks(skeleton_of(model, stored_tensors(model)).model):
+    skeleton = skeleton_of(model, stored_tensors(model), trust_remote_code=trust_remote_code)
+    for block in moe_blocks(skeleton.model):
         reason = reason_unsupported(block)
         experts = "the operators" if reason is None else f"transformers' implementation: {reason.split(': ', 1)[-1]}"
         alike.setdefault(f"router: {shown_router(block)}; experts: {experts}", []).append(block.name)
@@ -49,11 +50,12 @@ def info(
         str, typer.Option(help="H,I,E,K of a layer: also which CUDA kernels it takes by number of tokens, and why.")
     ] = "",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of that layer.")] = "bfloat16",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Build facts: versions, CPU variants, CUDA architectures, and what would run here."""
     kernels = cuda_kernels(layer, dtype) if layer else {}
-    layers = {} if model is None else layers_of(model)
+    layers = {} if model is None else layers_of(model, trust_remote_code)
     variants = _C.cpu_variants()
     facts = {
         "moe_ext": __version__,

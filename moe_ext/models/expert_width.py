@@ -30,8 +30,8 @@ SHARED_FIELDS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_exper
 
 
 def width_of(block: MoeBlock) -> int:
-    """I, the channels of a block's experts."""
-    down = expert_tensors(block)["down_proj"]
+    """I, the channels of a block's experts, whose weights need not be in memory."""
+    down: Any = block.experts.down_proj
     return int(down.shape[1 if getattr(block.experts, "is_transposed", False) else 2])
 
 

@@ -164,6 +164,6 @@ def test_a_load_that_fails_leaves_no_trace_in_transformers_classes(pruned: Path)
 
 @pytest.mark.parametrize("pruned", [1], indirect=True)
 def test_a_family_whose_decoder_layers_cannot_be_told_is_refused(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uneven_layers, "MODEL_MAPPING", {})
+    monkeypatch.setattr(uneven_layers, "_decoder_layers", lambda config: [])
     with pytest.raises(ValueError, match="the decoder layers of model type 'mixtral' cannot be told"):
         moe_ext.from_pretrained(pruned)

@@ -359,7 +359,7 @@ def test_the_command_refits_and_asks_for_text(tmp_path: Path, monkeypatch: pytes
     plan.save(tmp_path / "plan.json")
     (tmp_path / "text.txt").write_text("some text")
     monkeypatch.setattr("moe_ext.commands.prune.read_tokenizer", lambda *args, **options: None)
-    monkeypatch.setattr("moe_ext.commands.prune.token_batches", lambda *args, **options: iter(text()))
+    monkeypatch.setattr("moe_ext.commands.reading.token_batches", lambda *args, **options: iter(text()))
     arguments = ["prune", str(tmp_path / "model"), str(tmp_path / "plan.json"), "--out", str(tmp_path / "out")]
     for wrong in (["--refit"], ["--text", str(tmp_path / "text.txt")]):
         assert CliRunner().invoke(app, arguments + wrong).exit_code == 2
