@@ -539,7 +539,7 @@ def test_only_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in debug.stderr
 
 
-def test_an_interrupted_calibration_leaves_no_file(tmp_path: Path) -> None:
+def test_an_interrupted_calibration_leaves_no_statistics_and_says_where_it_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moe_ext", "calibrate", MODEL, "--text", str(DEMO_MODEL / "calibration")]
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path / "s.safetensors"), "--batch-size", "1", "--window", "64"],
@@ -548,14 +548,16 @@ def test_an_interrupted_calibration_leaves_no_file(tmp_path: Path) -> None:
     )
     assert process.stderr is not None
     shown = ""
-    while "batch/s" not in shown:  # the progress bar: it is calibrating
+    while not re.search(r"\D[1-9]\d*/\d", shown):  # the progress bar: it has calibrated
         character = process.stderr.read(1)
         assert character, shown
         shown += character
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) != 0
+    said = process.stderr.read()
     process.stderr.close()
-    assert list(tmp_path.iterdir()) == []
+    assert process.wait(timeout=60) != 0
+    assert [path.name for path in tmp_path.iterdir()] == [".s.safetensors.0.partial"]
+    assert "goes on from there" in said
 
 
 def test_a_checkpoint_folder_goes_all_the_way_with_one_layer_in_memory(
