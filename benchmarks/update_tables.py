@@ -208,11 +208,18 @@ def quality_summary(result: Mapping[str, Any], link: str) -> str:
             else ""
             for column, found in columns.items()
         }
-        rows.append({"method": method, "stock": "no" if ", model" in method else "yes", **cells})
+        took = [found[method].get("seconds") for found in columns.values() if method in found]
+        shown = " to ".join(dict.fromkeys(f"{limit(took):.0f}" for limit in (min, max))) if None not in took else ""
+        rows.append({"method": method, "stock": "no" if ", model" in method else "yes", **cells, "seconds": shown})
+    sizes = [f"{next(iter(found.values()))['parameters'] / 1e6:.2f}M ({column})" for column, found in columns.items()]
     unpruned = ", ".join(f"{name} {model['unpruned']:.2f}" for name, model in result["models"].items())
+    whole = " and ".join(f"{model['parameters'] / 1e6:.2f}M" for model in result["models"].values())
+    tokens = " and ".join(dict.fromkeys(f"{model['calibration tokens']:,}" for model in result["models"].values()))
     return (
         f"{table(rows)}\n\nPerplexity, KL divergence from the unpruned model in nats a token, and top-1 agreement with "
-        f"it, on held-out text. Unpruned: {unpruned}. {where(result)}; {result['what']} ({link})."
+        f"it, on held-out text. Unpruned: {unpruned}. Seconds: on one core, from the model and {tokens} tokens of text "
+        f"to the result, least and most of the columns. Parameters, and bytes in proportion: {', '.join(sizes)}; "
+        f"unpruned {whole}. {where(result)}; {result['what']} ({link})."
     )
 
 
