@@ -208,8 +208,8 @@ def quality_summary(result: Mapping[str, Any], link: str) -> str:
             else ""
             for column, found in columns.items()
         }
-        took = [found[method].get("seconds") for found in columns.values() if method in found]
-        shown = " to ".join(dict.fromkeys(f"{limit(took):.0f}" for limit in (min, max))) if None not in took else ""
+        took = [found[method]["seconds"] for found in columns.values() if "seconds" in found.get(method, {})]
+        shown = " to ".join(dict.fromkeys(f"{limit(took):.0f}" for limit in (min, max))) if took else ""
         rows.append({"method": method, "stock": "no" if ", model" in method else "yes", **cells, "seconds": shown})
     sizes = [f"{next(iter(found.values()))['parameters'] / 1e6:.2f}M ({column})" for column, found in columns.items()]
     unpruned = ", ".join(f"{name} {model['unpruned']:.2f}" for name, model in result["models"].items())
