@@ -34,12 +34,19 @@ def wants_cuda() -> bool:
         for reason, present in {
             f"torch {torch.__version__} is no CUDA build": torch.version.cuda,
             "nvcc was not found (set CUDA_HOME)": CUDA_HOME,
+            f"{CUDA_HOME} has no CUDA headers (set CUDA_HOME to the toolkit)": not CUDA_HOME or has_headers(CUDA_HOME),
         }.items()
         if not present
     ]
     if choice == "1" and missing:
         raise SystemExit("MOE_EXT_CUDA=1, but " + " and ".join(missing))
     return choice != "0" and not missing
+
+
+def has_headers(toolkit: str) -> bool:
+    """Whether a toolkit has them: torch takes the folder above any nvcc on the PATH for one."""
+    places = ("include", "targets/*/include")  # the second is conda's
+    return any(any(Path(toolkit).glob(f"{place}/cuda_runtime_api.h")) for place in places)
 
 
 def cuda_archs() -> str:
