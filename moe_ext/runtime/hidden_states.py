@@ -11,6 +11,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -210,32 +211,36 @@ class MappedStates:
         folder: where the files are.
         name: what their names begin with.
         sizes: bytes of every batch.
-        layer: decoder layer that the states are before; its file is there, or the layer is the first.
+        reached: decoder layer that the states may be before, or before an earlier one: the last whose file is there.
         hold: whether the states before a layer stay, once those after it are there, until :meth:`forget_earlier`.
 
     Raises:
         BlockingIOError: another process has hidden states of that name in the folder.
     """
 
-    def __init__(self, folder: Path, name: str, sizes: Sequence[int], layer: int, *, hold: bool) -> None:
-        self._folder, self._name, self._layer, self._hold = folder, name, layer, hold
+    def __init__(self, folder: Path, name: str, sizes: Sequence[int], reached: int, *, hold: bool) -> None:
+        self._folder, self._name, self._hold = folder, name, hold
         try:
             self._unlock = weakref.finalize(self, os.close, locked_file(self._lock_file))
         except BlockingIOError:
             message = f"scratch: another process is doing the same job in {folder}"
             raise BlockingIOError(errno.EWOULDBLOCK, message) from None
         self._sizes = list(sizes)
+        self._layer = self._latest(reached)  # only now: before, another process may remove what is there
         self._offsets = [sum(self._sizes[:batch]) for batch in range(len(self._sizes))]
         self._shapes: dict[int, tuple[torch.Size, torch.dtype]] = {}
-        self._before = self._opened(layer) if layer else None
+        self._before = self._opened(self._layer) if self._layer else None
         self._after: mmap.mmap | None = None
 
-    @classmethod
-    def latest(cls, folder: Path, name: str, sizes: Sequence[int], layer: int) -> int:
-        """The last layer up to ``layer`` before which the states lie in the folder; 0, the first, if none do."""
-        for earlier in range(layer, 0, -1):
-            file = folder / f"{name}-{earlier}.states"
-            if file.is_file() and file.stat().st_size == sum(sizes):
+    @property
+    def layer(self) -> int:
+        """The decoder layer that the states are before; 0, the first, if there are none yet."""
+        return self._layer
+
+    def _latest(self, reached: int) -> int:
+        for earlier in range(reached, 0, -1):
+            file = self._file(earlier)
+            if file.is_file() and file.stat().st_size == sum(self._sizes):
                 return earlier
         return 0
 
@@ -375,10 +380,9 @@ def waiting_states(
     _check_disk(folder, name, 2 * sum(sizes))
     if show:
         tqdm.write(f"{size} in {folder}, twice", file=sys.stderr)
-    position = MappedStates.latest(folder, name, sizes, reached)
-    mapped = MappedStates(folder, name, sizes, position, hold=hold)
+    mapped = MappedStates(folder, name, sizes, reached, hold=hold)
     mapped.shape_as(batches, course)
-    return mapped, position
+    return mapped, mapped.layer
 
 
 def room_for_all(
@@ -423,7 +427,10 @@ def _check_memory(needed: int) -> None:
 
 
 def _check_disk(folder: Path, name: str, needed: int) -> None:
-    own = sum(file.stat().st_blocks * 512 for file in folder.glob(f"{name}-*.states*"))
+    own = 0
+    for file in folder.glob(f"{name}-*.states*"):
+        with suppress(FileNotFoundError):  # another process with the same job has just ended
+            own += file.stat().st_blocks * 512
     free = shutil.disk_usage(folder).free + own
     if needed > free:
         raise OSError(
