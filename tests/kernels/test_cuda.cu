@@ -438,6 +438,8 @@ TEST("rows of x, h and y beyond 2^31 elements are read and written where they li
     second.a = first.c;
     second.b = down.data();
     second.c = y.as_part_from(first_position * kHidden * words);
+    second.slot_of = nullptr;
+    second.activation = moe_ext::cuda::kNoActivation;
     second.columns = kHidden;
     second.inner = kIntermediate;
     for (const Product product : {Product::kGateUp, Product::kDown}) {
