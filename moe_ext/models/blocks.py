@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_ext.models.boundary import MEANS, PLACES, boundaries, num_routed
+from moe_ext.models.boundary import MEANS, PLACES, boundaries, num_routed, placed_experts
 from moe_ext.models.counted import Counted, Dimension, counted_in, named_tensors, owners
 from moe_ext.models.families import FAMILIES, Family
 from moe_ext.models.quantised_experts import check_not_quantised
@@ -151,10 +151,7 @@ class MoeBlock:
 
 def experts_by_name(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The experts modules of a model's MoE layers, by their names."""
-    return {
-        f"{each.name}.{each.experts}" if each.name else each.experts: getattr(each.module, each.experts)
-        for each in boundaries(model)
-    }
+    return {f"{name}.{key}" if name else key: experts for name, _, key, experts in placed_experts(model)}
 
 
 def counted_of(model: PreTrainedModel) -> Counted:
@@ -259,7 +256,6 @@ def moe_blocks(model: PreTrainedModel) -> list[MoeBlock]:
             f"{type(model).__name__} has no MoE layers that are supported: no module of it goes through transformers' "
             f"experts interface (model type {config.model_type!r}){_experts_of_its_own(model)}"
         )
-    _refuse_shared_weights(blocks)
     for block in blocks:
         if not 1 <= block.top_k <= block.num_routed:
             raise ValueError(f"{block.name}: top_k is {block.top_k}; expected 1 to {block.num_routed} experts a token")
@@ -275,14 +271,16 @@ def _experts_of_its_own(model: PreTrainedModel) -> str:
     return ""
 
 
-def _refuse_shared_weights(blocks: Sequence[MoeBlock]) -> None:
-    """ValueError if two layers have the same experts: what is counted, kept or skipped in one holds for the other."""
+def refuse_shared_weights(blocks: Sequence[MoeBlock]) -> None:
+    """ValueError if two layers have the same experts: what is counted or removed in one holds for the other."""
     owner: dict[int, str] = {}
     for block in blocks:
         for tensor in block.experts.parameters():
             if owner.setdefault(id(tensor), block.name) != block.name:
                 raise ValueError(
-                    f"{owner[id(tensor)]} and {block.name} share their experts (tied weights), which is not supported"
+                    f"{owner[id(tensor)]} and {block.name} share their experts (tied weights): what is counted, "
+                    "skipped or removed in one would hold for the other, which runs on other tokens. "
+                    "moe_ext.patch(model) runs such a model on the operators; it is not calibrated, searched or pruned"
                 )
 
 

@@ -6,7 +6,7 @@ from moe_ext.models.blocks import MoeBlock, PerExpert, counting_attributes, expe
 from moe_ext.models.boundary import num_routed
 from moe_ext.models.counted import Dimension
 from moe_ext.models.fixed_choices import gate_rows, remapped, tables
-from moe_ext.pruning.replace import replace_tensor
+from moe_ext.models.replace import replace_tensor
 
 
 def keep_experts(block: MoeBlock, keep: Sequence[int]) -> None:
