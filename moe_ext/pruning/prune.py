@@ -28,7 +28,7 @@ from moe_ext.models.blocks import (
     refuse_shared_out,
     text_config,
 )
-from moe_ext.models.boundary import output_width
+from moe_ext.models.boundary import goes_through_interface, output_width
 from moe_ext.models.config_section import section_of, section_with_novices, set_section
 from moe_ext.models.counted import with_counts
 from moe_ext.models.families import FURTHER_LAYERS_FIELDS
@@ -143,6 +143,12 @@ def prune(
         check_plan(model, blocks, plan)
         if plan.channels is not None:
             raise ValueError("novices: go with experts that keep all their channels; this plan thins them")
+        for block in blocks:
+            if not goes_through_interface(block.experts):
+                raise ValueError(
+                    f"novices: {block.name}: {type(block.experts).__name__} are called past transformers' experts "
+                    "interface, where means have no place; prune without"
+                )
         if refit is not None:
             raise ValueError("refit: kept experts make up for removed ones already by novices; expected one of the two")
         _put_novices(model, blocks, plan, novices)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_ext.models.blocks import input_device
+from moe_ext.models.blocks import base_of, input_device
 
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
@@ -20,7 +20,7 @@ Replace = Callable[[nn.Module, Callable[[Forward], Forward]], None]
 def run_base(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Any:
     """What the model without its head returns for a batch."""
     on_device = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
-    output = model.base_model(**on_device, use_cache=False)
+    output = base_of(model)(**on_device, use_cache=False)
     give_back_holes()
     return output
 
