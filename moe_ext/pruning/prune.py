@@ -193,23 +193,25 @@ def prune_whole(
         setattr(module, name, value)
     with_counts(text_config(model), fields, counts_by_layer(blocks, counts))
     if not further_layers:
-        _announce_no_further_layers(model)
+        _announce_no_further_layers(model, on_disk=any(each.is_meta for each in model.parameters()))
     if thinning is not None:
         thinning.apply(model, blocks)
     for layer, down in fitted.items():
         replace_tensor(blocks[layer].experts, "down_proj", expert_tensors(blocks[layer])["down_proj"], down)
 
 
-def _announce_no_further_layers(model: PreTrainedModel) -> None:
-    """Layers that predict several tokens ahead come after the decoder's, in checkpoints only: transformers leaves them
-    out, and nothing says which of their experts to keep. What is saved has none, and its config does not count them."""
+def _announce_no_further_layers(model: PreTrainedModel, *, on_disk: bool) -> None:
+    """Layers that predict several tokens ahead come after the decoder's, in checkpoints only: transformers' models have
+    none, and ``generate(use_mtp=True)`` reads those of the folder that a model came from, where all experts are. What
+    is saved has none, and its config does not count them."""
     config = text_config(model)
+    advice = "" if on_disk else ". moe_ext.prune_checkpoint keeps them, from folder to folder"
     for name in FURTHER_LAYERS_FIELDS:
         if announced := getattr(config, name, None):
             setattr(config, name, type(announced)())
             warnings.warn(
                 f"the config's {name} is {announced}; layers for multi-token prediction are not in the pruned model, "
-                "and its config counts none",
+                f"and its config counts none{advice}",
                 stacklevel=3,
             )
 
