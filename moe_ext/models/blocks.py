@@ -42,6 +42,9 @@ def router_digest(block: MoeBlock) -> str:
 # Attribute of a weight on the meta device that is loaded before it is used (checkpoints/meta_model): its device then.
 LOADED_LATER = "_moe_ext_loaded_later"
 
+BY_STATISTICS = "prune this family by statistics (calibrate, score, plan)"
+"""What to do where a model's layers stand against a search."""
+
 _DECODER_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
 
@@ -338,13 +341,12 @@ def refuse_other_sums(blocks: Sequence[MoeBlock], job: str) -> None:
         if passed_on(block.experts):
             raise ValueError(
                 f"{job}: {block.name}: the router of {kind} also chooses to pass a token on, which adds the token "
-                "itself to its experts' outputs; prune it by statistics (calibrate, score, plan)"
+                f"itself to its experts' outputs: {BY_STATISTICS}"
             )
         if record is not None and record.weighs_inputs:
             raise ValueError(
                 f"{job}: {block.name}: {kind} are given the hidden states times the router's weights, so that no "
-                "weighted sum of outputs says what other experts would give; prune it by statistics (calibrate, score, "
-                "plan)"
+                f"weighted sum of outputs says what other experts would give: {BY_STATISTICS}"
             )
 
 
@@ -449,7 +451,8 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def refuse_several_in_a_layer(blocks: Sequence[MoeBlock], of_block: Sequence[int], job: str) -> None:
-    """ValueError if a decoder layer has several MoE blocks, such as one for text and one for images.
+    """ValueError if a decoder layer has several MoE blocks, such as one for text and one for images: each is given some
+    of a batch's tokens, and which of them are padding is not known.
 
     Args:
         of_block: from :func:`decoder_layers`.
@@ -457,7 +460,8 @@ def refuse_several_in_a_layer(blocks: Sequence[MoeBlock], of_block: Sequence[int
     for first, second in zip(range(len(blocks)), range(1, len(blocks)), strict=False):
         if of_block[first] == of_block[second]:
             raise ValueError(
-                f"{job}: {blocks[first].name} and {blocks[second].name} are in one decoder layer; expected one a layer"
+                f"{job}: {blocks[first].name} and {blocks[second].name} are in one decoder layer; expected one a "
+                f"layer: {BY_STATISTICS}"
             )
 
 

@@ -52,21 +52,28 @@ def replaced_forwards() -> Iterator[Replace]:
 
 
 @contextmanager
-def alone(layers: Sequence[nn.Module], index: int, need: Callable[[int], None] | None) -> Iterator[Replace]:
+def alone(
+    layers: Sequence[nn.Module], index: int, need: Callable[[int], None] | None, *, pairs: bool = False
+) -> Iterator[Replace]:
     """Every decoder layer but one passes its input on. Yields a function that puts something around a module's forward;
     all is as it was on the way out. Right for models of which :class:`moe_ext.runtime.course.Course` says so.
 
     Args:
         need: called with the index before anything is replaced.
+        pairs: whether layers return a second thing, which those that pass their input on have not.
     """
     if need is not None:
         need(index)
     with replaced_forwards() as replace:
         for other, layer in enumerate(layers):
             if other != index:
-                replace(layer, lambda _: _pass_on)
+                replace(layer, lambda _: _pass_on_with_nothing if pairs else _pass_on)
         yield replace
 
 
 def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return hidden_states
+
+
+def _pass_on_with_nothing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    return hidden_states, None
