@@ -43,9 +43,14 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def num_routed(experts: nn.Module) -> int:
-    """Experts that a router chooses from: with means in the place of some, more than there are."""
+    """Experts that a router chooses from: with means in the place of some, or some in other processes, more than there
+    are. Not to be asked within the experts' forward."""
     places = experts._buffers.get(PLACES)
-    return int(experts.num_experts) if places is None else len(places)  # type: ignore[arg-type]
+    if places is not None:
+        return len(places)
+    if getattr(experts, "_is_expert_parallel", False):  # between forwards the weight has the whole model's shape
+        return int(cast(Tensor, experts.down_proj).shape[0])
+    return int(cast(int, experts.num_experts))
 
 
 def output_width(experts: nn.Module) -> int:
