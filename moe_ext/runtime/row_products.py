@@ -42,9 +42,10 @@ def _is_row_product(node: fx.Node) -> bool:
     if node.kwargs:  # alpha, beta
         return False
     tensors = [argument.meta.get("val") for argument in node.args if isinstance(argument, fx.Node)]
-    if len(tensors) != len(node.args) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+    found = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    if len(found) != len(node.args):
         return False
-    row, matrix = tensors[-2:]
+    row, matrix = found[-2:]
     return (
         row.device.type == matrix.device.type == "cpu"
         and row.dtype == matrix.dtype
