@@ -2,7 +2,7 @@
 // (packed.cuh) of every row, so that each byte of weights is read once, 16 a lane, and turned into operands in
 // registers.
 //
-// Scales come through shared memory: the block's threads read those of the group's 64 rows for the next 32 groups of
+// Scales come through shared memory: the block's threads read those of the group's 64 rows for the next groups of
 // columns side by side, as a lane would use two bytes of a sector of 32. A warp applies them to its sums of 32 columns
 // (64 of eight-bit weights), in float32.
 //
@@ -19,14 +19,15 @@ using namespace small_batch;  // NOLINT: the kernel that is made here
 
 constexpr int kTokenTiles = kSmallBatchPackedTokens / 8;
 constexpr int kRows = kTiles * 16;  // of a group
-constexpr int kGroupsAtOnce = 32;   // of columns, whose scales are in shared memory: a round at least
-constexpr int kScalesEach = kRows * kGroupsAtOnce / kThreads;  // that a thread brings at a time
-constexpr int kScaleStride = 33;                               // of a row of scales, and
-constexpr int kZeroStride = 36;                                // of zero points: eight rows lie in different banks
-constexpr int kScaleBytes = kRows * kScaleStride * 4;
+// Groups of columns whose scales are in shared memory: those of a round, at least.
+constexpr int groups_at_once(WeightType type) { return has_four_bits(type) ? 32 : 8; }
+// What eight rows of them, and of zero points, need to lie in different banks.
+constexpr int scale_stride(WeightType type) { return groups_at_once(type) + 1; }
+constexpr int kZeroStride = 36;
+constexpr int scale_bytes(WeightType type) { return kRows * scale_stride(type) * 4; }
 
 constexpr int shared_bytes_of(WeightType type) {
-  return kScaleBytes + (type == WeightType::kInt4 ? kRows * kZeroStride : 0);
+  return scale_bytes(type) + (type == WeightType::kInt4 ? kRows * kZeroStride : 0);
 }
 
 template <typename T, WeightType kOfType, Product kOf>
@@ -38,7 +39,7 @@ class PackedWeights {
   static constexpr int kPiece = kLineColumns<kType>;
   static constexpr int kPadding = small_batch_padding(kType);
   static constexpr int kSharedBytes = shared_bytes_of(kType);
-  static_assert(kSharedBytes % 16 == 0 && kGroupsAtOnce * kStepColumns >= kWarps * 128);
+  static_assert(kSharedBytes % 16 == 0);
 
   __device__ __forceinline__ PackedWeights(const SmallBatchParams& p, int expert, int first_column, int /*inner*/,
                                            int columns, int first_k, char* shared)
@@ -48,19 +49,17 @@ class PackedWeights {
         columns_(columns),
         first_column_(first_column),
         scales_(reinterpret_cast<float*>(shared)),
-        zeros_(reinterpret_cast<uint8_t*>(shared + kScaleBytes)) {
-    const uint8_t* all = static_cast<const uint8_t*>(kGateUp ? p.experts.gate_up : p.experts.down);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = weight_row<kProduct, int64_t>(
-          expert, columns, first_column + row_of_lane() + (kGateUp ? 0 : half * 8), half == 1 && kGateUp, interleaved_);
-      rows_[half] = all + row * q_.row_bytes + first_k / kPiece * kLineBytes + threadIdx.x % 4 * 16;
-    }
+        zeros_(reinterpret_cast<uint8_t*>(shared + scale_bytes(kType))) {
+    const int64_t row =
+        weight_row<kProduct, int64_t>(expert, columns, first_column + row_of_lane(), false, interleaved_);
+    row_ = static_cast<const uint8_t*>(kGateUp ? p.experts.gate_up : p.experts.down) + row * q_.row_bytes +
+           first_k / kPiece * kLineBytes + threadIdx.x % 4 * 16;
   }
 
   // The lane's 16 bytes of its two rows in every m16 tile of the group; anything beyond the last column.
   __device__ __forceinline__ void load(int k, int here) {
-    const int64_t tile_step = int64_t{kTileColumns} * (interleaved_ ? 2 : 1) * q_.row_bytes;
+    const int64_t tile_step = (interleaved_ ? 2 : 1) * kTileColumns * q_.row_bytes;
+    const int64_t half_step = (kGateUp ? (interleaved_ ? 1 : columns_) : 8) * q_.row_bytes;  // to the lane's second row
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -68,7 +67,7 @@ class PackedWeights {
         const int column = first_column_ + tile * kTileColumns + row_of_lane() + (kGateUp ? 0 : half * 8);
         lines_[tile][half] = make_uint4(0, 0, 0, 0);
         if (k < here && column < columns_) {
-          lines_[tile][half] = ptx::load_once(rows_[half] + tile * tile_step + k / kPiece * kLineBytes);
+          lines_[tile][half] = ptx::load_once(row_ + half * half_step + tile * tile_step + k / kPiece * kLineBytes);
         }
       }
     }
@@ -81,7 +80,7 @@ class PackedWeights {
     if (!arriving_) return;
     first_group_ = k >> q_.group_shift;
     groups_ = min(kGroupsAtOnce, q_.groups - first_group_);
-    reciprocal_ = 65536u / static_cast<unsigned>(groups_) + 1;
+    reciprocal_ = 65536 / groups_ + 1;
     if (q_.scale_type == ScaleType::kFloat32) {
       read_scales<uint32_t>();
     } else if (q_.scale_type == ScaleType::kE8M0) {
@@ -95,9 +94,11 @@ class PackedWeights {
   __device__ __forceinline__ bool share() {
     if (!arriving_) return false;
     __syncthreads();  // those before are not read any more
+    int reciprocal = reciprocal_;
+    ptx::keep(reciprocal);  // places are computed again: there are no registers to keep them in
 #pragma unroll
     for (int i = 0; i < kScalesEach; ++i) {
-      const Place place = place_of_scale(i);
+      const Place place = place_of_scale(i, reciprocal);
       if (!place.exists) continue;
       scales_[place.row * kScaleStride + place.group] = scale_of_bits(q_.scale_type, scale_bits_[i]);
       if constexpr (kType == WeightType::kInt4) {
@@ -112,7 +113,7 @@ class PackedWeights {
     constexpr int kSteps = kStepsPerScale<kType>;
     const int first_of_warp = static_cast<int>(threadIdx.x) / kWarpSize * kPiece;
     const char* of_token = staged + min(row_of_lane(), tokens - 1) * row_bytes + k * 2;  // tokens beyond are not used
-#pragma unroll
+#pragma unroll 1  // fewer registers, and instructions
     for (int first = 0; first < kStepsPerLine<kType>; first += kSteps) {
       const int group = (k_ + first_of_warp + first * kStepColumns) >> q_.group_shift;
       const int at = min(group - first_group_, groups_ - 1);  // columns beyond the last are zeros times anything
@@ -148,13 +149,12 @@ class PackedWeights {
     }
   }
 
-  __device__ __forceinline__ void advance(int length) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) rows_[half] += length / kPiece * kLineBytes;
-  }
+  __device__ __forceinline__ void advance(int length) { row_ += length / kPiece * kLineBytes; }
 
  private:
   static_assert(kTokenTiles == 1);
+  static constexpr int kGroupsAtOnce = groups_at_once(kType), kScaleStride = scale_stride(kType);
+  static constexpr int kScalesEach = kRows * kGroupsAtOnce / kThreads;  // that a thread brings at a time
   static constexpr bool kGateUp = kProduct == Product::kGateUp;
   static constexpr int kTileColumns = kColumns<kProduct> / kTiles;
 
@@ -164,9 +164,9 @@ class PackedWeights {
     int row, group;
     bool exists;
   };
-  __device__ __forceinline__ Place place_of_scale(int i) const {
+  __device__ __forceinline__ Place place_of_scale(int i, int reciprocal) const {
     const unsigned number = threadIdx.x + i * kThreads;  // row by row
-    const int row = static_cast<int>(number * reciprocal_ >> 16);
+    const int row = static_cast<int>(number * static_cast<unsigned>(reciprocal) >> 16);
     return {row, static_cast<int>(number) - row * groups_, row < kRows};
   }
 
@@ -176,7 +176,7 @@ class PackedWeights {
     const int64_t of_expert = int64_t{expert_} * q_.scale_rows * q_.groups + first_group_;
 #pragma unroll
     for (int i = 0; i < kScalesEach; ++i) {
-      const Place place = place_of_scale(i);
+      const Place place = place_of_scale(i, reciprocal_);
       const bool up = kGateUp && place.row >= kGateUpColumns;
       const int column = first_column_ + (up ? place.row - kGateUpColumns : place.row);
       const int row = weight_row<kProduct, int>(0, columns_, column, up, interleaved_) >> q_.row_shift;
@@ -193,16 +193,16 @@ class PackedWeights {
   const Quantisation& q_;
   const bool interleaved_;
   const int expert_, columns_, first_column_;
-  float* scales_;   // (kRows, kScaleStride) shared
-  uint8_t* zeros_;  // (kRows, kZeroStride) shared
-  const uint8_t* rows_[2];
+  float* scales_;       // (kRows, kScaleStride) shared
+  uint8_t* zeros_;      // (kRows, kZeroStride) shared
+  const uint8_t* row_;  // the lane's first, and of that its bytes
   uint4 lines_[kTiles][2];
   int k_ = 0;                         // of the round
   int first_group_ = 0, groups_ = 0;  // whose scales are there, or
   bool arriving_ = false;             // on their way, and then
-  unsigned reciprocal_ = 0;           // what 2048 and less are divided by groups_ with, in 16 bits
+  int reciprocal_ = 0;                // what 2048 and less are divided by groups_ with, in 16 bits
   uint32_t scale_bits_[kScalesEach];
-  uint32_t zero_bits_[kScalesEach / 4];
+  uint32_t zero_bits_[(kScalesEach + 3) / 4];
 };
 
 template <typename T, WeightType kType>
