@@ -28,7 +28,7 @@ from moe_ext.models.blocks import (
     refuse_shared_out,
     text_config,
 )
-from moe_ext.models.boundary import output_width
+from moe_ext.models.boundary import goes_through_interface, output_width
 from moe_ext.models.config_section import section_of, section_with_novices, set_section
 from moe_ext.models.counted import with_counts
 from moe_ext.models.families import FURTHER_LAYERS_FIELDS
@@ -143,6 +143,12 @@ def prune(
         check_plan(model, blocks, plan)
         if plan.channels is not None:
             raise ValueError("novices: go with experts that keep all their channels; this plan thins them")
+        for block in blocks:
+            if not goes_through_interface(block.experts):
+                raise ValueError(
+                    f"novices: {block.name}: {type(block.experts).__name__} are called past transformers' experts "
+                    "interface, where means have no place; prune without"
+                )
         if refit is not None:
             raise ValueError("refit: kept experts make up for removed ones already by novices; expected one of the two")
         _put_novices(model, blocks, plan, novices)
@@ -187,23 +193,25 @@ def prune_whole(
         setattr(module, name, value)
     with_counts(text_config(model), fields, counts_by_layer(blocks, counts))
     if not further_layers:
-        _announce_no_further_layers(model)
+        _announce_no_further_layers(model, on_disk=any(each.is_meta for each in model.parameters()))
     if thinning is not None:
         thinning.apply(model, blocks)
     for layer, down in fitted.items():
         replace_tensor(blocks[layer].experts, "down_proj", expert_tensors(blocks[layer])["down_proj"], down)
 
 
-def _announce_no_further_layers(model: PreTrainedModel) -> None:
-    """Layers that predict several tokens ahead come after the decoder's, in checkpoints only: transformers leaves them
-    out, and nothing says which of their experts to keep. What is saved has none, and its config does not count them."""
+def _announce_no_further_layers(model: PreTrainedModel, *, on_disk: bool) -> None:
+    """Layers that predict several tokens ahead come after the decoder's, in checkpoints only: transformers' models have
+    none, and ``generate(use_mtp=True)`` reads those of the folder that a model came from, where all experts are. What
+    is saved has none, and its config does not count them."""
     config = text_config(model)
+    advice = "" if on_disk else ". moe_ext.prune_checkpoint keeps them, from folder to folder"
     for name in FURTHER_LAYERS_FIELDS:
         if announced := getattr(config, name, None):
             setattr(config, name, type(announced)())
             warnings.warn(
                 f"the config's {name} is {announced}; layers for multi-token prediction are not in the pruned model, "
-                "and its config counts none",
+                f"and its config counts none{advice}",
                 stacklevel=3,
             )
 

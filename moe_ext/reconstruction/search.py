@@ -25,6 +25,8 @@ from moe_ext.models.blocks import (
     moe_blocks,
     refuse_novices,
     refuse_offloaded,
+    refuse_other_sums,
+    refuse_several_in_a_layer,
     refuse_shared_out,
 )
 from moe_ext.models.layout import Layout, layout_of
@@ -315,6 +317,8 @@ def _check_model(model: PreTrainedModel, blocks: list[MoeBlock]) -> None:
     refuse_offloaded(blocks, "search")
     refuse_shared_out(blocks, "search")
     refuse_novices(blocks, "search")
+    refuse_other_sums(blocks, "search")
+    refuse_several_in_a_layer(blocks, decoder_layers(model, blocks)[2], "search")
     if len({(block.num_experts, block.top_k) for block in blocks}) > 1:
         raise ValueError("the model's layers have different numbers of experts; search takes the same in every layer")
 

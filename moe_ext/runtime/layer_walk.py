@@ -19,7 +19,7 @@ from moe_ext.runtime.base_forward import replaced_forwards
 from moe_ext.runtime.course import Course, course_of
 from moe_ext.runtime.hidden_states import MEMORY, HiddenStates, ParkedStates, states_of
 from moe_ext.runtime.in_frames import InFrames
-from moe_ext.runtime.in_states import InStates
+from moe_ext.runtime.in_states import InStates, KeptPairs
 
 Seen = Callable[[int, Tensor, Tensor], None]
 """Called with the index of a batch, the experts' input (T, H) and the router's logits (T, E)."""
@@ -64,8 +64,10 @@ class LayerInputs:
         if isinstance(states, ParkedStates):
             self._way = InFrames(model, layers, batches, states)
         else:
-            self._course.refuse_obstacles("this walk")
-            self._way = InStates(model, layers, batches, states, position)
+            pairs = states if self._course.pairs and isinstance(states, KeptPairs) else None
+            if pairs is None:
+                self._course.refuse_obstacles("this walk", "let it find states of its own")
+            self._way = InStates(model, layers, batches, states, position, pairs)
 
     def __enter__(self) -> "LayerInputs":
         return self

@@ -92,3 +92,7 @@ def test_two_moe_blocks_in_a_layer_are_refused_where_one_is_expected() -> None:
     batches = [every_family.inputs(model, 1)]
     with pytest.raises(ValueError, match=r"refit: \S+ and \S+ are in one decoder layer; expected one a layer"):
         moe_ext.prune(model, plan_without(model, (0, 5)), refit=batches)
+    model.forward = model.model.forward = None  # nothing runs
+    for loss in ("reconstruction", "fisher"):
+        with pytest.raises(ValueError, match=r"search: \S+ and \S+ are in one decoder layer; .* by statistics"):
+            moe_ext.search(model, batches, keep=6, loss=loss, progress=False)
