@@ -52,8 +52,11 @@ def goes_through_interface(experts: nn.Module) -> bool:
 
 def num_experts(experts: nn.Module) -> int:
     """E."""
+    if hasattr(experts, "num_experts"):
+        return int(experts.num_experts)  # type: ignore[arg-type]
     record = direct_experts(experts)
-    return int(getattr(experts, "num_experts" if record is None else record.count))
+    assert record is not None
+    return int(getattr(experts, record.count))
 
 
 def num_routed(experts: nn.Module) -> int:
