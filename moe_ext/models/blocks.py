@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_ext.models.boundary import MEANS, PLACES, boundaries, is_experts, num_experts, num_routed
+from moe_ext.models.boundary import MEANS, PLACES, boundaries, is_experts, num_experts, num_routed, placed_experts
 from moe_ext.models.counted import Counted, Dimension, counted_in, named_tensors, owners
 from moe_ext.models.direct_experts import direct_experts, passed_on
 from moe_ext.models.families import FAMILIES, Family
@@ -157,10 +157,7 @@ class MoeBlock:
 
 def experts_by_name(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The experts modules of a model's MoE layers, by their names."""
-    return {
-        f"{each.name}.{each.experts}" if each.name else each.experts: getattr(each.module, each.experts)
-        for each in boundaries(model)
-    }
+    return {f"{name}.{key}" if name else key: experts for name, _, key, experts in placed_experts(model)}
 
 
 def counted_of(model: PreTrainedModel) -> Counted:
@@ -276,7 +273,6 @@ def moe_blocks(model: PreTrainedModel) -> list[MoeBlock]:
     ]
     if not blocks:
         raise ValueError(why_unsupported(model))
-    _refuse_shared_weights(blocks)
     for block in blocks:
         record = direct_experts(block.experts)
         if record is not None and record.weighs_inputs and block.top_k > 1:
@@ -289,14 +285,16 @@ def moe_blocks(model: PreTrainedModel) -> list[MoeBlock]:
     return blocks
 
 
-def _refuse_shared_weights(blocks: Sequence[MoeBlock]) -> None:
-    """ValueError if two layers have the same experts: what is counted, kept or skipped in one holds for the other."""
+def refuse_shared_weights(blocks: Sequence[MoeBlock]) -> None:
+    """ValueError if two layers have the same experts: what is counted or removed in one holds for the other."""
     owner: dict[int, str] = {}
     for block in blocks:
         for tensor in block.experts.parameters():
             if owner.setdefault(id(tensor), block.name) != block.name:
                 raise ValueError(
-                    f"{owner[id(tensor)]} and {block.name} share their experts (tied weights), which is not supported"
+                    f"{owner[id(tensor)]} and {block.name} share their experts (tied weights): what is counted, "
+                    "skipped or removed in one would hold for the other, which runs on other tokens. "
+                    "moe_ext.patch(model) runs such a model on the operators; it is not calibrated, searched or pruned"
                 )
 
 

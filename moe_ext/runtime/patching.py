@@ -27,6 +27,8 @@ from moe_ext import ops
 from moe_ext.models.blocks import MoeBlock, evaluation_mode, layer_numbers, moe_blocks
 from moe_ext.models.boundary import eager_forward, goes_through_interface, num_experts, num_routed
 from moe_ext.models.config_section import (
+    SCALE_KEY,
+    THRESHOLDS_KEY,
     GateScale,
     check_thresholds,
     is_scale,
@@ -208,7 +210,7 @@ def _patch_blocks(
     setattr(model, STATE, state)
     state.thresholds, state.scale = thresholds, scale
     if not isinstance(skip, str) or renormalise != "config":
-        section = None if state.config_entry is None else dict(state.config_entry)
+        section = _section_before(model, state)
         if thresholds is not None:  # those of an earlier patch are replaced, not kept
             section = section_with(thresholds, section, layer_numbers(blocks))
         if skip is not None or renormalise != "config":
@@ -337,7 +339,18 @@ def patched(model: PreTrainedModel, blocks: list[MoeBlock], *, strict: bool = Tr
 
 
 def _restore_config_entry(model: PreTrainedModel, state: _ModelState) -> None:
-    set_section(model.config, None if state.config_entry is None else dict(state.config_entry))
+    set_section(model.config, _section_before(model, state))
+
+
+def _section_before(model: PreTrainedModel, state: _ModelState) -> dict[str, Any] | None:
+    """The config's section with what it said of skipping before the patch; of the rest, which a job on the patched
+    model may have written, what it says now."""
+    before, section = state.config_entry, dict(section_of(model.config) or {})
+    for key in (THRESHOLDS_KEY, SCALE_KEY):
+        section.pop(key, None)
+        if before is not None and key in before:
+            section[key] = before[key]
+    return section if section or before is not None else None
 
 
 def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
