@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_ext.models.packed_experts import is_transposed
+
 # Buffers that moe_ext.models.novices puts into experts modules.
 PLACES, MEANS = "moe_ext_places", "moe_ext_means"
 
@@ -52,7 +54,7 @@ def output_width(experts: nn.Module) -> int:
     """Numbers that an expert returns for a token: the hidden size, or that of the latent space in which some families'
     experts work."""
     down: Any = experts.down_proj
-    return int(down.shape[2 if getattr(experts, "is_transposed", False) else 1])
+    return int(down.shape[2 if is_transposed(experts) else 1])
 
 
 def eager_forward(experts: nn.Module) -> Any:

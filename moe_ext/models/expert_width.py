@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_ext.models.blocks import MoeBlock, expert_tensors, moe_blocks, text_config
+from moe_ext.models.packed_experts import float_shape, matrix_shape, packed_format, weight_names
 from moe_ext.models.uneven_layers import built
 
 # Config fields that may hold the experts' width, the more special first.
@@ -31,8 +32,7 @@ SHARED_FIELDS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_exper
 
 def width_of(block: MoeBlock) -> int:
     """I, the channels of a block's experts, whose weights need not be in memory."""
-    down: Any = block.experts.down_proj
-    return int(down.shape[1 if getattr(block.experts, "is_transposed", False) else 2])
+    return matrix_shape(block.experts, "down_proj")[1]
 
 
 def config_for_width(model: PreTrainedModel, blocks: list[MoeBlock], width: int) -> tuple[dict[str, Any], Any]:
@@ -84,12 +84,20 @@ def _shapes(model: PreTrainedModel, blocks: list[MoeBlock], before: int, width: 
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     names = {id(module): name for name, module in model.named_modules()}
     for block in blocks:
+        path = names[id(block.experts)]
         for name, tensor in expert_tensors(block).items():
+            held = tuple(tensor.shape)
+            if packed_format(block.experts) is not None and not name.endswith("_bias"):
+                del shapes[f"{path}.{name}"]  # of the model with float weights
+                if name not in weight_names(block.experts):
+                    continue
+                held = float_shape(block.experts, name)
             dim = channel_dimension(block, name)
             if dim is not None:
-                shape = list(tensor.shape)
+                shape = list(held)
                 shape[dim] = shape[dim] // before * width
-                shapes[f"{names[id(block.experts)]}.{name}"] = tuple(shape)
+                held = tuple(shape)
+            shapes[f"{path}.{name}"] = held
     return shapes
 
 

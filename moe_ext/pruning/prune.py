@@ -33,6 +33,7 @@ from moe_ext.models.config_section import section_of, section_with_novices, set_
 from moe_ext.models.counted import with_counts
 from moe_ext.models.families import FURTHER_LAYERS_FIELDS
 from moe_ext.models.novices import add_novices
+from moe_ext.models.packed_experts import refuse_packed
 from moe_ext.models.uneven_counts import check_uneven, counts_by_layer
 from moe_ext.models.wrapped import unwrapped_to_change
 from moe_ext.pruning.keep_experts import expert_parts, keep_slices, remap_choices
@@ -143,6 +144,8 @@ def prune(
         check_plan(model, blocks, plan)
         if plan.channels is not None:
             raise ValueError("novices: go with experts that keep all their channels; this plan thins them")
+        for block in blocks:
+            refuse_packed(f"novices: {block.name}", block.experts, "prune")
         if refit is not None:
             raise ValueError("refit: kept experts make up for removed ones already by novices; expected one of the two")
         _put_novices(model, blocks, plan, novices)
@@ -170,6 +173,8 @@ def prune_whole(
     thinning = None if plan.channels is None else Thinning.of(model, blocks, plan.channels, list(map(len, plan.keep)))
     fitted: dict[int, Tensor] = {}
     if refit is not None:
+        for block in blocks:
+            refuse_packed(f"refit: {block.name}", block.experts, "refit")
         with closing(refitted_layers(model, blocks, plan, list(refit), progress=progress)) as layers:
             fitted.update(layers)
     counts, fields = [len(keep) for keep in plan.keep], counted_of(model).fields
