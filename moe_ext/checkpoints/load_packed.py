@@ -188,7 +188,10 @@ class _Loading:
     def _read(self, key: str) -> tuple[WeightFormat, QuantisedMatrix]:
         weight = self.skeleton.quantised[key]
         tensors = {name: read_stored(self.stored[name]) for name in weight.pieces}
-        form, matrix = read_matrix(self.quantisation, weight, tensors)
+        try:
+            form, matrix = read_matrix(self.quantisation, weight, tensors)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from None
         if matrix.scales.is_floating_point() and not bool(matrix.scales.isfinite().all()):
             raise CheckpointError(f"{self.folder}: not all scales of {key} are finite")
         return form, matrix

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +33,7 @@ from moe_ext.models.packed_experts import (
     unpacked_matrix,
     weight_names,
 )
+from moe_ext.models.uneven_layers import built
 
 GPT_OSS = "gpt_oss"
 """The model type whose MXFP4 has names of its own."""
@@ -89,12 +91,12 @@ def no_layout(name: str, model: PreTrainedModel, form: WeightFormat) -> ValueErr
     kind = model.config.get_text_config(decoder=True).model_type
     return ValueError(
         f"{name}: {kind} checkpoints hold all experts of a layer in one tensor, for which compressed-tensors has no "
-        f"layout that others load. In memory such experts run as {form.type}: load the float model and call moe_ext.quantize"
+        f"layout that others load. In memory such experts run as {form.type}: call moe_ext.quantize on the float model"
         + (", or store them as mxfp4, gpt-oss' own form" if kind == GPT_OSS else "")
     )
 
 
-def linears(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> dict[str, Source]:
+def _linears(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> dict[str, Source]:
     """Of keys with their shapes, those of one expert's projection, with what each is for."""
     found = {}
     for key, source in sources_of(model, shapes).items():
@@ -103,13 +105,13 @@ def linears(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> dict[
     return found
 
 
-def _stand_ins(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The weights that are quantised, as float tensors without numbers."""
-    return {
-        f"{path}.{name}": torch.empty(float_shape(experts, name), device="meta")
-        for path, experts, _ in _packed_modules(model)
-        for name in weight_names(experts)
-    }
+def _with_floats(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model without numbers, its experts' weights float again: transformers' conversions look at them."""
+    with torch.device("meta"):
+        like: PreTrainedModel = built(model.config, partial(type(model)._from_config, model.config))
+    if hasattr(model, "_weight_conversions"):
+        like._weight_conversions = model._weight_conversions
+    return like
 
 
 def _check(model: PreTrainedModel) -> dict[str, Source]:
@@ -117,10 +119,15 @@ def _check(model: PreTrainedModel) -> dict[str, Source]:
     form = _form(model)
     if own_mxfp4(model, form):
         return {}
-    stand_ins = _stand_ins(model)
-    reverted = revert_weight_conversion(model, stand_ins)
+    like = _with_floats(model)
+    weights = {
+        f"{path}.{name}": torch.empty(float_shape(experts, name), device="meta")
+        for path, experts, _ in _packed_modules(model)
+        for name in weight_names(experts)
+    }
+    reverted = revert_weight_conversion(like, weights)
     shapes = {name: tuple(tensor.shape) for name, tensor in reverted.items()}
-    found = linears(model, shapes)
+    found = _linears(like, shapes)
     kind = model.config.get_text_config(decoder=True).model_type
     if found.keys() != shapes.keys():
         name = next(name for name in shapes if name not in found)
@@ -128,7 +135,7 @@ def _check(model: PreTrainedModel) -> dict[str, Source]:
     for name, (rows, columns) in shapes.items():
         check_storable(name, form, rows, columns)
     names = {key.removesuffix("weight") + "weight_scale": torch.empty(0, device="meta") for key in found}
-    if revert_weight_conversion(model, dict(names)).keys() != names.keys():
+    if revert_weight_conversion(like, dict(names)).keys() != names.keys():
         raise ValueError(
             f"{kind}: names of quantised experts would be changed twice where transformers saves them; quantise the "
             "folder of the float model instead, moe-ext quantize"
@@ -180,10 +187,10 @@ def float_columns(experts: nn.Module, name: str) -> int:
 
 
 def scale_dtype(matrix: QuantisedMatrix, model: torch.dtype) -> torch.dtype:
-    """The type in which scales are stored: the model's, as compressed-tensors does it, if it holds them; else their
-    own."""
-    exact = torch.equal(matrix.scales.to(model).float(), matrix.scales.float())
-    return model if exact and matrix.scales.is_floating_point() else matrix.scales.dtype
+    """The type in which scales are stored: their own; of float32 ones the model's, as compressed-tensors does it, if
+    that holds them."""
+    scales = matrix.scales
+    return model if scales.dtype == torch.float32 and torch.equal(scales.to(model).float(), scales) else scales.dtype
 
 
 def unquantised(shapes: dict[str, tuple[int, ...]]) -> list[str]:
