@@ -309,12 +309,12 @@ def experts_layer(experts: nn.Module, formula: Formula | None = None) -> Experts
 def _packed_options(experts: nn.Module) -> ops.LayerOptions:
     form = cast(WeightFormat, packed_format(experts))
     first, down = weight_names(experts)
-    options = ops.LayerOptions(
-        weight_type=form.type,
-        group_size=form.group_size,
-        gate_up_scales=cast(Tensor, getattr(experts, f"{first}_scales")),
-        down_scales=cast(Tensor, getattr(experts, f"{down}_scales")),
-    )
+    options: ops.LayerOptions = {
+        "weight_type": form.type,
+        "group_size": form.group_size,
+        "gate_up_scales": cast(Tensor, getattr(experts, f"{first}_scales")),
+        "down_scales": cast(Tensor, getattr(experts, f"{down}_scales")),
+    }
     if not form.symmetric:
         options["gate_up_zeros"] = cast(Tensor, getattr(experts, f"{first}_zeros"))
         options["down_zeros"] = cast(Tensor, getattr(experts, f"{down}_zeros"))

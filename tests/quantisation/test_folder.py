@@ -133,7 +133,7 @@ def test_what_cannot_be_stored_is_refused_before_anything_is_written(source: Pat
         assert not list(tmp_path.glob("*out*"))
         if name in ("fused", "gpt_oss", "narrow"):  # in memory they run; what cannot be stored is not
             model = moe_ext.quantize(moe_ext.from_pretrained(tmp_path / name), kind)
-            with pytest.raises(ValueError, match="in one tensor|does not divide"):
+            with pytest.raises(ValueError, match=r"in one tensor|does not divide"):
                 model.save_pretrained(tmp_path / "out")
             assert not (tmp_path / "out").exists()
 
