@@ -19,6 +19,9 @@ def quantize(
         typer.Option(help="Columns that share a scale: int4 32, 64 or 128 (default); fp8 0, a row, or 128, a block."),
     ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="int4 with zero points.")] = False,
+    search_scales: Annotated[
+        bool, typer.Option("--search-scales", help="Symmetric int4: the scales with the least error; takes longer.")
+    ] = False,
     shard_size: Annotated[float, typer.Option(min=1e-6, help="Gigabytes of weights a file.")] = 5.0,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -35,6 +38,7 @@ def quantize(
         save_to,
         group_size=group_size,
         symmetric=not asymmetric,
+        search_scales=search_scales,
         shard_size=int(shard_size * 1e9),
         progress=not as_json,
         trust_remote_code=trust_remote_code,

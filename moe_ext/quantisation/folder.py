@@ -34,7 +34,7 @@ from moe_ext.models.packed_experts import WeightFormat, weight_names
 from moe_ext.pruning.prune_folder import SHARD_SIZE, write_rest
 from moe_ext.pruning.shard_writer import Part, shards_of, write_shard
 from moe_ext.pruning.unfinished import PROGRESS, begin, check_space, fingerprint, locked
-from moe_ext.quantisation.rounding import rounded
+from moe_ext.quantisation.rounding import check_search, rounded
 from moe_ext.storage.files import flush_to_disk, folder_destination, put_in_place
 
 
@@ -54,6 +54,7 @@ def quantize_checkpoint(
     *,
     group_size: int | None = None,
     symmetric: bool = True,
+    search_scales: bool = False,
     shard_size: int = SHARD_SIZE,
     progress: bool = True,
     trust_remote_code: bool = False,
@@ -67,7 +68,7 @@ def quantize_checkpoint(
 
     Args:
         checkpoint: a folder with safetensors weights, not quantised.
-        weights, group_size, symmetric: as for :func:`moe_ext.quantize`.
+        weights, group_size, symmetric, search_scales: as for :func:`moe_ext.quantize`.
         out: must not exist yet, or be an empty folder.
         shard_size: bytes of weights a file.
         progress: whether to show a progress bar.
@@ -83,6 +84,7 @@ def quantize_checkpoint(
         OSError: a file is missing, or the disk is too small: found before anything is written.
     """
     form = WeightFormat.of(weights, group_size, symmetric)
+    check_search(form, search_scales)
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}; expected a number of bytes")
     target = folder_destination(out)
@@ -92,7 +94,7 @@ def quantize_checkpoint(
         raise ValueError(f"{checkpoint} holds {skeleton.format} weights already; quantise one with float weights")
     blocks = moe_blocks(skeleton.model)
     refuse_novices(blocks, "quantise")
-    parts, quantised = _parts(skeleton, stored, blocks, form)
+    parts, quantised = _parts(skeleton, stored, blocks, form, search_scales)
     ignored = unquantised({name: tensor.shape for name, tensor in stored.items() if name not in quantised})
     own = own_mxfp4(skeleton.model, form)
     content = read_content(checkpoint)
@@ -100,7 +102,7 @@ def quantize_checkpoint(
     shards = shards_of(parts, shard_size)
     work = target.with_name(f".{target.name}.partial")
     with locked(work, target):
-        asked = ("quantize", form.type, form.group_size, form.symmetric, shard_size)
+        asked = ("quantize", form.type, form.group_size, form.symmetric, search_scales, shard_size)
         finished = begin(work, fingerprint(checkpoint, stored, *asked), shards)
         check_space(work, sum(part.size for name, held in shards.items() if name not in finished for part in held))
         total, strange = sum(part.size for part in parts), list[str]()
@@ -121,7 +123,11 @@ def quantize_checkpoint(
 
 
 def _parts(
-    skeleton: Skeleton, stored: dict[str, StoredTensor], blocks: list[MoeBlock], form: WeightFormat
+    skeleton: Skeleton,
+    stored: dict[str, StoredTensor],
+    blocks: list[MoeBlock],
+    form: WeightFormat,
+    search_scales: bool,
 ) -> tuple[list[Part], set[str]]:
     """Every tensor of the new folder in the order of the old one, and the old ones that are quantised."""
     names = {id(tensor): name for name, tensor in skeleton.model.named_parameters()}
@@ -138,11 +144,13 @@ def _parts(
         if own_mxfp4(skeleton.model, form):
             parts += _blocks_of_all(skeleton, source, tensor, form)
         else:
-            parts += _of_one(skeleton, source, tensor, form)
+            parts += _of_one(skeleton, source, tensor, form, search_scales)
     return parts, quantised
 
 
-def _of_one(skeleton: Skeleton, source: Source, tensor: StoredTensor, form: WeightFormat) -> list[Part]:
+def _of_one(
+    skeleton: Skeleton, source: Source, tensor: StoredTensor, form: WeightFormat, search_scales: bool
+) -> list[Part]:
     """The parts of one expert's projection (R, C)."""
     name = tensor.name
     if source.expert is None or source.part is None or len(tensor.shape) != 2 or not name.endswith(".weight"):
@@ -152,7 +160,7 @@ def _of_one(skeleton: Skeleton, source: Source, tensor: StoredTensor, form: Weig
     module = name.removesuffix("weight")
 
     def made() -> Iterator[tuple[str, int, Tensor]]:
-        matrix = rounded(_read(tensor), form, tensor.dtype)
+        matrix = rounded(_read(tensor), form, tensor.dtype, search_scales)
         for key, part in stored_tensors_of(matrix, form, columns, tensor.dtype).items():
             yield module + key, 0, part
 

@@ -16,11 +16,16 @@ _LARGEST = 448.0  # of e4m3fn
 _MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between e2m1's magnitudes
 _TO_UPPER = (False, True, False, True, False, True, False)  # a tie goes to the number whose last bit is 0
 
+SEARCHED = tuple(number / 16 for number in (16, 17, 15, 14, 13, 12, 11, 10))
+"""Multiples of the plain scale that are tried."""
+
 _SMALLEST_SCALE = {torch.float16: 2.0**-20}  # below, float16 has few bits left
 _EXPONENT_BIAS = 127
 
 
-def rounded(weight: Tensor, form: WeightFormat, scale_dtype: torch.dtype) -> QuantisedMatrix:
+def rounded(
+    weight: Tensor, form: WeightFormat, scale_dtype: torch.dtype, search_scales: bool = False
+) -> QuantisedMatrix:
     """A weight in few bits.
 
     - int8: scale = largest magnitude of the row / 127.
@@ -33,6 +38,8 @@ def rounded(weight: Tensor, form: WeightFormat, scale_dtype: torch.dtype) -> Qua
         weight: (R, C) floating point, finite.
         scale_dtype: the type of which scales are numbers, but for mxfp4: bfloat16, float16 or float32. Those of int8
             and fp8 are returned as float32.
+        search_scales: of symmetric int4, takes the scale with the least sum of squared errors among SEARCHED of them,
+            smaller ones mostly: a few of the largest numbers are then cut off.
 
     Raises:
         ValueError: numbers that are not finite.
@@ -41,14 +48,24 @@ def rounded(weight: Tensor, form: WeightFormat, scale_dtype: torch.dtype) -> Qua
     step = max(1, _AT_ONCE // max(columns, 1))
     if form.blocks:
         step = -(-step // form.group_size) * form.group_size
-    parts = [_rounded_rows(weight[first : first + step].float(), form, scale_dtype) for first in range(0, rows, step)]
+    parts = [
+        _rounded_rows(weight[first : first + step].float(), form, scale_dtype, search_scales)
+        for first in range(0, rows, step)
+    ]
     zeros = None if form.symmetric else torch.cat([part.zeros for part in parts if part.zeros is not None])
     return QuantisedMatrix(
         torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]), zeros
     )
 
 
-def _rounded_rows(weight: Tensor, form: WeightFormat, scale_dtype: torch.dtype) -> QuantisedMatrix:
+def check_search(form: WeightFormat, search_scales: bool) -> None:
+    """ValueError if scales are to be searched for in a format where that is not done."""
+    if search_scales and (form.type != "int4" or not form.symmetric):
+        kind = form.type if form.symmetric else "int4 with zero points"
+        raise ValueError(f"search_scales is True; scales are searched for in symmetric int4, not in {kind}")
+
+
+def _rounded_rows(weight: Tensor, form: WeightFormat, scale_dtype: torch.dtype, search_scales: bool) -> QuantisedMatrix:
     low, high = torch.aminmax(weight)
     if not bool(low.isfinite() & high.isfinite()):
         raise ValueError("weights that are not finite cannot be quantised")
@@ -61,17 +78,19 @@ def _rounded_rows(weight: Tensor, form: WeightFormat, scale_dtype: torch.dtype) 
             scaled = weight / form.spread(scales, *weight.shape)
             return QuantisedMatrix(scaled.clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn), scales)
         case "int4":
-            return _int4(weight, form, scale_dtype)
+            return _int4(weight, form, scale_dtype, search_scales)
         case _:
             return _mxfp4(weight, form)
 
 
-def _int4(weight: Tensor, form: WeightFormat, scale_dtype: torch.dtype) -> QuantisedMatrix:
+def _int4(weight: Tensor, form: WeightFormat, scale_dtype: torch.dtype, search_scales: bool) -> QuantisedMatrix:
     columns = weight.shape[-1]
     groups = in_groups(weight, form.group_size)
     if form.symmetric:
         scales, zeros = _usable(groups.abs().amax(-1) / 7.5, scale_dtype), None
-        numbers = (groups / scales[..., None]).round_().clamp_(-8, 7) + 8
+        if search_scales:
+            scales = _searched(groups, scales, scale_dtype)
+        numbers = _signed(groups, scales) + 8
     else:
         low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
         scales = _usable((high - low) / 15, scale_dtype)
@@ -80,6 +99,21 @@ def _int4(weight: Tensor, form: WeightFormat, scale_dtype: torch.dtype) -> Quant
         zeros = offsets.to(torch.uint8)
     values = paired(numbers.to(torch.uint8).flatten(-2)[..., :columns])
     return QuantisedMatrix(values, scales.to(scale_dtype), zeros)
+
+
+def _signed(groups: Tensor, scales: Tensor) -> Tensor:
+    return (groups / scales[..., None]).round_().clamp_(-8, 7)
+
+
+def _searched(groups: Tensor, plain: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """Of multiples of plain scales, each group's with the least sum of squared errors; the first of equal ones."""
+    best, least = plain, torch.full_like(plain, torch.inf)
+    for factor in SEARCHED:
+        scales = _usable(plain * factor, scale_dtype)
+        errors = (_signed(groups, scales) * scales[..., None] - groups).square_().sum(-1)
+        better = errors < least
+        best, least = torch.where(better, scales, best), torch.where(better, errors, least)
+    return best
 
 
 def _mxfp4(weight: Tensor, form: WeightFormat) -> QuantisedMatrix:

@@ -1,5 +1,6 @@
 """Folders with quantised experts, whoever wrote them, are loaded packed: the numbers of their format's own library."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moe_ext.runtime.formulas import experts_layer
 from tests.support.batches import random_tokens
 from tests.support.checkpoints import declare_float8, plain_copy, quantise, rewritten, tensors_in
 from tests.support.families import build
-from tests.support.packed import SIZES, same_bits
+from tests.support.packed import SIZES, same_bits, same_state, with_floats
 from tests.support.paths import DEMO_MODEL
 from tests.support.quantised import FORMS, modules, write
 
@@ -99,11 +100,7 @@ def test_other_quantised_weights_become_what_they_stand_for(tmp_path: Path) -> N
     for name, tensor in model.state_dict().items():
         if not name.startswith(inside):
             assert same_bits(tensor, expected[name]), name
-    for block, plain in zip(moe_blocks(model), moe_blocks(stock), strict=True):
-        layer, weights = experts_layer(block.experts), plain.experts
-        for expert in range(block.num_experts):
-            assert torch.equal(layer.rows(expert).bfloat16(), weights.gate_up_proj[expert])
-            assert torch.equal(layer.outputs(expert).bfloat16(), weights.down_proj[expert])
+    assert same_state(with_floats(model, copy.deepcopy(stock)), stock)
 
 
 def test_the_loaded_model_computes_what_a_dequantised_one_does(tmp_path: Path) -> None:
@@ -112,12 +109,10 @@ def test_the_loaded_model_computes_what_a_dequantised_one_does(tmp_path: Path) -
     stock = transformers.MixtralForCausalLM(model.config).eval()
     state = {name: tensor for name, tensor in model.state_dict().items() if ".experts." not in name}
     stock.load_state_dict(state, strict=False)
-    for block, plain in zip(moe_blocks(model), moe_blocks(stock), strict=True):
-        layer = experts_layer(block.experts)
-        plain.experts.gate_up_proj.data.copy_(torch.stack([layer.rows(expert) for expert in range(4)]))
-        plain.experts.down_proj.data.copy_(torch.stack([layer.outputs(expert) for expert in range(4)]))
     with torch.no_grad():
-        got, expected = (each(random_tokens(2, 12)).logits for each in (moe_ext.patch(model), stock))
+        got, expected = (
+            each(random_tokens(2, 12)).logits for each in (moe_ext.patch(model), with_floats(model, stock))
+        )
     assert float((got - expected).abs().max()) <= 2e-4 * float(expected.abs().max())  # float32 sums in other orders
 
 

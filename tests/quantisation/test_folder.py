@@ -1,5 +1,6 @@
 """Folders are quantised from file to file into what others load, and are whole or absent."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import moe_ext
 from moe_ext.checkpoints.stored_tensors import CheckpointError
 from moe_ext.models.blocks import moe_blocks
 from moe_ext.models.packed_experts import WeightFormat
+from moe_ext.pruning import shard_writer
 from moe_ext.quantisation import folder as quantise_folder
 from moe_ext.runtime.formulas import experts_layer
 from tests.support.checkpoints import rewritten, tensors_in
 from tests.support.command_line import moe_json
 from tests.support.families import build, plan_for
-from tests.support.packed import FORMATS, SIZES, arguments, same_bits, same_state
+from tests.support.packed import FORMATS, SIZES, arguments, same_bits, same_state, with_floats
 from tests.support.quantised import modules
 
 
@@ -95,7 +97,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished_and_goes_on(
 ) -> None:
     options: dict[str, Any] = {"shard_size": 60_000, "progress": False}
     moe_ext.quantize_checkpoint(source, "int4", tmp_path / "whole", **options)
-    write, left = quantise_folder.write_shard, [2]
+    write, left = shard_writer.write_shard, [2]
     written = []
 
     def interrupted(path: Path, *arguments: Any) -> list[str]:
@@ -157,11 +159,7 @@ def test_gpt_oss_is_stored_as_transformers_reads_it(tmp_path: Path) -> None:
         tmp_path / "out", quantization_config=transformers.Mxfp4Config(dequantize=True), dtype="auto"
     )
     model = moe_ext.from_pretrained(tmp_path / "out")
-    for block, plain in zip(moe_blocks(model), moe_blocks(stock), strict=True):
-        layer, weights = experts_layer(block.experts), plain.experts
-        for expert in range(block.num_experts):
-            assert torch.equal(layer.rows(expert).bfloat16(), weights.gate_up_proj[expert].T)
-            assert torch.equal(layer.outputs(expert).bfloat16(), weights.down_proj[expert].T)
+    assert same_state(with_floats(model, copy.deepcopy(stock)), stock)
     model.save_pretrained(tmp_path / "saved")
     got, expected = tensors_in(tmp_path / "saved"), tensors_in(tmp_path / "out")
     assert got.keys() == expected.keys()

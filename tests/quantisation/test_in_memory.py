@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 import moe_ext
-from moe_ext.models.blocks import moe_blocks
+from moe_ext.models.blocks import expert_tensors, moe_blocks
 from moe_ext.models.packed_experts import WeightFormat, packed_format
 from tests.support.batches import padded_batches, random_tokens
 from tests.support.families import FIELDS, build, keep_of, plan_for
@@ -131,7 +131,7 @@ def test_only_routed_experts_change() -> None:
 
 def test_what_is_not_possible_is_refused_and_changes_nothing() -> None:
     model = build("mixtral", **SIZES)
-    moe_blocks(model)[1].experts.down_proj.data[2, 3, 4] = torch.nan
+    expert_tensors(moe_blocks(model)[1])["down_proj"].data[2, 3, 4] = torch.nan
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp: down_proj holds numbers that are not finite"):
         moe_ext.quantize(model, "int8")
     assert packed_format(moe_blocks(model)[0].experts) is None
@@ -155,7 +155,7 @@ def test_what_is_not_possible_is_refused_and_changes_nothing() -> None:
 
 
 def test_generation_runs_compiled_and_without_gradients() -> None:
-    model = quantised("mixtral", FORMATS["int4, groups of 32"]).eval()
+    model = quantised("mixtral", FORMATS["int4, groups of 32"], num_hidden_layers=1).eval()
     tokens = random_tokens(1, 6)
     eager = model.generate(tokens, max_new_tokens=4, do_sample=False)
     with torch.no_grad():

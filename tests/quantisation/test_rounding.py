@@ -84,6 +84,25 @@ def test_compressed_tensors_rounds_to_the_same_numbers_with_these_scales(name: s
     assert float((got != expected).float().mean()) < 1e-3
 
 
+@pytest.mark.parametrize("size", [32, 128])
+def test_scales_that_are_searched_for_have_the_least_squared_error_of_those_tried(size: int) -> None:
+    form, values = WeightFormat("int4", size), weight()[:, :128]
+    plain, searched = (rounded(values, form, torch.float32, search) for search in (False, True))
+
+    def errors(scales: torch.Tensor) -> torch.Tensor:
+        """Brute force: every number to the nearest of the sixteen under its scale."""
+        at = form.spread(scales.double(), ROWS, 128)[..., None] * numbers_of(form)
+        return (at - values.double()[..., None]).abs().amin(-1).square().unflatten(1, (-1, size)).sum(-1)
+
+    tried = torch.stack([errors(plain.scales * factor) for factor in rounding.SEARCHED])
+    torch.testing.assert_close(errors(searched.scales), tried.amin(0), rtol=1e-5, atol=1e-12)
+    assert bool((errors(searched.scales) < errors(plain.scales)).any())
+    with pytest.raises(
+        ValueError, match="search_scales is True; scales are searched for in symmetric int4, not in fp8"
+    ):
+        rounding.check_search(FORMATS["fp8, rows"], search_scales=True)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_rounding_does_not_depend_on_how_many_rows_are_done_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.cat([weight(seed) for seed in range(7)])
