@@ -31,6 +31,7 @@ from moe_ext.quantisation.folder import QuantisedCheckpoint, quantize_checkpoint
 from moe_ext.quantisation.in_memory import quantize
 from moe_ext.reconstruction.result import LayerLosses, SearchResult
 from moe_ext.reconstruction.search import search
+from moe_ext.runtime.compiled_decoding import compile_decoding
 from moe_ext.runtime.patching import patch, unpatch
 from moe_ext.runtime.skipping import count_skips
 from moe_ext.version import __version__
@@ -53,6 +54,7 @@ __all__ = [
     "__version__",
     "aimer",
     "calibrate",
+    "compile_decoding",
     "compress",
     "count_skips",
     "data",

@@ -21,6 +21,7 @@ from moe_ext.checkpoints.stored_matrices import read_matrix
 from moe_ext.checkpoints.stored_tensors import CheckpointError, StoredTensor
 from moe_ext.checkpoints.weight_loader import WeightLoader, read_stored
 from moe_ext.models.blocks import LOADED_LATER, MoeBlock, decoder_layers, moe_blocks
+from moe_ext.models.boundary import goes_through_interface
 from moe_ext.models.packed_experts import (
     IMPLEMENTATION,
     Packer,
@@ -64,7 +65,7 @@ def load_packed(folder: Path, stored: dict[str, StoredTensor], options: Mapping[
     quantised = {
         name for name in skeleton.quantised if skeleton.sources[name].target in experts
     }  # keys of experts' weights
-    if not quantised:
+    if not quantised or not all(goes_through_interface(block.experts) for block in blocks):
         return None
     if unknown := sorted(name for name, value in options.items() if name not in _OPTIONS and value is not None):
         raise ValueError(

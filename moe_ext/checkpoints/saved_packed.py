@@ -24,6 +24,7 @@ from moe_ext.checkpoints.packed_form import (
     mxfp4_config,
     stored_tensors_of,
 )
+from moe_ext.models.own_counts import built
 from moe_ext.models.packed_experts import (
     QuantisedMatrix,
     WeightFormat,
@@ -33,7 +34,6 @@ from moe_ext.models.packed_experts import (
     unpacked_matrix,
     weight_names,
 )
-from moe_ext.models.uneven_layers import built
 
 GPT_OSS = "gpt_oss"
 """The model type whose MXFP4 has names of its own."""

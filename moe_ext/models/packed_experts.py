@@ -168,11 +168,6 @@ def packed_format(experts: nn.Module) -> WeightFormat | None:
     return found
 
 
-def is_transposed(experts: nn.Module) -> bool:
-    """Whether an experts module holds its weights as (E, C, R)."""
-    return bool(getattr(experts, "is_transposed", False)) and packed_format(experts) is None
-
-
 def weight_names(experts: nn.Module) -> tuple[str, str]:
     """The names of an experts module's two weights."""
     return ("gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"), "down_proj"
@@ -187,20 +182,16 @@ def tensor_names(experts: nn.Module) -> set[str]:
     return names | biases | {name + end for name in names for end in beside}
 
 
-def matrix_shape(experts: nn.Module, name: str) -> tuple[int, int]:
-    """Rows and columns of each expert's part of a weight, whatever holds it."""
-    first, down = (getattr(experts, each) for each in weight_names(experts))
-    if packed_format(experts) is not None:
-        rows, hidden = first.shape[1], down.shape[1]
-        width = rows // 2 if getattr(experts, "has_gate", True) else rows
-        return (hidden, width) if name == "down_proj" else (rows, hidden)
-    _, rows, columns = getattr(experts, name).shape
-    return (columns, rows) if is_transposed(experts) else (rows, columns)
+def packed_shape(experts: nn.Module, name: str) -> tuple[int, int]:
+    """Rows and columns of each expert's part of a packed weight."""
+    rows, hidden = (getattr(experts, each).shape[1] for each in weight_names(experts))
+    width = rows // 2 if getattr(experts, "has_gate", True) else rows
+    return (hidden, width) if name == "down_proj" else (rows, hidden)
 
 
 def float_shape(experts: nn.Module, name: str) -> tuple[int, int, int]:
     """The shape of a weight as the family's own float parameter."""
-    rows, columns = matrix_shape(experts, name)
+    rows, columns = packed_shape(experts, name)
     count = getattr(experts, name).shape[0]
     return (count, columns, rows) if getattr(experts, "is_transposed", False) else (count, rows, columns)
 
@@ -263,7 +254,7 @@ def _apply_keeping_scales(experts: nn.Module, fn: Callable[[Tensor], Tensor], *a
         device, old = getattr(experts, name).device, before[name]
         experts._buffers[f"{name}_scales"] = before[f"{name}_scales"].to(device)
         if device.type != old.device.type:
-            values = ops.unpack_weights(old, form.type, matrix_shape(experts, name)[1])
+            values = ops.unpack_weights(old, form.type, packed_shape(experts, name)[1])
             experts._buffers[name] = ops.pack_weights(values.to(device), form.type)
     return experts
 
@@ -272,7 +263,7 @@ def unpacked_matrix(experts: nn.Module, name: str, expert: int) -> QuantisedMatr
     """One expert's weight, unpacked."""
     form = packed_format(experts)
     assert form is not None
-    _, columns = matrix_shape(experts, name)
+    _, columns = packed_shape(experts, name)
     packed, scales = getattr(experts, name), getattr(experts, f"{name}_scales")
     values = ops.unpack_weights(packed[expert : expert + 1], form.type, columns)[0]
     zeros = None if form.symmetric else getattr(experts, f"{name}_zeros")[expert]

@@ -17,12 +17,12 @@ from moe_ext.models.blocks import (
     refuse_offloaded,
     refuse_shared_out,
 )
+from moe_ext.models.boundary import goes_through_interface, is_transposed
 from moe_ext.models.packed_experts import (
     IMPLEMENTATION,
     Packer,
     WeightFormat,
     hold_packed,
-    is_transposed,
     refuse_packed,
     weight_names,
 )
@@ -84,6 +84,11 @@ def _check(blocks: list[MoeBlock], form: WeightFormat) -> None:
     refuse_shared_out(blocks, "quantise")
     for block in blocks:
         refuse_packed(block.name, block.experts, "quantise")
+        if not goes_through_interface(block.experts):
+            raise ValueError(
+                f"{block.name}: {type(block.experts).__name__} are called past transformers' experts interface, and "
+                "run on float weights only"
+            )
         check_tensors(block)
         if (reason := reason_unsupported(block)) is not None:
             raise ValueError(reason)

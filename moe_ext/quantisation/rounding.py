@@ -16,8 +16,8 @@ _LARGEST = 448.0  # of e4m3fn
 _MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between e2m1's magnitudes
 _TO_UPPER = (False, True, False, True, False, True, False)  # a tie goes to the number whose last bit is 0
 
-SEARCHED = tuple(number / 16 for number in (16, 17, 15, 14, 13, 12, 11, 10))
-"""Multiples of the plain scale that are tried."""
+SEARCHED = tuple(sign * number / 16 for number in (16, 17, 15, 14, 13, 12, 11, 10) for sign in (1, -1))
+"""Multiples of the plain scale that are tried: a negative one turns -8 to 7 into -7 to 8."""
 
 _SMALLEST_SCALE = {torch.float16: 2.0**-20}  # below, float16 has few bits left
 _EXPONENT_BIAS = 127
@@ -109,7 +109,7 @@ def _searched(groups: Tensor, plain: Tensor, scale_dtype: torch.dtype) -> Tensor
     """Of multiples of plain scales, each group's with the least sum of squared errors; the first of equal ones."""
     best, least = plain, torch.full_like(plain, torch.inf)
     for factor in SEARCHED:
-        scales = _usable(plain * factor, scale_dtype)
+        scales = _usable(plain * abs(factor), scale_dtype) * (1 if factor > 0 else -1)
         errors = (_signed(groups, scales) * scales[..., None] - groups).square_().sum(-1)
         better = errors < least
         best, least = torch.where(better, scales, best), torch.where(better, errors, least)
