@@ -4,7 +4,7 @@ the weights and makes them bfloat16, and its kernel for float experts runs them.
 
 from typing import Any
 
-from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+from vllm.model_executor.layers.fused_moe.experts import cpu_moe, int4_emulation_moe
 from vllm.model_executor.layers.fused_moe.oracle import int_wna16
 
 
@@ -33,7 +33,7 @@ class EmulatedExperts(cpu_moe.CPUUnquantizedExperts):
 def install() -> None:
     """Puts it in the place of vLLM's choice of kernels."""
     emulation = int_wna16.WNA16MoEBackend.EMULATION
-    made_float, classes = int_wna16._process_weights_emulation_gptq, int_wna16.backend_to_kernel_cls
+    made_float = int_wna16._process_weights_emulation_gptq
 
     def packed(*arguments: Any) -> Any:
         first, second, *rest = made_float(*arguments)
@@ -42,4 +42,4 @@ def install() -> None:
 
     int_wna16._process_weights_emulation_gptq = packed
     int_wna16._get_priority_backends = lambda: [emulation]
-    int_wna16.backend_to_kernel_cls = lambda backend: [EmulatedExperts] if backend == emulation else classes(backend)
+    int4_emulation_moe.Int4EmulationTritonExperts = EmulatedExperts
