@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_ext.models.direct_experts import direct_experts
+from moe_ext.models.packed_experts import packed_format
 
 # Buffers that moe_ext.models.novices puts into experts modules.
 PLACES, MEANS = "moe_ext_places", "moe_ext_means"
@@ -71,7 +72,9 @@ def num_routed(experts: nn.Module) -> int:
 
 
 def is_transposed(experts: nn.Module) -> bool:
-    """Whether an experts module's weights lie as (E, in, out)."""
+    """Whether an experts module's weights lie as (E, in, out); quantised ones never do."""
+    if packed_format(experts) is not None:
+        return False
     record = direct_experts(experts)
     return bool(getattr(experts, "is_transposed", False)) if record is None else record.is_transposed
 
