@@ -20,13 +20,13 @@ from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import (
     MoeBlock,
     decoder_layers,
+    has_several_in_a_layer,
     layer_numbers,
     model_type_of,
     moe_blocks,
     refuse_novices,
     refuse_offloaded,
     refuse_other_sums,
-    refuse_several_in_a_layer,
     refuse_shared_out,
 )
 from moe_ext.models.layout import Layout, layout_of
@@ -199,6 +199,8 @@ def _search(
         if on_disk is not None:
             on_disk.load_head()
     listed, counted, tokens = _listed(batches, model)
+    if has_several_in_a_layer(decoder_layers(model, blocks)[2]):
+        counted = _without_padding(counted)
     asked = {**request.as_json(layout, counts, thresholds, tokens), **outliers.as_json()}
     if not strict:
         asked["strict"] = False
@@ -275,6 +277,21 @@ def _listed(
     return listed, counted, tokens
 
 
+def _without_padding(counted: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Of batches for layers with several MoE blocks, each of which is given some of the tokens: all of them count.
+
+    Raises:
+        ValueError: some are padding, and which of those that a block is given is not known.
+    """
+    for index, mask in enumerate(counted):
+        if mask is not None and not bool(mask.all()):
+            raise ValueError(
+                f"batch {index} has padding, and this model's layers have several MoE blocks, each given some of its "
+                "tokens: which of them are padding is not known. Give this model batches without padding"
+            )
+    return [None] * len(counted)
+
+
 def _chosen(
     losses: tuple[LayerLosses, ...],
     layout: Layout,
@@ -318,7 +335,6 @@ def _check_model(model: PreTrainedModel, blocks: list[MoeBlock]) -> None:
     refuse_shared_out(blocks, "search")
     refuse_novices(blocks, "search")
     refuse_other_sums(blocks, "search")
-    refuse_several_in_a_layer(blocks, decoder_layers(model, blocks)[2], "search")
     if len({(block.num_experts, block.top_k) for block in blocks}) > 1:
         raise ValueError("the model's layers have different numbers of experts; search takes the same in every layer")
 

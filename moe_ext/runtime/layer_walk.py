@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_ext.models.blocks import MoeBlock, decoder_layers
+from moe_ext.models.blocks import MoeBlock, decoder_layers, has_several_in_a_layer
 from moe_ext.runtime.base_forward import replaced_forwards
 from moe_ext.runtime.course import Course, course_of
 from moe_ext.runtime.hidden_states import MEMORY, HiddenStates, ParkedStates, states_of
@@ -140,10 +140,14 @@ class LayerInputs:
                 self.stay(enter)
             finally:
                 handle.remove()
-        if routed != len(self._batches):
-            raise RuntimeError(
-                f"{self._blocks[block].name}: the experts ran {routed} times in {len(self._batches)} batches"
+        name, batches = self._blocks[block].name, len(self._batches)
+        if routed < batches and has_several_in_a_layer(self._layer_of_block):
+            raise ValueError(
+                f"{name}: no token of {batches - routed} of {batches} batches came to it: its experts are for other "
+                "inputs than these hold, such as images; give batches with them"
             )
+        if routed != batches:
+            raise RuntimeError(f"{name}: the experts ran {routed} times in {batches} batches")
 
     def _run(
         self, before: Callable[[int], None] | None, after: After | None, *, stay: bool, batches: int | None

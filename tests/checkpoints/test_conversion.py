@@ -92,7 +92,9 @@ def test_two_moe_blocks_in_a_layer_are_refused_where_one_is_expected() -> None:
     batches = [every_family.inputs(model, 1)]
     with pytest.raises(ValueError, match=r"refit: \S+ and \S+ are in one decoder layer; expected one a layer"):
         moe_ext.prune(model, plan_without(model, (0, 5)), refit=batches)
-    model.forward = model.model.forward = None  # nothing runs
-    for loss in ("reconstruction", "fisher"):
-        with pytest.raises(ValueError, match=r"search: \S+ and \S+ are in one decoder layer; .* by statistics"):
-            moe_ext.search(model, batches, keep=6, loss=loss, progress=False)
+    with pytest.raises(ValueError, match=r"fisher': \S+ and \S+ are in one decoder layer; .* by statistics"):
+        moe_ext.search(model, batches, keep=6, loss="fisher", progress=False)
+    with pytest.raises(ValueError, match=r"vision_moe: no token of 1 of 1 batches came to it: .* such as images"):
+        moe_ext.search(model, batches, keep=6, progress=False)
+    with pytest.raises(ValueError, match=r"batch 0 has padding, .* Give this model batches without padding"):
+        moe_ext.search(model, [every_family.inputs(model, 1, padding=3)], keep=6, progress=False)
