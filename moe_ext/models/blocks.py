@@ -448,11 +448,6 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def has_several_in_a_layer(of_block: Sequence[int]) -> bool:
-    """Whether a decoder layer has several MoE blocks; ``of_block`` from :func:`decoder_layers`."""
-    return len(set(of_block)) < len(of_block)
-
-
 def refuse_several_in_a_layer(blocks: Sequence[MoeBlock], of_block: Sequence[int], job: str) -> None:
     """ValueError if a decoder layer has several MoE blocks, such as one for text and one for images: each is given some
     of a batch's tokens, and which of them are padding is not known.

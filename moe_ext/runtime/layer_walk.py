@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_ext.models.blocks import MoeBlock, decoder_layers, has_several_in_a_layer
+from moe_ext.models.blocks import MoeBlock, decoder_layers
 from moe_ext.runtime.base_forward import replaced_forwards
 from moe_ext.runtime.course import Course, course_of
 from moe_ext.runtime.hidden_states import MEMORY, HiddenStates, ParkedStates, states_of
@@ -112,6 +112,9 @@ class LayerInputs:
 
         Args:
             block: index of the layer; not before that of an earlier call.
+
+        Raises:
+            ValueError: a batch has no token for these experts.
         """
         while self._course.calls[self._position] != self._layer_of_block[block]:
             self.advance()
@@ -140,14 +143,11 @@ class LayerInputs:
                 self.stay(enter)
             finally:
                 handle.remove()
-        name, batches = self._blocks[block].name, len(self._batches)
-        if routed < batches and has_several_in_a_layer(self._layer_of_block):
+        if routed != len(self._batches):
             raise ValueError(
-                f"{name}: no token of {batches - routed} of {batches} batches came to it: its experts are for other "
-                "inputs than these hold, such as images; give batches with them"
+                f"{self._blocks[block].name}: the experts ran {routed} times in {len(self._batches)} batches; expected "
+                "tokens for them in every batch, such as images where they are for these"
             )
-        if routed != batches:
-            raise RuntimeError(f"{name}: the experts ran {routed} times in {batches} batches")
 
     def _run(
         self, before: Callable[[int], None] | None, after: After | None, *, stay: bool, batches: int | None

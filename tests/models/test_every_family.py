@@ -169,25 +169,16 @@ def test_patched_it_says_the_same_and_unpatched_it_is_what_it_was(family: TinyFa
         # The stock path rounds after every step of every layer: some 8 roundings a layer, up to 12 layers with loops.
         bound = 96 * 2.0**-22 * float(expected.abs().max())
         torch.testing.assert_close(logits_of(model, inputs), expected, rtol=0, atol=bound)
-        if model.can_generate():
+        if model.can_generate() and every_family.CANVAS not in inputs:  # denoising hangs on the last bits
             _generates_what_stock_does(family.whole, model)
         moe_ext.unpatch(model)
         assert torch.equal(logits_of(model, inputs), expected)
 
 
 def _generates_what_stock_does(stock: PreTrainedModel, model: PreTrainedModel) -> None:
-    expected = _said(stock)
-    if not torch.equal(_said(model), expected):  # it may hang on the last bits, as denoising does, in stock itself
-        eager = copy.deepcopy(stock)
-        eager.set_experts_implementation("eager")
-        assert not torch.equal(_said(eager), expected)
-
-
-def _said(model: PreTrainedModel) -> Tensor:
-    torch.manual_seed(0)  # some begin with noise
-    said = model.generate(**every_family.inputs(model, 2, shape=(1, 6)), max_new_tokens=3, do_sample=False)
-    tokens: Tensor = getattr(said, "sequences", said)
-    return tokens
+    tokens = every_family.inputs(model, 2, shape=(1, 6))
+    said = [one.generate(**tokens, max_new_tokens=3, do_sample=False) for one in (stock, model)]
+    assert torch.equal(*(getattr(each, "sequences", each) for each in said))
 
 
 def test_its_router_is_one_operator_or_its_own_code(

@@ -324,7 +324,8 @@ def inputs(model: PreTrainedModel, seed: int, shape: tuple[int, int] = (2, 12), 
 
 
 _KINDS = "moe_mm_token_type_ids"  # what says that tokens are of images, in families with experts for these
-_CANVAS = "decoder_input_ids"  # what a family that generates by denoising would draw at random
+CANVAS = "decoder_input_ids"
+"""What a family that generates by denoising is given beside text, and would draw at random."""
 
 
 def given(model: PreTrainedModel, *, padding: int = 3) -> dict[str, Tensor]:
@@ -344,8 +345,8 @@ def batches_of(model: PreTrainedModel) -> list[dict[str, Tensor]]:
 
 def _completed(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     taken = inspect.signature(model.forward).parameters
-    if _CANVAS in taken:
-        batch[_CANVAS] = batch["input_ids"].flip(1)
+    if CANVAS in taken:
+        batch[CANVAS] = batch["input_ids"].flip(1)
     if _KINDS in taken:
         batch[_KINDS] = (batch["input_ids"] % 3 == 0).int()
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
