@@ -204,7 +204,7 @@ def test_its_routers_are_told_by_numbers() -> None:
     shown = {name: shown_router(moe_blocks(direct_families.build(name))[0]) for name in NAMES}
     assert shown["llama4"] == "the route operator: sigmoid scores"
     assert shown["step3p7"] == "the route operator: sigmoid scores, a correction bias, renormalised"
-    assert shown["longcat_flash"].startswith("its own code")
+    assert shown["longcat_flash"] == "the route operator: softmax scores, a correction bias, scaled by 6"
 
 
 def test_of_a_model_with_images_the_part_for_text_is_calibrated_and_pruned(tmp_path: Path) -> None:
