@@ -1,5 +1,6 @@
 """Families whose stacked experts are called past transformers' experts interface."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,15 @@ def test_what_does_not_go_with_such_experts_is_refused_with_the_reason(name: str
         with pytest.raises(ValueError, match=r"channels: .* rows for choices that return a token as it is"):
             moe_ext.prune(model, thin)
     assert all(block.num_experts == 8 for block in moe_blocks(model))
+
+
+def test_patched_it_is_traced_whole_and_goes_through_pickle() -> None:
+    model = moe_ext.patch(direct_families.build("longcat_flash"))
+    expected = logits_of(model)
+    assert torch.equal(logits_of(pickle.loads(pickle.dumps(model))), expected)
+    with torch.no_grad():
+        traced = torch.compile(model, backend="eager", fullgraph=True)(**given()).logits
+    assert torch.equal(traced, expected)
 
 
 def test_its_routers_are_told_by_numbers() -> None:
