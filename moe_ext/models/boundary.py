@@ -56,9 +56,14 @@ def num_experts(experts: nn.Module) -> int:
 
 
 def num_routed(experts: nn.Module) -> int:
-    """Experts that a router chooses from: with means in the place of some, more than there are."""
+    """Experts that a router chooses from: with means in the place of some, or some in other processes, more than there
+    are. Not to be asked within the experts' forward."""
     places = experts._buffers.get(PLACES)
-    return num_experts(experts) if places is None else len(places)
+    if places is not None:
+        return len(places)
+    if getattr(experts, "_is_expert_parallel", False):  # between forwards the weight has the whole model's shape
+        return int(cast(Tensor, experts.down_proj).shape[0])
+    return num_experts(experts)
 
 
 def is_transposed(experts: nn.Module) -> bool:

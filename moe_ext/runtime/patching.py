@@ -17,7 +17,9 @@ from functools import partial
 from types import MethodType
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -39,6 +41,7 @@ from moe_ext.models.config_section import (
 )
 from moe_ext.models.direct_experts import block_forward, passed_on, router_class
 from moe_ext.models.router_formula import KnownRouter, RouterFormula, known_router
+from moe_ext.models.shared_out import check_shared_out, exchanges_tokens, has_some_experts, own_parts
 from moe_ext.models.wrapped import unwrapped
 from moe_ext.runtime.formulas import FORMULA, experts_layer, find_formula
 from moe_ext.runtime.skipping import share_of_largest, skip_weak
@@ -76,6 +79,7 @@ class LayerState:
         top_k: K.
         experts: the experts module.
         observer: called in the place of the ``experts`` operator during calibration.
+        exchange: the hook before experts that other processes have, too.
     """
 
     fallback: str
@@ -86,6 +90,7 @@ class LayerState:
     top_k: int
     experts: nn.Module
     observer: Any = None
+    exchange: RemovableHandle | None = None
 
 
 def is_patched(model: PreTrainedModel) -> bool:
@@ -165,9 +170,13 @@ def _patch_blocks(
     strict: bool,
     renormalise: GateScale | Literal["config"] = "config",
 ) -> PreTrainedModel:
+    check_shared_out(model, [(block.name, block.experts) for block in blocks])
+    unsupported: dict[str, str] = {}
     for block in blocks:
-        check_tensors(block)
-    unsupported = {block.name: reason for block in blocks if (reason := reason_unsupported(block)) is not None}
+        with own_parts(block.experts):
+            check_tensors(block)
+            if (reason := reason_unsupported(block)) is not None:
+                unsupported[block.name] = reason
     if unsupported and strict:
         raise ValueError(
             f"{next(iter(unsupported.values()))}. With strict=False such layers stay on transformers' implementation"
@@ -227,6 +236,8 @@ def _patch_blocks(
         for module, forward in _replaced(block):
             # Below accelerate's hooks where there are any: they bring the weights.
             setattr(module, "_old_forward" if hasattr(module, "_hf_hook") else "forward", forward)
+        if has_some_experts(block.experts):
+            own.exchange = block.experts.register_forward_pre_hook(partial(_for_exchange, model))
     if unsupported:
         first, *others = unsupported.values()
         more = f" (and {len(others)} more such layers)" if others else ""
@@ -301,6 +312,8 @@ def _unpatch_blocks(model: PreTrainedModel, blocks: list[MoeBlock]) -> PreTraine
                 module._old_forward = MethodType(type(module).forward, module)  # type: ignore[assignment]
             else:
                 del module.forward
+        if (exchange := layer_state(block).exchange) is not None:
+            exchange.remove()
         delattr(block.router, STATE)
         delattr(block.experts, STATE)
         vars(block.experts).pop(FORMULA, None)
@@ -367,6 +380,17 @@ def _direct_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     kept = top_k_weights.masked_fill(beyond, 0.0)
     out = _experts_forward(self, hidden_states, top_k_index.clamp(max=count), kept)
     return out + (hidden_states * (top_k_weights - kept).sum(-1, keepdim=True)).to(out.dtype)
+
+
+def _for_exchange(model: PreTrainedModel, experts: nn.Module, args: Any) -> Any:
+    """Before experts that slots are sent to: they count experts without a place for the skipped. Such a slot goes to
+    the token's strongest expert instead; its weight is 0."""
+    x, top_k_index, top_k_weights = args
+    training = torch.is_grad_enabled() and x.requires_grad
+    if not exchanges_tokens(model, training):
+        return None
+    strongest = top_k_index.gather(-1, top_k_weights.detach().abs().argmax(-1, keepdim=True))
+    return x, torch.where(top_k_index == num_routed(experts), strongest, top_k_index), top_k_weights
 
 
 def _stock_forward(
