@@ -212,8 +212,8 @@ def make_checkpoint(folder: Path, layout: str) -> None:
 
 
 def make_gguf(folder: Path) -> None:
-    """The same shapes as llama.cpp's "llama" with experts, in Q8_0, beside the config; of one layer's numbers all layers
-    are, and of one expert's all experts."""
+    """The same shapes as llama.cpp's "llama" with experts, in Q8_0, beside the config; all layers are of one layer's
+    numbers, and all experts of one expert's."""
     import gguf
     import numpy
     from gguf.quants import quantize
