@@ -16,6 +16,35 @@ enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
+// How the weights of a layer are stored. kPlain: as numbers of x's dtype. Otherwise packed, in bytes whose order is
+// that of their device's kernels, and a weight is value * scale; kInt4: (value - zero) * scale, without zeros (value -
+// 8) * scale; kFloat8 is e4m3fn, kMxfp4 e2m1.
+enum class WeightType : int32_t { kPlain, kInt8, kInt4, kFloat8, kMxfp4 };
+enum class ScaleType : int32_t { kFloat32, kBFloat16, kFloat16, kE8M0 };  // kE8M0: a byte s, 2^(s - 127); 255: NaN
+
+// Of a weight matrix with R rows (outputs) and C columns (the reduction), scales are (R), one a row; with groups
+// (R, ceil(C / group_size)), and zeros as many; with row blocks (ceil(R / kRowBlock), ceil(C / group_size)).
+struct WeightFormat {
+  WeightType type = WeightType::kPlain;
+  int64_t group_size = 0;   // columns that share a scale, a multiple of 32; 0: all of a row
+  bool row_blocks = false;  // a scale is of kRowBlock rows, too
+  ScaleType scales = ScaleType::kFloat32;
+
+  static constexpr int64_t kRowBlock = 128;
+
+  constexpr bool quantised() const { return type != WeightType::kPlain; }
+  constexpr int64_t groups(int64_t columns) const {
+    return group_size == 0 ? 1 : (columns + group_size - 1) / group_size;
+  }
+  // Elements of the scales of an expert.
+  constexpr int64_t scale_count(int64_t rows, int64_t columns) const {
+    return (row_blocks ? (rows + kRowBlock - 1) / kRowBlock : rows) * groups(columns);
+  }
+  constexpr int64_t scale_bytes() const {
+    return scales == ScaleType::kFloat32 ? 4 : scales == ScaleType::kE8M0 ? 1 : 2;
+  }
+};
+
 enum class Activation : int32_t { kSilu, kGeluErf, kGeluTanh, kRelu2 };
 
 // What an expert computes between its two products, and how its weights lie. With gate and up as the products leave
@@ -97,8 +126,8 @@ struct RouteParams {
 // gate = gate[e] x + gate_bias[e],  up = up[e] x + up_bias[e],  gate[e] = gate_up[e, :I, :], up[e] = gate_up[e, I:, :].
 struct LayerParams {
   const void* x;             // (T, H) of `dtype`
-  const void* gate_up;       // (E, 2 I, H) of `dtype`, or as `formula` says
-  const void* down;          // (E, H, I) of `dtype`, or as `formula` says
+  const void* gate_up;       // (E, 2 I, H) of `dtype`, or as `formula` and `format` say
+  const void* down;          // (E, H, I) of `dtype`, or as `formula` and `format` say
   const void* gate_up_bias;  // (E, 2 I) of `dtype`, in the order of gate_up's rows; or null
   const void* down_bias;     // (E, H) of `dtype`, or null
   int64_t tokens;
@@ -107,6 +136,18 @@ struct LayerParams {
   int64_t intermediate;
   DType dtype;
   Formula formula;
+  WeightFormat format;                   // of gate_up and of down; what follows is null where they are plain
+  const void* gate_up_scales = nullptr;  // of every expert in turn, as WeightFormat says
+  const void* down_scales = nullptr;
+  const uint8_t* gate_up_zeros = nullptr;  // of kInt4, or null
+  const uint8_t* down_zeros = nullptr;
+};
+
+// Quantised weights to be packed or unpacked.
+struct PackingParams {
+  WeightType type;
+  int64_t rows;  // of all experts
+  int64_t columns;
 };
 
 // out[t, :] = sum over slots s of weights[t, s] * f_e(x[t, :]),  e = experts[t, s].
@@ -161,6 +202,13 @@ void gram(const GramParams& p, const Threads& threads);
 void projection(const ProjectionParams& p, const Threads& threads);
 void subset_errors(const SubsetsParams& p, const Threads& threads);
 
+// Quantised weights, packed and as they are given: a row of kInt8 and kFloat8 is a byte a column; of kInt4 and kMxfp4 a
+// byte holds two columns, the even one in its low half. See cpu/packing.cpp for the packed order.
+int64_t packed_row_bytes(WeightType type, int64_t columns);
+int64_t given_row_bytes(WeightType type, int64_t columns);
+void pack_weights(const PackingParams& p, const uint8_t* values, uint8_t* packed, const Threads& threads);
+void unpack_weights(const PackingParams& p, const uint8_t* packed, uint8_t* values, const Threads& threads);
+
 // Position in the flattened (T, K) array of the first expert index outside [0, E], or -1.
 int64_t first_bad_expert(const void* experts, bool is_int64, int64_t slots, int64_t num_experts);
 
@@ -192,6 +240,10 @@ void route(const RouteParams& p, CUstream_st* stream);
 void experts(const ExpertsParams& p, const Scratch& scratch, CUstream_st* stream);
 void gram(const GramParams& p, const Scratch& scratch, CUstream_st* stream);
 void projection(const ProjectionParams& p, const Scratch& scratch, CUstream_st* stream);
+
+// As cpu::pack_weights and cpu::unpack_weights, and in the same order.
+void pack_weights(const PackingParams& p, const uint8_t* values, uint8_t* packed, CUstream_st* stream);
+void unpack_weights(const PackingParams& p, const uint8_t* packed, uint8_t* values, CUstream_st* stream);
 
 // Which kernels `experts` would launch on the current device for these sizes and dtype, and why.
 std::string describe(const ExpertsParams& p);

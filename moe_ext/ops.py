@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
+WEIGHT_TYPES = ("int8", "int4", "fp8", "mxfp4")
 
 
 class LayerOptions(TypedDict, total=False):
@@ -38,6 +39,10 @@ class LayerOptions(TypedDict, total=False):
         h = a (cap(u, up_cap) + up_offset)                        # not gated: act(up)
         f_e(x) = down[e] h + down_bias[e]
 
+    Quantised weights are packed by :func:`pack_weights`, ``gate_up`` (E, 2I, bytes) and ``down`` (E, H, bytes) uint8. A
+    weight is ``q * scale``, of int4 ``(q - zero) * scale``. Below, R and C are a matrix' rows and columns: 2I and H of
+    ``gate_up``, H and I of ``down``; the last group of a row may be short.
+
     Keys:
         gate_up_bias: (E, 2I), contiguous, dtype of ``x``, in the order of the rows of ``gate_up``; (E, I) if not gated.
         down_bias: (E, H), contiguous, dtype of ``x``.
@@ -47,6 +52,14 @@ class LayerOptions(TypedDict, total=False):
         limit: more than 0; limit_after: see above.
         alpha, gate_cap: of activation "silu" only; gate_cap, like up_cap, more than 0.
         up_offset: 1 in models that add it.
+        weight_type: of quantised weights "int8", "int4", "fp8" (e4m3fn) or "mxfp4" (e2m1); None: dtype of ``x``. CPU
+            only; not with ``transposed``.
+        group_size: columns that share a scale: 0, all, for int8; 32, 64 or 128 for int4; 0, or 128 for blocks of 128
+            rows and 128 columns, for fp8; 32 for mxfp4.
+        gate_up_scales, down_scales: contiguous. int8 and fp8 (E, R) float32, fp8 in blocks (E, ceil(R / 128),
+            ceil(C / 128)) float32; int4 (E, R, ceil(C / group_size)) float32, bfloat16 or float16, both of one dtype;
+            mxfp4 (E, R, ceil(C / 32)) uint8 s, for ``2 ** (s - 127)``; 255 is no number.
+        gate_up_zeros, down_zeros: of int4, (E, R, ceil(C / group_size)) uint8, contiguous; both or neither: 8.
     """
 
     gate_up_bias: Tensor | None
@@ -60,12 +73,19 @@ class LayerOptions(TypedDict, total=False):
     up_offset: float
     gate_cap: float | None
     up_cap: float | None
+    weight_type: str | None
+    group_size: int
+    gate_up_scales: Tensor | None
+    down_scales: Tensor | None
+    gate_up_zeros: Tensor | None
+    down_zeros: Tensor | None
 
 
 # In the order of the schemas.
 _DEFAULTS = LayerOptions(
     gate_up_bias=None, down_bias=None, gated=True, interleaved=False, transposed=False, limit=None, limit_after=False,
-    alpha=1.0, up_offset=0.0, gate_cap=None, up_cap=None,
+    alpha=1.0, up_offset=0.0, gate_cap=None, up_cap=None, weight_type=None, group_size=0, gate_up_scales=None,
+    down_scales=None, gate_up_zeros=None, down_zeros=None,
 )  # fmt: skip
 
 
@@ -75,9 +95,9 @@ def _in_order(op: str, options: Mapping[str, Any]) -> tuple[Any, ...]:
         return ()
     if unknown := options.keys() - _DEFAULTS.keys():
         raise TypeError(f"{op}: got an unexpected argument {min(unknown)!r}; known options are {', '.join(_DEFAULTS)}")
-    for name in ("limit", "alpha", "up_offset", "gate_cap", "up_cap"):
+    for name in ("limit", "alpha", "up_offset", "gate_cap", "up_cap", "group_size"):
         if isinstance(options.get(name), Tensor):  # torch would read one of a single value, and wait for it on CUDA
-            expected = "float" if name in ("alpha", "up_offset") else "Optional[float]"
+            expected = {"alpha": "float", "up_offset": "float", "group_size": "int"}.get(name, "Optional[float]")
             raise TypeError(f"{op}: '{name}' is of type Tensor; expected {expected}")
     return tuple({**_DEFAULTS, **options}.values())
 
@@ -127,6 +147,8 @@ _EXPERTS = _register_autograd("experts")
 _EXPERTS_OBSERVED = _register_autograd("experts_observed")
 _EXPERT_GRAM = _register_autograd("expert_gram")
 _EXPERT_PROJECTION = _register_autograd("expert_projection")
+_PACK_WEIGHTS = _register_autograd("pack_weights")
+_UNPACK_WEIGHTS = _register_autograd("unpack_weights")
 _SUBSET_ERRORS = _register_autograd("subset_errors")
 _PROJECTED_ERRORS = _register_autograd("projected_errors")
 
@@ -163,7 +185,9 @@ _PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     "float": (float, int),
     "Optional[float]": (float, int, type(None)),
     "str": (str,),
+    "Optional[str]": (str, type(None)),
 }
+_NAMES = {"score": SCORES, "activation": ACTIVATIONS, "weight_type": WEIGHT_TYPES}
 
 
 def _refusal(what: str, value: Any, argument: Any, error: Exception) -> Exception | None:
@@ -174,8 +198,7 @@ def _refusal(what: str, value: Any, argument: Any, error: Exception) -> Exceptio
     if isinstance(value, int) and expected == "int" and not -(2**63) <= value < 2**63:
         return ValueError(f"{what} beyond 64 bits")
     if isinstance(value, str) and not value.isprintable():
-        names = SCORES if argument.name == "score" else ACTIVATIONS
-        return ValueError(f"{what} {value[:80]!r}; expected one of {', '.join(names)}")
+        return ValueError(f"{what} {value[:80]!r}; expected one of {', '.join(_NAMES[argument.name])}")
     if not isinstance(value, Tensor):
         return None
     if value.is_nested or value.is_quantized or value.layout != torch.strided:
@@ -393,6 +416,43 @@ def expert_projection(
     return projection
 
 
+def pack_weights(values: Tensor, weight_type: str) -> Tensor:
+    """Quantised weights in the order in which the kernels of their device read them, for :class:`LayerOptions`. An
+    expert's bytes are contiguous and depend on no other's: ``packed[kept]`` prunes.
+
+    Args:
+        values: int8 (E, R, C) for "int8", float8_e4m3fn (E, R, C) for "fp8"; for "int4" and "mxfp4" uint8 (E, R,
+            ceil(C / 2)), the even column in the low four bits. On the CPU.
+        weight_type: "int8", "int4", "fp8" or "mxfp4".
+
+    Returns:
+        (E, R, B) uint8; on the CPU B is C bytes (half of them for int4 and mxfp4) in whole cache lines of 64.
+
+    Raises:
+        RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`route`.
+    """
+    packed: Tensor = _call(_PACK_WEIGHTS, values, weight_type)
+    return packed
+
+
+def unpack_weights(packed: Tensor, weight_type: str, columns: int) -> Tensor:
+    """The exact inverse of :func:`pack_weights`.
+
+    Args:
+        packed: (E, R, B) uint8.
+        weight_type: "int8", "int4", "fp8" or "mxfp4".
+        columns: C.
+
+    Returns:
+        What :func:`pack_weights` was given.
+
+    Raises:
+        RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`route`.
+    """
+    values: Tensor = _call(_UNPACK_WEIGHTS, packed, weight_type, columns)
+    return values
+
+
 def subset_errors(
     distances: Tensor, ranks: Tensor, scores: Tensor, keep: Tensor, top_k: int, thresholds: Tensor | None = None
 ) -> Tensor:
@@ -513,19 +573,89 @@ def _check_formula(check: _Arguments, activation: str, options: Mapping[str, Any
         check.require(options["gated"] or options[name] == _DEFAULTS[name], of_gate)  # type: ignore[literal-required]
 
 
+_GROUP_SIZES = {"int8": (0,), "int4": (32, 64, 128), "fp8": (0, 128), "mxfp4": (32,)}
+_SCALES = ("gate_up_scales", "down_scales")
+_ZEROS = ("gate_up_zeros", "down_zeros")
+_GIVEN_TYPES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn, "mxfp4": torch.uint8}
+
+
+def _check_weight_type(check: _Arguments, weight_type: str) -> None:
+    names = ", ".join(f'"{known}"' for known in WEIGHT_TYPES[:-1]) + f' or "{WEIGHT_TYPES[-1]}"'
+    check.require(weight_type in WEIGHT_TYPES, f"'weight_type' is \"{weight_type[:80]}\"; expected {names}")
+
+
+def _packed_row_bytes(weight_type: str, columns: int) -> int:
+    of_line = 128 if weight_type in ("int4", "mxfp4") else 64
+    return (columns + of_line - 1) // of_line * 64
+
+
+def _check_format(check: _Arguments, options: Mapping[str, Any]) -> None:
+    weight_type, size = options["weight_type"], options["group_size"]
+    if weight_type is None:
+        for name in ("group_size", *_SCALES, *_ZEROS):
+            given = options[name] != 0 if name == "group_size" else options[name] is not None
+            check.require(not given, f"'{name}' is given without 'weight_type'")
+        return
+    _check_weight_type(check, weight_type)
+    *sizes, last = map(str, _GROUP_SIZES[weight_type])
+    expected = f"{', '.join(sizes)} or {last}" if sizes else last
+    known = size in _GROUP_SIZES[weight_type]
+    check.require(known, f"'group_size' is {size}; expected {expected} with weight_type \"{weight_type}\"")
+    rows = "'transposed' is given with 'weight_type'; quantised weights are rows"
+    check.require(not options["transposed"], rows)
+    for name in _SCALES:
+        check.require(options[name] is not None, f"'weight_type' is given without '{name}'")
+    given_zeros = [name for name in _ZEROS if options[name] is not None]
+    if given_zeros:
+        of_int4 = f'\'{given_zeros[0]}\' is given with weight_type "{weight_type}"; it belongs to "int4"'
+        check.require(weight_type == "int4", of_int4)
+        alone = f"'{given_zeros[0]}' is given alone; expected zeros of both weights, or of neither"
+        check.require(len(given_zeros) == 2, alone)
+
+
+def _check_quantised(
+    check: _Arguments, name: str, weight: Tensor, sizes: Sequence[int], shape: str, options: Mapping[str, Any]
+) -> None:
+    weight_type, group = options["weight_type"], options["group_size"]
+    num_experts, rows, columns = sizes
+    packed = (num_experts, rows, _packed_row_bytes(weight_type, columns))
+    check.like(name, weight, packed, f"weights {shape} as pack_weights packs them", (torch.uint8,))
+    check.contiguous(name, weight)
+    in_blocks = weight_type == "fp8" and group == 128
+    expected: tuple[int, ...] = (num_experts, (rows + 127) // 128 if in_blocks else rows)
+    meaning = f"a scale for every row of {shape}"
+    if group != 0:
+        expected += ((columns + group - 1) // group,)
+        of = (
+            "a scale for every block of 128 rows and 128 columns"
+            if in_blocks
+            else "one for every row and group of columns"
+        )
+        meaning = f"{of} of {shape}"
+    dtypes = {"int4": _FLOATS, "mxfp4": (torch.uint8,)}.get(weight_type, (torch.float32,))
+    for what, allowed in (("scales", dtypes), ("zeros", (torch.uint8,))):
+        tensor = options[f"{name}_{what}"]
+        if tensor is not None:
+            check.like(f"{name}_{what}", tensor, expected, meaning, allowed)
+            check.contiguous(f"{name}_{what}", tensor)
+
+
 def _check_layer(
     op: str, x: Tensor, gate_up: Tensor, down: Tensor, activation: str, options: Mapping[str, Any]
 ) -> _Arguments:
     check = _Arguments(op, "x", x)
     check.dims("x", x, 2, "(T, H)")
     _check_formula(check, activation, options)
+    _check_format(check, options)
+    quantised = options["weight_type"] is not None
     gated, transposed = options["gated"], options["transposed"]
     rows_name = "2I" if gated else "I"
     meaning = f"(E, H, {rows_name})" if transposed else f"(E, {rows_name}, H)"
-    check.dims("gate_up", gate_up, 3, meaning)
+    dims = f"(E, {rows_name}, bytes)" if quantised else meaning
+    check.dims("gate_up", gate_up, 3, dims)
     hidden, num_experts, rows = x.shape[1], gate_up.shape[0], gate_up.shape[2 if transposed else 1]
     even = f" with an even {'last' if transposed else 'second'} dimension and" if gated else " with"
-    even = f"'gate_up' has shape {tuple(gate_up.shape)}; expected {meaning}{even} none of them 0"
+    even = f"'gate_up' has shape {tuple(gate_up.shape)}; expected {dims}{even} none of them 0"
     for size in (num_experts, rows, hidden):
         check.require(size >= 1, even)
     if gated:
@@ -533,12 +663,20 @@ def _check_layer(
     width = rows // 2 if gated else rows
     check.typed("x", x, _FLOATS)
     shape = (num_experts, hidden, rows) if transposed else (num_experts, rows, hidden)
-    check.like("gate_up", gate_up, shape, f"{meaning} with H from 'x'", (x.dtype,))
-    shape = (num_experts, width, hidden) if transposed else (num_experts, hidden, width)
+    down_shape = (num_experts, width, hidden) if transposed else (num_experts, hidden, width)
+    of_gate_up = f"{meaning} with H from 'x'"
     of_down = "(E, I, H) from 'gate_up'" if transposed else "(E, H, I) from 'gate_up'"
-    check.like("down", down, shape, of_down, (x.dtype,))
-    check.contiguous("gate_up", gate_up)
-    check.contiguous("down", down)
+    if quantised:
+        on_cuda = "'weight_type' is given; there are no CUDA kernels for quantised weights yet"
+        check.require(x.device.type != "cuda", on_cuda)
+        _check_quantised(check, "gate_up", gate_up, shape, of_gate_up, options)
+        _check_quantised(check, "down", down, down_shape, of_down, options)
+        check.typed("down_scales", options["down_scales"], (options["gate_up_scales"].dtype,))
+    else:
+        check.like("gate_up", gate_up, shape, of_gate_up, (x.dtype,))
+        check.like("down", down, down_shape, of_down, (x.dtype,))
+        check.contiguous("gate_up", gate_up)
+        check.contiguous("down", down)
     biases: dict[str, tuple[tuple[int, int], str]] = {
         "gate_up_bias": ((num_experts, rows), f"(E, {rows_name}) from 'gate_up'"),
         "down_bias": ((num_experts, hidden), "(E, H) from 'gate_up'"),
@@ -655,7 +793,8 @@ def _experts_observed_fake(
     check.like("moments", moments, (gate_up.shape[0], 3, 3), "(E, 3, 3) with E from 'gate_up'", (torch.float64,))
     check.contiguous("moments", moments)
     if channels is not None:
-        shape = (down.shape[0], down.shape[1 if of_layer["transposed"] else 2])
+        rows = gate_up.shape[2 if of_layer["transposed"] else 1]
+        shape = (down.shape[0], rows // 2 if of_layer["gated"] else rows)
         check.like("channels", channels, shape, "(E, I) from 'gate_up'", (torch.float64,))
         check.contiguous("channels", channels)
     if pairs is not None:
@@ -681,6 +820,38 @@ def _expert_projection_fake(
     dtypes = (torch.float32,) if x.dtype == torch.float32 else (torch.float32, x.dtype)
     check.like("g", g, tuple(x.shape), "(T, H) like 'x'", dtypes)
     return x.new_empty((x.shape[0], gate_up.shape[0]), dtype=torch.float64)
+
+
+def _check_on_cpu(check: _Arguments, name: str, tensor: Tensor) -> None:
+    check.require(tensor.device.type in ("cpu", "meta"), f"'{name}' is on {tensor.device}; there is no kernel for it")
+
+
+@torch.library.register_fake("moe_ext::pack_weights")
+def _pack_weights_fake(values: Tensor, weight_type: str) -> Tensor:
+    check = _Arguments("pack_weights", "values", values)
+    _check_weight_type(check, weight_type)
+    pairs = weight_type in ("int4", "mxfp4")
+    check.dims("values", values, 3, "(E, R, C / 2)" if pairs else "(E, R, C)")
+    check.typed("values", values, (_GIVEN_TYPES[weight_type],))
+    _check_on_cpu(check, "values", values)
+    num_experts, rows, columns = values.shape
+    row_bytes = _packed_row_bytes(weight_type, 2 * columns if pairs else columns)
+    return values.new_empty((num_experts, rows, row_bytes), dtype=torch.uint8)
+
+
+@torch.library.register_fake("moe_ext::unpack_weights")
+def _unpack_weights_fake(packed: Tensor, weight_type: str, columns: int) -> Tensor:
+    check = _Arguments("unpack_weights", "packed", packed)
+    _check_weight_type(check, weight_type)
+    check.dims("packed", packed, 3, "(E, R, bytes)")
+    check.typed("packed", packed, (torch.uint8,))
+    _check_on_cpu(check, "packed", packed)
+    check.require(0 <= columns < 2**31, f"'columns' is {columns}; expected the number that were packed")
+    num_experts, rows, _ = packed.shape
+    expected = (num_experts, rows, _packed_row_bytes(weight_type, columns))
+    check.like("packed", packed, expected, "(E, R, bytes of 'columns')", (torch.uint8,))
+    given = (columns + 1) // 2 if weight_type in ("int4", "mxfp4") else columns
+    return packed.new_empty((num_experts, rows, given), dtype=_GIVEN_TYPES[weight_type])
 
 
 def _errors_fake(

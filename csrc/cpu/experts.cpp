@@ -44,7 +44,12 @@ int64_t down_columns(int64_t hidden) { return hidden >= 64 * kBlockColumns ? kBl
 class ExpertsRun {
  public:
   ExpertsRun(const ExpertsParams& p, const Threads& threads, const Loops& loops)
-      : p_(p), threads_(threads), loops_(loops), operand_(loops.operand(p.dtype)), slots_(sort_slots(p)) {
+      : p_(p),
+        threads_(threads),
+        loops_(loops),
+        operand_(loops.operand(p.dtype)),
+        quantised_(p),
+        slots_(sort_slots(p)) {
     for (int64_t expert = 0; expert < p.num_experts; ++expert) {
       if (slots_.count(expert) == 0) continue;
       active_.push_back(expert);
@@ -59,6 +64,7 @@ class ExpertsRun {
   }
 
   void run() {
+    unpacked_ = Buffer(product_workers() * quantised_.unpacked_bytes());
     gate_up();
     down();
     if (p_.moments == nullptr) return;
@@ -73,6 +79,8 @@ class ExpertsRun {
   int64_t product_workers() const {
     return workers_for(threads_, slots_.positions() * p_.hidden * p_.intermediate, kMultiplyAddsPerWorker);
   }
+
+  void* unpacked(int64_t worker) const { return unpacked_.bytes() + worker * quantised_.unpacked_bytes(); }
 
   // (P, H) operands: each position's row of x.
   Buffer gathered_x() const {
@@ -119,10 +127,10 @@ class ExpertsRun {
       const GateUpTask& task = tasks[index];
       const int64_t first = slots_.first[task.expert], count = slots_.count(task.expert);
       float* y = products.floats() + worker * busiest_ * kBlockColumns;
-      loops_.multiply(p_.dtype,
-                      {offset(x.bytes(), operand_, first * p_.hidden), rows_of(task),
-                       next < 0 ? kNoWeights : rows_of(tasks[next]), count, p_.formula.rows(task.columns), p_.hidden, y,
-                       gate_up_bias(p_, task.expert, task.first_column, task.columns), gate_up_stride(p_)});
+      loops_.multiply(p_.dtype, {offset(x.bytes(), operand_, first * p_.hidden), rows_of(task),
+                                 next < 0 ? kNoWeights : rows_of(tasks[next]), count, p_.formula.rows(task.columns),
+                                 p_.hidden, y, gate_up_bias(p_, task.expert, task.first_column, task.columns),
+                                 gate_up_stride(p_), quantised_.gate_up(), unpacked(worker)});
       char* h = h_.bytes() + (first * p_.intermediate + task.first_column) * element_size(operand_);
       loops_.gate(p_.formula, y, count, task.columns, operand_, h, p_.intermediate);
       if (p_.channels == nullptr) return;
@@ -155,9 +163,10 @@ class ExpertsRun {
         const WeightRows following = i + 1 < active_.size() ? down_rows(p_, active_[i + 1], first_column)
                                      : next < 0             ? kNoWeights
                                                             : down_rows(p_, active_[0], next * width);
-        loops_.multiply(p_.dtype, {offset(h_.bytes(), operand_, first * p_.intermediate),
-                                   down_rows(p_, active_[i], first_column), following, count, columns, p_.intermediate,
-                                   y, down_bias(p_, active_[i], first_column), down_stride(p_)});
+        loops_.multiply(p_.dtype,
+                        {offset(h_.bytes(), operand_, first * p_.intermediate), down_rows(p_, active_[i], first_column),
+                         following, count, columns, p_.intermediate, y, down_bias(p_, active_[i], first_column),
+                         down_stride(p_), quantised_.down(), unpacked(worker)});
         float* squares = p_.moments == nullptr ? nullptr : squares_.data() + task * slots_.positions() + first;
         loops_.scatter(y, slots_.weight_of.data() + first, slots_.token_of.data() + first, count, columns, sum,
                        squares);
@@ -224,10 +233,12 @@ class ExpertsRun {
   const Threads& threads_;
   const Loops& loops_;
   const DType operand_;
+  const QuantisedLayer quantised_;
   const SortedSlots slots_;
   std::vector<int64_t> active_;          // experts that have slots, in order
   int64_t busiest_ = 0;                  // slots of the expert that has most
   Buffer h_;                             // (P, I) operands
+  Buffer unpacked_;                      // (workers) weights that a thread has unpacked, of quantised ones
   std::vector<double> squared_weights_;  // (P) g^2, -1 where a slot counts in nothing; only for channels
   std::vector<float> squares_;           // (down tasks, P) parts of ||f_e||^2, only when observing
 };

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/buffer.h"
+#include "cpu/layer_weights.h"
 #include "cpu/numeric.h"
 #include "cpu/vector/loops.h"
 #include "cpu/workers.h"
@@ -25,23 +26,17 @@ constexpr int64_t kMultiplyAddsPerWorker = 1 << 17;
 
 // y[e, t, :] = f_e(x[first + t, :]) for the part's tokens, of `dtype`.
 void compute_outputs(const GramParams& p, int64_t first, int64_t tokens, char* y, const Threads& threads) {
-  const std::vector<int64_t> only_expert(tokens, 0);
+  const std::vector<int64_t> first_expert(tokens, 0);
   const std::vector<float> ones(tokens, 1.0f);
   for (int64_t e = 0; e < p.num_experts; ++e) {
     ExpertsParams one{};
-    static_cast<LayerParams&>(one) = p;
+    static_cast<LayerParams&>(one) = only_expert(p, e);
     one.x = offset(p.x, p.dtype, first * p.hidden);
-    one.gate_up = offset(p.gate_up, p.dtype, e * p.formula.rows(p.intermediate) * p.hidden);
-    one.down = offset(p.down, p.dtype, e * p.hidden * p.intermediate);
-    if (p.gate_up_bias != nullptr) {
-      one.gate_up_bias = offset(p.gate_up_bias, p.dtype, e * p.formula.rows(p.intermediate));
-    }
-    if (p.down_bias != nullptr) one.down_bias = offset(p.down_bias, p.dtype, e * p.hidden);
-    one.experts = only_expert.data();
+    one.experts = first_expert.data();
     one.weights = ones.data();
     one.out = y + e * tokens * p.hidden * element_size(p.dtype);
     one.tokens = tokens;
-    one.num_experts = one.top_k = 1;
+    one.top_k = 1;
     one.weights_dtype = DType::kFloat32;
     one.experts_are_int64 = true;
     experts(one, threads);

@@ -44,6 +44,7 @@ class ProjectionRun {
         threads_(threads),
         loops_(loops),
         operand_(loops.operand(p.dtype)),
+        quantised_(p),
         h_row_bytes_(p.intermediate * element_size(operand_)),
         part_(std::min(p.tokens, std::clamp(kActivationBytes / h_row_bytes_, kLeastTokens, kMostTokens))),
         group_(std::clamp(kActivationBytes / (part_ * h_row_bytes_), int64_t{1}, p.num_experts)),
@@ -51,6 +52,7 @@ class ProjectionRun {
         workers_(workers_for(threads, group_ * part_ * p.hidden * p.intermediate, kMultiplyAddsPerWorker)),
         h_(group_ * part_ * h_row_bytes_),
         products_(workers_ * part_ * kBlockColumns * sizeof(float)),
+        unpacked_(workers_ * quantised_.unpacked_bytes()),
         sums_(group_ * blocks_of(p.hidden, kBlockColumns) * part_) {}
 
   void run() {
@@ -85,6 +87,7 @@ class ProjectionRun {
   }
 
   float* products(int64_t worker) const { return products_.floats() + worker * part_ * kBlockColumns; }
+  void* unpacked(int64_t worker) const { return unpacked_.bytes() + worker * quantised_.unpacked_bytes(); }
   char* h(int64_t slot) const { return h_.bytes() + slot * part_ * h_row_bytes_; }
 
   void gate_up(int64_t expert, int64_t experts, const char* x, int64_t tokens) const {
@@ -96,7 +99,7 @@ class ProjectionRun {
       loops_.multiply(p_.dtype,
                       {x, rows_of(expert, task, blocks), next < 0 ? kNoWeights : rows_of(expert, next, blocks), tokens,
                        p_.formula.rows(columns), p_.hidden, y, gate_up_bias(p_, expert + slot, first, columns),
-                       gate_up_stride(p_)});
+                       gate_up_stride(p_), quantised_.gate_up(), unpacked(worker)});
       loops_.gate(p_.formula, y, tokens, columns, operand_, h(slot) + first * element_size(operand_), p_.intermediate);
     });
   }
@@ -117,9 +120,9 @@ class ProjectionRun {
       const auto rows_of = [&](int64_t index) {
         return down_rows(p_, expert + index / blocks, index % blocks * kBlockColumns);
       };
-      loops_.multiply(p_.dtype,
-                      {h(task / blocks), rows_of(task), next < 0 ? kNoWeights : rows_of(next), tokens, columns,
-                       p_.intermediate, y, down_bias(p_, expert + task / blocks, first), down_stride(p_)});
+      loops_.multiply(p_.dtype, {h(task / blocks), rows_of(task), next < 0 ? kNoWeights : rows_of(next), tokens,
+                                 columns, p_.intermediate, y, down_bias(p_, expert + task / blocks, first),
+                                 down_stride(p_), quantised_.down(), unpacked(worker)});
       loops_.project(y, g + first, p_.hidden, tokens, columns, sums_.data() + task * part_);
     });
   }
@@ -140,9 +143,11 @@ class ProjectionRun {
   const Threads& threads_;
   const Loops& loops_;
   const DType operand_;
+  const QuantisedLayer quantised_;
   const int64_t h_row_bytes_, part_, group_, gate_columns_, workers_;
   const Buffer h_;            // (group, part, I) operands
   const Buffer products_;     // (workers, part, kBlockColumns) floats
+  const Buffer unpacked_;     // (workers) weights that a thread has unpacked, of quantised ones
   std::vector<double> sums_;  // (group, H blocks, part)
 };
 

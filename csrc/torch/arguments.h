@@ -4,6 +4,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
+#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -129,7 +131,8 @@ inline RouteParams check_route(const Tensor& logits, int64_t top_k, const std::o
 
 // ---- experts, experts_observed, expert_gram, expert_projection
 
-// The arguments of a layer's operators that few models need, as they come: see Formula and LayerParams in moe.h.
+// The arguments of a layer's operators that few models need, as they come: see Formula, WeightFormat and LayerParams in
+// moe.h.
 struct LayerOptions {
   std::optional<Tensor> gate_up_bias, down_bias;
   bool gated, interleaved, transposed;
@@ -137,6 +140,9 @@ struct LayerOptions {
   bool limit_after;
   double alpha, up_offset;
   std::optional<double> gate_cap, up_cap;
+  std::optional<std::string> weight_type;
+  int64_t group_size;
+  std::optional<Tensor> gate_up_scales, down_scales, gate_up_zeros, down_zeros;
 };
 
 // A bound that is left out is none.
@@ -184,6 +190,119 @@ inline Formula check_formula(const char* op, const std::string& activation, cons
   return f;
 }
 
+// The name of the first of these tensors that is given, or null.
+inline const char* first_given(std::initializer_list<std::pair<const char*, const std::optional<Tensor>*>> tensors) {
+  for (const auto& [name, tensor] : tensors) {
+    if (tensor->has_value()) return name;
+  }
+  return nullptr;
+}
+
+inline WeightFormat check_format(const char* op, const LayerOptions& options) {
+  WeightFormat format;
+  if (!options.weight_type.has_value()) {
+    const char* of_quantised = options.group_size != 0 ? "group_size"
+                                                       : first_given({{"gate_up_scales", &options.gate_up_scales},
+                                                                      {"down_scales", &options.down_scales},
+                                                                      {"gate_up_zeros", &options.gate_up_zeros},
+                                                                      {"down_zeros", &options.down_zeros}});
+    if (of_quantised != nullptr) refuse(op, "'", of_quantised, "' is given without 'weight_type'");
+    return format;
+  }
+  const std::string& name = *options.weight_type;
+  format.type = weight_type_named(op, name);
+  const int64_t size = format.group_size = options.group_size;
+  const auto require_size = [&](bool known, const char* expected) {
+    if (!known) refuse(op, "'group_size' is ", size, "; expected ", expected, " with weight_type \"", name, "\"");
+  };
+  switch (format.type) {
+    case WeightType::kInt8:
+      require_size(size == 0, "0");
+      break;
+    case WeightType::kInt4:
+      require_size(size == 32 || size == 64 || size == 128, "32, 64 or 128");
+      break;
+    case WeightType::kFloat8:
+      require_size(size == 0 || size == 128, "0 or 128");
+      format.row_blocks = size == 128;
+      break;
+    default:
+      require_size(size == 32, "32");
+  }
+  if (options.transposed) refuse(op, "'transposed' is given with 'weight_type'; quantised weights are rows");
+  for (const auto& [scales, given] :
+       {std::pair{"gate_up_scales", &options.gate_up_scales}, std::pair{"down_scales", &options.down_scales}}) {
+    if (!given->has_value()) refuse(op, "'weight_type' is given without '", scales, "'");
+  }
+  if (const char* zeros =
+          first_given({{"gate_up_zeros", &options.gate_up_zeros}, {"down_zeros", &options.down_zeros}})) {
+    if (format.type != WeightType::kInt4) {
+      refuse(op, "'", zeros, "' is given with weight_type \"", name, "\"; it belongs to \"int4\"");
+    }
+    if (!options.gate_up_zeros.has_value() || !options.down_zeros.has_value()) {
+      refuse(op, "'", zeros, "' is given alone; expected zeros of both weights, or of neither");
+    }
+  }
+  return format;
+}
+
+// A weight matrix as pack_weights made it, its scales and its zeros; `shape`: "(E, 2I, H)" and the like, which `sizes`
+// are.
+inline void check_quantised(const char* op, const char* name, const Tensor& weight, const WeightFormat& format,
+                            const Shape& sizes, const std::string& shape, const std::string& scales_name,
+                            const Tensor& scales, const std::string& zeros_name, const std::optional<Tensor>& zeros,
+                            const Tensor& x) {
+  const int64_t num_experts = sizes[0], rows = sizes[1], columns = sizes[2];
+  const std::string packed = "weights " + shape + " as pack_weights packs them";
+  check_shape(op, name, weight, {num_experts, rows, cpu::packed_row_bytes(format.type, columns)}, packed.c_str());
+  check_type(op, name, weight, {ScalarType::Byte});
+  check_contiguous(op, name, weight);
+  check_device(op, name, weight, "x", x);
+
+  Shape expected{num_experts, rows};
+  std::string meaning = "a scale for every row of " + shape;
+  if (format.row_blocks) expected[1] = (rows + WeightFormat::kRowBlock - 1) / WeightFormat::kRowBlock;
+  if (format.group_size != 0) {
+    expected.push_back(format.groups(columns));
+    meaning = (format.row_blocks ? "a scale for every block of 128 rows and 128 columns of "
+                                 : "one for every row and group of columns of ") +
+              shape;
+  }
+  check_shape(op, scales_name.c_str(), scales, expected, meaning.c_str());
+  switch (format.type) {
+    case WeightType::kInt4:
+      check_type(op, scales_name.c_str(), scales, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+      break;
+    case WeightType::kMxfp4:
+      check_type(op, scales_name.c_str(), scales, {ScalarType::Byte});
+      break;
+    default:
+      check_type(op, scales_name.c_str(), scales, {ScalarType::Float});
+  }
+  check_contiguous(op, scales_name.c_str(), scales);
+  check_device(op, scales_name.c_str(), scales, "x", x);
+  if (!zeros.has_value()) return;
+  check_shape(op, zeros_name.c_str(), *zeros, expected, meaning.c_str());
+  check_type(op, zeros_name.c_str(), *zeros, {ScalarType::Byte});
+  check_contiguous(op, zeros_name.c_str(), *zeros);
+  check_device(op, zeros_name.c_str(), *zeros, "x", x);
+}
+
+// The scales' dtype, once check_quantised has seen them.
+inline ScaleType scale_type(const char* op, const Tensor& gate_up_scales, const Tensor& down_scales) {
+  check_type(op, "down_scales", down_scales, {gate_up_scales.scalar_type()});
+  switch (gate_up_scales.scalar_type()) {
+    case ScalarType::BFloat16:
+      return ScaleType::kBFloat16;
+    case ScalarType::Half:
+      return ScaleType::kFloat16;
+    case ScalarType::Byte:
+      return ScaleType::kE8M0;
+    default:
+      return ScaleType::kFloat32;
+  }
+}
+
 inline void check_bias(const char* op, const char* name, const std::optional<Tensor>& bias, const Shape& shape,
                        const char* meaning, const Tensor& x) {
   if (!bias.has_value()) return;
@@ -193,42 +312,55 @@ inline void check_bias(const char* op, const char* name, const std::optional<Ten
   check_device(op, name, *bias, "x", x);
 }
 
-// What the operators on a layer's weights share: the shapes, dtypes and layout of x, the weights and the biases.
+// What the operators on a layer's weights share: the shapes, dtypes and layout of x, the weights, what quantised ones
+// come with, and the biases.
 inline ExpertsParams check_layer(const char* op, const Tensor& x, const Tensor& gate_up, const Tensor& down,
                                  const std::string& activation, const LayerOptions& options) {
   check_dims(op, "x", x, 2, "(T, H)");
   const Formula f = check_formula(op, activation, options);
+  const WeightFormat format = check_format(op, options);
   const char* meaning = f.transposed ? (f.gated ? "(E, H, 2I)" : "(E, H, I)") : f.gated ? "(E, 2I, H)" : "(E, I, H)";
-  check_dims(op, "gate_up", gate_up, 3, meaning);
+  const char* dims = !format.quantised() ? meaning : f.gated ? "(E, 2I, bytes)" : "(E, I, bytes)";
+  check_dims(op, "gate_up", gate_up, 3, dims);
 
   ExpertsParams p{};
   p.formula = f;
+  p.format = format;
   p.tokens = x.size(0);
   p.hidden = x.size(1);
   p.num_experts = gate_up.size(0);
   const int64_t rows = gate_up.size(f.transposed ? 2 : 1);
   p.intermediate = f.gated ? rows / 2 : rows;
   if (p.num_experts < 1 || p.intermediate < 1 || p.hidden < 1 || f.rows(p.intermediate) != rows) {
-    refuse(op, "'gate_up' has shape ", text_of(shape_of(gate_up)), "; expected ", meaning,
+    refuse(op, "'gate_up' has shape ", text_of(shape_of(gate_up)), "; expected ", dims,
            f.gated ? (f.transposed ? " with an even last dimension" : " with an even second dimension") : "",
            f.gated ? " and none of them 0" : " with none of them 0");
   }
   const std::string from_x = std::string(meaning) + " with H from 'x'";
-  check_shape(op, "gate_up", gate_up,
-              f.transposed ? Shape{p.num_experts, p.hidden, rows} : Shape{p.num_experts, rows, p.hidden},
-              from_x.c_str());
-  check_shape(
-      op, "down", down,
-      f.transposed ? Shape{p.num_experts, p.intermediate, p.hidden} : Shape{p.num_experts, p.hidden, p.intermediate},
-      f.transposed ? "(E, I, H) from 'gate_up'" : "(E, H, I) from 'gate_up'");
-
+  const char* from_gate_up = f.transposed ? "(E, I, H) from 'gate_up'" : "(E, H, I) from 'gate_up'";
   p.dtype = float_type(op, "x", x);
-  check_type(op, "gate_up", gate_up, {x.scalar_type()});
-  check_type(op, "down", down, {x.scalar_type()});
-  check_contiguous(op, "gate_up", gate_up);
-  check_contiguous(op, "down", down);
-  check_device(op, "gate_up", gate_up, "x", x);
-  check_device(op, "down", down, "x", x);
+  if (format.quantised()) {
+    if (x.is_cuda()) refuse(op, "'weight_type' is given; there are no CUDA kernels for quantised weights yet");
+    check_quantised(op, "gate_up", gate_up, format, {p.num_experts, rows, p.hidden}, from_x, "gate_up_scales",
+                    *options.gate_up_scales, "gate_up_zeros", options.gate_up_zeros, x);
+    check_quantised(op, "down", down, format, {p.num_experts, p.hidden, p.intermediate}, from_gate_up, "down_scales",
+                    *options.down_scales, "down_zeros", options.down_zeros, x);
+    p.format.scales = scale_type(op, *options.gate_up_scales, *options.down_scales);
+  } else {
+    check_shape(op, "gate_up", gate_up,
+                f.transposed ? Shape{p.num_experts, p.hidden, rows} : Shape{p.num_experts, rows, p.hidden},
+                from_x.c_str());
+    check_shape(
+        op, "down", down,
+        f.transposed ? Shape{p.num_experts, p.intermediate, p.hidden} : Shape{p.num_experts, p.hidden, p.intermediate},
+        from_gate_up);
+    check_type(op, "gate_up", gate_up, {x.scalar_type()});
+    check_type(op, "down", down, {x.scalar_type()});
+    check_contiguous(op, "gate_up", gate_up);
+    check_contiguous(op, "down", down);
+    check_device(op, "gate_up", gate_up, "x", x);
+    check_device(op, "down", down, "x", x);
+  }
   check_bias(op, "gate_up_bias", options.gate_up_bias, {p.num_experts, rows},
              f.gated ? "(E, 2I) from 'gate_up'" : "(E, I) from 'gate_up'", x);
   check_bias(op, "down_bias", options.down_bias, {p.num_experts, p.hidden}, "(E, H) from 'gate_up'", x);
@@ -244,6 +376,10 @@ inline void point_at_weights(LayerParams* p, const Tensor& gate_up, const Tensor
   p->down = down.const_data_ptr();
   p->gate_up_bias = data_of<void>(options.gate_up_bias);
   p->down_bias = data_of<void>(options.down_bias);
+  p->gate_up_scales = data_of<void>(options.gate_up_scales);
+  p->down_scales = data_of<void>(options.down_scales);
+  p->gate_up_zeros = data_of<uint8_t>(options.gate_up_zeros);
+  p->down_zeros = data_of<uint8_t>(options.down_zeros);
 }
 
 inline ExpertsParams check_experts(const char* op, const Tensor& x, const Tensor& gate_up, const Tensor& down,
@@ -315,6 +451,45 @@ inline ProjectionParams check_projection(const Tensor& x, const Tensor& gate_up,
   check_type(op, "g", g, {ScalarType::Float, x.scalar_type()});
   check_device(op, "g", g, "x", x);
   p.g_dtype = float_type(op, "g", g);
+  return p;
+}
+
+// ---- pack_weights, unpack_weights
+
+// The dtype of quantised weights before they are packed.
+inline ScalarType given_type(WeightType type) {
+  return type == WeightType::kInt8     ? ScalarType::Char
+         : type == WeightType::kFloat8 ? ScalarType::Float8_e4m3fn
+                                       : ScalarType::Byte;
+}
+
+inline bool two_columns_a_byte(WeightType type) { return type == WeightType::kInt4 || type == WeightType::kMxfp4; }
+
+inline PackingParams check_pack(const Tensor& values, const std::string& weight_type) {
+  constexpr const char* op = "pack_weights";
+  PackingParams p{};
+  p.type = weight_type_named(op, weight_type);
+  const bool pairs = two_columns_a_byte(p.type);
+  check_dims(op, "values", values, 3, pairs ? "(E, R, C / 2)" : "(E, R, C)");
+  check_type(op, "values", values, {given_type(p.type)});
+  p.rows = values.size(0) * values.size(1);
+  p.columns = pairs ? 2 * values.size(2) : values.size(2);
+  return p;
+}
+
+inline PackingParams check_unpack(const Tensor& packed, const std::string& weight_type, int64_t columns) {
+  constexpr const char* op = "unpack_weights";
+  PackingParams p{};
+  p.type = weight_type_named(op, weight_type);
+  check_dims(op, "packed", packed, 3, "(E, R, bytes)");
+  check_type(op, "packed", packed, {ScalarType::Byte});
+  if (columns < 0 || columns > std::numeric_limits<int32_t>::max()) {
+    refuse(op, "'columns' is ", columns, "; expected the number that were packed");
+  }
+  const Shape expected{packed.size(0), packed.size(1), cpu::packed_row_bytes(p.type, columns)};
+  check_shape(op, "packed", packed, expected, "(E, R, bytes of 'columns')");
+  p.rows = packed.size(0) * packed.size(1);
+  p.columns = columns;
   return p;
 }
 

@@ -49,6 +49,12 @@ inline const char* text_of(ScalarType type) {
       return "int64";
     case ScalarType::Bool:
       return "bool";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     default:
       return "another dtype";
   }
@@ -139,6 +145,14 @@ inline Score score_named(const char* op, const std::string& name) {
   if (name == "sigmoid") return Score::kSigmoid;
   if (name == "sqrtsoftplus") return Score::kSqrtSoftplus;
   refuse(op, "'score' is \"", name.substr(0, 80), "\"; expected \"softmax\", \"sigmoid\" or \"sqrtsoftplus\"");
+}
+
+inline WeightType weight_type_named(const char* op, const std::string& name) {
+  if (name == "int8") return WeightType::kInt8;
+  if (name == "int4") return WeightType::kInt4;
+  if (name == "fp8") return WeightType::kFloat8;
+  if (name == "mxfp4") return WeightType::kMxfp4;
+  refuse(op, "'weight_type' is \"", name.substr(0, 80), "\"; expected \"int8\", \"int4\", \"fp8\" or \"mxfp4\"");
 }
 
 }  // namespace moe_ext

@@ -41,10 +41,13 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, std::optio
 #define MOE_EXT_LAYER_OPTIONS                                                                                         \
   std::optional<Tensor> gate_up_bias, std::optional<Tensor> down_bias, bool gated, bool interleaved, bool transposed, \
       std::optional<double> limit, bool limit_after, double alpha, double up_offset, std::optional<double> gate_cap,  \
-      std::optional<double> up_cap
-#define MOE_EXT_OPTIONS_GIVEN                                                                                       \
-  LayerOptions {                                                                                                    \
-    gate_up_bias, down_bias, gated, interleaved, transposed, limit, limit_after, alpha, up_offset, gate_cap, up_cap \
+      std::optional<double> up_cap, std::optional<std::string> weight_type, int64_t group_size,                       \
+      std::optional<Tensor> gate_up_scales, std::optional<Tensor> down_scales, std::optional<Tensor> gate_up_zeros,   \
+      std::optional<Tensor> down_zeros
+#define MOE_EXT_OPTIONS_GIVEN                                                                                        \
+  LayerOptions {                                                                                                     \
+    gate_up_bias, down_bias, gated, interleaved, transposed, limit, limit_after, alpha, up_offset, gate_cap, up_cap, \
+        weight_type, group_size, gate_up_scales, down_scales, gate_up_zeros, down_zeros                              \
   }
 
 // moments, counted, channels, pairs: of experts_observed; null for experts.
@@ -127,6 +130,38 @@ Tensor expert_projection(const Tensor& x, const Tensor& gate_up, const Tensor& d
 #undef MOE_EXT_LAYER_OPTIONS
 #undef MOE_EXT_OPTIONS_GIVEN
 
+Tensor pack_weights(const Tensor& values, std::string weight_type) {
+  constexpr const char* op = "pack_weights";
+  const PackingParams p = check_pack(values, weight_type);
+  const Tensor dense_values = dense(op, "values", values);
+  const Shape shape{values.size(0), values.size(1), cpu::packed_row_bytes(p.type, p.columns)};
+  const Tensor packed = output(op, values, shape, ScalarType::Byte);
+  dispatch(
+      op, values,
+      [&](const Threads& threads) {
+        cpu::pack_weights(p, static_cast<const uint8_t*>(dense_values.const_data_ptr()),
+                          static_cast<uint8_t*>(packed.mutable_data_ptr()), threads);
+      },
+      [](const auto&, auto*) {});
+  return packed;
+}
+
+Tensor unpack_weights(const Tensor& packed, std::string weight_type, int64_t columns) {
+  constexpr const char* op = "unpack_weights";
+  const PackingParams p = check_unpack(packed, weight_type, columns);
+  const Tensor dense_packed = dense(op, "packed", packed);
+  const Shape shape{packed.size(0), packed.size(1), cpu::given_row_bytes(p.type, columns)};
+  const Tensor values = output(op, packed, shape, given_type(p.type));
+  dispatch(
+      op, packed,
+      [&](const Threads& threads) {
+        cpu::unpack_weights(p, static_cast<const uint8_t*>(dense_packed.const_data_ptr()),
+                            static_cast<uint8_t*>(values.mutable_data_ptr()), threads);
+      },
+      [](const auto&, auto*) {});
+  return values;
+}
+
 Tensor run_subsets(const char* op, const Tensor* distances, const Tensor* projections, const Tensor& ranks,
                    const Tensor& scores, const Tensor& keep, int64_t top_k, const std::optional<Tensor>& thresholds) {
   SubsetsParams p = check_subsets(op, distances, projections, ranks, scores, keep, top_k, thresholds);
@@ -170,7 +205,9 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
 #define MOE_EXT_LAYER_OPTIONS                                                                                \
   ", Tensor? gate_up_bias=None, Tensor? down_bias=None, bool gated=True, bool interleaved=False, "           \
   "bool transposed=False, float? limit=None, bool limit_after=False, float alpha=1.0, float up_offset=0.0, " \
-  "float? gate_cap=None, float? up_cap=None) -> Tensor"
+  "float? gate_cap=None, float? up_cap=None, str? weight_type=None, int group_size=0, "                      \
+  "Tensor? gate_up_scales=None, Tensor? down_scales=None, Tensor? gate_up_zeros=None, "                      \
+  "Tensor? down_zeros=None) -> Tensor"
   m.def("experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights, str activation"  //
         MOE_EXT_LAYER_OPTIONS);
   m.def(
@@ -180,6 +217,8 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
   m.def("expert_gram(Tensor x, Tensor gate_up, Tensor down, str activation" MOE_EXT_LAYER_OPTIONS);
   m.def("expert_projection(Tensor x, Tensor gate_up, Tensor down, Tensor g, str activation" MOE_EXT_LAYER_OPTIONS);
 #undef MOE_EXT_LAYER_OPTIONS
+  m.def("pack_weights(Tensor values, str weight_type) -> Tensor");
+  m.def("unpack_weights(Tensor packed, str weight_type, int columns) -> Tensor");
   m.def(
       "subset_errors(Tensor distances, Tensor ranks, Tensor scores, Tensor keep, int top_k, Tensor? thresholds=None) "
       "-> Tensor");
@@ -194,6 +233,8 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
   m.impl("experts_observed", TORCH_BOX(&moe_ext::experts_observed));
   m.impl("expert_gram", TORCH_BOX(&moe_ext::expert_gram));
   m.impl("expert_projection", TORCH_BOX(&moe_ext::expert_projection));
+  m.impl("pack_weights", TORCH_BOX(&moe_ext::pack_weights));
+  m.impl("unpack_weights", TORCH_BOX(&moe_ext::unpack_weights));
   m.impl("subset_errors", TORCH_BOX(&moe_ext::subset_errors));
   m.impl("projected_errors", TORCH_BOX(&moe_ext::projected_errors));
 }

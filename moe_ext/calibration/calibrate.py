@@ -20,6 +20,7 @@ from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.streamed_model import LayersOnDisk
 from moe_ext.models.blocks import (
     MoeBlock,
+    base_of,
     decoder_layers,
     input_device,
     moe_blocks,
@@ -249,7 +250,7 @@ def _run(
                     observer.begin(domain, counted)
                 inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
                 # The decoder without the language model head: statistics need no logits.
-                model.base_model(**inputs, use_cache=False)
+                base_of(model)(**inputs, use_cache=False)
                 record.after(index, observers, bool(stop))
             pace.add(inputs["input_ids"].numel() if counted is None else int(counted.sum()))
     record.finished(count)

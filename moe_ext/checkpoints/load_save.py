@@ -28,7 +28,7 @@ from moe_ext.models.config_section import (
     set_section,
 )
 from moe_ext.models.dtypes import DTYPES
-from moe_ext.models.uneven_layers import built
+from moe_ext.models.own_counts import built
 from moe_ext.storage.files import replace_folder
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # "model" or "owner/model"

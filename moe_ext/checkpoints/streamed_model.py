@@ -23,7 +23,7 @@ from moe_ext.checkpoints.finite import is_finite
 from moe_ext.checkpoints.gguf_weights import gguf_in, gguf_pieces
 from moe_ext.checkpoints.meta_model import skeleton_of, without_bar
 from moe_ext.checkpoints.stored_tensors import CheckpointError, StoredTensor, stored_tensors
-from moe_ext.models.blocks import decoder_layers, moe_blocks
+from moe_ext.models.blocks import base_of, decoder_layers, moe_blocks
 
 _READ = 8 << 20  # bytes read ahead at a time
 _SAMPLE, _SAMPLES = 64, 4  # bytes, and places in every matrix, that tell weights apart
@@ -69,10 +69,12 @@ class LayersOnDisk:
         self.num_layers = len(layers)
         self._keys: list[list[str]] = [[] for _ in layers]
         others, self._head = [], []
+        base = base_of(self.model)
+        prefix = next((f"{name}." for name, part in self.model.named_modules() if part is base and name), "")
         for name, source in skeleton.sources.items():
             if source.target.startswith(owner + "."):
                 self._keys[int(source.target.removeprefix(owner + ".").split(".")[0])].append(name)
-            elif source.target.startswith(self.model.base_model_prefix + "."):
+            elif source.target.startswith(prefix):
                 others.append(name)
             else:
                 self._head.append(name)

@@ -10,54 +10,33 @@ import typer
 from moe_ext.calibration.calibrate import calibrate as run_calibration
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.commands.options import (
-    Ahead,
     AllowMissing,
     BatchSize,
-    BatchTokens,
-    Data,
-    DataColumns,
     Device,
     Dtype,
     Json,
-    LongRows,
     Model,
-    Packing,
-    Samples,
     Scratch,
     Sequential,
-    ShuffleSeed,
-    SkipBadRows,
     Strict,
-    Template,
-    Text,
     Timeout,
-    Tokens,
     TrustRemoteCode,
     Window,
     destination,
 )
 from moe_ext.commands.output import errors
 from moe_ext.commands.reading import Fingerprinted, Reading
+from moe_ext.commands.reading_options import reads
 from moe_ext.commands.shared import show_statistics, source_of
 from moe_ext.runtime.processes import process_group, rank, started_by_torchrun
 from moe_ext.storage.files import file_destination
 
 
+@reads(windows=True)
 def calibrate(
     model: Model,
     save_to: Annotated[Path, destination("Statistics file to write.")],
-    text: Text = None,
-    data: Data = None,
-    columns: DataColumns = None,
-    template: Template = None,
-    skip_bad_rows: SkipBadRows = False,
-    tokens: Tokens = None,
-    samples: Samples = None,
-    seed: ShuffleSeed = None,
-    long: LongRows = None,
-    packing: Packing = False,
-    batch_tokens: BatchTokens = None,
-    ahead: Ahead = None,
+    reading: Reading,
     dataset: Annotated[str, typer.Option(help="Label of the text; the domain names if empty.")] = "",
     outputs: Annotated[bool, typer.Option("--outputs", help="Also sum experts' outputs (slower), for mone.")] = False,
     channels: Annotated[
@@ -88,20 +67,6 @@ def calibrate(
     if scratch is not None and not sequential:
         raise typer.BadParameter("--scratch goes with --sequential")
     file_destination(save_to)
-    reading = Reading(
-        text,
-        data,
-        columns=columns,
-        template=template,
-        skip_bad_rows=skip_bad_rows,
-        tokens=tokens,
-        samples=samples,
-        seed=seed,
-        long=long,
-        packing=packing,
-        batch_tokens=batch_tokens,
-        ahead=ahead,
-    )
     several = started_by_torchrun()
     with process_group(device, timeout) if several else nullcontext(device) as place:
         source, tokenizer, options = source_of(

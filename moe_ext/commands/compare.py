@@ -12,24 +12,18 @@ from moe_ext.checkpoints.load_save import read_tokenizer
 from moe_ext.commands.options import (
     AllowMissing,
     BatchSize,
-    Data,
-    DataColumns,
     Device,
     Dtype,
     Json,
     Reference,
-    Samples,
-    ShuffleSeed,
-    SkipBadRows,
     Strict,
-    Template,
-    Text,
     TrustRemoteCode,
     Window,
     destination,
 )
 from moe_ext.commands.output import errors, out, print_json
 from moe_ext.commands.reading import Reading, say_counts
+from moe_ext.commands.reading_options import reads
 from moe_ext.evaluation.compare import Compared, Setting
 from moe_ext.evaluation.compare import compare as run_comparison
 from moe_ext.evaluation.perplexity import check_finite
@@ -38,15 +32,10 @@ from moe_ext.storage.files import file_destination
 from moe_ext.storage.machine import processor
 
 
+@reads(windows=False)
 def compare(
     models: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Folders, or names on the Hub.")],
-    text: Text = None,
-    data: Data = None,
-    columns: DataColumns = None,
-    template: Template = None,
-    skip_bad_rows: SkipBadRows = False,
-    samples: Samples = None,
-    seed: ShuffleSeed = None,
+    reading: Reading,
     save_to: Annotated[Path | None, destination("JSON file to write, for `moe-ext report`.")] = None,
     reference: Reference = None,
     skip: Annotated[bool, typer.Option(help="Apply the skip thresholds that the checkpoints hold.")] = True,
@@ -68,19 +57,10 @@ def compare(
     find likeliest, and bits per weight of the reference. A perplexity or divergence that is infinite or no number is
     null in JSON, and the exit code is then 1.
     """
-    reading = Reading(
-        text,
-        data,
-        columns=columns,
-        template=template,
-        skip_bad_rows=skip_bad_rows,
-        samples=samples,
-        seed=seed,
-    )
     if save_to is not None:
         file_destination(save_to)
     # Every checkpoint reads the same texts: conversations as the first one's template writes them.
-    texts = reading.texts(read_tokenizer(models[0], trust_remote_code=trust_remote_code) if data else None)
+    texts = reading.texts(read_tokenizer(models[0], trust_remote_code=trust_remote_code) if reading.has_rows else None)
     say_counts(reading.counts)
     setting = Setting(
         skip,

@@ -10,23 +10,17 @@ from rich.table import Table
 from moe_ext.checkpoints.load_save import read_tokenizer
 from moe_ext.commands.options import (
     BatchSize,
-    Data,
-    DataColumns,
     Device,
     Dtype,
     Json,
     Model,
-    Samples,
-    ShuffleSeed,
-    SkipBadRows,
-    Template,
-    Text,
     TrustRemoteCode,
     Window,
     destination,
 )
 from moe_ext.commands.output import out, print_json
 from moe_ext.commands.reading import Reading, say_counts
+from moe_ext.commands.reading_options import reads
 from moe_ext.compression.compress import compress as run_compression
 from moe_ext.compression.request import Method
 from moe_ext.compression.result import Compressed
@@ -35,16 +29,11 @@ from moe_ext.evaluation.perplexity import check_finite
 from moe_ext.runtime.batches import read_domains
 
 
+@reads(windows=False)
 def compress(
     model: Model,
     save_to: Annotated[Path, destination("Folder for the compressed checkpoint.")],
-    text: Text = None,
-    data: Data = None,
-    columns: DataColumns = None,
-    template: Template = None,
-    skip_bad_rows: SkipBadRows = False,
-    samples: Samples = None,
-    seed: ShuffleSeed = None,
+    reading: Reading,
     method: Annotated[
         Method,
         typer.Option(
@@ -104,16 +93,7 @@ def compress(
         raise typer.BadParameter("give --size or --fit, one of them")
     if keep is not None and ratio is not None:
         raise typer.BadParameter("give --keep or --ratio, one of them")
-    reading = Reading(
-        text,
-        data,
-        columns=columns,
-        template=template,
-        skip_bad_rows=skip_bad_rows,
-        samples=samples,
-        seed=seed,
-    )
-    tokenizer = read_tokenizer(model, trust_remote_code=trust_remote_code) if data else None
+    tokenizer = read_tokenizer(model, trust_remote_code=trust_remote_code) if reading.has_rows else None
     texts = reading.texts(tokenizer)
     say_counts(reading.counts)
     found = run_compression(

@@ -10,25 +10,19 @@ from moe_ext.checkpoints.load_save import stored_bytes
 from moe_ext.commands.options import (
     AllowMissing,
     BatchSize,
-    Data,
-    DataColumns,
     Device,
     Dtype,
     Json,
     Model,
     Reference,
-    Samples,
-    ShuffleSeed,
-    SkipBadRows,
     Strict,
-    Template,
-    Text,
     TrustRemoteCode,
     Window,
     destination,
 )
 from moe_ext.commands.output import out, print_json
 from moe_ext.commands.reading import Reading, say_counts
+from moe_ext.commands.reading_options import reads
 from moe_ext.commands.shared import load
 from moe_ext.evaluation.compare import judged_against, weight_bytes
 from moe_ext.evaluation.divergence import divergence
@@ -39,15 +33,10 @@ from moe_ext.runtime.patching import patch
 from moe_ext.runtime.skipping import count_skips
 
 
+@reads(windows=False, needed=False)
 def evaluate(
     model: Model,
-    text: Text = None,
-    data: Data = None,
-    columns: DataColumns = None,
-    template: Template = None,
-    skip_bad_rows: SkipBadRows = False,
-    samples: Samples = None,
-    seed: ShuffleSeed = None,
+    reading: Reading,
     reference: Reference = None,
     save_predictions: Annotated[
         Path | None,
@@ -85,7 +74,7 @@ def evaluate(
     the checkpoint's bits per weight of the reference. A perplexity or divergence that is infinite or no number is null
     in JSON, and the exit code is then 1.
     """
-    if bool(text or data) == (tasks is not None):
+    if bool(reading) == (tasks is not None):
         raise typer.BadParameter("give --text, --data or --tasks, one of them")
     if tasks is not None:
         if reference is not None or save_predictions is not None:
@@ -98,15 +87,6 @@ def evaluate(
         return
     if reference is not None and save_predictions is not None:
         raise typer.BadParameter("--reference and --save-predictions: give one of them")
-    reading = Reading(
-        text,
-        data,
-        columns=columns,
-        template=template,
-        skip_bad_rows=skip_bad_rows,
-        samples=samples,
-        seed=seed,
-    )
     loaded, tokenizer = load(model, dtype, device, trust_remote_code, allow_missing)
     texts = reading.texts(tokenizer)
     say_counts(reading.counts)

@@ -5,7 +5,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from moe_ext.data.sources import FORM
 from moe_ext.decision.criteria import CRITERIA, OUTSIDE, point_of
 
 
@@ -36,54 +35,6 @@ def is_destination(option: Any) -> bool:
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a name on the Hugging Face Hub.", show_default=False)]
 Statistics = Annotated[Path, typer.Argument(help="File written by `moe-ext calibrate`.", show_default=False)]
-Text = Annotated[
-    list[Path] | None,
-    typer.Option("--text", help="Text file, or folder of *.txt: one domain a file.", show_default=False),
-]
-Data = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data",
-        metavar=FORM,
-        help="Instead: .txt, .jsonl (.gz, .zst), .json, .parquet or .arrow, a folder of them, or a data set's name on "
-        "the Hub. Weights mix several by tokens; each is a domain. See docs/calibration_data.md.",
-        show_default=False,
-    ),
-]
-DataColumns = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--columns",
-        help="Which columns hold what: text=A, messages=A or prompt=A,response=B; also input, system, tools, domain. "
-        "NAME:... for one source. Usual names are recognised.",
-        show_default=False,
-    ),
-]
-Template = Annotated[
-    str | None,
-    typer.Option(help="File with a chat template, or the name of one of the tokenizer's.", show_default=False),
-]
-SkipBadRows = Annotated[
-    bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be read, and say how many.")
-]
-Tokens = Annotated[
-    str | None, typer.Option(help="Tokens to read of --data, such as 4M; all if absent.", show_default=False)
-]
-Samples = Annotated[int | None, typer.Option(min=1, help="Rows to read of --data.", show_default=False)]
-ShuffleSeed = Annotated[
-    int | None, typer.Option("--seed", help="Read the rows of --data shuffled by it.", show_default=False)
-]
-LongRows = Annotated[
-    Literal["split", "cut"] | None,
-    typer.Option("--long", help="Rows longer than a window: split (if absent), or cut after a sentence."),
-]
-Packing = Annotated[
-    bool, typer.Option("--packing", help="Several rows a window, kept apart, where the model does keep them apart.")
-]
-BatchTokens = Annotated[
-    int | None, typer.Option(min=1, help="Tokens a batch with its padding, in the place of --batch-size.")
-]
-Ahead = Annotated[int | None, typer.Option(min=0, help="Batches that a process of its own makes ahead: 16; 0: none.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Window = Annotated[int, typer.Option(min=2, help="Tokens a sequence.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences a batch.")]

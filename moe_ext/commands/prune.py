@@ -8,29 +8,18 @@ import typer
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import read_tokenizer, save_checkpoint, size_on_disk
 from moe_ext.commands.options import (
-    Ahead,
     BatchSize,
-    BatchTokens,
-    Data,
-    DataColumns,
     Device,
     Dtype,
     Json,
-    LongRows,
     Model,
-    Packing,
-    Samples,
-    ShuffleSeed,
-    SkipBadRows,
-    Template,
-    Text,
-    Tokens,
     TrustRemoteCode,
     Window,
     destination,
 )
 from moe_ext.commands.output import out, print_json, working
 from moe_ext.commands.reading import Reading, say_counts
+from moe_ext.commands.reading_options import reads
 from moe_ext.commands.shared import load
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.pruning.prune import prune as apply_plan
@@ -39,9 +28,11 @@ from moe_ext.pruning.prune_gguf import prune_gguf
 from moe_ext.storage.files import folder_destination
 
 
+@reads(windows=True, needed=False)
 def prune(
     model: Model,
     save_to: Annotated[Path, destination("Folder for the pruned checkpoint; of a GGUF file, a file.")],
+    reading: Reading,
     plan: Annotated[
         Path | None, typer.Argument(help="File written by `moe-ext plan` or `moe-ext search`.", show_default=False)
     ] = None,
@@ -55,18 +46,6 @@ def prune(
             "--refit", help="Fit the kept experts' down projections to make up for what goes; takes --text or --data."
         ),
     ] = False,
-    text: Text = None,
-    data: Data = None,
-    columns: DataColumns = None,
-    template: Template = None,
-    skip_bad_rows: SkipBadRows = False,
-    tokens: Tokens = None,
-    samples: Samples = None,
-    seed: ShuffleSeed = None,
-    long: LongRows = None,
-    packing: Packing = False,
-    batch_tokens: BatchTokens = None,
-    ahead: Ahead = None,
     window: Window = 512,
     batch_size: BatchSize = 8,
     device: Device = "cpu",
@@ -83,26 +62,11 @@ def prune(
     """
     if (plan is None) == (plan_option is None):
         raise typer.BadParameter("give the plan once, as an argument or with --plan")
-    if refit != bool(text or data):
+    if refit != bool(reading):
         raise typer.BadParameter("--refit takes calibration text, --text or --data; and these go with --refit")
     if refit and novices is not None:
         raise typer.BadParameter("give --refit or --novices, one of them")
     made = PruningPlan.load(plan or plan_option or Path())
-    reading = Reading(
-        text,
-        data,
-        needed=refit,
-        columns=columns,
-        template=template,
-        skip_bad_rows=skip_bad_rows,
-        tokens=tokens,
-        samples=samples,
-        seed=seed,
-        long=long,
-        packing=packing,
-        batch_tokens=batch_tokens,
-        ahead=ahead,
-    )
     if Path(model).suffix.lower() == ".gguf":
         if novices is not None or refit or dtype != "auto":
             raise typer.BadParameter("--novices, --refit and --dtype take a checkpoint, not a GGUF file")

@@ -40,6 +40,9 @@ def count_in(text: str | None) -> int | None:
 class Reading:
     """The text of a command, found before any work.
 
+    Attributes:
+        given: ``--text`` and ``--data`` as they came.
+
     Raises:
         typer.BadParameter: ``--text`` and ``--data``, neither where one is needed, or options of ``--data`` without it.
         ValueError: text or sources that are not there.
@@ -50,7 +53,7 @@ class Reading:
         text: list[Path] | None,
         data: list[str] | None,
         *,
-        needed: bool = True,
+        needed: bool,
         columns: list[str] | None = None,
         template: str | None = None,
         skip_bad_rows: bool = False,
@@ -81,6 +84,7 @@ class Reading:
         for name, value in of_data.items():
             if value not in (None, False, []) and not data:
                 raise typer.BadParameter(f"--{name} goes with --data")
+        self.given: dict[str, Any] = {"text": text, "data": data}
         self._texts = read_domains(text) if text else {}
         self._sources = sources_of(data, columns) if data else []
         for source in self._sources:
@@ -98,6 +102,11 @@ class Reading:
 
     def __bool__(self) -> bool:
         return bool(self._texts or self._sources)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it is of ``--data``."""
+        return bool(self._sources)
 
     @property
     def counts(self) -> Counts | None:

@@ -9,29 +9,18 @@ import typer
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.commands.destinations import check_places
 from moe_ext.commands.options import (
-    Ahead,
     AllowMissing,
     AllowSuper,
     BatchSize,
-    BatchTokens,
-    Data,
-    DataColumns,
     Device,
     Dtype,
     Json,
     Keep,
-    LongRows,
     Model,
-    Packing,
-    Samples,
     Scratch,
     Sequential,
-    SkipBadRows,
     Strict,
-    Template,
-    Text,
     Timeout,
-    Tokens,
     TrustRemoteCode,
     Window,
     counts_in,
@@ -39,6 +28,7 @@ from moe_ext.commands.options import (
 )
 from moe_ext.commands.output import out, print_json
 from moe_ext.commands.reading import Reading, say_counts
+from moe_ext.commands.reading_options import reads
 from moe_ext.commands.shared import removed_experts, source_of
 from moe_ext.reconstruction.result import SearchResult
 from moe_ext.reconstruction.search import search as run_search
@@ -46,20 +36,11 @@ from moe_ext.runtime.processes import process_group, rank, started_by_torchrun
 from moe_ext.storage.files import file_destination
 
 
+@reads(windows=True)
 def search(
     model: Model,
     save_to: Annotated[Path, destination("Plan file to write.")],
-    text: Text = None,
-    data: Data = None,
-    columns: DataColumns = None,
-    template: Template = None,
-    skip_bad_rows: SkipBadRows = False,
-    tokens: Tokens = None,
-    samples: Samples = None,
-    long: LongRows = None,
-    packing: Packing = False,
-    batch_tokens: BatchTokens = None,
-    ahead: Ahead = None,
+    reading: Reading,
     keep: Keep = None,
     ratio: Annotated[float | None, typer.Option(min=0, max=1, help="Share of experts that every layer loses.")] = None,
     loss: Annotated[
@@ -128,28 +109,14 @@ def search(
         raise typer.BadParameter("--equal is --budget layer: give one of them")
     if labels is not None and loss != "fisher":
         raise typer.BadParameter("--labels goes with --loss fisher")
-    if seed is not None and loss != "fisher" and not data:
+    if seed is not None and loss != "fisher" and not reading.has_rows:
         raise typer.BadParameter("--seed goes with --loss fisher, or with --data")
     counts = counts_in(keep)
     file_destination(save_to)
     losses = losses or save_to.with_suffix(".safetensors")
-    check_places({"--out": save_to, "--losses": losses}, {"model": model, "text": text, "data": data})
+    check_places({"--out": save_to, "--losses": losses}, {"model": model, **reading.given})
     file_destination(losses)
     stats = None if statistics is None else ExpertStatistics.load(statistics)
-    reading = Reading(
-        text,
-        data,
-        columns=columns,
-        template=template,
-        skip_bad_rows=skip_bad_rows,
-        tokens=tokens,
-        samples=samples,
-        seed=seed if data else None,
-        long=long,
-        packing=packing,
-        batch_tokens=batch_tokens,
-        ahead=ahead,
-    )
     several = started_by_torchrun()
     with process_group(device, timeout) if several else nullcontext(device) as place:
         source, tokenizer, options = source_of(

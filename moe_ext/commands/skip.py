@@ -10,32 +10,21 @@ from rich.table import Table
 from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.checkpoints.load_save import check_config_file, save_checkpoint, write_thresholds
 from moe_ext.commands.options import (
-    Ahead,
     AllowMissing,
     BatchSize,
-    BatchTokens,
-    Data,
-    DataColumns,
     Device,
     Dtype,
     Json,
-    LongRows,
     Model,
-    Packing,
-    Samples,
-    ShuffleSeed,
-    SkipBadRows,
     Statistics,
     Strict,
-    Template,
-    Text,
-    Tokens,
     TrustRemoteCode,
     Window,
     destination,
 )
 from moe_ext.commands.output import out, print_json
 from moe_ext.commands.reading import Reading, say_counts
+from moe_ext.commands.reading_options import reads
 from moe_ext.commands.shared import load
 from moe_ext.decision.thresholds import skip_thresholds
 from moe_ext.evaluation.skip_rates import skip_rates
@@ -46,22 +35,12 @@ from moe_ext.runtime.patching import patch
 from moe_ext.storage.files import folder_destination
 
 
+@reads(windows=True, needed=False)
 def skip(
     model: Model,
     statistics: Statistics,
+    reading: Reading,
     quantile: Annotated[float, typer.Option(min=0, max=1, help="Share of the weaker slots to skip.")] = 0.5,
-    text: Text = None,
-    data: Data = None,
-    columns: DataColumns = None,
-    template: Template = None,
-    skip_bad_rows: SkipBadRows = False,
-    tokens: Tokens = None,
-    samples: Samples = None,
-    seed: ShuffleSeed = None,
-    long: LongRows = None,
-    packing: Packing = False,
-    batch_tokens: BatchTokens = None,
-    ahead: Ahead = None,
     save_to: Annotated[Path | None, destination("Folder for a copy with the thresholds.")] = None,
     renormalise: Annotated[
         str,
@@ -87,21 +66,6 @@ def skip(
     if not is_scale(scale):
         raise typer.BadParameter(f"--renormalise {renormalise}: expected kept, none or a number of experts")
     stats = ExpertStatistics.load(statistics)
-    reading = Reading(
-        text,
-        data,
-        needed=False,
-        columns=columns,
-        template=template,
-        skip_bad_rows=skip_bad_rows,
-        tokens=tokens,
-        samples=samples,
-        seed=seed,
-        long=long,
-        packing=packing,
-        batch_tokens=batch_tokens,
-        ahead=ahead,
-    )
     if save_to is not None:
         folder_destination(save_to)
     else:

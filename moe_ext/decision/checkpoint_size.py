@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from moe_ext.checkpoints.key_map import names_of, tied
 from moe_ext.checkpoints.meta_model import Skeleton, skeleton_of
 from moe_ext.checkpoints.stored_tensors import StoredTensor, stored_tensors
-from moe_ext.models.blocks import MoeBlock, expert_tensors, moe_blocks
+from moe_ext.models.blocks import MoeBlock, expert_dimension, expert_tensors, moe_blocks
 from moe_ext.models.expert_width import channel_dimension, width_of
 from moe_ext.models.layout import Layout, layout_of
 
@@ -152,11 +152,14 @@ def _counting(
 ) -> dict[str, tuple[int, int, Sequence[int], bool]]:
     """Of every tensor that counts experts: that dimension's size and what is left of it, which experts are kept, and
     whether these have channels."""
-    names, found = names_of(model), {}
+    names = names_of(model)
+    found: dict[str, tuple[int, int, Sequence[int], bool]] = {}
     for block, kept in zip(blocks, keep, strict=True):
         for name, tensor in expert_tensors(block).items():
             has_channels = channel_dimension(block, name) is not None
-            found[names[id(tensor)]] = block.num_experts, len(kept), kept, has_channels
+            counting = expert_dimension(block, name)
+            sizes = counting.size(block.num_experts), counting.size(len(kept))
+            found[names[id(tensor)]] = *sizes, counting.places(kept, block.num_experts), has_channels
         for part in block.routing_tensors():
             sizes = part.dimension.size(block.num_experts), part.dimension.size(len(kept))
             found[names[id(part.tensor)]] = *sizes, kept, False

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_ext.models.blocks import input_device
+from moe_ext.models.blocks import base_of, input_device
 from moe_ext.models.wrapped import unwrapped
 from moe_ext.runtime.batches import check_batch
 from moe_ext.runtime.skipping import count_skips
@@ -26,5 +26,5 @@ def skip_rates(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) 
     with count_skips(model) as count, torch.inference_mode():
         for index, batch in enumerate(batches):
             inputs, _ = check_batch(index, batch, model)
-            model.base_model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)
+            base_of(model)(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)
     return count.rates()

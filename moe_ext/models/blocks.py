@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_ext.models.boundary import MEANS, PLACES, boundaries, num_routed
+from moe_ext.models.boundary import MEANS, PLACES, boundaries, is_experts, num_experts, num_routed, placed_experts
 from moe_ext.models.counted import Counted, Dimension, counted_in, named_tensors, owners
+from moe_ext.models.direct_experts import direct_experts, passed_on
 from moe_ext.models.families import FAMILIES, Family
 from moe_ext.models.quantised_experts import check_not_quantised
 from moe_ext.models.shared_out import has_some_experts, how_shared, is_shared
+from moe_ext.models.unsupported import why_unsupported
 from moe_ext.storage.digests import tensor_bytes
 
 
@@ -40,6 +42,9 @@ def router_digest(block: MoeBlock) -> str:
 
 # Attribute of a weight on the meta device that is loaded before it is used (checkpoints/meta_model): its device then.
 LOADED_LATER = "_moe_ext_loaded_later"
+
+BY_STATISTICS = "prune this family by statistics (calibrate, score, plan)"
+"""What to do where a model's layers stand against a search."""
 
 _DECODER_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
@@ -94,7 +99,7 @@ class MoeBlock:
 
     @property
     def num_experts(self) -> int:
-        return int(self.experts.num_experts)  # type: ignore[arg-type]
+        return num_experts(self.experts)
 
     @property
     def has_novices(self) -> bool:
@@ -152,10 +157,7 @@ class MoeBlock:
 
 def experts_by_name(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The experts modules of a model's MoE layers, by their names."""
-    return {
-        f"{each.name}.{each.experts}" if each.name else each.experts: getattr(each.module, each.experts)
-        for each in boundaries(model)
-    }
+    return {f"{name}.{key}" if name else key: experts for name, _, key, experts in placed_experts(model)}
 
 
 def counted_of(model: PreTrainedModel) -> Counted:
@@ -199,6 +201,20 @@ def layer_numbers(blocks: Sequence[MoeBlock]) -> list[int]:
 def text_config(model: PreTrainedModel) -> Any:
     """The config of a model's text decoder: the model's own, or the part of it that a multimodal model keeps for it."""
     return model.config.get_text_config(decoder=True)
+
+
+def base_of(model: Any) -> Any:
+    """What of a model runs where its language model head is not needed: transformers' ``base_model``. Where that is the
+    whole model, as some families' prefixes have it (Llama 4), the innermost model inside that has its experts."""
+    base = model.base_model
+    if base is not model or model.get_output_embeddings() is None:
+        return base
+    inside = [
+        (len(name), part)
+        for name, part in model.named_modules()
+        if isinstance(part, PreTrainedModel) and any(map(is_experts, part.modules()))
+    ]
+    return max(inside, key=lambda pair: pair[0], default=(0, base))[1]
 
 
 def model_type_of(model: PreTrainedModel) -> str:
@@ -256,34 +272,29 @@ def moe_blocks(model: PreTrainedModel) -> list[MoeBlock]:
         for each in boundaries(model)
     ]
     if not blocks:
-        raise ValueError(
-            f"{type(model).__name__} has no MoE layers that are supported: no module of it goes through transformers' "
-            f"experts interface (model type {config.model_type!r}){_experts_of_its_own(model)}"
-        )
-    _refuse_shared_weights(blocks)
+        raise ValueError(why_unsupported(model))
     for block in blocks:
+        record = direct_experts(block.experts)
+        if record is not None and record.weighs_inputs and block.top_k > 1:
+            raise ValueError(
+                f"{block.name}: top_k is {block.top_k}; a {type(block.experts).__name__} is given a token times its "
+                "weight, another input for every expert, which is supported for one expert a token"
+            )
         if not 1 <= block.top_k <= block.num_routed:
             raise ValueError(f"{block.name}: top_k is {block.top_k}; expected 1 to {block.num_routed} experts a token")
     return blocks
 
 
-def _experts_of_its_own(model: PreTrainedModel) -> str:
-    """What in a model seems to be experts all the same, for the refusal."""
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if "expert" in kind.lower() or name.rpartition(".")[2] == "experts":
-            return f"; its experts, {name}, are a {kind} with code of their own, which is not known here"
-    return ""
-
-
-def _refuse_shared_weights(blocks: Sequence[MoeBlock]) -> None:
-    """ValueError if two layers have the same experts: what is counted, kept or skipped in one holds for the other."""
+def refuse_shared_weights(blocks: Sequence[MoeBlock]) -> None:
+    """ValueError if two layers have the same experts: what is counted or removed in one holds for the other."""
     owner: dict[int, str] = {}
     for block in blocks:
         for tensor in block.experts.parameters():
             if owner.setdefault(id(tensor), block.name) != block.name:
                 raise ValueError(
-                    f"{owner[id(tensor)]} and {block.name} share their experts (tied weights), which is not supported"
+                    f"{owner[id(tensor)]} and {block.name} share their experts (tied weights): what is counted, "
+                    "skipped or removed in one would hold for the other, which runs on other tokens. "
+                    "moe_ext.patch(model) runs such a model on the operators; it is not calibrated, searched or pruned"
                 )
 
 
@@ -319,6 +330,23 @@ def refuse_offloaded(blocks: list[MoeBlock], job: str) -> None:
         for tensor in (*tensors_of(block.experts).values(), *tensors_of(block.router).values()):
             if tensor.is_meta and not hasattr(tensor, LOADED_LATER):
                 raise ValueError(f"{block.name} is offloaded by accelerate's hooks; {job} a model that is in memory")
+
+
+def refuse_other_sums(blocks: Sequence[MoeBlock], job: str) -> None:
+    """ValueError, naming the layer, if what its experts give is not the sum of their outputs for the hidden states,
+    times the router's weights."""
+    for block in blocks:
+        record, kind = direct_experts(block.experts), type(block.experts).__name__
+        if passed_on(block.experts):
+            raise ValueError(
+                f"{job}: {block.name}: the router of {kind} also chooses to pass a token on, which adds the token "
+                f"itself to its experts' outputs: {BY_STATISTICS}"
+            )
+        if record is not None and record.weighs_inputs:
+            raise ValueError(
+                f"{job}: {block.name}: {kind} are given the hidden states times the router's weights, so that no "
+                f"weighted sum of outputs says what other experts would give: {BY_STATISTICS}"
+            )
 
 
 def refuse_shared_out(blocks: Sequence[MoeBlock], job: str) -> None:
@@ -366,10 +394,17 @@ def expert_tensors(block: MoeBlock) -> dict[str, Tensor]:
         )
     for name, tensor in tensors.items():
         check_plain(block.name, experts, name, tensor)
-        if tensor.dim() == 0 or tensor.shape[0] != block.num_experts:
+        size = expert_dimension(block, name).size(block.num_experts)
+        if tensor.dim() == 0 or tensor.shape[0] != size:
             found = tensor.shape[0] if tensor.dim() else "no dimension of"
-            raise ValueError(f"{block.name}: {name} has {found} experts; expected {block.num_experts}")
+            raise ValueError(f"{block.name}: {name} has {found} experts; expected {size}")
     return tensors
+
+
+def expert_dimension(block: MoeBlock, name: str) -> Dimension:
+    """The dimension of one of :func:`expert_tensors` that counts experts. Some have rows, never read, for choices that
+    return a token as it is."""
+    return Dimension(0, others=0 if name == "down_proj" else passed_on(block.experts))
 
 
 def check_layout(block: MoeBlock) -> None:
@@ -415,7 +450,8 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def refuse_several_in_a_layer(blocks: Sequence[MoeBlock], of_block: Sequence[int], job: str) -> None:
-    """ValueError if a decoder layer has several MoE blocks, such as one for text and one for images.
+    """ValueError if a decoder layer has several MoE blocks, such as one for text and one for images: each is given some
+    of a batch's tokens, and which of them are padding is not known.
 
     Args:
         of_block: from :func:`decoder_layers`.
@@ -423,7 +459,8 @@ def refuse_several_in_a_layer(blocks: Sequence[MoeBlock], of_block: Sequence[int
     for first, second in zip(range(len(blocks)), range(1, len(blocks)), strict=False):
         if of_block[first] == of_block[second]:
             raise ValueError(
-                f"{job}: {blocks[first].name} and {blocks[second].name} are in one decoder layer; expected one a layer"
+                f"{job}: {blocks[first].name} and {blocks[second].name} are in one decoder layer; expected one a "
+                f"layer: {BY_STATISTICS}"
             )
 
 

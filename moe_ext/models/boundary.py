@@ -1,5 +1,6 @@
 """The boundary of a MoE layer, in any family: a module of transformers' experts interface, given hidden states, experts
-and weights by the module beside it whose outputs these are, its router.
+and weights by the module beside it whose outputs these are, its router. Some modules are called so past the interface
+(:mod:`moe_ext.models.direct_experts`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_ext.models.direct_experts import direct_experts
+
 # Buffers that moe_ext.models.novices puts into experts modules.
 PLACES, MEANS = "moe_ext_places", "moe_ext_means"
 
@@ -26,20 +29,34 @@ class Boundary:
         name: name of the module that holds the next two.
         module: that module.
         router: name in it of the module that chooses experts.
-        experts: name in it of the module with the experts' weights.
         top_k: K.
+        experts: name in it of the module with the experts' weights.
     """
 
     name: str
     module: nn.Module
     router: str
-    experts: str
     top_k: int
+    experts: str
 
 
 def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds the experts of a layer in stacked tensors."""
+    return goes_through_interface(module) or direct_experts(module) is not None
+
+
+def goes_through_interface(experts: nn.Module) -> bool:
     """Whether a module's class goes through transformers' experts interface."""
-    return "is_concatenated" in vars(module) and hasattr(type(module).forward, "__wrapped__")
+    return "is_concatenated" in vars(experts) and hasattr(type(experts).forward, "__wrapped__")
+
+
+def num_experts(experts: nn.Module) -> int:
+    """E."""
+    if hasattr(experts, "num_experts"):
+        return int(experts.num_experts)  # type: ignore[arg-type]
+    record = direct_experts(experts)
+    assert record is not None
+    return int(getattr(experts, record.count))
 
 
 def num_routed(experts: nn.Module) -> int:
@@ -50,36 +67,53 @@ def num_routed(experts: nn.Module) -> int:
         return len(places)
     if getattr(experts, "_is_expert_parallel", False):  # between forwards the weight has the whole model's shape
         return int(cast(Tensor, experts.down_proj).shape[0])
-    return int(cast(int, experts.num_experts))
+    return num_experts(experts)
+
+
+def is_transposed(experts: nn.Module) -> bool:
+    """Whether an experts module's weights lie as (E, in, out)."""
+    record = direct_experts(experts)
+    return bool(getattr(experts, "is_transposed", False)) if record is None else record.is_transposed
 
 
 def output_width(experts: nn.Module) -> int:
     """Numbers that an expert returns for a token: the hidden size, or that of the latent space in which some families'
     experts work."""
     down: Any = experts.down_proj
-    return int(down.shape[2 if getattr(experts, "is_transposed", False) else 1])
+    return int(down.shape[2 if is_transposed(experts) else 1])
 
 
 def eager_forward(experts: nn.Module) -> Any:
     """The forward that the modeling code wrote, under the interface's wrapper: a function of the module, (T, H) hidden
     states, (T, K) experts and (T, K) weights."""
+    record = direct_experts(experts)
+    if record is not None:
+        return record.experts or type(experts).forward
     return type(experts).forward.__wrapped__  # type: ignore[attr-defined]
 
 
+def placed_experts(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """The experts modules of a model's text decoder, in order: the name of the module that holds one, that module, the
+    experts' name in it, and they. Experts of other parts (of images, say) are not among them."""
+    config = model.config.get_text_config(decoder=True)
+    kind = type(config)
+    for name, module in model.named_modules():
+        for key, experts in module.named_children():
+            if is_experts(experts) and isinstance(getattr(experts, "config", config), kind):
+                yield name, module, key, experts
+
+
 def boundaries(model: PreTrainedModel) -> list[Boundary]:
-    """The MoE layers of a model's text decoder, in order; experts of other parts (of images, say) are not among them.
+    """The MoE layers of a model's text decoder, in order.
 
     Raises:
         ValueError: a layer's router cannot be told from the modules beside its experts.
     """
     config = model.config.get_text_config(decoder=True)
-    found = []
-    for name, module in model.named_modules():
-        for key, experts in module.named_children():
-            if is_experts(experts) and isinstance(experts.config, type(config)):
-                router, top_k = _router(name, module, experts, config)
-                found.append(Boundary(name, module, router, key, top_k))
-    return found
+    return [
+        Boundary(name, module, *_router(name, module, experts, config), key)
+        for name, module, key, experts in placed_experts(model)
+    ]
 
 
 def _router(name: str, module: nn.Module, experts: nn.Module, config: Any) -> tuple[str, int]:

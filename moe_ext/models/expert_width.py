@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_ext.models.blocks import MoeBlock, expert_tensors, moe_blocks, text_config
-from moe_ext.models.uneven_layers import built
+from moe_ext.models.boundary import is_transposed
+from moe_ext.models.own_counts import built
 
 # Config fields that may hold the experts' width, the more special first.
 WIDTH_FIELDS = (
@@ -32,7 +33,7 @@ SHARED_FIELDS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_exper
 def width_of(block: MoeBlock) -> int:
     """I, the channels of a block's experts, whose weights need not be in memory."""
     down: Any = block.experts.down_proj
-    return int(down.shape[1 if getattr(block.experts, "is_transposed", False) else 2])
+    return int(down.shape[1 if is_transposed(block.experts) else 2])
 
 
 def config_for_width(model: PreTrainedModel, blocks: list[MoeBlock], width: int) -> tuple[dict[str, Any], Any]:
@@ -97,7 +98,7 @@ def channel_dimension(block: MoeBlock, name: str) -> int | None:
     """Which dimension of an experts' tensor counts channels; None for the biases of outputs, which have none."""
     if name.endswith("_bias"):
         return None if name == "down_proj_bias" else 1
-    transposed = bool(getattr(block.experts, "is_transposed", False))
+    transposed = is_transposed(block.experts)
     return (1 if transposed else 2) if name == "down_proj" else (2 if transposed else 1)
 
 

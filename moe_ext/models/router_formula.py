@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ext.models.blocks import MoeBlock, tensors_of
-from moe_ext.models.sliced_router import twin_of
+from moe_ext.models.direct_experts import direct_experts
+from moe_ext.models.sliced_router import router_twin
 
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 
@@ -215,6 +216,9 @@ def known_router(block: MoeBlock) -> KnownRouter | None:
 
 def gate_of(block: MoeBlock) -> str:
     """What the routing weight g_e is, as written into statistics files."""
+    record = direct_experts(block.experts)
+    if record is not None and record.weighs_inputs:
+        return "1: the experts are given the hidden states times the router's weights"
     known = known_router(block)
     if known is None:
         return "weights as the family's router gives them"
@@ -247,7 +251,7 @@ class _Probe:
 
     def __init__(self, block: MoeBlock, dtype: torch.dtype) -> None:
         self._block, self._dtype = block, dtype
-        self._twin = twin_of(block.router)
+        self._twin = router_twin(block)
         self._twin.eval()
         self._experts, self._top_k = block.num_routed, block.top_k
         self._generator = torch.Generator().manual_seed(0)

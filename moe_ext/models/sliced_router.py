@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ext.models.blocks import MoeBlock, PerExpert, counted_of
+from moe_ext.models.direct_experts import router_class
 from moe_ext.models.fixed_choices import gate_rows, remapped, tables
 
 
@@ -43,7 +44,7 @@ class SlicedRouter:
     """
 
     def __init__(self, block: MoeBlock) -> None:
-        self._block, self._twin = block, twin_of(block.router)
+        self._block, self._twin = block, router_twin(block)
         names = {id(tensor): name for name, tensor in (*self._twin.named_parameters(), *self._twin.named_buffers())}
         self._own: dict[str, PerExpert] = {}
         self._given: list[PerExpert] = []  # tensors of the block's, which its router is called with
@@ -115,6 +116,13 @@ def _are_routes(weights: object, experts: object) -> bool:
     if not isinstance(weights, Tensor) or not isinstance(experts, Tensor):
         return False
     return weights.dim() == 2 and weights.shape == experts.shape and not experts.is_floating_point()
+
+
+def router_twin(block: MoeBlock) -> Any:
+    """A twin of a block's router that returns logits, weights and experts."""
+    twin = twin_of(block.router)
+    twin.__class__ = router_class(block.router, block.experts)
+    return twin
 
 
 # What a module has from others than its class: moe_ext.patch and accelerate replace its forward.

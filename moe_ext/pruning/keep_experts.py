@@ -2,11 +2,17 @@
 
 from collections.abc import Sequence
 
-from moe_ext.models.blocks import MoeBlock, PerExpert, counting_attributes, expert_tensors, experts_by_name
+from moe_ext.models.blocks import (
+    MoeBlock,
+    PerExpert,
+    counting_attributes,
+    expert_dimension,
+    expert_tensors,
+    experts_by_name,
+)
 from moe_ext.models.boundary import num_routed
-from moe_ext.models.counted import Dimension
 from moe_ext.models.fixed_choices import gate_rows, remapped, tables
-from moe_ext.pruning.replace import replace_tensor
+from moe_ext.models.replace import replace_tensor
 
 
 def keep_experts(block: MoeBlock, keep: Sequence[int]) -> None:
@@ -30,7 +36,10 @@ def remap_choices(block: MoeBlock, keep: Sequence[int]) -> None:
 
 def expert_parts(block: MoeBlock) -> list[PerExpert]:
     """The tensors of a layer's experts."""
-    return [PerExpert(block.experts, name, old, Dimension(0)) for name, old in expert_tensors(block).items()]
+    return [
+        PerExpert(block.experts, name, old, expert_dimension(block, name))
+        for name, old in expert_tensors(block).items()
+    ]
 
 
 def keep_slices(keep: Sequence[int], experts: int, parts: Sequence[PerExpert]) -> None:

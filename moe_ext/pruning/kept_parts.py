@@ -12,7 +12,7 @@ from moe_ext.checkpoints.meta_model import Skeleton
 from moe_ext.checkpoints.quantised_weight import Piece, QuantisedWeight
 from moe_ext.checkpoints.stored_tensors import CheckpointError, StoredTensor
 from moe_ext.decision.pruning_plan import PruningPlan
-from moe_ext.models.blocks import MoeBlock, expert_tensors
+from moe_ext.models.blocks import MoeBlock, expert_dimension, expert_tensors
 from moe_ext.models.counted import Dimension
 from moe_ext.models.expert_width import channel_dimension
 from moe_ext.pruning.shard_writer import Part, Selection
@@ -55,12 +55,13 @@ def slices_of(skeleton: Skeleton, blocks: list[MoeBlock], plan: PruningPlan) -> 
         kept = None if plan.channels is None or layer >= len(plan.channels.masks) else plan.channels.indices(layer)
         for name, tensor in expert_tensors(block).items():
             dim = None if kept is None else channel_dimension(block, name)
+            counting = expert_dimension(block, name)
             if dim is None or kept is None:
-                found[names[id(tensor)]] = Slice(Dimension(0), keep, block.num_experts, block.name)
+                found[names[id(tensor)]] = Slice(counting, keep, block.num_experts, block.name)
             else:
                 places = channel_places(block, name, kept)
                 found[names[id(tensor)]] = Slice(
-                    Dimension(0), keep, block.num_experts, block.name, tuple(tensor.shape), dim, kept, places
+                    counting, keep, block.num_experts, block.name, tuple(tensor.shape), dim, kept, places
                 )
         for part in block.routing_tensors():
             found[names[id(part.tensor)]] = Slice(part.dimension, keep, block.num_experts, block.name)
@@ -211,12 +212,13 @@ def _sliced(
     """
     tensor, name, shape = part.source, part.name, part.shape
     if source.expert is not None:
-        if source.expert >= kept.experts:
-            raise CheckpointError(f"{tensor.file}: {name!r} is of expert {source.expert} of {kept.experts}")
-        if source.expert not in kept.keep:
+        numbers = kept.dimension.places(kept.keep, kept.experts)
+        if source.expert >= (size := kept.dimension.size(kept.experts)):
+            raise CheckpointError(f"{tensor.file}: {name!r} is of expert {source.expert} of {size}")
+        if source.expert not in numbers:
             return None
         first, last = source.expert_at
-        position = kept.keep.index(source.expert)
+        position = numbers.index(source.expert)
         part = replace(part, name=f"{name[:first]}{first_number + position}{name[last:]}")
         if kept.channels is None:
             return part

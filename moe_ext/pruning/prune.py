@@ -26,24 +26,29 @@ from moe_ext.models.blocks import (
     refuse_novices,
     refuse_offloaded,
     refuse_shared_out,
+    refuse_shared_weights,
     text_config,
 )
-from moe_ext.models.boundary import output_width
+from moe_ext.models.boundary import goes_through_interface, output_width
 from moe_ext.models.config_section import section_of, section_with_novices, set_section
-from moe_ext.models.counted import with_counts
+from moe_ext.models.counted import CountsPlace, with_counts
 from moe_ext.models.families import FURTHER_LAYERS_FIELDS
 from moe_ext.models.novices import add_novices
-from moe_ext.models.uneven_counts import check_uneven, counts_by_layer
+from moe_ext.models.own_counts import configs_of_their_own
+from moe_ext.models.replace import replace_tensor
+from moe_ext.models.uneven_counts import counts_by_layer, place_of_counts
 from moe_ext.models.wrapped import unwrapped_to_change
 from moe_ext.pruning.keep_experts import expert_parts, keep_slices, remap_choices
 from moe_ext.pruning.refit_layers import refitted_layers
-from moe_ext.pruning.replace import replace_tensor
 from moe_ext.pruning.thin import Thinning
 from moe_ext.storage.formats import shown
 
 
-def check_plan(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan) -> None:
+def check_plan(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan) -> CountsPlace:
     """Checks that a plan was made for a model like this one, before anything is touched.
+
+    Returns:
+        Where the config is to say how many experts each layer has, if it keeps different numbers.
 
     Raises:
         ValueError: what does not fit, and what was expected.
@@ -53,6 +58,7 @@ def check_plan(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan
     refuse_novices(blocks, "prune")
     refuse_offloaded(blocks, "prune")
     refuse_shared_out(blocks, "prune")
+    refuse_shared_weights(blocks)
     names = tuple(block.name for block in blocks)
     if plan.layers != names:
         raise ValueError(
@@ -70,8 +76,8 @@ def check_plan(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan
             )
     for block, keep in zip(blocks, plan.keep, strict=True):
         _check_keep(block, keep)
-    if len({len(keep) for keep in plan.keep}) > 1:
-        check_uneven(model, blocks, [len(keep) for keep in plan.keep])
+    counts = [len(keep) for keep in plan.keep]
+    return place_of_counts(model, blocks, counts) if len(set(counts)) > 1 else "per_layer_config"
 
 
 def _check_keep(block: MoeBlock, keep: tuple[int, ...]) -> None:
@@ -111,7 +117,8 @@ def prune(
     (:mod:`moe_ext.models.fixed_choices`). The config counts no layers for multi-token prediction any more:
     transformers has left them out. Where layers keep different numbers, the config says so in transformers'
     ``per_layer_config``; it then refuses reading the one global count, so that code which needs it (the auxiliary loss
-    of training) fails clearly.
+    of training) fails clearly. Families whose config or code takes one number for all layers keep the largest there,
+    and the layers' own in ``config.moe_ext``.
 
     At most one layer's experts are held twice at any moment. Skip thresholds in the config stay as they are; calibrate
     the pruned model for thresholds of its own. Should memory run out, every layer is either pruned or as it was, but
@@ -143,6 +150,12 @@ def prune(
         check_plan(model, blocks, plan)
         if plan.channels is not None:
             raise ValueError("novices: go with experts that keep all their channels; this plan thins them")
+        for block in blocks:
+            if not goes_through_interface(block.experts):
+                raise ValueError(
+                    f"novices: {block.name}: {type(block.experts).__name__} are called past transformers' experts "
+                    "interface, where means have no place; prune without"
+                )
         if refit is not None:
             raise ValueError("refit: kept experts make up for removed ones already by novices; expected one of the two")
         _put_novices(model, blocks, plan, novices)
@@ -166,7 +179,7 @@ def prune_whole(
             saved; the config then goes on counting them.
     """
     blocks = moe_blocks(model)
-    check_plan(model, blocks, plan)
+    place = check_plan(model, blocks, plan)
     thinning = None if plan.channels is None else Thinning.of(model, blocks, plan.channels, list(map(len, plan.keep)))
     fitted: dict[int, Tensor] = {}
     if refit is not None:
@@ -185,25 +198,29 @@ def prune_whole(
                     setattr(module, name, value)
     for module, name, value in attributes:  # those of no block, too
         setattr(module, name, value)
-    with_counts(text_config(model), fields, counts_by_layer(blocks, counts))
+    with_counts(text_config(model), fields, counts_by_layer(blocks, counts), place)
+    if place == "moe_ext":
+        configs_of_their_own(blocks, counts, fields)
     if not further_layers:
-        _announce_no_further_layers(model)
+        _announce_no_further_layers(model, on_disk=any(each.is_meta for each in model.parameters()))
     if thinning is not None:
         thinning.apply(model, blocks)
     for layer, down in fitted.items():
         replace_tensor(blocks[layer].experts, "down_proj", expert_tensors(blocks[layer])["down_proj"], down)
 
 
-def _announce_no_further_layers(model: PreTrainedModel) -> None:
-    """Layers that predict several tokens ahead come after the decoder's, in checkpoints only: transformers leaves them
-    out, and nothing says which of their experts to keep. What is saved has none, and its config does not count them."""
+def _announce_no_further_layers(model: PreTrainedModel, *, on_disk: bool) -> None:
+    """Layers that predict several tokens ahead come after the decoder's, in checkpoints only: transformers' models have
+    none, and ``generate(use_mtp=True)`` reads those of the folder that a model came from, where all experts are. What
+    is saved has none, and its config does not count them."""
     config = text_config(model)
+    advice = "" if on_disk else ". moe_ext.prune_checkpoint keeps them, from folder to folder"
     for name in FURTHER_LAYERS_FIELDS:
         if announced := getattr(config, name, None):
             setattr(config, name, type(announced)())
             warnings.warn(
                 f"the config's {name} is {announced}; layers for multi-token prediction are not in the pruned model, "
-                "and its config counts none",
+                f"and its config counts none{advice}",
                 stacklevel=3,
             )
 

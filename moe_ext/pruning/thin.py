@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.models.blocks import MoeBlock, expert_tensors, text_config
+from moe_ext.models.direct_experts import passed_on
 from moe_ext.models.expert_width import channel_dimension, config_for_width, take_width, width_of
-from moe_ext.pruning.replace import replace_tensor
+from moe_ext.models.replace import replace_tensor
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class Thinning:
                 )
             if len(channels.masks[layer]) != count:
                 raise ValueError(f"channels: are of {len(channels.masks[layer])} experts; {block.name} has {count}")
+            if passed_on(block.experts):
+                raise ValueError(
+                    f"channels: {block.name} has rows for choices that return a token as it is among its experts' "
+                    "gates, which are not thinned; remove whole experts"
+                )
         widths = [channels.width(layer) for layer in range(len(blocks))]
         if len(set(widths)) > 1:
             raise ValueError(f"channels: layers keep {min(widths)} to {max(widths)} channels; expected one width")

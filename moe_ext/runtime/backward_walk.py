@@ -29,10 +29,11 @@ the experts' output."""
 
 
 class KeptStates:
-    """Hidden states before every decoder layer but the first; all of them stay."""
+    """Hidden states before every decoder layer but the first; all of them stay, and what layers return beside them."""
 
     def __init__(self, batches: int, memory: int, folder: str | os.PathLike[str] | None) -> None:
         self._list, self._batches, self._layer = SpillingList(memory, folder), batches, 0
+        self._seconds = SpillingList(memory // 4, folder)
 
     def read(self, batch: int) -> Tensor:
         return self.before(self._layer, batch)
@@ -45,11 +46,22 @@ class KeptStates:
         assert len(self._list) == self._layer * self._batches + batch
         self._list.append(states)
 
+    def write_second(self, batch: int, second: Tensor | None) -> None:
+        """What the layer returns beside the hidden states of a batch; before :meth:`write`."""
+        assert len(self._seconds) == self._layer * self._batches + batch
+        self._seconds.append(torch.empty(0) if second is None else second)
+
+    def second_before(self, layer: int, batch: int) -> Tensor | None:
+        """What the layer before that one returned beside the hidden states."""
+        second = self._seconds[(layer - 1) * self._batches + batch]
+        return None if second.is_floating_point() else second
+
     def turn(self) -> None:
         self._layer += 1
 
     def close(self) -> None:
         self._list.close()
+        self._seconds.close()
 
     def remove(self) -> None:
         self.close()
@@ -73,7 +85,8 @@ class OutputGradients:
         course: of the model's forward passes over the batches; found out if absent.
 
     Raises:
-        ValueError: the model predicts no tokens, or hidden states are not all that its decoder layers are given.
+        ValueError: the model predicts no tokens, or hidden states, and integers that layers return beside them, are
+            not all that its decoder layers are given.
     """
 
     def __init__(
@@ -93,7 +106,8 @@ class OutputGradients:
     ) -> None:
         check_head(model)
         self._course = course or course_of(model, blocks, batches)
-        self._course.refuse_obstacles("loss: 'fisher'")
+        if not self._course.pairs:
+            self._course.refuse_obstacles("loss: 'fisher'", "search by loss='reconstruction'")
         self._model, self._blocks, self._batches, self._counted = model, blocks, batches, counted
         self._labels, self._numbers = labels, range(len(batches)) if numbers is None else numbers
         _, self._layers, self._layer_of_block = decoder_layers(model, blocks)
@@ -142,11 +156,11 @@ class OutputGradients:
     def _head(self) -> None:
         """The gradients for what leaves the last decoder layer."""
         last = len(self._layers) - 1
-        with alone(self._layers, last, None) as replace:
+        with alone(self._layers, last, None, pairs=self._course.pairs) as replace:
             leaf: Tensor
 
-            def enter(_: Any) -> Callable[..., Tensor]:
-                return lambda *args, **kwargs: leaf
+            def enter(_: Any) -> Callable[..., Any]:
+                return lambda *args, **kwargs: (leaf, None) if self._course.pairs else leaf
 
             replace(self._layers[last], enter)
             for batch, inputs in enumerate(self._batches):
@@ -170,13 +184,22 @@ class OutputGradients:
         batch = 0
 
         def through(original: Callable[..., Any]) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Tensor:
+            def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden, (others, named) = split_state(args, kwargs)
                 stored = hidden if layer == 0 else self._states.before(layer, batch).to(hidden.device)
                 with torch.enable_grad(), unwritten(self._layers[layer], (others, named)):
                     entered.append(stored.detach().clone().requires_grad_())
-                    left.append(original(entered[0], *others, **named))
-                return left[0].detach()
+                    returned = original(entered[0], *others, **named)
+                    left.append(returned[0] if self._course.pairs else returned)
+                return (left[0].detach(), None) if self._course.pairs else left[0].detach()
+
+            return forward
+
+        def as_stored(_: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+                second = self._states.second_before(layer, batch)
+                stored = self._states.before(layer, batch).to(self._device(layer))
+                return stored, None if second is None else second.to(self._device(layer))
 
             return forward
 
@@ -188,7 +211,9 @@ class OutputGradients:
 
             return forward
 
-        with alone(self._layers, layer, need) as replace, torch.no_grad():
+        with alone(self._layers, layer, need, pairs=self._course.pairs) as replace, torch.no_grad():
+            if self._course.pairs and layer > 0:
+                replace(self._layers[layer - 1], as_stored)
             replace(self._layers[layer], through)
             handle = None
             if block is not None:

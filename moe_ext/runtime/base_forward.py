@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_ext.models.blocks import input_device
+from moe_ext.models.blocks import base_of, input_device
 
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
@@ -20,7 +20,7 @@ Replace = Callable[[nn.Module, Callable[[Forward], Forward]], None]
 def run_base(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Any:
     """What the model without its head returns for a batch."""
     on_device = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
-    output = model.base_model(**on_device, use_cache=False)
+    output = base_of(model)(**on_device, use_cache=False)
     give_back_holes()
     return output
 
@@ -52,21 +52,28 @@ def replaced_forwards() -> Iterator[Replace]:
 
 
 @contextmanager
-def alone(layers: Sequence[nn.Module], index: int, need: Callable[[int], None] | None) -> Iterator[Replace]:
+def alone(
+    layers: Sequence[nn.Module], index: int, need: Callable[[int], None] | None, *, pairs: bool = False
+) -> Iterator[Replace]:
     """Every decoder layer but one passes its input on. Yields a function that puts something around a module's forward;
     all is as it was on the way out. Right for models of which :class:`moe_ext.runtime.course.Course` says so.
 
     Args:
         need: called with the index before anything is replaced.
+        pairs: whether layers return a second thing, which those that pass their input on have not.
     """
     if need is not None:
         need(index)
     with replaced_forwards() as replace:
         for other, layer in enumerate(layers):
             if other != index:
-                replace(layer, lambda _: _pass_on)
+                replace(layer, lambda _: _pass_on_with_nothing if pairs else _pass_on)
         yield replace
 
 
 def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return hidden_states
+
+
+def _pass_on_with_nothing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    return hidden_states, None

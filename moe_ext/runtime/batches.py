@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from moe_ext.data.tokens import Texts, token_ids
-from moe_ext.models.blocks import text_config
+from moe_ext.models.blocks import base_of, text_config
 from moe_ext.storage.formats import check_label, parse_json, shown
 
 _NO_PROSE = (
@@ -143,7 +143,7 @@ class CheckedBatch(NamedTuple):
     """A batch as the model takes it.
 
     Attributes:
-        inputs: arguments of the forward of ``model.base_model``.
+        inputs: arguments of the forward of the model without its head.
         counted: (B * S,) bool, the tokens that are no padding; None: all.
     """
 
@@ -169,7 +169,7 @@ def check_batch(index: int, batch: Mapping[str, Any], model: Any) -> CheckedBatc
     """
     batch = as_batch(index, batch)
     shape = tuple(batch["input_ids"].shape)
-    taken = set(inspect.signature(model.base_model.forward).parameters)
+    taken = set(inspect.signature(base_of(model).forward).parameters)
     inputs = {}
     for name, value in batch.items():
         if name in _OURS:
@@ -177,7 +177,7 @@ def check_batch(index: int, batch: Mapping[str, Any], model: Any) -> CheckedBatc
         if name not in taken and name not in _PASSED_ON and "input_ids" in taken:
             if name in _LEFT_OUT:
                 continue
-            raise ValueError(f"batch {index}: {type(model.base_model).__name__} takes no {shown(name)}")
+            raise ValueError(f"batch {index}: {type(base_of(model)).__name__} takes no {shown(name)}")
         if not isinstance(value, Tensor):
             raise ValueError(f"batch {index}: {shown(name)} is {type(value).__name__}; expected a tensor")
         inputs[name] = value

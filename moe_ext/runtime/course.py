@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_ext.models.blocks import MoeBlock, decoder_layers, evaluation_mode
+from moe_ext.models.blocks import BY_STATISTICS, MoeBlock, decoder_layers, evaluation_mode
 from moe_ext.runtime.base_forward import Forward, replaced_forwards, run_base
 
 
@@ -30,6 +30,7 @@ class Course:
         token_shape: of the same (B, S, ...), without the first two dimensions.
         dtype: of the same.
         obstacle: why hidden states alone do not tell what a layer is given; None: they do, and every layer runs once.
+        pairs: whether that is only because layers return a second thing, which the next one is given and no other.
     """
 
     calls: tuple[int, ...]
@@ -38,6 +39,7 @@ class Course:
     token_shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     obstacle: str | None = None
+    pairs: bool = False
 
     def last_calls(self, layers: Sequence[int]) -> list[int]:
         """Where in ``calls`` each of some layers runs for the last time.
@@ -50,16 +52,21 @@ class Course:
                 raise ValueError(f"decoder layer {layer} does not run in a forward pass of the model's base")
         return [len(self.calls) - 1 - self.calls[::-1].index(layer) for layer in layers]
 
-    def refuse_obstacles(self, what: str) -> None:
-        """ValueError if a layer's input cannot be made of stored hidden states."""
+    def refuse_obstacles(self, what: str, instead: str) -> None:
+        """ValueError if a layer's input cannot be made of stored hidden states; says what to do instead."""
         if self.obstacle is not None:
-            raise ValueError(f"{what} stores hidden states between decoder layers, and in this model {self.obstacle}")
+            raise ValueError(
+                f"{what} stores hidden states between decoder layers, and in this model {self.obstacle}: {instead}"
+            )
 
     def refuse_loops(self, what: str) -> None:
         """ValueError if a decoder layer runs more than once."""
         for layer in self.calls:
             if (times := self.calls.count(layer)) > 1:
-                raise ValueError(f"{what}: decoder layer {layer} runs {times} times in a forward pass; expected once")
+                raise ValueError(
+                    f"{what}: decoder layer {layer} runs {times} times in a forward pass; expected once: "
+                    f"{BY_STATISTICS}"
+                )
 
 
 class _Call(NamedTuple):
@@ -106,8 +113,9 @@ def _course(model: PreTrainedModel, layers: Sequence[nn.Module], batch: Mapping[
         calls = tuple(call.layer for call in first.calls)
         state = first.calls[0].state
         tokens = batch["input_ids"].numel()
-        obstacle = None
+        obstacle, pairs = None, False
         if pair:
+            pairs = _is_paired(model, layers, batch)
             obstacle = f"a {type(layers[calls[0]]).__name__} returns more than hidden states"
         elif not _chained(first):
             obstacle = "a decoder layer is given something other than what the one before it returned"
@@ -122,7 +130,25 @@ def _course(model: PreTrainedModel, layers: Sequence[nn.Module], batch: Mapping[
         for tensor in _tensors((first.calls[-1].state, first.calls[-1].others))
     }
     sizes = -(-state.nbytes // tokens), -(-sum(given.values()) // tokens)
-    return Course(calls, *sizes, tuple(state.shape[2:]), state.dtype, obstacle)
+    return Course(calls, *sizes, tuple(state.shape[2:]), state.dtype, obstacle, pairs)
+
+
+def _is_paired(model: PreTrainedModel, layers: Sequence[nn.Module], batch: Mapping[str, Tensor]) -> bool:
+    """Whether layers, which run once each and in order, are given the pair that the one before returned, and nothing
+    else that depends on layers."""
+    second = [torch.full((1,), call) for call in range(len(layers))]
+    try:
+        first = _dry_run(model, layers, batch, 0, second=second)
+        other = _dry_run(model, layers, batch, 1, second=second, last=len(layers))
+    except Exception:  # code that does more with it than pass it on
+        return False
+    if [call.layer for call in first.calls] != list(range(len(layers))) or not _chained(first):
+        return False
+    for call in first.calls:
+        given = [number for number, mark in enumerate(second) if any(each is mark for each in _tensors(call.others))]
+        if given not in ([], [call.layer - 1]):
+            return False
+    return first.calls[0].state.shape[:2] == batch["input_ids"].shape and _difference(first, other, layers) is None
 
 
 def shortened(numbers: Sequence[int]) -> str:
@@ -156,12 +182,14 @@ def _dry_run(
     seed: int,
     *,
     pairs: bool = False,
+    second: Sequence[Tensor] | None = None,
     last: int | None = None,
 ) -> _DryRun:
     """A forward pass whose decoder layers return random hidden states.
 
     Args:
-        pairs: whether they return a second thing beside.
+        pairs: whether they return None beside.
+        second: what every call returns beside.
         last: number of the call that returns what it returns for seed 0.
     """
     calls: list[_Call] = []
@@ -174,6 +202,8 @@ def _dry_run(
             generator = torch.Generator().manual_seed(2 * len(calls) + (0 if len(calls) == last else seed))
             random = torch.randn(state.shape, generator=generator).to(state)
             returned.append(random)
+            if second is not None:
+                return random, second[len(calls) - 1]
             return (random, None) if pairs else random
 
         return forward

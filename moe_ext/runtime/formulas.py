@@ -18,6 +18,9 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
 from moe_ext import ops
+from moe_ext.models.boundary import eager_forward, is_transposed, num_experts
+from moe_ext.models.direct_experts import direct_experts, passed_on
+from moe_ext.models.sliced_router import twin_of
 
 ROWS, WIDTH = 64, 16
 """Random rows, and channels of each, on which a formula has to agree with a module's own gate."""
@@ -115,7 +118,7 @@ _NAMED = {
 
 def _named_formula(experts: nn.Module) -> Formula:
     """That of an experts module whose class and config leave no doubt; ValueError for another."""
-    name = getattr(experts.config, "hidden_act", None)
+    name = getattr(getattr(experts, "config", None), "hidden_act", None)
     plain = getattr(experts, "has_gate", True) and getattr(experts, "is_concatenated", True)
     own = getattr(type(experts), "_apply_gate", None) is not _default_apply_gate
     if not plain or own or name not in _NAMED or type(ACT2FN[name]) is not type(experts.act_fn):
@@ -123,18 +126,20 @@ def _named_formula(experts: nn.Module) -> Formula:
             f"{type(experts).__name__}: what it computes is found by its numbers, which torch.compile hides; call "
             "moe_ext.patch(model) before torch.compile, or run the model once"
         )
-    return Formula(_NAMED[name], transposed=bool(getattr(experts, "is_transposed", False)))
+    return Formula(_NAMED[name], transposed=is_transposed(experts))
 
 
 def find_formula(experts: nn.Module) -> Formula:
     """As :func:`formula_of`, looked for again and kept nowhere."""
-    layout = Formula(
-        gated=bool(getattr(experts, "has_gate", True)), transposed=bool(getattr(experts, "is_transposed", False))
-    )
+    layout = Formula(gated=bool(getattr(experts, "has_gate", True)), transposed=is_transposed(experts))
+    gate: Callable[[Tensor], Tensor]
+    if direct_experts(experts) is not None:
+        gate = _gate_of_forward(experts, layout)
+    else:
+        gate = cast(Any, experts._apply_gate if layout.gated else experts.act_fn)
 
     def own(products: Tensor) -> Tensor:
         with torch.no_grad():
-            gate: Callable[[Tensor], Tensor] = cast(Any, experts._apply_gate if layout.gated else experts.act_fn)
             return gate(products).double()
 
     generator = torch.Generator().manual_seed(0)
@@ -160,6 +165,24 @@ def find_formula(experts: nn.Module) -> Formula:
         f"{type(experts).__name__}: its gating function (activation {name}) gives the numbers of no formula that "
         f"moe_ext computes; known are {', '.join(ops.ACTIVATIONS)}, limited, capped, scaled or without gate"
     )
+
+
+def _gate_of_forward(experts: nn.Module, layout: Formula) -> Callable[[Tensor], Tensor]:
+    """What a module that has no function for it computes between its projections: its own forward on rows (R, 2I),
+    with projections that pass them on."""
+    twin, count = twin_of(experts), num_experts(experts)
+
+    def gate(products: Tensor) -> Tensor:
+        rows, width = products.shape
+        first = torch.eye(width, dtype=products.dtype, device=products.device)
+        weights = {"gate_up_proj": (first, count + passed_on(experts)), "down_proj": (first[:, : width // 2], count)}
+        for name, (matrix, stacked) in weights.items():
+            twin._parameters[name] = (matrix.T if layout.transposed else matrix).expand(stacked, -1, -1)
+        one = torch.zeros(rows, 1, dtype=torch.int64, device=products.device)
+        output: Tensor = eager_forward(twin)(twin, products, one, torch.ones_like(one).to(products))
+        return output[:, : width // 2]
+
+    return gate
 
 
 def _candidates(layout: Formula, own: Callable[[Tensor], Tensor]) -> Iterator[Formula]:
@@ -276,7 +299,10 @@ def experts_layer(experts: nn.Module, formula: Formula | None = None) -> Experts
     """
     formula = formula_of(experts) if formula is None else formula
     first = "gate_up_proj" if formula.gated else "up_proj"
-    layer = ExpertsLayer(formula, getattr(experts, first), experts.down_proj)  # type: ignore[arg-type]
+    gate_up = cast(Tensor, getattr(experts, first))
+    if passed_on(experts):
+        gate_up = gate_up[: num_experts(experts)]
+    layer = ExpertsLayer(formula, gate_up, cast(Tensor, experts.down_proj))
     if getattr(experts, "has_bias", False):
         layer.gate_up_bias = getattr(experts, f"{first}_bias")
         layer.down_bias = experts.down_proj_bias  # type: ignore[assignment]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_ext.models.blocks import input_device
+from moe_ext.models.blocks import base_of, input_device
 from moe_ext.runtime.base_forward import replaced_forwards
 
 LabelKind = Literal["model", "text", "kl"]
@@ -70,7 +70,7 @@ def head_gradient(
     """The gradient of a batch's loss for the last hidden states.
 
     Args:
-        base_output: what ``model.base_model`` returned for the batch; its last hidden states are replaced.
+        base_output: what the model without its head returned for the batch; its last hidden states are replaced.
         inputs: the batch.
         counted: (B * S,) bool, the tokens that are no padding; None: all.
         batch: its number, which decides about its samples.
@@ -91,7 +91,7 @@ def head_gradient(
     gradient = torch.zeros_like(flat)
     rows = max(1, LOGIT_BYTES // (4 * model.get_output_embeddings().weight.shape[0]))
     with replaced_forwards() as replace:
-        replace(model.base_model, lambda _: lambda *args, **kwargs: base_output)
+        replace(base_of(model), lambda _: lambda *args, **kwargs: base_output)
         for first in range(0, len(flat), rows):
             part = slice(first, first + rows)
 

@@ -373,7 +373,7 @@ def waiting_states(
         if show:
             tqdm.write(f"{size} in memory", file=sys.stderr)
         return states_of(course, sum(sizes)), 0
-    course.refuse_obstacles("scratch")
+    course.refuse_obstacles("scratch", "leave it out, and give fewer tokens if they do not fit into memory")
     folder = Path(scratch)
     if not folder.is_dir():
         raise FileNotFoundError(f"scratch: the folder {folder} does not exist")

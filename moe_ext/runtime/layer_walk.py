@@ -19,7 +19,7 @@ from moe_ext.runtime.base_forward import replaced_forwards
 from moe_ext.runtime.course import Course, course_of
 from moe_ext.runtime.hidden_states import MEMORY, HiddenStates, ParkedStates, states_of
 from moe_ext.runtime.in_frames import InFrames
-from moe_ext.runtime.in_states import InStates
+from moe_ext.runtime.in_states import InStates, KeptPairs
 
 Seen = Callable[[int, Tensor, Tensor], None]
 """Called with the index of a batch, the experts' input (T, H) and the router's logits (T, E)."""
@@ -64,8 +64,10 @@ class LayerInputs:
         if isinstance(states, ParkedStates):
             self._way = InFrames(model, layers, batches, states)
         else:
-            self._course.refuse_obstacles("this walk")
-            self._way = InStates(model, layers, batches, states, position)
+            pairs = states if self._course.pairs and isinstance(states, KeptPairs) else None
+            if pairs is None:
+                self._course.refuse_obstacles("this walk", "let it find states of its own")
+            self._way = InStates(model, layers, batches, states, position, pairs)
 
     def __enter__(self) -> "LayerInputs":
         return self
@@ -110,6 +112,9 @@ class LayerInputs:
 
         Args:
             block: index of the layer; not before that of an earlier call.
+
+        Raises:
+            ValueError: a batch has no token for these experts.
         """
         while self._course.calls[self._position] != self._layer_of_block[block]:
             self.advance()
@@ -139,8 +144,9 @@ class LayerInputs:
             finally:
                 handle.remove()
         if routed != len(self._batches):
-            raise RuntimeError(
-                f"{self._blocks[block].name}: the experts ran {routed} times in {len(self._batches)} batches"
+            raise ValueError(
+                f"{self._blocks[block].name}: the experts ran {routed} times in {len(self._batches)} batches; expected "
+                "tokens for them in every batch, such as images where they are for these"
             )
 
     def _run(

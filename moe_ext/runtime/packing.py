@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from moe_ext.models.blocks import evaluation_mode, input_device
+from moe_ext.models.blocks import base_of, evaluation_mode, input_device
 from moe_ext.models.wrapped import unwrapped
 from moe_ext.runtime.batches import vocabulary_of
 
@@ -41,5 +41,5 @@ def _states(model: PreTrainedModel, tokens: torch.Tensor, positions: torch.Tenso
     """(1, S, H) float32, the last hidden states."""
     device = input_device(model)
     options = {} if positions is None else {"position_ids": positions.to(device)}
-    states: torch.Tensor = model.base_model(input_ids=tokens.to(device), use_cache=False, **options)[0]
+    states: torch.Tensor = base_of(model)(input_ids=tokens.to(device), use_cache=False, **options)[0]
     return states.float()

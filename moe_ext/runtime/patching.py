@@ -1,7 +1,8 @@
 """Patch and unpatch: puts the operators behind a Hugging Face model's MoE layers, in place and reversibly.
 
 The experts go through transformers' own door: ``moe_ext`` is an experts implementation next to ``eager`` and
-``grouped_mm``, selected with ``model.set_experts_implementation``. Weights stay the model's own parameters, uncopied.
+``grouped_mm``, selected with ``model.set_experts_implementation``; where a family has no such door, the forward of its
+experts is replaced on the instance. Weights stay the model's own parameters, uncopied.
 The router's forward is replaced on the instance: where the ``route`` operator computes the family's routing, as numbers
 show (:mod:`moe_ext.models.router_formula`), scores, top-K, renormalisation and skipping are one operator; elsewhere the
 family's own code runs and the skip rule follows it. Where
@@ -9,7 +10,7 @@ gradients are required, both run transformers' own differentiable code.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +25,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_ext import ops
 from moe_ext.models.blocks import MoeBlock, evaluation_mode, layer_numbers, moe_blocks
-from moe_ext.models.boundary import eager_forward, num_routed
+from moe_ext.models.boundary import eager_forward, goes_through_interface, num_experts, num_routed
 from moe_ext.models.config_section import (
+    SCALE_KEY,
+    THRESHOLDS_KEY,
     GateScale,
     check_thresholds,
     is_scale,
@@ -36,6 +39,7 @@ from moe_ext.models.config_section import (
     set_section,
     thresholds_in_config,
 )
+from moe_ext.models.direct_experts import block_forward, passed_on, router_class
 from moe_ext.models.router_formula import KnownRouter, RouterFormula, known_router
 from moe_ext.models.shared_out import check_shared_out, exchanges_tokens, has_some_experts, own_parts
 from moe_ext.models.wrapped import unwrapped
@@ -55,7 +59,7 @@ STATE = "_moe_ext"
 class _ModelState:
     """What a patched model needs to become what it was."""
 
-    implementation: dict[str, str | None]  # of transformers, as get_experts_implementation returns it
+    implementation: dict[str, str | None] | None  # as transformers' get_experts_implementation returns it
     of_experts: str | None  # the one of the model's part that holds the experts
     config_entry: dict[str, Any] | None  # config.moe_ext before the patch
     thresholds: Tensor | None  # (L, K - 1) in use
@@ -184,21 +188,29 @@ def _patch_blocks(
         thresholds = thresholds_in_config(model.config, layer_numbers(blocks), top_k)
     else:
         thresholds = None if skip is None else check_thresholds(skip, len(blocks), top_k)
+    for block in blocks:
+        if thresholds is not None and passed_on(block.experts):
+            raise ValueError(
+                f"skip: {block.name} has {passed_on(block.experts)} choices beside its experts that compute nothing: "
+                "its router skips experts as it was trained to, and thresholds are not for it"
+            )
     scale = _scale_asked(model, blocks, renormalise, stored=skip is not None)
 
     state = _state_of(model)
     if state is None:
         _check_unpatched(blocks)
         entry = section_of(model.config)
-        of_experts: str | None = cast(Any, blocks[0].experts).config._experts_implementation
-        state = _ModelState(
-            model.get_experts_implementation(), of_experts, None if entry is None else dict(entry), None
-        )
-    model.set_experts_implementation(IMPLEMENTATION)  # before anything else changes: transformers may refuse
+        implementation, of_experts = None, None
+        if goes_through_interface(blocks[0].experts):
+            implementation = model.get_experts_implementation()
+            of_experts = cast(Any, blocks[0].experts).config._experts_implementation
+        state = _ModelState(implementation, of_experts, None if entry is None else dict(entry), None)
+    if state.implementation is not None:
+        model.set_experts_implementation(IMPLEMENTATION)  # before anything else changes: transformers may refuse
     setattr(model, STATE, state)
     state.thresholds, state.scale = thresholds, scale
     if not isinstance(skip, str) or renormalise != "config":
-        section = None if state.config_entry is None else dict(state.config_entry)
+        section = _section_before(model, state)
         if thresholds is not None:  # those of an earlier patch are replaced, not kept
             section = section_with(thresholds, section, layer_numbers(blocks))
         if skip is not None or renormalise != "config":
@@ -221,9 +233,9 @@ def _patch_blocks(
         setattr(block.router, STATE, own)
         if not stock:
             setattr(block.experts, FORMULA, find_formula(block.experts))
-        # Below accelerate's hooks where there are any: they bring the weights.
-        place = "_old_forward" if hasattr(block.router, "_hf_hook") else "forward"
-        setattr(block.router, place, partial(_router_forward, block.router))  # a bound method would not unpickle
+        for module, forward in _replaced(block):
+            # Below accelerate's hooks where there are any: they bring the weights.
+            setattr(module, "_old_forward" if hasattr(module, "_hf_hook") else "forward", forward)
         if has_some_experts(block.experts):
             own.exchange = block.experts.register_forward_pre_hook(partial(_for_exchange, model))
     if unsupported:
@@ -231,6 +243,17 @@ def _patch_blocks(
         more = f" (and {len(others)} more such layers)" if others else ""
         warnings.warn(f"{first}{more}: left on transformers' {named!r} experts", stacklevel=3)
     return model
+
+
+def _replaced(block: MoeBlock) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """The modules of a block whose forward is another one while it is patched, and which. No bound methods: these would
+    not unpickle."""
+    found: list[tuple[nn.Module, Callable[..., Any]]] = [(block.router, partial(_router_forward, block.router))]
+    if not goes_through_interface(block.experts):
+        found.append((block.experts, partial(_direct_forward, block.experts)))
+    if (forward := block_forward(block.module, block.experts)) is not None:
+        found.append((block.module, forward))
+    return found
 
 
 def _scale_asked(
@@ -267,8 +290,10 @@ def _check_unpatched(blocks: list[MoeBlock]) -> None:
     for block in blocks:
         if hasattr(block.router, STATE):
             raise ValueError(f"{block.name} is patched already as part of another model; unpatch that one first")
-        if "forward" in vars(block.router) and not hasattr(block.router, "_hf_hook"):
-            raise ValueError(f"{block.name}: the router's forward was replaced on the instance; patch before that")
+        for module, _ in _replaced(block):
+            if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+                name = "router" if module is block.router else type(module).__name__
+                raise ValueError(f"{block.name}: the {name}'s forward was replaced on the instance; patch before that")
 
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
@@ -282,16 +307,18 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
 def _unpatch_blocks(model: PreTrainedModel, blocks: list[MoeBlock]) -> PreTrainedModel:
     state = cast(_ModelState, _state_of(model))
     for block in blocks:
-        if hasattr(block.router, "_hf_hook"):
-            block.router._old_forward = MethodType(type(block.router).forward, block.router)  # type: ignore[assignment]
-        else:
-            del block.router.forward
+        for module, _ in _replaced(block):
+            if hasattr(module, "_hf_hook"):
+                module._old_forward = MethodType(type(module).forward, module)  # type: ignore[assignment]
+            else:
+                del module.forward
         if (exchange := layer_state(block).exchange) is not None:
             exchange.remove()
         delattr(block.router, STATE)
         delattr(block.experts, STATE)
         vars(block.experts).pop(FORMULA, None)
-    model.set_experts_implementation(state.implementation)
+    if state.implementation is not None:
+        model.set_experts_implementation(state.implementation)
     _restore_config_entry(model, state)
     delattr(model, STATE)
     return model
@@ -312,7 +339,18 @@ def patched(model: PreTrainedModel, blocks: list[MoeBlock], *, strict: bool = Tr
 
 
 def _restore_config_entry(model: PreTrainedModel, state: _ModelState) -> None:
-    set_section(model.config, None if state.config_entry is None else dict(state.config_entry))
+    set_section(model.config, _section_before(model, state))
+
+
+def _section_before(model: PreTrainedModel, state: _ModelState) -> dict[str, Any] | None:
+    """The config's section with what it said of skipping before the patch; of the rest, which a job on the patched
+    model may have written, what it says now."""
+    before, section = state.config_entry, dict(section_of(model.config) or {})
+    for key in (THRESHOLDS_KEY, SCALE_KEY):
+        section.pop(key, None)
+        if before is not None and key in before:
+            section[key] = before[key]
+    return section if section or before is not None else None
 
 
 def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -334,6 +372,16 @@ def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor
     return cast(Tensor, out.to(hidden_states.dtype))
 
 
+def _direct_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """A patched experts module that is called past transformers' interface."""
+    if not passed_on(self):
+        return _experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    beyond = top_k_index >= (count := num_experts(self))  # (T, K): the token as it is
+    kept = top_k_weights.masked_fill(beyond, 0.0)
+    out = _experts_forward(self, hidden_states, top_k_index.clamp(max=count), kept)
+    return out + (hidden_states * (top_k_weights - kept).sum(-1, keepdim=True)).to(out.dtype)
+
+
 def _for_exchange(model: PreTrainedModel, experts: nn.Module, args: Any) -> Any:
     """Before experts that slots are sent to: they count experts without a place for the skipped. Such a slot goes to
     the token's strongest expert instead; its weight is 0."""
@@ -351,7 +399,7 @@ def _stock_forward(
     """What transformers ran before the patch."""
     run: Any = ALL_EXPERTS_FUNCTIONS.get("eager" if state is None else state.fallback, eager_forward(experts))
     # Not every implementation knows the sentinel; a skipped slot's weight is 0, so any expert does.
-    top_k_index = top_k_index.masked_fill(top_k_index == cast(int, experts.num_experts), 0)
+    top_k_index = top_k_index.masked_fill(top_k_index == num_experts(experts), 0)
     return cast(Tensor, run(experts, hidden_states, top_k_index, top_k_weights))
 
 
@@ -359,18 +407,19 @@ def _router_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     """A patched router: logits (T, E), weights (T, K), experts (T, K) int64, E where a slot is skipped."""
     state = cast(LayerState, getattr(self, STATE))
     thresholds, known, scale = state.thresholds, state.router, state.scale
-    num_experts, top_k = num_routed(state.experts), state.top_k
+    count, top_k = num_routed(state.experts), state.top_k
     if thresholds is not None and thresholds.device != hidden_states.device:
         thresholds = state.thresholds = thresholds.to(hidden_states.device)
     if known is None or not known.runs(hidden_states, args, kwargs) or _differentiates(known, self, hidden_states):
-        output: tuple[Tensor, ...] = type(self).forward(self, hidden_states, *args, **kwargs)
+        own = router_class(self, state.experts)
+        output: tuple[Tensor, ...] = own.forward(self, hidden_states, *args, **kwargs)
         if thresholds is None and not isinstance(scale, int):
             return output
         logits, weights, experts, *more = output
         if isinstance(scale, int):
             weights = (weights * share_of_largest(logits, top_k, scale)).to(weights.dtype)
         if thresholds is not None:
-            weights, experts = skip_weak(weights, experts, thresholds, num_experts, rescale=scale == "kept")
+            weights, experts = skip_weak(weights, experts, thresholds, count, rescale=scale == "kept")
         return logits, weights, experts, *more
     logits = known.logits(self, hidden_states)  # (T, E)
     correction = known.correction(self, args, kwargs)
@@ -381,7 +430,7 @@ def _router_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     weights, experts = _routed(known.formula, logits, chosen, None, correction)
     weights, experts = weights[:, :top_k].contiguous(), experts[:, :top_k].contiguous()
     if thresholds is not None:
-        weights, experts = skip_weak(weights, experts, thresholds, num_experts, rescale=False)
+        weights, experts = skip_weak(weights, experts, thresholds, count, rescale=False)
     return logits, weights, experts
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_ext.models.blocks import moe_blocks
+from moe_ext.models.blocks import base_of, moe_blocks
 from moe_ext.models.wrapped import unwrapped
 
 
@@ -113,7 +113,7 @@ def count_skips(model: PreTrainedModel) -> Iterator[SkipCount]:
     mask: Tensor | None = None  # of the forward under way
     past = 0
     packed: int | None = None  # tokens of the forward under way, where it packs sequences without padding between them
-    signature = inspect.signature(model.base_model.forward)
+    signature = inspect.signature(base_of(model).forward)
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         nonlocal mask, past, packed
@@ -148,7 +148,7 @@ def count_skips(model: PreTrainedModel) -> Iterator[SkipCount]:
 
         return hook
 
-    handles = [model.base_model.register_forward_pre_hook(before, with_kwargs=True)]
+    handles = [base_of(model).register_forward_pre_hook(before, with_kwargs=True)]
     for layer, block in enumerate(blocks):
         handles.append(block.router.register_forward_hook(after(layer, block.num_routed)))
     try:

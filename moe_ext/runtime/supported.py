@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from moe_ext.binary import _C
 from moe_ext.models.blocks import MoeBlock, check_plain, device_of, expert_tensors, tensors_of
+from moe_ext.models.boundary import is_transposed
+from moe_ext.models.direct_experts import passed_on
 from moe_ext.models.dtypes import DTYPES
 from moe_ext.models.quantised_experts import check_not_quantised
 from moe_ext.models.router_formula import known_router
@@ -38,9 +40,9 @@ def check_experts(name: str, experts: nn.Module) -> None:
 
 def _check_shapes(name: str, experts: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """ValueError unless the weights fit each other as the module's class says they lie."""
-    gated, transposed = getattr(experts, "has_gate", True), getattr(experts, "is_transposed", False)
+    gated, transposed = getattr(experts, "has_gate", True), is_transposed(experts)
     first = tensors["gate_up_proj" if gated else "up_proj"]
-    size = tuple(first.shape)
+    size = (first.shape[0] - passed_on(experts), *first.shape[1:]) if first.dim() else ()
     if transposed and len(size) == 3:
         size = (size[0], size[2], size[1])
     if len(size) == 3 and (not gated or size[1] % 2 == 0):
@@ -81,7 +83,7 @@ def reason_unsupported(block: MoeBlock) -> str | None:
     gate_up = layer.gate_up
     if gate_up.dtype not in DTYPES.values():
         return f"{block.name}: dtype {gate_up.dtype} is not supported; use float32, bfloat16 or float16"
-    device = device_of(block.experts, gate_up)
+    device = device_of(block.experts, next(block.experts.parameters()))
     if device.type == "cuda" and not _C.cuda_archs:
         return (
             f"{block.name} is on {device}, but this build of moe_ext has no CUDA kernels; "

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_layers import MtpModel
 
 import moe_ext
 from moe_ext.decision.pruning_plan import PruningPlan
@@ -68,6 +69,46 @@ def test_they_are_pruned_as_the_last_layer_is(name: str, tmp_path: Path) -> None
     assert all(torch.equal(got[key], tensor) for key, tensor in expected.items())
     config: dict[str, Any] = json.loads((tmp_path / "got" / "config.json").read_text())
     assert config[field] == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*no place for")
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+def test_transformers_drafts_with_them_and_patched_too(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, drafting = sources(name, tmp_path)
+
+    def with_its_own(tensors: dict[str, torch.Tensor]) -> None:
+        for part, shape in {"eh_proj": (32, 64), "enorm": (32,), "hnorm": (32,), "shared_head.norm": (32,)}.items():
+            generator = torch.Generator().manual_seed(len(part))
+            tensors[f"model.layers.3.{part}.weight"] = torch.rand(shape, generator=generator).bfloat16()
+
+    rewritten(drafting, with_its_own)
+    moe_ext.prune_checkpoint(drafting, plan_for(drafting, LAST), tmp_path / "got", progress=False)
+    kind = type(every_family.build(name))
+    # By such patterns transformers finds the layers, with the numbers that they have in the released checkpoints.
+    monkeypatch.setattr(kind, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.3.*"])
+    model = kind.from_pretrained(tmp_path / "got", dtype=torch.float32).eval()
+    drafts = MtpModel.from_pretrained(model).layers[0].mtp_block.mlp
+    kept = kind.from_pretrained(drafting.parent / "whole", dtype=torch.float32).model.layers[3].mlp
+    assert torch.equal(drafts.experts.down_proj, kept.experts.down_proj[list(LAST)])
+    assert torch.equal(drafts.gate.weight, kept.gate.weight[list(LAST)])
+    prompt, options = torch.arange(5, 13)[None], {"max_new_tokens": 6, "do_sample": False}
+    said = model.generate(prompt, **options)
+    assert torch.equal(model.generate(prompt, use_mtp=True, **options), said)
+    moe_ext.patch(model)
+    assert torch.equal(model.generate(prompt, use_mtp=True, **options), said)
+
+
+@pytest.mark.filterwarnings("ignore:.*no place for")
+def test_pruned_in_memory_a_model_has_none_and_says_what_keeps_them(tmp_path: Path) -> None:
+    _, drafting = sources("glm4_moe", tmp_path)
+    model = moe_ext.from_pretrained(drafting)
+    with pytest.warns(UserWarning, match=r"counts none. moe_ext.prune_checkpoint keeps them, from folder to folder"):
+        moe_ext.prune(model, plan_for(drafting, LAST))
+    model.save_pretrained(tmp_path / "pruned")
+    assert not [key for key in tensors_in(tmp_path / "pruned") if "layers.3." in key]
+    assert json.loads((tmp_path / "pruned" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*no place for")

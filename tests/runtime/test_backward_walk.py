@@ -11,8 +11,9 @@ from torch.nn.functional import cross_entropy
 from moe_ext.models.blocks import moe_blocks
 from moe_ext.runtime import head_gradients
 from moe_ext.runtime.backward_walk import OutputGradients
+from moe_ext.runtime.course import course_of
 from moe_ext.runtime.head_gradients import Labels, check_head
-from tests.support import families
+from tests.support import every_family, families
 from tests.support.batches import padded_batches, random_tokens
 from tests.support.mixtral import MixtralFactory
 
@@ -97,6 +98,25 @@ def test_gradients_in_other_families_equal_autograd(family: str) -> None:
     batches = [{"input_ids": random_tokens(2, 9)}]
     found = walked(model, batches, Labels("text"))
     assert_close_to_autograd(found, autograd(model, batches[0], *next_tokens(batches[0])), 0)
+
+
+@pytest.mark.parametrize("family", ["glm_moe_dsa", "hy_v4"])
+def test_gradients_equal_autograd_where_layers_hand_on_which_tokens_they_attend_to(family: str) -> None:
+    layers = ["full", "shared", "shared", "full"]  # these attend to the tokens that an earlier one chose
+    model = float64(every_family.build(family, index_topk=4, indexer_types=layers))
+    batches = [every_family.inputs(model, 1), every_family.inputs(model, 2, (1, 7), padding=2)]
+    course = course_of(model, moe_blocks(model), batches)
+    assert course.pairs
+    assert "returns more than hidden states" in str(course.obstacle)
+    found = walked(model, batches, Labels("text"))
+    for index, batch in enumerate(batches):
+        assert_close_to_autograd(found, autograd(model, batch, *next_tokens(batch)), index)
+
+
+def test_layers_that_hand_on_numbers_with_gradients_are_refused_in_the_first() -> None:
+    model = every_family.build("zaya")
+    with pytest.raises(ValueError, match=r"a ZayaDecoderLayer hands the next layer more numbers .*='reconstruction'"):
+        walked(model, [every_family.inputs(model, 1)], Labels())
 
 
 def test_gradients_of_sampled_labels_equal_autograd(

@@ -215,7 +215,7 @@ def test_a_model_whose_code_needs_what_layers_compute_is_refused(tiny_mixtral: M
 
 
 def test_fisher_refuses_layers_that_are_given_more_than_states() -> None:
-    model = every_family.build("zaya")
+    model = every_family.build("mistral_large4")  # a pair, and what all layers share
     batches = [every_family.inputs(model, 1)]
     with pytest.raises(ValueError, match="loss: 'fisher' stores hidden states between decoder layers, and in this mod"):
         OutputGradients(model, moe_blocks(model), batches, [None], Labels())

@@ -25,7 +25,25 @@ struct WeightRows {
   const void* first;  // null: there are none
   const void* second;
   int64_t split;
+  // Of quantised weights: which rows of their expert those are, and the scales and zeros of the expert's first row.
+  int64_t first_row;
+  int64_t second_row;
+  const void* scales;
+  const uint8_t* zeros;  // or null
 };
+
+// How the rows of a quantised weight matrix lie.
+struct QuantisedRows {
+  WeightFormat format;
+  int64_t row_bytes;  // from row to row
+  int64_t groups;     // scales of a row
+};
+
+// Columns of quantised weights that are unpacked at a time, a multiple of every group, and floats from one unpacked row
+// to the next: a cache line more, so that rows do not share the same sets of a cache. A block of them takes 260 KiB.
+inline constexpr int64_t kUnpackedColumns = 1024;
+inline constexpr int64_t kUnpackedStride = kUnpackedColumns + 16;
+inline constexpr int64_t kUnpackedBytes = kBlockColumns * kUnpackedStride * static_cast<int64_t>(sizeof(float));
 
 // y[r, n] = rows[r] . weights[n]   for r < row_count, n < columns, in float32.
 struct Product {
@@ -35,9 +53,11 @@ struct Product {
   int64_t row_count;
   int64_t columns;  // at most kBlockColumns
   int64_t k;
-  float* y;            // (row_count, kBlockColumns) out; columns beyond `columns` are left as they are
-  WeightRows bias;     // `columns` elements of the weights' dtype that are added to every row of y, or none
-  int64_t transposed;  // 0; or, of a transposed weight matrix (k, transposed), the elements of its rows
+  float* y;                        // (row_count, kBlockColumns) out; columns beyond `columns` are left as they are
+  WeightRows bias;                 // `columns` elements that are added to every row of y, or none
+  int64_t transposed;              // 0; or, of a transposed weight matrix (k, transposed), the elements of its rows
+  const QuantisedRows* quantised;  // null: weights of the model's dtype
+  void* unpacked;                  // kUnpackedBytes of the thread's own, where weights are quantised
 };
 
 // What of y (row_count, kBlockColumns) Loops::gate reads for column i < columns: gate y[r, i], up y[r, columns + i]; or
@@ -69,7 +89,7 @@ struct Loops {
   // dst[i] = float(src[i]), i < n; src of `dtype`.
   void (*widen)(DType dtype, const void* src, float* dst, int64_t n);
 
-  // `dtype` is that of the weights.
+  // `dtype` is that of the model: of the bias, and of weights that are not quantised.
   void (*multiply)(DType dtype, const Product& p);
 
   // h[r, i] = the formula's h of row r's gate and up   for r < row_count, i < columns <= gate_columns(formula).

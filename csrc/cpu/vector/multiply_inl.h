@@ -1,4 +1,4 @@
-// Loops::multiply: a product by the layout of its weights, and its bias.
+// Loops::multiply: a product by the type and layout of its weights, and its bias.
 #pragma once
 
 #include <type_traits>
@@ -6,6 +6,7 @@
 #include "cpu/numeric.h"
 #include "cpu/vector/loops.h"
 #include "cpu/vector/product_inl.h"
+#include "cpu/vector/quantised_inl.h"
 #include "cpu/vector/transposed_inl.h"
 
 namespace moe_ext::cpu::MOE_EXT_ISA {
@@ -27,7 +28,9 @@ static void multiply(DType dtype, const Product& p) {
   with_type(dtype, [&](auto* type) {
     using W = Pointee<decltype(type)>;
     using A = std::conditional_t<kBFloat16Operands && std::is_same_v<W, BFloat16>, BFloat16, float>;
-    if (p.transposed != 0) {
+    if (p.quantised != nullptr) {
+      QuantisedBlock<A>{p}.run();
+    } else if (p.transposed != 0) {
       TransposedBlock<A, W>{p}.run();
     } else {
       Block<A, W>{p}.run();
