@@ -241,6 +241,10 @@ void experts(const ExpertsParams& p, const Scratch& scratch, CUstream_st* stream
 void gram(const GramParams& p, const Scratch& scratch, CUstream_st* stream);
 void projection(const ProjectionParams& p, const Scratch& scratch, CUstream_st* stream);
 
+// As cpu::pack_weights and cpu::unpack_weights, and in the same order.
+void pack_weights(const PackingParams& p, const uint8_t* values, uint8_t* packed, CUstream_st* stream);
+void unpack_weights(const PackingParams& p, const uint8_t* packed, uint8_t* values, CUstream_st* stream);
+
 // Which kernels `experts` would launch on the current device for these sizes and dtype, and why.
 std::string describe(const ExpertsParams& p);
 

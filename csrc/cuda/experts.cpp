@@ -47,6 +47,8 @@ void run_small_batch(const ExpertsParams& p, const Device& device, const Scratch
   const int64_t slots = p.tokens * p.top_k;
   SmallBatchParams s{};
   s.experts = p;
+  s.gate_up = quantisation_of(p, Product::kGateUp);
+  s.down = quantisation_of(p, Product::kDown);
   s.shaping = shaping_of(p.formula);
   s.special = p.gate_up_bias != nullptr || !p.formula.unlimited();
   s.h = scratch.allocate(scratch.context, slots * p.intermediate * element_size(p.dtype));
@@ -59,7 +61,7 @@ void run_small_batch(const ExpertsParams& p, const Device& device, const Scratch
   s.squares = p.moments == nullptr ? nullptr : allocate<float>(scratch, slots * parts);
   s.staged_bytes = small_batch_staged_bytes(p, device);
   s.shared_limit = device.shared_per_block - 128;  // beside static variables
-  launch_small_batch(s, stream);
+  p.format.quantised() ? launch_packed_small_batch(s, stream) : launch_small_batch(s, stream);
   if (p.moments != nullptr) observe(p, moments_params(p, s.squares, parts), scratch, stream);
 }
 

@@ -30,7 +30,8 @@ float gate_limit_of(Activation activation, double limit) {
 
 // Whether a layer's energies are summed from h as it is stored: no instance of gate_up's kernel does it.
 bool energies_of_rows(const Choice& choice, const LayerParams& layer) {
-  return !layer.formula.gated || (layer.formula.transposed && choice.way == Choice::Way::kGrouped);
+  const bool grouped = choice.way == Choice::Way::kGrouped;
+  return !layer.formula.gated || (layer.formula.transposed && grouped) || (layer.format.quantised() && !grouped);
 }
 
 GemmParams gemm_params(const PositionsParams& p, Product product) {
@@ -52,6 +53,8 @@ GemmParams gemm_params(const PositionsParams& p, Product product) {
   g.bias = gate_up ? p.layer.gate_up_bias : p.layer.down_bias;
   g.special = g.bias != nullptr;
   g.activation = kNoActivation;
+  g.bias_dtype = p.layer.dtype;
+  g.quantisation = quantisation_of(p.layer, product);
   if (gate_up) {
     g.activation = formula.activation;
     g.interleaved = formula.interleaved;
@@ -62,7 +65,35 @@ GemmParams gemm_params(const PositionsParams& p, Product product) {
   return g;
 }
 
+// x such that 2^x is the power of two.
+int exponent_of(int64_t power_of_two) {
+  int exponent = 0;
+  for (; power_of_two > 1; power_of_two /= 2) ++exponent;
+  return exponent;
+}
+
 }  // namespace
+
+Quantisation quantisation_of(const LayerParams& layer, Product product) {
+  constexpr int kNever = 31;  // a shift that makes 0 of every column
+  const WeightFormat& format = layer.format;
+  const bool gate_up = product == Product::kGateUp;
+  const int64_t rows = gate_up ? layer.formula.rows(layer.intermediate) : layer.hidden;
+  const int64_t columns = gate_up ? layer.hidden : layer.intermediate;
+  Quantisation q{};
+  q.type = format.type;
+  if (!format.quantised()) return q;
+  q.scale_type = format.scales;
+  q.scales = gate_up ? layer.gate_up_scales : layer.down_scales;
+  q.zeros = gate_up ? layer.gate_up_zeros : layer.down_zeros;
+  q.row_bytes = row_bytes_of(format.type, columns);
+  q.groups = static_cast<int>(format.groups(columns));
+  q.group_shift = format.group_size == 0 ? kNever : exponent_of(format.group_size);
+  q.row_shift = format.row_blocks ? exponent_of(WeightFormat::kRowBlock) : 0;
+  q.scale_rows =
+      static_cast<int>(format.row_blocks ? (rows + WeightFormat::kRowBlock - 1) / WeightFormat::kRowBlock : rows);
+  return q;
+}
 
 Shaping shaping_of(const Formula& f) {
   Shaping s{};
@@ -103,6 +134,8 @@ void launch_gemms(const PositionsParams& p, const Device& device, cudaStream_t s
     const Product product = p.layer.formula.gated ? which : Product::kDown;
     if (choice.way == Choice::Way::kPlain) {
       launch_plain_gemm(product, rows, g, p.layer.dtype, stream);
+    } else if (p.layer.format.quantised()) {
+      launch_packed_gemm(product, shape, g, p.layer.dtype, stream);
     } else if (shape == kHopper) {
       launch_hopper_gemm(product, g, p.layer.dtype, device.multiprocessors, stream);
     } else {

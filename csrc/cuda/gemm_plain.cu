@@ -1,5 +1,6 @@
 // Grouped products for what the tensor cores cannot take: float32 with full float32 accuracy, and sizes or pointers
-// that do not allow 16-byte loads. Any H and I, any of the three dtypes; h and y are float32.
+// that do not allow 16-byte loads. Any H and I, any of the three dtypes, quantised weights of any type; h and y are
+// float32.
 //   gate_up   h[p, :] = act(gate[e] x) * (up[e] x),  x = x[token of p, :]          (positions, I)
 //   down      y[p, :] = down[e] h[p, :]                                            (positions, H)
 //
@@ -9,9 +10,12 @@
 // energies of channels are observed, the block adds up those of the tile: a thread, then the two of a warp that have
 // the same columns, then the warps. Sums run in order of k, and of positions: deterministic. Cost of a tile: 2 * rows *
 // 64 * inner FLOPs on the FMA units.
+#include <type_traits>
+
 #include "cuda/device/dispatch.cuh"
 #include "cuda/device/next_kernel.cuh"
 #include "cuda/device/numeric.cuh"
+#include "cuda/device/packed.cuh"
 #include "cuda/device/ptx_sm80.cuh"
 #include "cuda/device/tiles.cuh"
 #include "cuda/launch.h"
@@ -27,11 +31,16 @@ constexpr int kBColumns = 64;
 constexpr int kInner = 32;
 constexpr int kPerThread = kBColumns / kThreadRows;
 
+// A type of weights: those that GemmParams::quantisation describes.
+struct Quantised {};
+
 template <typename TA, typename TB, int kRows, Product kProduct, bool kEnergies>
 __global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
   constexpr bool kGateUp = kProduct == Product::kGateUp;
   constexpr int kColumns = kGateUp ? kBColumns / 2 : kBColumns;  // of c
   constexpr int kRowsPerThread = kRows / kThreadRows;
+  constexpr bool kQuantised = std::is_same_v<TB, Quantised>;
+  using Stored = std::conditional_t<kQuantised, uint8_t, TB>;
   __shared__ float a[kRows][kInner + 1];
   __shared__ float b[kBColumns][kInner + 1];
 
@@ -48,7 +57,8 @@ __global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
   constexpr int kRowStep = kThreads / kInner;
   const int copy_k = threadIdx.x % kInner, copy_row = threadIdx.x / kInner;
   const TA* a_rows[kRows / kRowStep];
-  const TB* b_rows[kBColumns / kRowStep];
+  const Stored* b_rows[kBColumns / kRowStep];
+  [[maybe_unused]] int64_t b_scales[kBColumns / kRowStep];  // of quantised rows
 #pragma unroll
   for (int i = 0; i < kRows / kRowStep; ++i) {
     const int row = copy_row + i * kRowStep;
@@ -77,8 +87,14 @@ __global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
       const bool up = row >= kColumns;
       const int64_t b_row = weight_row<kProduct, int64_t>(p.transposed ? 0 : place.expert, p.columns, column, up,
                                                           kGateUp && p.interleaved);
-      const TB* of_expert = static_cast<const TB*>(p.b) + (p.transposed ? place.expert * p.inner * b_stride : 0);
-      b_rows[i] = of_expert + b_row * (p.transposed ? 1 : p.inner) + (b_k + i * b_k_step) * b_stride;
+      if constexpr (kQuantised) {
+        const int64_t row_of_expert = b_row - place.expert * weight_rows(kProduct, p.columns);
+        b_rows[i] = static_cast<const uint8_t*>(p.b) + b_row * p.quantisation.row_bytes;
+        b_scales[i] = scales_of_row(p.quantisation, place.expert, static_cast<int>(row_of_expert));
+      } else {
+        const TB* of_expert = static_cast<const TB*>(p.b) + (p.transposed ? place.expert * p.inner * b_stride : 0);
+        b_rows[i] = of_expert + b_row * (p.transposed ? 1 : p.inner) + (b_k + i * b_k_step) * b_stride;
+      }
     }
   }
 
@@ -92,7 +108,11 @@ __global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
 #pragma unroll
     for (int i = 0; i < kBCopies; ++i) {
       const bool present = k + b_k + i * b_k_step < p.inner && b_rows[i] != nullptr;
-      b_values[i] = present ? to_float(b_rows[i][k * b_stride]) : 0.0f;
+      if constexpr (kQuantised) {
+        b_values[i] = present ? weight_at(p.quantisation, b_rows[i], b_scales[i], k + b_k) : 0.0f;
+      } else {
+        b_values[i] = present ? to_float(b_rows[i][k * b_stride]) : 0.0f;
+      }
     }
     __syncthreads();  // the step before is not read any more
 #pragma unroll
@@ -113,8 +133,13 @@ __global__ void __launch_bounds__(kThreads, 2) plain_gemm_kernel(GemmParams p) {
   }
 
   const auto bias_of = [&](int column, bool up) {
-    return bias_at<TB>(p.bias, weight_row<kProduct, int64_t>(place.expert, p.columns, first_column + column, up,
-                                                             kGateUp && p.interleaved));
+    const int64_t at =
+        weight_row<kProduct, int64_t>(place.expert, p.columns, first_column + column, up, kGateUp && p.interleaved);
+    if constexpr (kQuantised) {
+      return p.bias == nullptr ? 0.0f : weight_of(p.bias, p.bias_dtype, at);
+    } else {
+      return bias_at<TB>(p.bias, at);
+    }
   };
   const bool alone = !kGateUp && p.activation != kNoActivation;
   [[maybe_unused]] const float scale = alone ? p.shaping.scale : 1.0f;
@@ -184,6 +209,17 @@ void launch_rows(Product product, const GemmParams& p, cudaStream_t stream) {
   }
 }
 
+// x of any dtype, or h, which is float32.
+template <typename TA, int kRows>
+void launch_quantised(Product product, const GemmParams& p, cudaStream_t stream) {
+  const int64_t columns = product == Product::kGateUp ? kBColumns / 2 : kBColumns;
+  const unsigned blocks = grid_size(p.max_tiles * ((p.columns + columns - 1) / columns));
+  for_product(product, [&](auto which) {
+    launch_next<plain_gemm_kernel<TA, Quantised, kRows, which.value, false>>("plain_gemm_kernel", blocks, kThreads, 0,
+                                                                             stream, p);
+  });
+}
+
 template <typename T>
 void launch_typed(Product product, int rows, const GemmParams& p, cudaStream_t stream) {
   rows == kPlainRows[0] ? launch_rows<T, kPlainRows[0]>(product, p, stream)
@@ -193,6 +229,13 @@ void launch_typed(Product product, int rows, const GemmParams& p, cudaStream_t s
 }  // namespace
 
 void launch_plain_gemm(Product product, int rows, const GemmParams& p, DType dtype, cudaStream_t stream) {
+  if (p.quantisation.type != WeightType::kPlain) {
+    const bool from_x = product == Product::kGateUp || p.slot_of != nullptr;
+    return for_dtype(from_x ? dtype : DType::kFloat32, [&](auto type) {
+      rows == kPlainRows[0] ? launch_quantised<decltype(type), kPlainRows[0]>(product, p, stream)
+                            : launch_quantised<decltype(type), kPlainRows[1]>(product, p, stream);
+    });
+  }
   for_dtype(dtype, [&](auto type) { launch_typed<decltype(type)>(product, rows, p, stream); });
 }
 

@@ -30,11 +30,12 @@ struct Choice {
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Whether rows can be read 16 bytes at a time and multiplied by the tensor cores.
+// Whether rows can be read 16 bytes at a time and multiplied by the tensor cores. Rows of quantised weights are picked
+// one by one, so that they may be interleaved.
 inline bool fits_tensor_cores(const ExpertsParams& p) {
   const Activation activation = p.formula.activation;
   if (!p.formula.gated && activation != Activation::kSilu && activation != Activation::kRelu2) return false;
-  if (p.formula.interleaved && !p.formula.transposed) return false;
+  if (p.formula.interleaved && !p.formula.transposed && !p.format.quantised()) return false;
   return p.dtype != DType::kFloat32 && p.hidden % 8 == 0 && p.intermediate % 8 == 0 && is_aligned(p.x) &&
          is_aligned(p.gate_up) && is_aligned(p.down);
 }
@@ -46,11 +47,16 @@ inline int64_t rows_per_expert(const ExpertsParams& p) {
 // Whether rows of weights are in order, and not columns: what the wgmma and small batches' kernels read.
 inline bool has_plain_layout(const ExpertsParams& p) { return !p.formula.interleaved && !p.formula.transposed; }
 
-// Whether the wgmma kernels know the layer: usual rows, gate and up as the products leave them. (What is done to
-// accumulators in place makes ptxas wait for every wgmma.)
+// Whether the small batches' kernels know the layer.
+inline bool fits_small_batch(const ExpertsParams& p) {
+  return p.formula.gated && (has_plain_layout(p) || p.format.quantised());
+}
+
+// Whether the wgmma kernels know the layer: usual rows, not quantised, gate and up as the products leave them. (What is
+// done to accumulators in place makes ptxas wait for every wgmma.)
 inline bool has_usual_experts(const ExpertsParams& p) {
-  return has_plain_layout(p) && p.formula.gated && p.formula.unlimited() && p.gate_up_bias == nullptr &&
-         p.down_bias == nullptr;
+  return !p.format.quantised() && has_plain_layout(p) && p.formula.gated && p.formula.unlimited() &&
+         p.gate_up_bias == nullptr && p.down_bias == nullptr;
 }
 
 // Whether the wgmma kernels can take it: they count rows of weights, and 16-byte pieces of activations, in 32 bits.
@@ -86,6 +92,7 @@ inline int gemm_shape(const ExpertsParams& p, Product product, const Device& dev
   };
   for (int shape = 0; shape < kGemmShapeCount; ++shape) {
     const GemmShape& s = kGemmShapes[shape];
+    if (p.format.quantised() && shape == kTall) continue;  // gemm_packed.cu has none
     consider(shape, s.rows, s.columns, s.min_rows, s.efficiency);
   }
   if (fits_hopper(p, device)) consider(kHopper, kHopperRows, kHopperColumns, kHopperMinRows, kHopperEfficiency);
@@ -102,13 +109,20 @@ inline Choice plain(const ExpertsParams& p) {
   return {Choice::Way::kPlain, 0, 0, rows, rows};
 }
 
+// Bytes that a pass needs for activations: one round of k and padding of each of its tokens.
+inline int64_t small_batch_staged_minimum(WeightType type) {
+  const int64_t tokens = type == WeightType::kPlain ? kSmallBatchTokens : kSmallBatchPackedTokens;
+  return tokens * (small_batch_round(type) * 2 + small_batch_padding(type));
+}
+
 // Shared memory for activations: what is left where the wanted number of blocks share a multiprocessor; below the
 // minimum if there is not enough. CUDA takes a kilobyte a block; 128 bytes are for static variables, and a block gets
 // multiples.
 inline int64_t small_batch_staged_bytes(const ExpertsParams& p, const Device& device) {
-  const int64_t lists = small_batch_shared_bytes(p.tokens, p.tokens * p.top_k, p.num_experts) + 128;
+  const WeightType type = p.format.type;
+  const int64_t lists = small_batch_shared_bytes(p.tokens, p.tokens * p.top_k, p.num_experts, type) + 128;
   const int64_t shared = device.shared_per_multiprocessor / kSmallBatchBlocksPerMultiprocessor / 128 * 128 - 1024;
-  const int64_t staged = std::max(kSmallBatchStagedMinimum, shared - lists) / 16 * 16;
+  const int64_t staged = std::max(small_batch_staged_minimum(type), shared - lists) / 16 * 16;
   return std::min<int64_t>(staged, device.shared_per_block - lists);
 }
 
@@ -130,11 +144,14 @@ inline Choice choose_grouped(const ExpertsParams& p, const std::string& forced, 
     if (fits_hopper(p, device)) return grouped(kHopper, kHopper);
     throw std::runtime_error(
         device.wgmma ? "MOE_EXT_CUDA_KERNELS=hopper: T * K * max(H, I) / 8 or E * max(2 I, H) is beyond 2^31 - 1, or "
-                       "the experts have biases, limits or no gate, or are interleaved or transposed"
+                       "the experts have biases, limits or no gate, or are quantised, interleaved or transposed"
                      : "MOE_EXT_CUDA_KERNELS=hopper needs a device of compute capability 9.0 (H100, H200) and moe_ext "
                        "built for 9.0a (TORCH_CUDA_ARCH_LIST), not for " MOE_EXT_CUDA_ARCHS);
   }
-  if (forced == "tall") return grouped(kTall, kTall);
+  if (forced == "tall") {
+    if (!p.format.quantised()) return grouped(kTall, kTall);
+    throw std::runtime_error("MOE_EXT_CUDA_KERNELS=tall takes no quantised weights; flat and narrow do");
+  }
   if (forced == "flat") return grouped(kFlat, kFlat);
   if (forced == "narrow") return grouped(kNarrow, kNarrow);
   Device allowed = device;
@@ -145,7 +162,7 @@ inline Choice choose_grouped(const ExpertsParams& p, const std::string& forced, 
 inline Choice choose(const ExpertsParams& p, const Device& device, const std::string& forced) {
   if (!takes_tensor_cores(p, forced)) return plain(p);
   const bool fits =
-      small_batch_staged_bytes(p, device) >= kSmallBatchStagedMinimum && has_plain_layout(p) && p.formula.gated;
+      fits_small_batch(p) && small_batch_staged_bytes(p, device) >= small_batch_staged_minimum(p.format.type);
   if (forced == "small_batch" && !fits) {
     throw std::runtime_error(
         "MOE_EXT_CUDA_KERNELS=small_batch: the lists of T * K slots do not fit into shared memory, or the weights are "
@@ -157,6 +174,22 @@ inline Choice choose(const ExpertsParams& p, const Device& device, const std::st
   return choose_grouped(p, forced, device);
 }
 
+inline std::string weights_named(WeightType type) {
+  switch (type) {
+    case WeightType::kPlain:
+      return "plain weights";
+    case WeightType::kInt8:
+      return "int8 weights";
+    case WeightType::kInt4:
+      return "int4 weights";
+    case WeightType::kFloat8:
+      return "fp8 weights";
+    case WeightType::kMxfp4:
+      return "mxfp4 weights";
+  }
+  return "";
+}
+
 // What `choose` chose and why, for people.
 inline std::string describe(const ExpertsParams& p, const Device& device, const std::string& forced) {
   const Choice choice = choose(p, device, forced);
@@ -165,6 +198,7 @@ inline std::string describe(const ExpertsParams& p, const Device& device, const 
     return std::string(hopper ? "hopper (wgmma)" : "mma.sync") + ", tiles of " + std::to_string(rows) + " x " +
            std::to_string(hopper ? kHopperColumns : kGemmShapes[shape].columns);
   };
+  const std::string of_weights = p.format.quantised() ? weights_named(p.format.type) + ", " : "";
   std::string kernels, reason;
   if (choice.way == Choice::Way::kSmallBatch) {
     kernels = "small_batch";
@@ -180,10 +214,14 @@ inline std::string describe(const ExpertsParams& p, const Device& device, const 
               tiles(choice.down_shape, choice.down_rows);
     reason = "least work of the busiest of " + std::to_string(device.multiprocessors) + " multiprocessors at " +
              std::to_string(rows_per_expert(p)) + " rows an expert";
-    if (!device.wgmma) reason += "; no wgmma: it needs compute capability 9.0 and moe_ext built for 9.0a";
+    if (p.format.quantised()) {
+      reason += "; no wgmma: its kernels take no quantised weights";
+    } else if (!device.wgmma) {
+      reason += "; no wgmma: it needs compute capability 9.0 and moe_ext built for 9.0a";
+    }
   }
   if (!by_shape(forced)) reason = "asked for";
-  return kernels + ": " + reason + (forced == "" ? "" : " (MOE_EXT_CUDA_KERNELS=" + forced + ")");
+  return of_weights + kernels + ": " + reason + (forced == "" ? "" : " (MOE_EXT_CUDA_KERNELS=" + forced + ")");
 }
 
 // As `choose`, for products over a list of positions only, however few they are: forced small_batch changes nothing.
@@ -216,12 +254,15 @@ inline int64_t all_experts_part(const LayerParams& p) {
   return std::min(p.tokens, std::clamp(kAllExpertsBytes / token_bytes, kAllExpertsLeastTokens, kAllExpertsMostTokens));
 }
 
-// Elements of k of the parts that down's k is cut into so that every block has a unit of work: two rounds or more.
+// Elements of k of the parts that down's k is cut into so that every block has a unit of work: two rounds or more, and
+// of quantised weights, whose rounds are longer, one.
 inline int64_t small_batch_split_length(const ExpertsParams& p, int64_t blocks) {
   const int64_t units = std::min(p.num_experts, p.tokens * p.top_k) * small_batch_groups(p.hidden);
-  const int64_t rounds = (p.intermediate + kSmallBatchRound - 1) / kSmallBatchRound;
-  const int64_t wanted = std::max<int64_t>(1, std::min(blocks / units, rounds / 2));
-  return (rounds + wanted - 1) / wanted * kSmallBatchRound;
+  const int64_t round = small_batch_round(p.format.type);
+  const int64_t rounds = (p.intermediate + round - 1) / round;
+  const int64_t most = p.format.quantised() ? rounds : rounds / 2;
+  const int64_t wanted = std::max<int64_t>(1, std::min(blocks / units, most));
+  return (rounds + wanted - 1) / wanted * round;
 }
 
 }  // namespace moe_ext::cuda

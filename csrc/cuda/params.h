@@ -91,8 +91,34 @@ struct EnergyRowsParams {
 
 void launch_energy_rows(const EnergyRowsParams& p, cudaStream_t stream);
 
-// ---- grouped products over the sorted slots (gemm_mma.cu: mma.sync; gemm_wgmma.cu: wgmma; gemm_plain.cu: any dtype
-// and size), in the tile shapes of shapes.h
+// ---- quantised weights of a product, in the bytes of moe.h
+
+constexpr bool has_four_bits(WeightType type) { return type == WeightType::kInt4 || type == WeightType::kMxfp4; }
+
+inline constexpr int kLineBytes = 64;  // rows are padded to lines
+constexpr int line_columns(WeightType type) { return kLineBytes * (has_four_bits(type) ? 2 : 1); }
+constexpr int64_t row_bytes_of(WeightType type, int64_t columns) {
+  return (columns + line_columns(type) - 1) / line_columns(type) * kLineBytes;
+}
+
+struct Quantisation {
+  WeightType type;  // kPlain: the weights are numbers, and nothing else here counts
+  ScaleType scale_type;
+  const void* scales;    // (E, scale_rows, groups) of `scale_type`
+  const uint8_t* zeros;  // (E, scale_rows, groups), or null: 8 for kInt4
+  int64_t row_bytes;     // of b
+  int groups;            // of a row
+  int group_shift;       // column >> group_shift is its group
+  int scale_rows;        // of an expert
+  int row_shift;         // row of an expert >> row_shift is its row of scales
+};
+
+enum class Product { kGateUp, kDown };
+
+Quantisation quantisation_of(const LayerParams& layer, Product product);
+
+// ---- grouped products over the sorted slots (gemm_mma.cu: mma.sync; gemm_wgmma.cu: wgmma; gemm_packed.cu: mma.sync,
+// quantised weights; gemm_plain.cu: any dtype, weights and size), in the tile shapes of shapes.h
 
 // What becomes of gate and up before h = act(gate) * up, so that it is the formula's h:
 //   g = min(gate, gate_limit);  u = (cap(min(max(up, -up_limit), up_limit), up_cap) + offset) * cap(g, gate_cap) / g
@@ -114,7 +140,7 @@ struct GemmParams {
   const void* a;       // first projection: x (T, H), gathered by slot_of; down: h (positions, I)
   const void* b;       // gate_up: (E, 2 I, H); without gate: (E, I, H); down: (E, H, I)
   void* c;             // first projection: h (positions, I); down: y (positions, H)
-  const void* bias;    // (E, rows of b) of b's dtype, or null
+  const void* bias;    // (E, rows of b) of `bias_dtype`, or null
   const int* slot_of;  // (P) of the first projection; down has null
   const Tile* tiles;   // (max_tiles)
   int64_t max_tiles;
@@ -127,12 +153,12 @@ struct GemmParams {
   bool interleaved;       // rows of b (columns, where it is transposed) are gate and up in turn
   bool transposed;        // b is (E, inner, rows)
   Shaping shaping;
-  Energies energies;  // gate_up only
+  Energies energies;          // gate_up only
+  DType bias_dtype;           // x's
+  Quantisation quantisation;  // of b; then not transposed
 };
 
 inline constexpr Activation kNoActivation = static_cast<Activation>(-1);
-
-enum class Product { kGateUp, kDown };
 
 // Rows of weights of an expert for so many columns of c: in gate_up a gate row each, then an up row each.
 template <typename Index>
@@ -146,7 +172,9 @@ void launch_grouped_gemm(Product product, int shape, const GemmParams& p, DType 
 // The same on devices with `wgmma`, of experts that are not special, tiles of at most kHopperRows rows; a block a
 // multiprocessor goes through them all.
 void launch_hopper_gemm(Product product, const GemmParams& p, DType dtype, int multiprocessors, cudaStream_t stream);
-// Any size; h and y are float32. `rows`, of a tile at most, is one of kPlainRows.
+// Quantised weights; as launch_grouped_gemm, but in the shapes kFlat and kNarrow only, and interleaved or not.
+void launch_packed_gemm(Product product, int shape, const GemmParams& p, DType dtype, cudaStream_t stream);
+// Any size, weights of any kind; h and y are float32. `rows`, of a tile at most, is one of kPlainRows.
 void launch_plain_gemm(Product product, int rows, const GemmParams& p, DType dtype, cudaStream_t stream);
 
 // ---- combine (combine.cu)
@@ -173,16 +201,17 @@ inline constexpr int64_t kCombineChunk = kElementSize == 4 ? 64 : 512;
 inline constexpr int64_t kCombineAtOnce = 8;
 void launch_combine(const CombineParams& p, cudaStream_t stream);
 
-// ---- small batches (small_batch.cu): both products without a sort
+// ---- small batches (small_batch.cu; small_batch_packed.cu: quantised weights): both products without a sort
 
 struct SmallBatchParams {
-  ExpertsParams experts;  // with a gate, neither interleaved nor transposed
+  ExpertsParams experts;  // with a gate, not transposed, interleaved only if quantised
+  Quantisation gate_up, down;
   Shaping shaping;
   bool special;          // gate and up have biases or a shaping
   void* h;               // (P, I) of `dtype`, by slot
   float* y;              // (P, splits, H), by slot: down's sums over the parts of I
   int64_t splits;        // parts that down cuts I into, none empty
-  int64_t split_length;  // of each but the last; a multiple of kSmallBatchRound
+  int64_t split_length;  // of each but the last; a multiple of small_batch_round()
   uint32_t* arrivals;    // (groups of H): parts of y that are there
   float* squares;        // (P, groups of H) out: parts of ||f_e||^2 by slot, or null
   int64_t staged_bytes;  // shared memory of a block for activations
@@ -190,12 +219,25 @@ struct SmallBatchParams {
   int64_t blocks;        // of each of the two kernels, at most
 };
 
-inline constexpr int kSmallBatchColumns = 64;  // of y, a group
-inline constexpr int kSmallBatchRound = 256;   // elements of k that a block multiplies at a time
+inline constexpr int kSmallBatchColumns = 64;      // of y, a group
+inline constexpr int kSmallBatchWarps = 8;         // of a block, that share k
+inline constexpr int kSmallBatchPackedTokens = 8;  // that a pass over quantised weights multiplies
+
+// Elements of k that a block multiplies at a time: 64 bytes of a row, a warp.
+constexpr int small_batch_round(WeightType type) {
+  return kSmallBatchWarps * (type == WeightType::kPlain ? 32 : has_four_bits(type) ? 128 : 64);
+}
+// Bytes that rows of staged activations are padded by, so that rows of the same piece lie in different banks.
+constexpr int small_batch_padding(WeightType type) {
+  return type == WeightType::kPlain || has_four_bits(type) ? 64 : 16;
+}
 constexpr int64_t small_batch_groups(int64_t hidden) { return (hidden + kSmallBatchColumns - 1) / kSmallBatchColumns; }
 // Shared memory of a block beside the staged activations.
-int64_t small_batch_shared_bytes(int64_t tokens, int64_t slots, int64_t num_experts);
+int64_t small_batch_shared_bytes(int64_t tokens, int64_t slots, int64_t num_experts,
+                                 WeightType type = WeightType::kPlain);
+int64_t packed_small_batch_shared_bytes(int64_t slots, int64_t num_experts, WeightType type);  // the same
 void launch_small_batch(const SmallBatchParams& p, cudaStream_t stream);
+void launch_packed_small_batch(const SmallBatchParams& p, cudaStream_t stream);
 
 // ---- moments (moments.cu)
 

@@ -48,6 +48,5 @@ inline constexpr int kPlainRows[] = {16, 64};
 
 inline constexpr int64_t kSmallBatchTokens = 16;
 inline constexpr int kSmallBatchBlocksPerMultiprocessor = 2;  // that registers and shared memory allow
-inline constexpr int64_t kSmallBatchStagedMinimum = 9216;     // for activations: 16 tokens, one round of k and padding
 
 }  // namespace moe_ext::cuda

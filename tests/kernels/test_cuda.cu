@@ -204,7 +204,7 @@ TEST("down's k is cut so that no part is empty and blocks have work") {
         const moe_ext::ExpertsParams p = shaped(1, hidden, intermediate, 8, 2);
         const int64_t length = moe_ext::cuda::small_batch_split_length(p, blocks);
         const int64_t splits = (intermediate + length - 1) / length;
-        CHECK(length > 0 && length % moe_ext::cuda::kSmallBatchRound == 0, length);
+        CHECK(length > 0 && length % moe_ext::cuda::small_batch_round(p.format.type) == 0, length);
         CHECK((splits - 1) * length < intermediate, splits, " parts of ", length);
         CHECK(splits == 1 || splits * 2 * ((hidden + 63) / 64) <= blocks, splits, " parts for ", blocks, " blocks");
       }
@@ -676,5 +676,263 @@ TEST("every way of the experts adds up pairs beside moments: an expert with itse
       for (int64_t j = 0; j < kExperts; ++j) off_diagonal += i == j ? 0.0 : products[i * kExperts + j];
     }
     CHECK(off_diagonal > 0.0, kernels, ": no pair was added");
+  }
+}
+
+// ---- quantised weights
+
+namespace {
+
+using moe_ext::DType;
+using moe_ext::ScaleType;
+using moe_ext::WeightFormat;
+using moe_ext::WeightType;
+
+double sign_of(unsigned code, unsigned bit) { return (code & bit) != 0 ? -1.0 : 1.0; }
+
+// What a stored value means, by the definition of its format.
+double value_of(WeightType type, unsigned code) {
+  switch (type) {
+    case WeightType::kInt8:
+      return static_cast<int8_t>(code);
+    case WeightType::kInt4:
+      return code;
+    case WeightType::kFloat8: {  // e4m3fn
+      const int exponent = static_cast<int>(code >> 3 & 15), mantissa = static_cast<int>(code & 7);
+      const double magnitude = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+      return sign_of(code, 0x80) * magnitude;
+    }
+    default: {  // e2m1
+      constexpr double kMagnitudes[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+      return sign_of(code, 8) * kMagnitudes[code & 7];
+    }
+  }
+}
+
+// The weights of one product of all experts: as they are given and packed, and what they mean.
+struct QuantisedWeights {
+  std::vector<uint8_t> given, zeros;
+  std::vector<char> scales;
+  std::vector<double> values;  // (E, rows, columns)
+};
+
+QuantisedWeights quantised(Random& random, const WeightFormat& f, bool with_zeros, int64_t experts, int64_t rows,
+                           int64_t columns) {
+  const bool four_bits = moe_ext::cuda::has_four_bits(f.type);
+  const int64_t row_bytes = four_bits ? (columns + 1) / 2 : columns, count = f.scale_count(rows, columns);
+  QuantisedWeights w;
+  w.given.resize(experts * rows * row_bytes);
+  for (uint8_t& byte : w.given) {
+    byte = static_cast<uint8_t>(random.bits());
+    if (f.type == WeightType::kFloat8 && (byte & 0x7f) == 0x7f) byte ^= 1;  // not NaN
+  }
+  // So that weights are about as large whatever the format is.
+  const double of_values = f.type == WeightType::kInt8 ? 100 : f.type == WeightType::kFloat8 ? 100 : 5;
+  std::vector<double> numbers(experts * count);
+  const DType dtype = f.scales == ScaleType::kFloat32    ? DType::kFloat32
+                      : f.scales == ScaleType::kBFloat16 ? DType::kBFloat16
+                                                         : DType::kFloat16;
+  setting::Array scales(dtype, experts * count);
+  for (int64_t i = 0; i < experts * count; ++i) {
+    if (f.scales == ScaleType::kE8M0) {
+      w.scales.push_back(static_cast<char>(120 + random.below(4)));
+      numbers[i] = std::ldexp(1.0, static_cast<uint8_t>(w.scales.back()) - 127);
+    } else {
+      scales.set(i, static_cast<float>(random.between(0.02f, 0.2f) / of_values));
+      numbers[i] = scales[i];
+    }
+  }
+  if (f.scales != ScaleType::kE8M0) w.scales = scales.bytes();
+  if (with_zeros) {
+    for (int64_t i = 0; i < experts * count; ++i) w.zeros.push_back(static_cast<uint8_t>(random.below(16)));
+  }
+  for (int64_t row = 0; row < experts * rows; ++row) {
+    const int64_t of_expert = f.row_blocks ? row % rows / WeightFormat::kRowBlock : row % rows;
+    for (int64_t column = 0; column < columns; ++column) {
+      const int64_t group = f.group_size == 0 ? 0 : column / f.group_size;
+      const int64_t at = row / rows * count + of_expert * f.groups(columns) + group;
+      const unsigned byte = w.given[row * row_bytes + (four_bits ? column / 2 : column)];
+      const unsigned code = four_bits ? byte >> column % 2 * 4 & 15 : byte;
+      const double zero = f.type == WeightType::kInt4 ? (with_zeros ? w.zeros[at] : 8) : 0;
+      w.values.push_back((value_of(f.type, code) - zero) * numbers[at]);
+    }
+  }
+  return w;
+}
+
+// The same on the device.
+struct DeviceWeights {
+  explicit DeviceWeights(const QuantisedWeights& w, WeightType type, int64_t rows, int64_t columns)
+      : scales(w.scales), zeros(w.zeros), packed(rows * moe_ext::cuda::row_bytes_of(type, columns)) {
+    const DeviceArray<uint8_t> given(w.given), back(static_cast<int64_t>(w.given.size()));
+    const moe_ext::PackingParams p{type, rows, columns};
+    moe_ext::cuda::pack_weights(p, given.data(), packed.data(), nullptr);
+    moe_ext::cuda::unpack_weights(p, packed.data(), back.data(), nullptr);
+    CHECK(back.host() == w.given, "unpacked weights are not those that were packed");
+  }
+  const uint8_t* zeros_or_null(bool present) const { return present ? zeros.data() : nullptr; }
+
+  DeviceArray<char> scales;
+  DeviceArray<uint8_t> zeros, packed;
+};
+
+struct Kind {
+  WeightFormat format;
+  bool zeros;
+};
+
+const Kind kKinds[] = {
+    {{WeightType::kInt8, 0, false, ScaleType::kFloat32}, false},
+    {{WeightType::kInt4, 32, false, ScaleType::kBFloat16}, false},
+    {{WeightType::kInt4, 64, false, ScaleType::kFloat16}, true},
+    {{WeightType::kInt4, 128, false, ScaleType::kFloat32}, true},
+    {{WeightType::kFloat8, 0, false, ScaleType::kFloat32}, false},
+    {{WeightType::kFloat8, 128, true, ScaleType::kFloat32}, false},
+    {{WeightType::kMxfp4, 32, false, ScaleType::kE8M0}, false},
+};
+
+struct LayerCase {
+  int64_t tokens, hidden, intermediate;
+  DType dtype;
+  moe_ext::Formula formula;
+  bool biases;
+};
+
+moe_ext::Formula interleaved_and_limited() {  // gpt-oss
+  moe_ext::Formula f;
+  f.interleaved = true;
+  f.limit = 0.4f, f.alpha = 1.702f, f.up_offset = 1.0f;
+  return f;
+}
+
+moe_ext::Formula without_gate() {
+  moe_ext::Formula f;
+  f.gated = false;
+  f.activation = moe_ext::Activation::kRelu2;
+  return f;
+}
+
+// The layer of a case by every kernel that takes it, against float64.
+void check_quantised_layer(const LayerCase& c, const Kind& kind) {
+  constexpr int64_t kExperts = 3, kTopK = 2;
+  const int64_t hidden = c.hidden, intermediate = c.intermediate, rows = c.formula.rows(intermediate);
+  Random random(static_cast<uint32_t>(c.tokens + hidden));
+  const QuantisedWeights gate_up = quantised(random, kind.format, kind.zeros, kExperts, rows, hidden);
+  const QuantisedWeights down = quantised(random, kind.format, kind.zeros, kExperts, hidden, intermediate);
+  const setting::Array x = random.array(c.dtype, c.tokens * hidden, 0.3f);
+  const setting::Array gate_up_bias = random.array(c.dtype, kExperts * rows, c.biases ? 0.5f : 0.0f);
+  const setting::Array down_bias = random.array(c.dtype, kExperts * hidden, c.biases ? 0.5f : 0.0f);
+  std::vector<int64_t> experts(c.tokens * kTopK);
+  std::vector<float> weights(c.tokens * kTopK);
+  for (int64_t slot = 0; slot < c.tokens * kTopK; ++slot) {
+    experts[slot] = (slot / kTopK + slot % kTopK * 2) % (kExperts + 1);  // the last marks an empty slot
+    if (c.tokens % 2 == 0) experts[slot] = slot % kTopK;                 // all tokens have the same experts
+    weights[slot] = random.between(0.1f, 1.0f);
+  }
+
+  // ---- float64: out, the sizes of its addends and of what their roundings add up to, and the energies of channels
+  std::vector<double> expected(c.tokens * hidden), size(c.tokens * hidden), rounded(c.tokens * hidden);
+  std::vector<double> energies(kExperts * intermediate);
+  const auto row_of = [&](int64_t expert, int64_t channel, bool up) {
+    if (!c.formula.gated) return expert * rows + channel;
+    return expert * rows + (c.formula.interleaved ? 2 * channel + up : channel + (up ? intermediate : 0));
+  };
+  for (int64_t slot = 0; slot < c.tokens * kTopK; ++slot) {
+    const int64_t token = slot / kTopK, e = experts[slot];
+    if (e == kExperts) continue;
+    std::vector<double> h(intermediate);
+    for (int64_t i = 0; i < intermediate; ++i) {
+      double of_gate_and_up[2] = {};
+      for (int up = 0; up < (c.formula.gated ? 2 : 1); ++up) {
+        const int64_t row = row_of(e, i, up == 1);
+        double sum = gate_up_bias[row];
+        for (int64_t k = 0; k < hidden; ++k) sum += gate_up.values[row * hidden + k] * x[token * hidden + k];
+        of_gate_and_up[up] = sum;
+      }
+      const double limit = c.formula.limit, gate = std::min(of_gate_and_up[0], limit);
+      const double up = std::min(std::max(of_gate_and_up[1], -limit), limit);
+      h[i] = c.formula.gated ? gate / (1.0 + std::exp(-c.formula.alpha * gate)) * (up + c.formula.up_offset)
+                             : std::max(0.0, of_gate_and_up[0]) * std::max(0.0, of_gate_and_up[0]);
+      energies[e * intermediate + i] += double(weights[slot]) * weights[slot] * h[i] * h[i];
+    }
+    for (int64_t k = 0; k < hidden; ++k) {
+      double sum = down_bias[e * hidden + k], sizes = std::abs(sum), squares = 0.0;
+      for (int64_t i = 0; i < intermediate; ++i) {
+        const double addend = down.values[(e * hidden + k) * intermediate + i] * h[i];
+        sum += addend, sizes += std::abs(addend), squares += addend * addend;
+      }
+      expected[token * hidden + k] += weights[slot] * sum;
+      size[token * hidden + k] += weights[slot] * sizes;
+      rounded[token * hidden + k] += weights[slot] * (2 * std::abs(sum) + 2 * std::sqrt(squares));
+    }
+  }
+
+  // ---- every kernel
+  const DeviceWeights first(gate_up, kind.format.type, kExperts * rows, hidden);
+  const DeviceWeights second(down, kind.format.type, kExperts * hidden, intermediate);
+  const DeviceArray<char> on_device[] = {DeviceArray<char>(x.bytes()), DeviceArray<char>(gate_up_bias.bytes()),
+                                         DeviceArray<char>(down_bias.bytes())};
+  const DeviceArray<int64_t> device_experts(experts);
+  const DeviceArray<float> device_weights(weights);
+  const bool any = c.dtype == DType::kFloat32 || hidden % 8 != 0 || intermediate % 8 != 0;
+  for (const std::string kernels : {"small_batch", "flat", "narrow", "plain"}) {
+    if (any && kernels != "plain") continue;
+    if (kernels == "small_batch" && (!c.formula.gated || c.tokens > 20)) continue;
+    const ForcedKernels forced(kernels);
+    const int64_t bytes = c.tokens * hidden * element_size(c.dtype);
+    const DeviceArray<char> out(bytes), alone(bytes);
+    const DeviceArray<double> moments(std::vector<double>(kExperts * 9)),
+        channels(std::vector<double>(kExperts * intermediate));
+    moe_ext::ExpertsParams p = shaped(c.tokens, hidden, intermediate, kExperts, kTopK);
+    p.dtype = c.dtype, p.formula = c.formula, p.format = kind.format;
+    p.x = on_device[0].data(), p.gate_up = first.packed.data(), p.down = second.packed.data();
+    p.gate_up_scales = first.scales.data(), p.down_scales = second.scales.data();
+    p.gate_up_zeros = first.zeros_or_null(kind.zeros), p.down_zeros = second.zeros_or_null(kind.zeros);
+    if (c.biases) p.gate_up_bias = on_device[1].data(), p.down_bias = on_device[2].data();
+    p.experts = device_experts.data(), p.experts_are_int64 = true;
+    p.weights = device_weights.data(), p.weights_dtype = DType::kFloat32;
+    for (const bool observed : {false, true}) {
+      Scratchpad memory;
+      p.out = (observed ? out : alone).data();
+      if (observed) p.moments = moments.data(), p.channels = channels.data();
+      moe_ext::cuda::experts(p, memory.scratch(), nullptr);
+    }
+    const std::string where = kernels + ", " + moe_ext::cuda::weights_named(kind.format.type) + " in groups of " +
+                              std::to_string(kind.format.group_size) + ", " + setting::name_of(c.dtype) +
+                              ", T = " + std::to_string(c.tokens) + ", H = " + std::to_string(hidden);
+    const std::vector<char> bits = out.host();
+    CHECK(bits == alone.host(), where, ": observing changes the result");
+    setting::Array got(c.dtype, c.tokens * hidden);
+    std::memcpy(got.data(), bits.data(), bits.size());
+    for (int64_t i = 0; i < c.tokens * hidden; ++i) {
+      // Every element of h (of random signs), y and the result may be rounded to the dtype.
+      const double bound = rounded[i] * setting::rounding(c.dtype) + size[i] * 64 * 0x1p-24 + 1e-6;
+      CHECK(std::abs(got[i] - expected[i]) <= bound, where, ": ", got[i], " is not ", expected[i], " at ", i);
+    }
+    const std::vector<double> sums = channels.host();
+    for (int64_t i = 0; i < kExperts * intermediate; ++i) {
+      const double bound = energies[i] * 4 * setting::rounding(c.dtype) + 1e-4;
+      CHECK(std::abs(sums[i] - energies[i]) <= bound, where, ": channel ", i, " has ", sums[i], ", not ", energies[i]);
+    }
+    CHECK(moments.host()[0] > 0, where, ": no moments");
+  }
+}
+
+}  // namespace
+
+TEST("quantised weights of every format give what float64 gives on their values, by every kernel") {
+  require_gpu();
+  for (const Kind& kind : kKinds) {
+    for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+      check_quantised_layer({5, 136, 72, dtype, {}, false}, kind);    // parts of a line, of a group and of a tile
+      check_quantised_layer({70, 264, 152, dtype, {}, false}, kind);  // two tiles of an expert
+      check_quantised_layer({12, 72, 200, dtype, interleaved_and_limited(), true}, kind);  // more than 8 of an expert
+      check_quantised_layer({9, 200, 136, dtype, without_gate(), true}, kind);
+    }
+    check_quantised_layer({3, 1160, 24, DType::kBFloat16, {}, false}, kind);  // rounds of k, and of scales
+    check_quantised_layer({2, 40, 2120, DType::kFloat16, {}, false}, kind);   // and parts of down's k
+    check_quantised_layer({5, 37, 21, DType::kBFloat16, interleaved_and_limited(), true}, kind);
+    check_quantised_layer({19, 133, 67, DType::kFloat32, {}, false}, kind);
+    check_quantised_layer({3, 9, 5, DType::kFloat16, without_gate(), true}, kind);
   }
 }

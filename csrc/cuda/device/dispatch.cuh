@@ -29,6 +29,21 @@ void for_row_dtype(DType row_dtype, DType dtype, const Body& body) {
   for_dtype(dtype, [&](auto type) { row_dtype == DType::kFloat32 ? body(float{}, type) : body(type, type); });
 }
 
+// `type` is not kPlain.
+template <typename Body>
+void for_weight_type(WeightType type, const Body& body) {
+  switch (type) {
+    case WeightType::kInt8:
+      return body(std::integral_constant<WeightType, WeightType::kInt8>{});
+    case WeightType::kInt4:
+      return body(std::integral_constant<WeightType, WeightType::kInt4>{});
+    case WeightType::kFloat8:
+      return body(std::integral_constant<WeightType, WeightType::kFloat8>{});
+    default:
+      return body(std::integral_constant<WeightType, WeightType::kMxfp4>{});
+  }
+}
+
 template <typename Body>
 void for_product(Product product, const Body& body) {
   product == Product::kGateUp ? body(std::integral_constant<Product, Product::kGateUp>{})
