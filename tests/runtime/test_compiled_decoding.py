@@ -96,7 +96,7 @@ def test_a_compiler_that_is_missing_is_named(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"length": 1}, "length is 1; expected a whole number of 2 or more"),
+        ({"length": 3}, "length is 3; expected a whole number of 4 or more"),
         ({"length": 8.0}, "length is 8.0; expected a whole number"),
         ({"length": 8, "batch_size": 0}, "batch_size is 0; expected a whole number of 1 or more"),
     ],
