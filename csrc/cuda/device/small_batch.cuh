@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) 
           if (k_all == 0) ptx::copy_async_wait<0>();  // weights are on their way while the activations arrive
           if (k_all == 0 || meet) __syncthreads();
           if (k >= here) break;
-          weights.multiply(acc, staged, row_bytes, tokens, k);
+          weights.multiply(acc, staged, row_bytes, tokens, k, k_begin);
         }
         weights.advance(here);
       }
