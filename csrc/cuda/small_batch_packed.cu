@@ -94,14 +94,14 @@ class PackedWeights {
     int groups = groups_;
     ptx::keep(groups);  // places are computed again: there are no registers to keep them in
     const unsigned reciprocal = reciprocal_of(groups);
-    [[maybe_unused]] uint32_t zeros = 0;  // four bits of each
+    [[maybe_unused]] uint64_t zeros = 0;  // a byte each
     if constexpr (kType == WeightType::kInt4) {
       static_assert(kScalesEach <= 8);
       if (q_.zeros != nullptr) {
 #pragma unroll
         for (int i = 0; i < kScalesEach; ++i) {
           const Place place = place_of_scale(i, reciprocal);
-          if (place.inside) zeros |= uint32_t{__ldg(q_.zeros + index_of(place))} << 4 * i;
+          if (place.inside) zeros |= uint64_t{__ldg(q_.zeros + index_of(place))} << 8 * i;
         }
       }
     }
@@ -112,7 +112,7 @@ class PackedWeights {
       if (!place.exists) continue;
       scales_[place.row * kScaleStride + place.group] = scale_of_bits(q_.scale_type, scale_bits_[i]);
       if constexpr (kType == WeightType::kInt4) {
-        zeros_[place.row * kZeroStride + place.group] = static_cast<uint8_t>(zeros >> 4 * i & 15);
+        zeros_[place.row * kZeroStride + place.group] = static_cast<uint8_t>(zeros >> 8 * i);
       }
     }
     return true;
