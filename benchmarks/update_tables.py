@@ -223,12 +223,70 @@ def quality_summary(result: Mapping[str, Any], link: str) -> str:
     )
 
 
+NOTHING = "nothing to do"
+"""What the outcome of a job begins with that has no meaning in a family."""
+
+
+def families_table(result: Mapping[str, Any], link: str) -> str:
+    """A family a row, a job a column; reasons stand below, numbered."""
+    families, reasons = result["families"], list[str]()
+    jobs = list(dict.fromkeys(job for found in families.values() for job in found))
+
+    def cell(outcome: str) -> str:
+        if outcome in ("yes", "one operator", "its own code", ""):
+            return outcome
+        if outcome not in reasons:
+            reasons.append(outcome)
+        return f"{'' if outcome.startswith(NOTHING) else 'no '}({reasons.index(outcome) + 1})"
+
+    rows = [
+        {"family": f"`{name}`", **{job: cell(found.get(job, "")) for job in jobs}} for name, found in families.items()
+    ]
+    notes = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
+    return f"{table(rows)}\n\n{notes}\n\n{_families_measured(result)} ({link})."
+
+
+def families_summary(result: Mapping[str, Any], link: str) -> str:
+    families = result["families"]
+    exceptions = []
+    for name, found in families.items():
+        by_reason: dict[str, list[str]] = {}
+        for job, reason in _missing(found).items():
+            by_reason.setdefault(reason, []).append(job)
+        for reason, missing in by_reason.items():
+            what = "all" if len(missing) == len(found) else ", ".join(missing)
+            exceptions.append(f"`{name}`: {what} ({reason})")
+    whole = sum(not _missing(found) for found in families.values())
+    return (
+        f"{whole} of the {len(families)} families that transformers {result['versions']['transformers']} routes "
+        "through its experts interface do [all that is tested](docs/support.md#every-family), on a tiny random model "
+        f"of each ({link}). What does not go: {'; '.join(exceptions)}. Devices and conditions: "
+        "[docs/support.md](docs/support.md)."
+    )
+
+
+def _missing(found: Mapping[str, str]) -> dict[str, str]:
+    """Jobs that a family does not do, with the reasons."""
+    return {
+        job: outcome
+        for job, outcome in found.items()
+        if job != "router" and outcome != "yes" and not outcome.startswith(NOTHING)
+    }
+
+
+def _families_measured(result: Mapping[str, Any]) -> str:
+    versions = result["versions"]
+    return f"{result['date']}, transformers {versions['transformers']}, torch {versions['torch']}; {result['what']}"
+
+
 # The place of a table, between markers, and what goes there; a summary is of the result that its name begins with.
 README, BENCHMARKS = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
-CRITERIA = ROOT / "docs" / "criteria.md"
+CRITERIA, SUPPORT = ROOT / "docs" / "criteria.md", ROOT / "docs" / "support.md"
 PLACES: list[tuple[Path, str, Callable[[Mapping[str, Any], str], str]]] = [
     (README, "demo-summary", demo_summary),
     (README, "decode-summary", decode_summary),
+    (README, "families-summary", families_summary),
+    (SUPPORT, "families", families_table),
     (BENCHMARKS, "demo", demo_table),
     (BENCHMARKS, "cpu-summary", cpu_summary),
     (BENCHMARKS, "cpu", cpu_table),

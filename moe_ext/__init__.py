@@ -29,6 +29,7 @@ from moe_ext.pruning.prune_folder import PrunedCheckpoint, prune_checkpoint
 from moe_ext.pruning.prune_gguf import prune_gguf
 from moe_ext.reconstruction.result import LayerLosses, SearchResult
 from moe_ext.reconstruction.search import search
+from moe_ext.runtime.compiled_decoding import compile_decoding
 from moe_ext.runtime.patching import patch, unpatch
 from moe_ext.runtime.skipping import count_skips
 from moe_ext.version import __version__
@@ -50,6 +51,7 @@ __all__ = [
     "__version__",
     "aimer",
     "calibrate",
+    "compile_decoding",
     "compress",
     "count_skips",
     "data",

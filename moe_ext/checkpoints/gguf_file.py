@@ -91,6 +91,13 @@ class GgufFile:
         """The full name of a field that the architecture has of its own."""
         return f"{self.architecture}.{name}"
 
+    @property
+    def layers(self) -> int:
+        """Layers, those for multi-token prediction not counted: they follow the others."""
+        count = self.value(self.own("block_count"), int)
+        further = self.fields.get(self.own("nextn_predict_layers"))
+        return int(count) - (int(further.value) if further is not None and isinstance(further.value, int) else 0)
+
 
 def read_gguf(path: str | Path) -> GgufFile:
     """Reads the headers of a GGUF file; of a split one, those of all its files, of which any may be given.

@@ -21,13 +21,14 @@ from moe_ext.checkpoints.written_config import CONFIG, changed_content, read_con
 from moe_ext.models.config_section import (
     CONFIG_KEY,
     GateScale,
+    experts_left,
     section_of,
     section_with,
     section_with_scale,
     set_section,
 )
 from moe_ext.models.dtypes import DTYPES
-from moe_ext.models.uneven_layers import built
+from moe_ext.models.own_counts import built
 from moe_ext.storage.files import replace_folder
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # "model" or "owner/model"
@@ -35,6 +36,7 @@ _DTYPES = {"auto": "auto", **DTYPES}
 
 # Arguments of from_pretrained that say where a checkpoint is, for its config as for its weights.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+_SHARED_OUT = ("distributed_config", "tp_plan", "tp_size")  # that several processes share the model
 _ELSEWHERE = ("gguf_file", "variant", "state_dict")  # and these, that weights are in other files than the usual
 
 
@@ -74,6 +76,12 @@ def from_pretrained(
     config, where = options.get("config"), {name: options[name] for name in _WHERE if name in options}
     if not isinstance(config, PreTrainedConfig):  # it may be a name or a folder
         config = read_config(config or checkpoint, **where)
+    if experts_left(section_of(config), config.get_text_config(decoder=True).num_hidden_layers):
+        for name in _SHARED_OUT:
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"{name}: {checkpoint} has means in the place of removed experts, which every process would add"
+                )
     folder = Path(checkpoint, options.get("subfolder") or "")
     elsewhere = any(options.get(name) is not None for name in _ELSEWHERE)
     if folder.is_dir() and options["use_safetensors"] and not elsewhere:

@@ -29,7 +29,7 @@ from moe_ext.checkpoints.read_config import model_built_from, read_config
 from moe_ext.checkpoints.stored_tensors import CheckpointError, StoredTensor
 from moe_ext.models.blocks import LOADED_LATER
 from moe_ext.models.dtypes import DTYPES
-from moe_ext.models.uneven_layers import built
+from moe_ext.models.own_counts import built
 
 ADAPTER = "adapter_config.json"
 

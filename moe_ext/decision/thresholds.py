@@ -23,7 +23,7 @@ def skip_thresholds(stats: ExpertStatistics, quantile: float = 0.5) -> Tensor:
     if not 0.0 <= quantile <= 1.0:
         raise ValueError(f"quantile is {quantile}; expected 0 to 1")
     if stats.top_k < 2:
-        raise ValueError("skipping needs at least 2 experts a token; these statistics have top_k = 1")
+        raise ValueError("skipping needs at least 2 experts a token, one being weaker; these statistics have top_k = 1")
     histogram = stats.ratio_histogram.double()  # (L, K - 1, bins)
     total = histogram.sum(-1)  # (L, K - 1)
     for name, tokens in zip(stats.layers, stats.tokens.tolist(), strict=True):

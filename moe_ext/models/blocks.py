@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_ext.models.boundary import MEANS, PLACES, boundaries, is_experts, num_experts, num_routed
+from moe_ext.models.boundary import MEANS, PLACES, boundaries, is_experts, num_experts, num_routed, placed_experts
 from moe_ext.models.counted import Counted, Dimension, counted_in, named_tensors, owners
 from moe_ext.models.direct_experts import direct_experts, passed_on
 from moe_ext.models.families import FAMILIES, Family
 from moe_ext.models.quantised_experts import check_not_quantised
+from moe_ext.models.shared_out import has_some_experts, how_shared, is_shared
 from moe_ext.models.unsupported import why_unsupported
 from moe_ext.storage.digests import tensor_bytes
 
@@ -156,10 +157,7 @@ class MoeBlock:
 
 def experts_by_name(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The experts modules of a model's MoE layers, by their names."""
-    return {
-        f"{each.name}.{each.experts}" if each.name else each.experts: getattr(each.module, each.experts)
-        for each in boundaries(model)
-    }
+    return {f"{name}.{key}" if name else key: experts for name, _, key, experts in placed_experts(model)}
 
 
 def counted_of(model: PreTrainedModel) -> Counted:
@@ -275,7 +273,6 @@ def moe_blocks(model: PreTrainedModel) -> list[MoeBlock]:
     ]
     if not blocks:
         raise ValueError(why_unsupported(model))
-    _refuse_shared_weights(blocks)
     for block in blocks:
         record = direct_experts(block.experts)
         if record is not None and record.weighs_inputs and block.top_k > 1:
@@ -288,14 +285,16 @@ def moe_blocks(model: PreTrainedModel) -> list[MoeBlock]:
     return blocks
 
 
-def _refuse_shared_weights(blocks: Sequence[MoeBlock]) -> None:
-    """ValueError if two layers have the same experts: what is counted, kept or skipped in one holds for the other."""
+def refuse_shared_weights(blocks: Sequence[MoeBlock]) -> None:
+    """ValueError if two layers have the same experts: what is counted or removed in one holds for the other."""
     owner: dict[int, str] = {}
     for block in blocks:
         for tensor in block.experts.parameters():
             if owner.setdefault(id(tensor), block.name) != block.name:
                 raise ValueError(
-                    f"{owner[id(tensor)]} and {block.name} share their experts (tied weights), which is not supported"
+                    f"{owner[id(tensor)]} and {block.name} share their experts (tied weights): what is counted, "
+                    "skipped or removed in one would hold for the other, which runs on other tokens. "
+                    "moe_ext.patch(model) runs such a model on the operators; it is not calibrated, searched or pruned"
                 )
 
 
@@ -351,12 +350,13 @@ def refuse_other_sums(blocks: Sequence[MoeBlock], job: str) -> None:
 
 
 def refuse_shared_out(blocks: Sequence[MoeBlock], job: str) -> None:
-    """ValueError, naming the layer, if its experts are shared out among processes: each has some of them only."""
+    """ValueError, naming the layer, if its experts are shared out among processes: each has a part of them only."""
     for block in blocks:
-        if getattr(block.experts, "_is_expert_parallel", False):
+        if (how := how_shared(block.experts)) is not None:
+            part = f"{block.num_experts}" if has_some_experts(block.experts) else "a part of each"
             raise ValueError(
-                f"{block.name}: expert parallelism leaves this process {block.num_experts} of the layer's experts; "
-                f"{job} a model that is loaded without it"
+                f"{block.name}: {how} leaves this process {part} of the layer's experts; {job} a model that is loaded "
+                "without it, or the checkpoint's folder layer by layer"
             )
 
 
@@ -426,11 +426,10 @@ def check_layout(block: MoeBlock) -> None:
 
 def check_plain(name: str, owner: nn.Module, key: str, tensor: Tensor) -> None:
     # A parametrized weight shows up under other names, a quantised one or an adapter as further or other types.
-    if type(tensor).__name__ == "DTensor":
+    if is_shared(tensor):
         raise ValueError(
             f"{name}: {type(owner).__name__}'s {key} is a DTensor, shared out among processes; expected plain tensors. "
-            "Under tensor parallelism the operators run without patch, in a model from from_pretrained(..., "
-            "tp_plan='auto', experts_implementation='moe_ext')"
+            "patch, skip thresholds and count_skips take such a model, other jobs the checkpoint's folder"
         )
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
         raise ValueError(f"{name}: {type(owner).__name__}'s {key} is a {type(tensor).__name__}; expected plain tensors")

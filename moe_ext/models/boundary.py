@@ -29,15 +29,15 @@ class Boundary:
         name: name of the module that holds the next two.
         module: that module.
         router: name in it of the module that chooses experts.
-        experts: name in it of the module with the experts' weights.
         top_k: K.
+        experts: name in it of the module with the experts' weights.
     """
 
     name: str
     module: nn.Module
     router: str
-    experts: str
     top_k: int
+    experts: str
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -52,14 +52,22 @@ def goes_through_interface(experts: nn.Module) -> bool:
 
 def num_experts(experts: nn.Module) -> int:
     """E."""
+    if hasattr(experts, "num_experts"):
+        return int(experts.num_experts)  # type: ignore[arg-type]
     record = direct_experts(experts)
-    return int(getattr(experts, "num_experts" if record is None else record.count))
+    assert record is not None
+    return int(getattr(experts, record.count))
 
 
 def num_routed(experts: nn.Module) -> int:
-    """Experts that a router chooses from: with means in the place of some, more than there are."""
+    """Experts that a router chooses from: with means in the place of some, or some in other processes, more than there
+    are. Not to be asked within the experts' forward."""
     places = experts._buffers.get(PLACES)
-    return num_experts(experts) if places is None else len(places)
+    if places is not None:
+        return len(places)
+    if getattr(experts, "_is_expert_parallel", False):  # between forwards the weight has the whole model's shape
+        return int(cast(Tensor, experts.down_proj).shape[0])
+    return num_experts(experts)
 
 
 def is_transposed(experts: nn.Module) -> bool:
@@ -84,20 +92,28 @@ def eager_forward(experts: nn.Module) -> Any:
     return type(experts).forward.__wrapped__  # type: ignore[attr-defined]
 
 
+def placed_experts(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """The experts modules of a model's text decoder, in order: the name of the module that holds one, that module, the
+    experts' name in it, and they. Experts of other parts (of images, say) are not among them."""
+    config = model.config.get_text_config(decoder=True)
+    kind = type(config)
+    for name, module in model.named_modules():
+        for key, experts in module.named_children():
+            if is_experts(experts) and isinstance(getattr(experts, "config", config), kind):
+                yield name, module, key, experts
+
+
 def boundaries(model: PreTrainedModel) -> list[Boundary]:
-    """The MoE layers of a model's text decoder, in order; experts of other parts (of images, say) are not among them.
+    """The MoE layers of a model's text decoder, in order.
 
     Raises:
         ValueError: a layer's router cannot be told from the modules beside its experts.
     """
     config = model.config.get_text_config(decoder=True)
-    found = []
-    for name, module in model.named_modules():
-        for key, experts in module.named_children():
-            if is_experts(experts) and isinstance(getattr(experts, "config", config), type(config)):
-                router, top_k = _router(name, module, experts, config)
-                found.append(Boundary(name, module, router, key, top_k))
-    return found
+    return [
+        Boundary(name, module, *_router(name, module, experts, config), key)
+        for name, module, key, experts in placed_experts(model)
+    ]
 
 
 def _router(name: str, module: nn.Module, experts: nn.Module, config: Any) -> tuple[str, int]:

@@ -1,10 +1,11 @@
-"""The ``moe_ext`` section of a model's config: skip thresholds, the gate scale, and experts left beside means.
+"""The ``moe_ext`` section of a model's config: skip thresholds, the gate scale, experts left beside means, and numbers
+of experts that differ between layers.
 
 It is in the part of the text decoder, which every class has that loads the checkpoint.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -15,6 +16,9 @@ from moe_ext.storage.formats import shortened, shown
 CONFIG_KEY = "moe_ext"
 LEFT_KEY = "experts_left"
 """Entry of a config's ``moe_ext`` section: decoder layer (as a string) to its number of experts beside the means."""
+COUNTS_KEY = "num_experts"
+"""Entry of a config's ``moe_ext`` section: decoder layer (as a string) to its number of experts, of layers that differ
+where the family has no other place for that. The family's own field then holds the largest."""
 
 
 def section_of(config: Any) -> Any:
@@ -43,14 +47,36 @@ def experts_left(section: object, layers: int) -> dict[int, int]:
     Raises:
         ValueError: it says something that is no number of experts of a layer.
     """
-    stored = section.get(LEFT_KEY) if isinstance(section, dict) else None
+    return _numbers_by_layer(section, LEFT_KEY, layers)
+
+
+def counts_in_section(section: object, layers: int) -> dict[int, int]:
+    """What a config's ``moe_ext`` section says of different numbers of experts, by decoder layer; empty if nothing.
+
+    Raises:
+        ValueError: as :func:`experts_left`.
+    """
+    return _numbers_by_layer(section, COUNTS_KEY, layers)
+
+
+def section_with_counts(counts: Mapping[int, int], section: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A config's ``moe_ext`` section with those numbers of experts by decoder layer, or with none if there are none;
+    whatever else it holds kept. None if that is nothing."""
+    rest = {name: value for name, value in (section or {}).items() if name != COUNTS_KEY}
+    if counts:
+        rest[COUNTS_KEY] = {str(layer): count for layer, count in counts.items()}
+    return rest or None
+
+
+def _numbers_by_layer(section: object, key: str, layers: int) -> dict[int, int]:
+    stored = section.get(key) if isinstance(section, dict) else None
     if stored is None:
         return {}
     if not isinstance(stored, dict) or not all(
         re.fullmatch("[0-9]{1,6}", layer) and int(layer) < layers and type(count) is int and count > 0
         for layer, count in stored.items()
     ):
-        raise ValueError(f"config.moe_ext.{LEFT_KEY} is {shown(stored)}; expected layers with their numbers of experts")
+        raise ValueError(f"config.moe_ext.{key} is {shown(stored)}; expected layers with their numbers of experts")
     return {int(layer): count for layer, count in stored.items()}
 
 

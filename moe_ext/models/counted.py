@@ -12,18 +12,22 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_ext.models.boundary import num_routed
-from moe_ext.models.uneven_layers import built
+from moe_ext.models.config_section import COUNTS_KEY, section_of, section_with_counts, set_section
+from moe_ext.models.uneven_layers import built_by_class
 
 # Names under which families' configs count experts. Others are found, too; these are changed together where they hold
 # the same number.
 NUM_EXPERTS_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+CountsPlace = Literal["per_layer_config", "moe_ext"]
+"""Where a config says that layers have different numbers of experts: transformers' own place, or our section."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ def counted_in(model: PreTrainedModel, experts: Mapping[str, int]) -> Counted:
         ValueError: no field of the config is found that holds the number, or something depends on it in another way
             than experts that lie one after the other.
     """
-    key = (type(model), json.dumps(model.config.to_dict(), sort_keys=True, default=str), tuple(experts.items()))
+    said = json.dumps(_of_shapes(model.config.to_dict()), sort_keys=True, default=str)
+    key = (type(model), said, tuple(experts.items()))
     if key not in _measured:
         _measured[key] = _measure(model, experts)
         while len(_measured) > 16:
@@ -84,15 +89,30 @@ def counted_in(model: PreTrainedModel, experts: Mapping[str, int]) -> Counted:
 
 _measured: OrderedDict[Any, Counted] = OrderedDict()
 
+_NOT_OF_SHAPES = {"_name_or_path", "architectures", "dtype", "transformers_version"}
+
+
+def _of_shapes(content: Any) -> Any:
+    """What a config's content says of shapes and numbers."""
+    if not isinstance(content, dict):
+        return content
+    return {name: _of_shapes(value) for name, value in content.items() if name not in _NOT_OF_SHAPES}
+
 
 def _measure(model: PreTrainedModel, experts: Mapping[str, int]) -> Counted:
     config = model.config.get_text_config(decoder=True)
     most, before = max(experts.values()), _built(model, (), most=0)
+    # Numbers in our section are not the classes' affair: they build every layer with the largest.
+    by_classes = dict.fromkeys(experts, most) if _in_section(config) else experts
     for fields in _candidates(config, most):
         after = _built(model, fields, most)
         modules = dict(after.named_modules())
-        if all(num_routed(modules[name]) == 2 * count for name, count in experts.items()):
-            return Counted(fields, _tensors(before, after, experts), _attributes(before, after, experts))
+        if all(num_routed(modules[name]) == 2 * count for name, count in by_classes.items()):
+            attributes = _attributes(before, after, by_classes)
+            for (name, attribute), (value, each) in attributes.items():
+                fewer = most - max(experts[owner] for owner in owners(name, experts)) if _in_section(config) else 0
+                attributes[name, attribute] = int(value - each * fewer), each
+            return Counted(fields, _tensors(before, after, by_classes), attributes)
     raise ValueError(
         f"{next(iter(experts))}: no field of the {config.model_type!r} config is found to hold its {most} experts; "
         "the pruned model could not be saved"
@@ -107,37 +127,51 @@ def _candidates(config: Any, most: int) -> list[tuple[str, ...]]:
     return [*([together] if together else []), *((name,) for name in sorted(holding) if name not in together)]
 
 
-def with_counts(config: Any, fields: Sequence[str], counts: Mapping[int, int]) -> None:
+def with_counts(
+    config: Any, fields: Sequence[str], counts: Mapping[int, int], place: CountsPlace = "per_layer_config"
+) -> None:
     """Writes numbers of experts into a text config: one if all layers' are equal, else the largest, and per layer those
     that differ. What else the config says of single layers stays.
 
     Args:
         counts: by decoder layer.
+        place: where they go if they differ.
     """
     overrides = {int(layer): dict(own) for layer, own in (config.to_dict().get("per_layer_config") or {}).items()}
     had, largest = bool(overrides), max(counts.values())
     for layer, own in overrides.items():
         overrides[layer] = {name: value for name, value in own.items() if name not in fields}
-    if any(count != largest for count in counts.values()):
+    differ = any(count != largest for count in counts.values())
+    if differ and place == "per_layer_config":
         for layer, count in counts.items():
             overrides.setdefault(layer, {}).update(dict.fromkeys(fields, count))
     for name in fields:
         setattr(config, name, largest)
     if had or overrides:
         config.per_layer_config = overrides
+    in_section = counts if differ and place == "moe_ext" else {}
+    if in_section or _in_section(config):
+        set_section(config, section_with_counts(in_section, section_of(config)))
 
 
 def counts_differ(config: Any) -> bool:
     """Whether a text config says that its layers have different numbers of experts: it may differ in other things."""
     known = {str(config.attribute_map.get(name, name)) for name in NUM_EXPERTS_FIELDS} | set(NUM_EXPERTS_FIELDS)
     layers = (config.to_dict().get("per_layer_config") or {}).values()
-    return any(known & own.keys() for own in layers)
+    return any(known & own.keys() for own in layers) or _in_section(config)
+
+
+def _in_section(config: Any) -> bool:
+    section = section_of(config)
+    return isinstance(section, dict) and COUNTS_KEY in section
 
 
 def _built(model: PreTrainedModel, fields: Sequence[str], most: int) -> PreTrainedModel:
-    """The model on the meta device, its config's numbers of experts doubled."""
+    """The model on the meta device as its family's classes build it, its config's numbers of experts doubled."""
     changed = copy.deepcopy(model.config)
     config = changed.get_text_config(decoder=True)
+    if _in_section(config):
+        set_section(changed, section_with_counts({}, section_of(config)))
     if fields:
         overrides = {int(layer): dict(own) for layer, own in (config.to_dict().get("per_layer_config") or {}).items()}
         for own in overrides.values():
@@ -147,7 +181,7 @@ def _built(model: PreTrainedModel, fields: Sequence[str], most: int) -> PreTrain
         if overrides:
             config.per_layer_config = overrides
     with torch.device("meta"):
-        other: PreTrainedModel = built(changed, partial(type(model)._from_config, changed, dtype=model.dtype))
+        other: PreTrainedModel = built_by_class(changed, partial(type(model)._from_config, changed, dtype=model.dtype))
     return other
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from moe_ext.models.blocks import MoeBlock, expert_tensors, moe_blocks, text_config
 from moe_ext.models.boundary import is_transposed
-from moe_ext.models.uneven_layers import built
+from moe_ext.models.own_counts import built
 
 # Config fields that may hold the experts' width, the more special first.
 WIDTH_FIELDS = (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from moe_ext.models.blocks import MoeBlock, model_type_of
+from moe_ext.models.blocks import MoeBlock, model_type_of, refuse_shared_weights
 from moe_ext.storage.formats import check_label, shown
 
 MOST_EXPERTS = 1 << 16
@@ -91,7 +91,12 @@ class Layout:
 
 
 def layout_of(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> Layout:
-    """The layout of a live model, ``blocks`` being its MoE layers."""
+    """The layout of a live model, ``blocks`` being its MoE layers.
+
+    Raises:
+        ValueError: two of them have the same experts.
+    """
+    refuse_shared_weights(blocks)
     return Layout(
         model_type=model_type_of(model),
         layers=tuple(block.name for block in blocks),

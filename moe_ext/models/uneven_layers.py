@@ -18,8 +18,9 @@ from moe_ext.models.novices import make_room
 _ALLOWED = "allow_global_per_layer_attribute_access"  # property of transformers' configs
 
 
-def built(config: Any, make: Callable[[], Any]) -> Any:
-    """What ``make`` builds from a config, also where layers differ or have means in the place of experts.
+def built_by_class(config: Any, make: Callable[[], Any]) -> Any:
+    """What ``make`` builds from a config, also where layers differ or have means in the place of experts, by the
+    family's classes (:func:`moe_ext.models.own_counts.built` knows our section's numbers, too).
 
     For such a config the family's layer and config classes are changed while ``make`` runs: build one model at a time.
 
@@ -47,11 +48,13 @@ def _layers_built_one_by_one(config: Any, left: dict[int, int]) -> Iterator[None
     originals = [cls.__init__ for cls in classes]
     for cls, original in zip(classes, originals, strict=True):
         cls.__init__ = _built_from_its_own_config(original, left, type(config))
+    within = _ALLOWED in vars(type(config))  # another one is being built
     setattr(type(config), _ALLOWED, True)  # language model heads keep a copy of the global count
     try:
         yield
     finally:
-        delattr(type(config), _ALLOWED)  # the property of the base class again
+        if not within:
+            delattr(type(config), _ALLOWED)  # the property of the base class again
         for cls, original in zip(classes, originals, strict=True):
             cls.__init__ = original
 

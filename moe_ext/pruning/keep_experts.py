@@ -12,7 +12,7 @@ from moe_ext.models.blocks import (
 )
 from moe_ext.models.boundary import num_routed
 from moe_ext.models.fixed_choices import gate_rows, remapped, tables
-from moe_ext.pruning.replace import replace_tensor
+from moe_ext.models.replace import replace_tensor
 
 
 def keep_experts(block: MoeBlock, keep: Sequence[int]) -> None:

@@ -26,24 +26,29 @@ from moe_ext.models.blocks import (
     refuse_novices,
     refuse_offloaded,
     refuse_shared_out,
+    refuse_shared_weights,
     text_config,
 )
 from moe_ext.models.boundary import goes_through_interface, output_width
 from moe_ext.models.config_section import section_of, section_with_novices, set_section
-from moe_ext.models.counted import with_counts
+from moe_ext.models.counted import CountsPlace, with_counts
 from moe_ext.models.families import FURTHER_LAYERS_FIELDS
 from moe_ext.models.novices import add_novices
-from moe_ext.models.uneven_counts import check_uneven, counts_by_layer
+from moe_ext.models.own_counts import configs_of_their_own
+from moe_ext.models.replace import replace_tensor
+from moe_ext.models.uneven_counts import counts_by_layer, place_of_counts
 from moe_ext.models.wrapped import unwrapped_to_change
 from moe_ext.pruning.keep_experts import expert_parts, keep_slices, remap_choices
 from moe_ext.pruning.refit_layers import refitted_layers
-from moe_ext.pruning.replace import replace_tensor
 from moe_ext.pruning.thin import Thinning
 from moe_ext.storage.formats import shown
 
 
-def check_plan(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan) -> None:
+def check_plan(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan) -> CountsPlace:
     """Checks that a plan was made for a model like this one, before anything is touched.
+
+    Returns:
+        Where the config is to say how many experts each layer has, if it keeps different numbers.
 
     Raises:
         ValueError: what does not fit, and what was expected.
@@ -53,6 +58,7 @@ def check_plan(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan
     refuse_novices(blocks, "prune")
     refuse_offloaded(blocks, "prune")
     refuse_shared_out(blocks, "prune")
+    refuse_shared_weights(blocks)
     names = tuple(block.name for block in blocks)
     if plan.layers != names:
         raise ValueError(
@@ -70,8 +76,8 @@ def check_plan(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan
             )
     for block, keep in zip(blocks, plan.keep, strict=True):
         _check_keep(block, keep)
-    if len({len(keep) for keep in plan.keep}) > 1:
-        check_uneven(model, blocks, [len(keep) for keep in plan.keep])
+    counts = [len(keep) for keep in plan.keep]
+    return place_of_counts(model, blocks, counts) if len(set(counts)) > 1 else "per_layer_config"
 
 
 def _check_keep(block: MoeBlock, keep: tuple[int, ...]) -> None:
@@ -111,7 +117,8 @@ def prune(
     (:mod:`moe_ext.models.fixed_choices`). The config counts no layers for multi-token prediction any more:
     transformers has left them out. Where layers keep different numbers, the config says so in transformers'
     ``per_layer_config``; it then refuses reading the one global count, so that code which needs it (the auxiliary loss
-    of training) fails clearly.
+    of training) fails clearly. Families whose config or code takes one number for all layers keep the largest there,
+    and the layers' own in ``config.moe_ext``.
 
     At most one layer's experts are held twice at any moment. Skip thresholds in the config stay as they are; calibrate
     the pruned model for thresholds of its own. Should memory run out, every layer is either pruned or as it was, but
@@ -172,7 +179,7 @@ def prune_whole(
             saved; the config then goes on counting them.
     """
     blocks = moe_blocks(model)
-    check_plan(model, blocks, plan)
+    place = check_plan(model, blocks, plan)
     thinning = None if plan.channels is None else Thinning.of(model, blocks, plan.channels, list(map(len, plan.keep)))
     fitted: dict[int, Tensor] = {}
     if refit is not None:
@@ -191,7 +198,9 @@ def prune_whole(
                     setattr(module, name, value)
     for module, name, value in attributes:  # those of no block, too
         setattr(module, name, value)
-    with_counts(text_config(model), fields, counts_by_layer(blocks, counts))
+    with_counts(text_config(model), fields, counts_by_layer(blocks, counts), place)
+    if place == "moe_ext":
+        configs_of_their_own(blocks, counts, fields)
     if not further_layers:
         _announce_no_further_layers(model, on_disk=any(each.is_meta for each in model.parameters()))
     if thinning is not None:

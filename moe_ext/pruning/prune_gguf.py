@@ -109,7 +109,7 @@ def _layers(source: GgufFile, plan: PruningPlan) -> dict[int, int]:
             raise ValueError(f"{where}: has {held} {what}; the plan is for a model with {number}")
     numbers = [re.search(r"\.(\d+)\.", f".{name}.") for name in plan.layers]
     found = {int(match[1]): position for position, match in enumerate(numbers) if match is not None}
-    last = _last(source)
+    last = source.layers
     held = {_layer_of(name)[0] for name in source.tensors if _is_of_experts(name)}
     wanted = {number for number in held if number < last}
     if len(found) != len(plan.layers) or found.keys() != wanted:
@@ -152,16 +152,9 @@ def _is_of_experts(name: str) -> bool:
     return _layer_of(name)[1].split(".")[0] in _STACKED
 
 
-def _last(source: GgufFile) -> int:
-    """The number after that of the last layer, without those for multi-token prediction."""
-    count = source.value(source.own("block_count"), int)
-    further = source.fields.get(source.own("nextn_predict_layers"))
-    return int(count) - (int(further.value) if further is not None and isinstance(further.value, int) else 0)
-
-
 def _without_further_layers(source: GgufFile) -> tuple[dict[str, GgufField], int]:
     """The metadata without layers for multi-token prediction, and the number after that of the last layer left."""
-    last, name = _last(source), source.own("nextn_predict_layers")
+    last, name = source.layers, source.own("nextn_predict_layers")
     count = source.value(source.own("block_count"), int)
     fields = dict(source.fields)
     if last == count:

@@ -22,9 +22,9 @@ from moe_ext.calibration.routed_inputs import MEMORY, RoutedInputs
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import MoeBlock, decoder_layers, expert_tensors, refuse_several_in_a_layer
 from moe_ext.models.expert_width import width_of
+from moe_ext.models.replace import replace_tensor
 from moe_ext.pruning.keep_experts import keep_experts
 from moe_ext.pruning.refit import CHANNEL_DAMPING, FITTED_BY, OutputFit, refitted_down, ridge_for
-from moe_ext.pruning.replace import replace_tensor
 from moe_ext.pruning.thin import thin_layer
 from moe_ext.pruning.watched_experts import Watch, scale_of_experts, watching
 from moe_ext.runtime.batches import check_batch

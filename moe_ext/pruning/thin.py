@@ -14,7 +14,7 @@ from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.models.blocks import MoeBlock, expert_tensors, text_config
 from moe_ext.models.direct_experts import passed_on
 from moe_ext.models.expert_width import channel_dimension, config_for_width, take_width, width_of
-from moe_ext.pruning.replace import replace_tensor
+from moe_ext.models.replace import replace_tensor
 
 
 @dataclass(frozen=True)

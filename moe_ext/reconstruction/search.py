@@ -199,6 +199,7 @@ def _search(
         if on_disk is not None:
             on_disk.load_head()
     listed, counted, tokens = _listed(batches, model)
+    _check_several(model, blocks, request, counted)
     asked = {**request.as_json(layout, counts, thresholds, tokens), **outliers.as_json()}
     if not strict:
         asked["strict"] = False
@@ -265,7 +266,8 @@ def _listed(
     """The model's inputs, which of their tokens count, and how many do; ValueError if none does."""
     checked = [check_batch(index, batch, model) for index, batch in enumerate(batches)]
     listed: list[Mapping[str, Tensor]] = [each.inputs for each in checked]
-    counted = [each.counted for each in checked]
+    # Where no token is padding, none has to be told from the others.
+    counted = [None if each.counted is None or bool(each.counted.all()) else each.counted for each in checked]
     tokens = sum(
         batch["input_ids"].numel() if mask is None else int(mask.sum())
         for batch, mask in zip(listed, counted, strict=True)
@@ -318,9 +320,22 @@ def _check_model(model: PreTrainedModel, blocks: list[MoeBlock]) -> None:
     refuse_shared_out(blocks, "search")
     refuse_novices(blocks, "search")
     refuse_other_sums(blocks, "search")
-    refuse_several_in_a_layer(blocks, decoder_layers(model, blocks)[2], "search")
     if len({(block.num_experts, block.top_k) for block in blocks}) > 1:
         raise ValueError("the model's layers have different numbers of experts; search takes the same in every layer")
+
+
+def _check_several(
+    model: PreTrainedModel, blocks: list[MoeBlock], request: SearchRequest, counted: Sequence[Tensor | None]
+) -> None:
+    """ValueError if a decoder layer has several MoE blocks, and what is asked for does not go with that."""
+    jobs = {
+        "search, method='progressive'": request.method == "progressive",
+        "search, budget='model'": request.shares == "model",  # they need as many experts each
+        "search of text with padding": any(mask is not None for mask in counted),
+    }
+    for job, is_asked in jobs.items():
+        if is_asked:
+            refuse_several_in_a_layer(blocks, decoder_layers(model, blocks)[2], job)
 
 
 @contextmanager

@@ -112,6 +112,9 @@ class LayerInputs:
 
         Args:
             block: index of the layer; not before that of an earlier call.
+
+        Raises:
+            ValueError: a batch has no token for these experts.
         """
         while self._course.calls[self._position] != self._layer_of_block[block]:
             self.advance()
@@ -141,8 +144,9 @@ class LayerInputs:
             finally:
                 handle.remove()
         if routed != len(self._batches):
-            raise RuntimeError(
-                f"{self._blocks[block].name}: the experts ran {routed} times in {len(self._batches)} batches"
+            raise ValueError(
+                f"{self._blocks[block].name}: the experts ran {routed} times in {len(self._batches)} batches; expected "
+                "tokens for them in every batch, such as images where they are for these"
             )
 
     def _run(

@@ -17,7 +17,9 @@ from functools import partial
 from types import MethodType
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -25,6 +27,8 @@ from moe_ext import ops
 from moe_ext.models.blocks import MoeBlock, evaluation_mode, layer_numbers, moe_blocks
 from moe_ext.models.boundary import eager_forward, goes_through_interface, num_experts, num_routed
 from moe_ext.models.config_section import (
+    SCALE_KEY,
+    THRESHOLDS_KEY,
     GateScale,
     check_thresholds,
     is_scale,
@@ -37,6 +41,7 @@ from moe_ext.models.config_section import (
 )
 from moe_ext.models.direct_experts import block_forward, passed_on, router_class
 from moe_ext.models.router_formula import KnownRouter, RouterFormula, known_router
+from moe_ext.models.shared_out import check_shared_out, exchanges_tokens, has_some_experts, own_parts
 from moe_ext.models.wrapped import unwrapped
 from moe_ext.runtime.formulas import FORMULA, experts_layer, find_formula
 from moe_ext.runtime.skipping import share_of_largest, skip_weak
@@ -74,6 +79,7 @@ class LayerState:
         top_k: K.
         experts: the experts module.
         observer: called in the place of the ``experts`` operator during calibration.
+        exchange: the hook before experts that other processes have, too.
     """
 
     fallback: str
@@ -84,6 +90,7 @@ class LayerState:
     top_k: int
     experts: nn.Module
     observer: Any = None
+    exchange: RemovableHandle | None = None
 
 
 def is_patched(model: PreTrainedModel) -> bool:
@@ -163,9 +170,13 @@ def _patch_blocks(
     strict: bool,
     renormalise: GateScale | Literal["config"] = "config",
 ) -> PreTrainedModel:
+    check_shared_out(model, [(block.name, block.experts) for block in blocks])
+    unsupported: dict[str, str] = {}
     for block in blocks:
-        check_tensors(block)
-    unsupported = {block.name: reason for block in blocks if (reason := reason_unsupported(block)) is not None}
+        with own_parts(block.experts):
+            check_tensors(block)
+            if (reason := reason_unsupported(block)) is not None:
+                unsupported[block.name] = reason
     if unsupported and strict:
         raise ValueError(
             f"{next(iter(unsupported.values()))}. With strict=False such layers stay on transformers' implementation"
@@ -199,7 +210,7 @@ def _patch_blocks(
     setattr(model, STATE, state)
     state.thresholds, state.scale = thresholds, scale
     if not isinstance(skip, str) or renormalise != "config":
-        section = None if state.config_entry is None else dict(state.config_entry)
+        section = _section_before(model, state)
         if thresholds is not None:  # those of an earlier patch are replaced, not kept
             section = section_with(thresholds, section, layer_numbers(blocks))
         if skip is not None or renormalise != "config":
@@ -225,6 +236,8 @@ def _patch_blocks(
         for module, forward in _replaced(block):
             # Below accelerate's hooks where there are any: they bring the weights.
             setattr(module, "_old_forward" if hasattr(module, "_hf_hook") else "forward", forward)
+        if has_some_experts(block.experts):
+            own.exchange = block.experts.register_forward_pre_hook(partial(_for_exchange, model))
     if unsupported:
         first, *others = unsupported.values()
         more = f" (and {len(others)} more such layers)" if others else ""
@@ -299,6 +312,8 @@ def _unpatch_blocks(model: PreTrainedModel, blocks: list[MoeBlock]) -> PreTraine
                 module._old_forward = MethodType(type(module).forward, module)  # type: ignore[assignment]
             else:
                 del module.forward
+        if (exchange := layer_state(block).exchange) is not None:
+            exchange.remove()
         delattr(block.router, STATE)
         delattr(block.experts, STATE)
         vars(block.experts).pop(FORMULA, None)
@@ -324,7 +339,18 @@ def patched(model: PreTrainedModel, blocks: list[MoeBlock], *, strict: bool = Tr
 
 
 def _restore_config_entry(model: PreTrainedModel, state: _ModelState) -> None:
-    set_section(model.config, None if state.config_entry is None else dict(state.config_entry))
+    set_section(model.config, _section_before(model, state))
+
+
+def _section_before(model: PreTrainedModel, state: _ModelState) -> dict[str, Any] | None:
+    """The config's section with what it said of skipping before the patch; of the rest, which a job on the patched
+    model may have written, what it says now."""
+    before, section = state.config_entry, dict(section_of(model.config) or {})
+    for key in (THRESHOLDS_KEY, SCALE_KEY):
+        section.pop(key, None)
+        if before is not None and key in before:
+            section[key] = before[key]
+    return section if section or before is not None else None
 
 
 def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -354,6 +380,17 @@ def _direct_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     kept = top_k_weights.masked_fill(beyond, 0.0)
     out = _experts_forward(self, hidden_states, top_k_index.clamp(max=count), kept)
     return out + (hidden_states * (top_k_weights - kept).sum(-1, keepdim=True)).to(out.dtype)
+
+
+def _for_exchange(model: PreTrainedModel, experts: nn.Module, args: Any) -> Any:
+    """Before experts that slots are sent to: they count experts without a place for the skipped. Such a slot goes to
+    the token's strongest expert instead; its weight is 0."""
+    x, top_k_index, top_k_weights = args
+    training = torch.is_grad_enabled() and x.requires_grad
+    if not exchanges_tokens(model, training):
+        return None
+    strongest = top_k_index.gather(-1, top_k_weights.detach().abs().argmax(-1, keepdim=True))
+    return x, torch.where(top_k_index == num_routed(experts), strongest, top_k_index), top_k_weights
 
 
 def _stock_forward(

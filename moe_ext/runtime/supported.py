@@ -21,10 +21,10 @@ def check_experts(name: str, experts: nn.Module) -> None:
         ValueError: what is different, beginning with ``name``.
     """
     check_not_quantised(name, experts)
-    flags = {"has_post_expert_norm": "a norm after each expert", "_is_expert_parallel": "expert parallelism"}
-    found = [reason for flag, reason in flags.items() if getattr(experts, flag, False)]
-    if found:
-        raise ValueError(f"{name}: {type(experts).__name__} has {' and '.join(found)}, which moe_ext does not support")
+    if getattr(experts, "has_post_expert_norm", False):
+        raise ValueError(
+            f"{name}: {type(experts).__name__} has a norm after each expert, which moe_ext does not support"
+        )
     expected = {"gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"}
     if getattr(experts, "has_bias", False):
         expected |= {f"{key}_bias" for key in expected}

@@ -89,10 +89,24 @@ def test_experts_that_share_their_numbers_need_equal_counts(tmp_path: Path) -> N
 
 def test_two_moe_blocks_in_a_layer_are_refused_where_one_is_expected() -> None:
     model = every_family.build("ernie4_5_vl_moe")
-    batches = [every_family.inputs(model, 1)]
-    with pytest.raises(ValueError, match=r"refit: \S+ and \S+ are in one decoder layer; expected one a layer"):
-        moe_ext.prune(model, plan_without(model, (0, 5)), refit=batches)
-    model.forward = model.model.forward = None  # nothing runs
-    for loss in ("reconstruction", "fisher"):
-        with pytest.raises(ValueError, match=r"search: \S+ and \S+ are in one decoder layer; .* by statistics"):
-            moe_ext.search(model, batches, keep=6, loss=loss, progress=False)
+    text, padded = [every_family.inputs(model, 1)], [every_family.inputs(model, 1, padding=2)]
+    in_one = r"\S+ and \S+ are in one decoder layer; expected one a layer"
+    with pytest.raises(ValueError, match=f"refit: {in_one}"):
+        moe_ext.prune(model, plan_without(model, (0, 5)), refit=text)
+    with pytest.raises(ValueError, match=r"vision_moe: the experts ran 0 times in 1 batches"):
+        moe_ext.search(model, text, keep=6, progress=False)
+
+    def nothing_runs(input_ids: Any, attention_mask: Any, **more: Any) -> None:
+        raise AssertionError
+
+    model.forward = model.model.forward = nothing_runs
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"method": "progressive"}, "search, method='progressive'"),
+        ({"budget": "model"}, "search, budget='model'"),
+        ({"loss": "fisher"}, "search, budget='model'"),
+        ({"loss": "fisher", "budget": "layer"}, "search of text with padding"),
+        ({}, "search of text with padding"),
+    ]
+    for options, said in refused:
+        with pytest.raises(ValueError, match=rf"{said}: {in_one}: prune this family by statistics"):
+            moe_ext.search(model, padded, keep=6, progress=False, **options)

@@ -20,6 +20,7 @@ from tests.support.families import build
 from tests.support.gguf_files import write_gguf
 
 SHARED: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+WIDTHS = {"intermediate_size": 64, "moe_intermediate_size": 64}  # their first layer is dense
 FAMILIES: dict[str, tuple[str, gguf.MODEL_ARCH, dict[str, Any]]] = {
     "mixtral": ("llama", gguf.MODEL_ARCH.LLAMA, {"intermediate_size": 64}),
     "qwen2_moe": (
@@ -28,6 +29,10 @@ FAMILIES: dict[str, tuple[str, gguf.MODEL_ARCH, dict[str, Any]]] = {
         {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 32, "mlp_only_layers": []},
     ),
     "qwen3_moe": ("qwen3moe", gguf.MODEL_ARCH.QWEN3MOE, {"moe_intermediate_size": 64}),
+    "olmoe": ("olmoe", gguf.MODEL_ARCH.OLMOE, {"intermediate_size": 64}),
+    "glm4_moe": ("glm4moe", gguf.MODEL_ARCH.GLM4_MOE, {**WIDTHS, "use_qk_norm": True, "num_nextn_predict_layers": 1}),
+    "dots1": ("dots1", gguf.MODEL_ARCH.DOTS1, WIDTHS),
+    "ernie4_5_moe": ("ernie4_5-moe", gguf.MODEL_ARCH.ERNIE4_5_MOE, WIDTHS),
 }  # fmt: skip
 
 
@@ -61,6 +66,11 @@ def write(model: PreTrainedModel, family: str, kind: Kind, folder: Path, split: 
                     put(f"blk.{layer}.ffn_down_exps", tensor, ".weight")
                 continue
             stem, _, suffix = key.rpartition(".")
+            if suffix == "e_score_correction_bias":
+                stem, suffix = f"{stem.replace('mlp.gate.moe_statics', 'mlp.moe_statics')}.e_score_correction", "bias"
+                bias = tensor.reshape(-1).clone()
+                put(str(table.get_name(stem)), bias, ".bias")
+                continue
             stem = stem.replace("mlp.gate", "block_sparse_moe.gate") if family == "mixtral" else stem
             place = table.get_name(stem)
             assert place is not None, key
@@ -79,7 +89,12 @@ def write(model: PreTrainedModel, family: str, kind: Kind, folder: Path, split: 
     folder.mkdir()
     model.config.dtype = "float32"
     model.config.save_pretrained(folder)
-    counts = {"block_count": 2, "expert_count": 8, "expert_used_count": 2}
+    further = getattr(model.config, "num_nextn_predict_layers", 0) if family == "glm4_moe" else 0
+    for layer in range(2, 2 + further):  # of which transformers has nothing
+        tensors[f"blk.{layer}.nextn.eh_proj.weight"] = (numpy.zeros((64, 128), numpy.float32), Kind.F32)
+        tensors[f"blk.{layer}.ffn_gate_exps.weight"] = (numpy.zeros((8, 64, 64), numpy.float32), Kind.F32)
+    counts = {"block_count": 2 + further, "expert_count": 8, "expert_used_count": 2}
+    counts |= {"nextn_predict_layers": further} if further else {}
     fields = {f"{name}.{field}": (number, gguf.GGUFValueType.UINT32) for field, number in counts.items()}
     write_gguf(folder / "model.gguf", tensors, fields, architecture=name, split=split)
 
@@ -122,6 +137,6 @@ def test_what_a_folder_with_a_gguf_file_cannot_is_refused(tmp_path: Path) -> Non
     (source / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))
     with pytest.raises(CheckpointError, match=r"has other shapes than the model"):
         moe_ext.calibrate(source, padded_batches(), progress=False)
-    build("olmoe").config.save_pretrained(source)
-    with pytest.raises(ValueError, match="made for mixtral, qwen2_moe, qwen3_moe; the config is of 'olmoe'"):
+    build("granitemoe").config.save_pretrained(source)
+    with pytest.raises(ValueError, match=r"made for mixtral, qwen2_moe, .*; the config is of 'granitemoe'"):
         moe_ext.calibrate(source, padded_batches(), progress=False)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import moe_ext
 from moe_ext import PruningPlan, SearchResult, ops
@@ -21,6 +22,7 @@ from moe_ext.checkpoints.load_save import load_checkpoint, save_checkpoint
 from moe_ext.evaluation.perplexity import Perplexity
 from moe_ext.models.families import FAMILIES
 from moe_ext.reconstruction.result import read_layers
+from moe_ext.runtime import compiled_decoding
 from moe_ext.runtime.batches import read_domains, token_batches
 from tests.support.command_line import inside, moe, moe_json
 from tests.support.paths import DEMO_MODEL
@@ -222,6 +224,35 @@ def test_generate_streams_text_and_samples_with_a_temperature(capsys: pytest.Cap
     assert texts[0].startswith("The ")
     assert texts[0] == texts[1]
     assert texts[0] != texts[2]
+
+
+def test_generate_compiles_what_is_repaid_and_says_why_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*options: str) -> tuple[int, dict[str, Any], str]:
+        code = inside("generate", MODEL, "def ", "--max-new-tokens", "7", "--json", *options)
+        printed = capsys.readouterr()
+        return code, json.loads(printed.out or "{}"), printed.err
+
+    def config() -> Any:
+        found = transformers.CompileConfig(fullgraph=True, dynamic=False, mode=None, backend="eager")
+        found._compile_all_devices = True
+        return found
+
+    _, uncompiled, said = run()
+    assert not uncompiled["compiled"]
+    assert re.search(r"not compiled: repaid from about \d{4,} new tokens on", said)
+    monkeypatch.setattr(compiled_decoding, "_compile_config", config)  # inductor takes half a minute
+    assert run("--compile", "always") == (0, {**uncompiled, "compiled": True}, "")
+
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("there is no C++ compiler")
+
+    monkeypatch.setattr("moe_ext.commands.generate.compile_decoding", fails)
+    assert run("--compile", "never") == (0, uncompiled, "")
+    assert run("--compile", "always") == (1, {}, "error: there is no C++ compiler\n")
+    monkeypatch.setattr("moe_ext.commands.generate.tokens_that_repay", lambda model: 7)
+    assert run() == (0, uncompiled, "not compiled: there is no C++ compiler\n")
 
 
 def test_a_criterion_can_be_spelled_as_a_triple(statistics: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,9 @@ def test_a_draft_of_speculative_decoding_is_plain() -> None:
 def test_layers_that_differ_and_means_in_the_place_of_experts_are_seen() -> None:
     assert read(config(per_layer_attributes={"num_local_experts"})).unequal == {"num_local_experts"}
     assert read(config(moe_ext={"experts_left": {"0": 5}})).novices
+    own = read(config(moe_ext={"num_experts": {"0": 5, "1": 6}}))
+    assert own.own_counts
+    assert not own.is_plain
 
 
 @given(

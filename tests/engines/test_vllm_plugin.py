@@ -31,7 +31,9 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 1,
     "head_dim": 64,
 }
-SKIPPING = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe"]
+SKIPPING = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "gpt_oss"]
+# vLLM chooses a kernel of its own before ours; it has none for gpt-oss's experts of other widths.
+WIDTHS: dict[str, dict[str, Any]] = {"gpt_oss": {"intermediate_size": 32}}
 SCALES: dict[str, GateScale] = {"mixtral": 4, "qwen3_moe": "none"}
 PROMPTS = [random_tokens(1, length, seed=seed, vocabulary=256)[0].tolist() for seed, length in enumerate((5, 24, 61))]
 LIBRARY = {"MOE_EXT_VLLM_LIBRARY": str(next(Path(moe_ext.__file__).parent.glob("_C*.so")))}
@@ -41,7 +43,7 @@ CHUNKED = {"enable_chunked_prefill": True, "max_num_batched_tokens": 16, "max_nu
 
 def skipping(family: str, folder: Path, scale: GateScale = "kept") -> Path:
     """A random model with thresholds below which about half of the ratios lie."""
-    model = build(family, **SIZES)
+    model = build(family, **SIZES, **WIDTHS.get(family, {}))
     blocks = moe_blocks(model)
     thresholds = torch.linspace(0.75, 0.45, blocks[0].top_k - 1).repeat(len(blocks), 1)
     moe_ext.patch(model, skip=thresholds, renormalise=scale).save_pretrained(folder)

@@ -34,6 +34,9 @@ JOBS = {
     "merge": Job("merge in/text.safetensors in/more.safetensors --out out/all.safetensors", ("out/all.safetensors",)),
     "plan": Job("plan in/text.safetensors --keep 3 --out out/plan.json", ("out/plan.json",)),
     "prune": Job("prune in/model in/plan.json --shard-size 2e-5 --out out/pruned", ("out/pruned",), once=True),
+    "prune a GGUF": Job(
+        "prune in/tiny.gguf in/gguf.json --out out/pruned.gguf", ("out/pruned.gguf",), once=True, faults=12
+    ),
     "prune, refitted": Job(
         f"prune in/model in/plan.json --refit {_READING.removeprefix('in/model ')} --shard-size 2e-5 --out out/pruned",
         ("out/pruned",),

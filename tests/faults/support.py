@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGMLQuantizationType as Kind
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import moe_ext
 from moe_ext.checkpoints.load_save import save_checkpoint
 from moe_ext.runtime.batches import read_domains, token_batches
+from tests.support.gguf_files import PLAN, mixtral_fields, mixtral_tensors, write_gguf
 from tests.support.paths import DEMO_MODEL
 
 Tree = dict[str, bytes]
@@ -79,7 +81,7 @@ def server_with_shim(folder: Path) -> Iterator[Server]:
 
 
 def make_inputs(folder: Path) -> None:
-    """A tiny Mixtral with the demo model's tokenizer, texts, and what commands make of them."""
+    """A tiny Mixtral with the demo model's tokenizer, texts, and what commands make of them; a GGUF and its plan."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     torch.manual_seed(0)
     config = MixtralConfig(
@@ -100,6 +102,8 @@ def make_inputs(folder: Path) -> None:
         if name == "text":
             moe_ext.plan(moe_ext.score(stats, "man"), keep=3).save(folder / "plan.json")
             moe_ext.search(model, batches, keep=3, progress=False).save(folder / "losses.safetensors")
+    write_gguf(folder / "tiny.gguf", mixtral_tensors(Kind.Q4_0), mixtral_fields())
+    PLAN.save(folder / "gguf.json")
 
 
 def tree(folder: Path) -> Tree:

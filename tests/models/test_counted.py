@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import moe_ext
+from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models import counted
 from moe_ext.models.blocks import counted_of, counting_attributes, moe_blocks
 from moe_ext.models.counted import Dimension
@@ -132,6 +133,20 @@ def test_a_group_of_experts_without_tokens_is_named() -> None:
     model = every_family.build("ernie4_5_vl_moe")
     with pytest.raises(ValueError, match=r"no token came to 3 of 6 MoE layers, the first .*vision_moe: .* images"):
         moe_ext.calibrate(model, [every_family.inputs(model, 1)], progress=False)
+
+
+def test_pruned_it_runs_text_that_leaves_a_group_of_experts_without_tokens() -> None:
+    model = every_family.build("ernie4_5_vl_moe")
+    layout = layout_of(model, moe_blocks(model))
+    keep = ((0, 2, 3, 5, 6, 7),) * layout.num_layers
+    moe_ext.prune(model, PruningPlan(layout.model_type, layout.num_experts, layout.top_k, layout.layers, keep))
+    text = every_family.inputs(model, 1)
+    for implementation in ("eager", "grouped_mm"):
+        model.set_experts_implementation(implementation)
+        expected = _logits(model, text)
+        moe_ext.patch(model)
+        torch.testing.assert_close(_logits(model, text), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        moe_ext.unpatch(model)
 
 
 def test_padding_that_a_group_of_experts_cannot_tell_is_refused() -> None:

@@ -107,31 +107,3 @@ def test_the_perplexity_of_a_wrapped_model_is_that_of_the_model(tiny_mixtral: Mi
     expected = moe_ext.perplexity(model, {"d": "some text"}, Letters(), window=4)
     for wrap in (nn.DataParallel, PeftModelForCausalLM):
         assert moe_ext.perplexity(wrap(model), {"d": "some text"}, Letters(), window=4) == expected
-
-
-# ---- weights that are shared out among processes
-
-
-class DTensor(torch.Tensor):
-    """Named as torch's, which takes several processes to make."""
-
-
-def test_a_tensor_parallel_model_is_refused_by_name_with_the_way_that_works(tiny_mixtral: MixtralFactory) -> None:
-    model = tiny_mixtral()
-    experts = model.model.layers[1].mlp.experts
-    experts._parameters["gate_up_proj"] = experts.gate_up_proj.data.as_subclass(DTensor)
-    message = r"model.layers.1.mlp: MixtralExperts's gate_up_proj is a DTensor.* experts_implementation='moe_ext'\)"
-    for job in (moe_ext.patch, lambda model: moe_ext.calibrate(model, padded_batches(), progress=False)):
-        with pytest.raises(ValueError, match=message):
-            job(model)
-
-
-def test_an_expert_parallel_model_is_refused_by_name(tiny_mixtral: MixtralFactory) -> None:
-    model = tiny_mixtral()
-    for layer in model.model.layers:
-        layer.mlp.experts._is_expert_parallel, layer.mlp.experts.num_experts = True, 3
-    message = "model.layers.0.mlp: expert parallelism leaves this process 3 of the layer's experts; {} a model"
-    with pytest.raises(ValueError, match=message.format("search")):
-        moe_ext.search(model, padded_batches(), keep=4, progress=False)
-    with pytest.raises(ValueError, match=message.format("calibrate")):
-        moe_ext.calibrate(model, padded_batches(), progress=False)

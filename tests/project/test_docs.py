@@ -36,8 +36,15 @@ DATA_SETS: dict[str, dict[str, Any]] = {
     },
 }
 # Lines that others run: they install the package, or run the demo and these tests (CI), or several processes
-# (test_processes.py), or vLLM (test_vllm_server.py).
-BY_OTHERS = ("make demo", "make test", "pip install ", "torchrun ", "vllm serve ")
+# (test_processes.py), or servers (test_vllm_server.py, test_transformers_serve.py).
+BY_OTHERS = (
+    "make demo",
+    "make test",
+    "pip install ",
+    "torchrun ",
+    "vllm serve ",
+    "python engines/transformers/serve.py ",
+)
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:

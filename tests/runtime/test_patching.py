@@ -453,7 +453,6 @@ def test_an_unsupported_device_is_refused(tiny_mixtral: MixtralFactory) -> None:
         ("has_bias", True, "parameters .*; expected plain .*'down_proj_bias'"),
         ("has_gate", False, "parameters .*; expected plain .*'up_proj'"),
         ("has_post_expert_norm", True, "a norm after each expert, which moe_ext does not support"),
-        ("_is_expert_parallel", True, "expert parallelism, which moe_ext does not support"),
     ],
 )
 def test_experts_with_another_layout_are_refused(

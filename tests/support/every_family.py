@@ -6,8 +6,9 @@ transformers needs no line here, unless its config has a size of a new name (the
 must fit each other in a way of its own (then a line in ``_ITS_OWN``).
 """
 
+import copy
 import inspect
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -222,8 +223,10 @@ _ITS_OWN: dict[str, dict[str, Any]] = {
 
 def names() -> list[str]:
     """Every family: the folders of ``transformers.models`` whose modeling code uses the experts interface."""
-    root = Path(transformers.__path__[0]) / "models"
-    return sorted({path.parent.name for path in root.glob("*/modeling_*.py") if _uses_interface(path)})
+    roots = map(Path, transformers.models.__path__)
+    return sorted(
+        {path.parent.name for root in roots for path in root.glob("*/modeling_*.py") if _uses_interface(path)}
+    )
 
 
 def _uses_interface(path: Path) -> bool:
@@ -318,3 +321,71 @@ def inputs(model: PreTrainedModel, seed: int, shape: tuple[int, int] = (2, 12), 
     mask = torch.ones_like(tokens)
     mask[-1, :padding] = 0
     return {"input_ids": tokens, "attention_mask": mask}
+
+
+_KINDS = "moe_mm_token_type_ids"  # what says that tokens are of images, in families with experts for these
+CANVAS = "decoder_input_ids"
+"""What a family that generates by denoising is given beside text, and would draw at random."""
+
+
+def given(model: PreTrainedModel, *, padding: int = 3) -> dict[str, Tensor]:
+    """:func:`inputs` with padding; where a family has experts for images, with tokens that count as such, and without
+    padding, which would not be known among them."""
+    return _completed(model, inputs(model, 1, padding=padding))
+
+
+def batches_of(model: PreTrainedModel) -> list[dict[str, Tensor]]:
+    """Two batches of different shapes, the first with padding, the second without a mask; as :func:`given`."""
+    batches = [given(model, padding=4), _completed(model, inputs(model, 2, (1, 7)))]
+    for batch in batches:
+        if bool(batch["attention_mask"].all()):
+            del batch["attention_mask"]
+    return batches
+
+
+def _completed(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    taken = inspect.signature(model.forward).parameters
+    if CANVAS in taken:
+        batch[CANVAS] = batch["input_ids"].flip(1)
+    if _KINDS in taken:
+        batch[_KINDS] = (batch["input_ids"] % 3 == 0).int()
+        batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    return batch
+
+
+class TinyFamily:
+    """A family's tiny models and their folders, each made once, when it is asked for.
+
+    Args:
+        name: the family.
+        folder: for checkpoints; empty.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self._folder = name, folder
+
+    @cached_property
+    def whole(self) -> PreTrainedModel:
+        """The model in float32, for all to look at: no test changes it."""
+        return build(self.name)
+
+    def model(self) -> PreTrainedModel:
+        """A copy of it, to be changed."""
+        return copy.deepcopy(self.whole)
+
+    @cached_property
+    def folder(self) -> Path:
+        """It as a checkpoint."""
+        self.whole.save_pretrained(self._folder / "float32")
+        return self._folder / "float32"
+
+    @cached_property
+    def whole_in_bfloat16(self) -> PreTrainedModel:
+        """The same model in bfloat16, for all to look at."""
+        return reloaded(type(self.whole).from_pretrained, self.folder, dtype=torch.bfloat16).eval()
+
+    @cached_property
+    def folder_in_bfloat16(self) -> Path:
+        """That as a checkpoint."""
+        self.whole_in_bfloat16.save_pretrained(self._folder / "bfloat16")
+        return self._folder / "bfloat16"

@@ -20,17 +20,19 @@ class Checkpoint:
             they stay; K2, they are softmax values over the sum of the K2 largest.
         unequal: fields of experts in which decoder layers differ.
         novices: whether means stand in the place of experts.
+        own_counts: whether layers have different numbers of experts in a family whose config has no place for that.
     """
 
     thresholds: dict[int, tuple[float, ...]]
     scale: str | int = "kept"
     unequal: frozenset[str] = frozenset()
     novices: bool = False
+    own_counts: bool = False
 
     @property
     def is_plain(self) -> bool:
         """Whether there is nothing to do for it."""
-        return not (self.changes_routing or self.unequal or self.novices)
+        return not (self.changes_routing or self.unequal or self.novices or self.own_counts)
 
     @property
     def changes_routing(self) -> bool:
@@ -77,6 +79,7 @@ def read(model_config: Any) -> Checkpoint:
         # Layers that differ in anything else are not moe_ext's, and vLLM's own affair.
         unequal=differing if differing <= _OF_EXPERTS else frozenset(),
         novices=section.get("experts_left") is not None,
+        own_counts=section.get("num_experts") is not None,
     )
 
 

@@ -1,6 +1,7 @@
 """moe_ext's ``experts`` operator as a kernel of vLLM's for experts that are not quantised.
 
-vLLM's ``w13`` (E, 2I, H) and ``w2`` (E, H, I) are the operator's own layout: nothing is packed anew or copied.
+vLLM's ``w13`` (E, 2I, H) and ``w2`` (E, H, I) are the operator's own layout: nothing is packed anew or copied. Rows of
+gate and up that take turns, biases and bounds, as gpt-oss has them, are options of the operator.
 """
 
 import os
@@ -20,7 +21,13 @@ _logger = init_logger("vllm.moe_ext")
 
 ON_CUDA = "MOE_EXT_VLLM_KERNELS"
 """Environment variable: 1 runs moe_ext's CUDA kernels too. Not by default until they were measured inside vLLM."""
-_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+# vLLM's activations: the operator's, and what it is told beside it. vLLM has gpt-oss's numbers in its kernels, too.
+_ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "silu": ("silu", {}),
+    "gelu": ("gelu", {}),
+    "gelu_tanh": ("gelu_tanh", {}),
+    "swigluoai": ("silu", {"interleaved": True, "limit": 7.0, "alpha": 1.702, "up_offset": 1.0}),
+}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -69,8 +76,6 @@ class MoeExtExperts(mk.FusedMoEExpertsModular):
         )
         if not supported:
             return supported, reason
-        if moe_config.has_bias:
-            return False, "kernel does not support experts with a bias"
         if moe_config.in_dtype not in _DTYPES:
             return False, f"kernel does not support {moe_config.in_dtype}"
         limits = [getattr(moe_config, name, None) for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")]
@@ -109,7 +114,10 @@ class MoeExtExperts(mk.FusedMoEExpertsModular):
         if apply_router_weight_on_input:  # of one expert a token, already multiplied in
             weights = torch.ones_like(weights)
         ids = topk_ids if topk_ids.dtype in (torch.int32, torch.int64) else topk_ids.to(torch.int64)
-        output.copy_(torch.ops.moe_ext.experts(hidden_states, w1, w2, ids, weights, activation.value))
+        name, options = _ACTIVATIONS[activation.value]
+        # On other ranks than the first vLLM has loaded zeros for the biases of w2.
+        biases = {"gate_up_bias": self.w1_bias, "down_bias": self.w2_bias}
+        output.copy_(torch.ops.moe_ext.experts(hidden_states, w1, w2, ids, weights, name, **options, **biases))
 
 
 class MoeExtMethod(UnquantizedFusedMoEMethod):

@@ -34,6 +34,12 @@ def _refuse(checkpoint: Checkpoint, parallel: Any) -> None:
             "this checkpoint has means in the place of experts (novices, config.moe_ext.experts_left), which vLLM does "
             "not compute. It loads with moe_ext.from_pretrained; prune without novices to serve it."
         )
+    if checkpoint.own_counts:
+        raise ValueError(
+            "this checkpoint has layers with different numbers of experts of a family whose config has one for all "
+            "(they are in config.moe_ext.num_experts), which vLLM does not build. It loads with "
+            "moe_ext.from_pretrained; prune with one number for all layers (plan --scope layer) to serve it."
+        )
     what = "skips experts" if checkpoint.changes_routing else "has layers that differ" if checkpoint.unequal else ""
     if what and parallel.enable_eplb:
         raise ValueError(
