@@ -134,7 +134,9 @@ def main() -> None:
     print(table(list(rows.values())))
 
     faults = [f"sm_{k.arch} {k.name}: {fault}" for k in kernels for fault in faults_of(k)]
-    multiplying = [k for k in kernels if k.name.startswith(("grouped_gemm_kernel", "packed_gemm_kernel", "small_batch_kernel"))]
+    multiplying = [
+        k for k in kernels if k.name.startswith(("grouped_gemm_kernel", "packed_gemm_kernel", "small_batch_kernel"))
+    ]
     print("\nmain loops:")
     for kernel in multiplying:
         loop = kernel.main_loop()
