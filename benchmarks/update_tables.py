@@ -274,7 +274,8 @@ def families_summary(result: Mapping[str, Any], link: str) -> str:
         for job, reason in _missing(found).items():
             by_reason.setdefault(reason, []).append(job)
         for reason, missing in by_reason.items():
-            what = "all" if len(missing) == len(found) else ", ".join(missing)
+            rest = [job for job in found if job != "router" and job not in missing]
+            what = ", ".join(missing) if len(missing) <= len(rest) else f"all but {', '.join(rest)}"
             exceptions.append(f"`{name}`: {what} ({reason})")
     whole = sum(not _missing(found) for found in families.values())
     return (

@@ -361,7 +361,10 @@ def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor
         if observer is not None:
             observer.observe(hidden_states, top_k_index, top_k_weights)
         return _stock_forward(self, state, hidden_states, top_k_index, top_k_weights)
-    if ops.gradients_required(hidden_states, top_k_weights, *self.parameters(recurse=False)):
+    # Asked first: collecting the module's parameters takes longer than anything else here.
+    if ops.gradients_possible() and ops.gradients_required(
+        hidden_states, top_k_weights, *self.parameters(recurse=False)
+    ):
         if packed_format(self) is not None:
             raise NotImplementedError(
                 "the experts are quantised, and gradients are required, which are not computed through them: run the "
@@ -440,7 +443,7 @@ def _router_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
 
 
 def _differentiates(known: KnownRouter, router: nn.Module, hidden_states: Tensor) -> bool:
-    return ops.gradients_required(hidden_states, *known.tensors(router))
+    return ops.gradients_possible() and ops.gradients_required(hidden_states, *known.tensors(router))
 
 
 def _routed(
