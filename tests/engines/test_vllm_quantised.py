@@ -92,7 +92,8 @@ def check_the_same(folder: Path, said: dict[str, Any]) -> None:
         # bfloat16 has 8 bits: a layer's output differs by 2^-8, a logit of about 4 by a few times 2^-6.
         assert float((ours - torch.tensor(scores)).abs().mean()) < 0.05
         for place, token in enumerate(tokens, start=len(prompt) - 1):
-            assert float(logits[place].max() - logits[place, token]) < 0.15
+            # Some ten steps of bfloat16 at these logits. Numbers read wrongly choose tokens at random: 2 to 3 below.
+            assert float(logits[place].max() - logits[place, token]) < 0.3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
