@@ -52,8 +52,8 @@ class LayerOptions(TypedDict, total=False):
         limit: more than 0; limit_after: see above.
         alpha, gate_cap: of activation "silu" only; gate_cap, like up_cap, more than 0.
         up_offset: 1 in models that add it.
-        weight_type: of quantised weights "int8", "int4", "fp8" (e4m3fn) or "mxfp4" (e2m1); None: dtype of ``x``. CPU
-            only; not with ``transposed``.
+        weight_type: of quantised weights "int8", "int4", "fp8" (e4m3fn) or "mxfp4" (e2m1); None: dtype of ``x``.
+            Not with ``transposed``.
         group_size: columns that share a scale: 0, all, for int8; 32, 64 or 128 for int4; 0, or 128 for blocks of 128
             rows and 128 columns, for fp8; 32 for mxfp4.
         gate_up_scales, down_scales: contiguous. int8 and fp8 (E, R) float32, fp8 in blocks (E, ceil(R / 128),
@@ -103,6 +103,12 @@ def _in_order(op: str, options: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 # ---- gradients
+
+
+def gradients_possible() -> bool:
+    """Whether autograd could differentiate at all: gradients are recorded, or a level of forward mode is open. Takes no
+    look at tensors, and so no time."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def gradients_required(*tensors: Any) -> bool:
@@ -160,7 +166,7 @@ def _call(operator: Any, *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return operator(*args)
     try:
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _in_transform():
+        if gradients_possible() or _in_transform():
             return operator(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
@@ -417,16 +423,17 @@ def expert_projection(
 
 
 def pack_weights(values: Tensor, weight_type: str) -> Tensor:
-    """Quantised weights in the order in which the kernels of their device read them, for :class:`LayerOptions`. An
+    """Quantised weights in the order in which the kernels read them, for :class:`LayerOptions`. An
     expert's bytes are contiguous and depend on no other's: ``packed[kept]`` prunes.
 
     Args:
         values: int8 (E, R, C) for "int8", float8_e4m3fn (E, R, C) for "fp8"; for "int4" and "mxfp4" uint8 (E, R,
-            ceil(C / 2)), the even column in the low four bits. On the CPU.
+            ceil(C / 2)), the even column in the low four bits.
         weight_type: "int8", "int4", "fp8" or "mxfp4".
 
     Returns:
-        (E, R, B) uint8; on the CPU B is C bytes (half of them for int4 and mxfp4) in whole cache lines of 64.
+        (E, R, B) uint8; B is C bytes (half of them for int4 and mxfp4) in whole cache lines of 64. The CPU's and CUDA's
+        kernels read the same bytes: a packed tensor may move between them.
 
     Raises:
         RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`route`.
@@ -667,8 +674,6 @@ def _check_layer(
     of_gate_up = f"{meaning} with H from 'x'"
     of_down = "(E, I, H) from 'gate_up'" if transposed else "(E, H, I) from 'gate_up'"
     if quantised:
-        on_cuda = "'weight_type' is given; there are no CUDA kernels for quantised weights yet"
-        check.require(x.device.type != "cuda", on_cuda)
         _check_quantised(check, "gate_up", gate_up, shape, of_gate_up, options)
         _check_quantised(check, "down", down, down_shape, of_down, options)
         check.typed("down_scales", options["down_scales"], (options["gate_up_scales"].dtype,))

@@ -80,9 +80,11 @@ class QuantisedCase:
     def tokens(self, rows: slice | Tensor) -> "QuantisedCase":
         return QuantisedCase(self.packed.tokens(rows), self.plain.tokens(rows))
 
-    def arithmetic(self) -> Arithmetic:
-        """That of the plain layer, but that a weight, too, is rounded once when it is multiplied by its scale."""
-        return replace(arithmetic_of(self.plain, "cpu"), product=2 * FLOAT32)
+    def arithmetic(self, device: str = "cpu", kernels: str = "") -> Arithmetic:
+        """That of the plain layer, but that a weight, or a sum of a group's products, is rounded once more when it is
+        multiplied by its scale."""
+        plain = arithmetic_of(self.plain, device, kernels)
+        return replace(plain, product=plain.product + FLOAT32)
 
 
 def quantised_weight(
