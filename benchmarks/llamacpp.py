@@ -148,10 +148,7 @@ def measure(shape: str, weights: str, program: Path, tokens: int, rounds: int, c
         file = Path(folder) / "model.gguf"
         theirs = write_gguf(file, model, KINDS[weights])
         if weights != "bfloat16":
-            quantise: Any = getattr(moe_ext, "quantize", None)
-            if quantise is None:
-                raise SystemExit(f"this moe_ext has no quantize: --weights {weights} needs a later one")
-            quantise(model, weights)
+            moe_ext.quantize(model, weights)
         moe_ext.patch(model)
         ours = bytes_read(model, skipped=0.0)[1]
         ways: dict[str, Callable[[], float]] = {
