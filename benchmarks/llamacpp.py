@@ -197,8 +197,9 @@ def main() -> None:
     rows = []
     for shape in options.shapes:
         for weights in options.weights:
-            rows += measure(shape, weights, options.llama_bench, options.tokens, options.rounds, not options.uncompiled)
-            print(table(rows[-3:]), flush=True)
+            found = measure(shape, weights, options.llama_bench, options.tokens, options.rounds, not options.uncompiled)
+            print(table(found), flush=True)
+            rows += found
     if options.output is not None:
         write_result(
             options.output,
