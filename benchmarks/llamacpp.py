@@ -75,7 +75,7 @@ def stored(matrix: Tensor, kind: Kind) -> Array:
 def write_gguf(path: Path, model: MixtralForCausalLM, kind: Kind) -> int:
     """Writes a model as llama.cpp reads it; returns the bytes of weights that a token of a batch of one reads."""
     config: Any = model.config
-    writer = gguf.GGUFWriter(path, "llama", use_temp_file=True)
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(4096)
     writer.add_embedding_length(config.hidden_size)
