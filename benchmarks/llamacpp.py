@@ -91,7 +91,8 @@ def write_gguf(path: Path, model: MixtralForCausalLM, kind: Kind) -> int:
 
     def add(name: str, tensor: Tensor, held: Kind | None = None, share: float = 1.0) -> None:
         nonlocal read
-        held = held or (kind if tensor.dim() > 1 else Kind.F32)
+        if held is None:
+            held = kind if tensor.dim() > 1 else Kind.F32
         content = tensor.float().numpy() if held == Kind.F32 else stored(tensor, held)
         writer.add_tensor(f"{name}.weight", content, raw_dtype=held)
         read += round(content.nbytes * share)

@@ -105,6 +105,12 @@ def _in_order(op: str, options: Mapping[str, Any]) -> tuple[Any, ...]:
 # ---- gradients
 
 
+def gradients_possible() -> bool:
+    """Whether autograd could differentiate at all: gradients are recorded, or a level of forward mode is open. Takes no
+    look at tensors, and so no time."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def gradients_required(*tensors: Any) -> bool:
     """Whether autograd would differentiate an operation on these: one requires gradients while they are recorded, or
     carries a tangent of forward mode (``torch.func.jvp`` and ``torch.autograd.forward_ad``, which no_grad leaves on).
@@ -160,7 +166,7 @@ def _call(operator: Any, *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return operator(*args)
     try:
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _in_transform():
+        if gradients_possible() or _in_transform():
             return operator(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe_ext import ops
 from tests.support.operators import FORMULAS, RUNNABLE_VARIANTS, assert_gram_equals_brute_force
+from tests.support.quantised_layers import FORMATS, QuantisedCase, quantised_case, random_values
 from tests.support.reference import (
     ACTIVATIONS,
     DTYPES,
@@ -90,6 +91,38 @@ def test_experts_equal_brute_force_and_tokens_keep_their_bits(case: ExpertsCase,
     expected = experts_reference(case, arithmetic)
     assert_within(out, expected.out, expected.bound)
     assert_moments_within(moments, experts_reference(case if counted is None else case.tokens(counted), arithmetic))
+
+
+@st.composite
+def quantised_cases(draw: st.DrawFn) -> QuantisedCase:
+    num_experts = draw(st.integers(1, 4))
+    return quantised_case(
+        FORMATS[draw(st.sampled_from(sorted(FORMATS)))],
+        draw(st.integers(0, 20)),
+        num_experts,
+        draw(st.integers(1, num_experts)),
+        draw(st.integers(1, 300)),
+        draw(st.integers(1, 200)),
+        dtype=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 2**31)),
+        sentinels=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        **draw(formulas().filter(as_rows)),
+    )
+
+
+def as_rows(formula: dict[str, Any]) -> bool:
+    return not formula.get("transposed", False)
+
+
+@fuzz(0.05)  # two calls each
+@given(case=quantised_cases(), variant=st.sampled_from(RUNNABLE_VARIANTS))
+def test_experts_on_quantised_weights_equal_brute_force(case: QuantisedCase, variant: str) -> None:
+    with patch.dict(os.environ, MOE_EXT_ISA=variant):
+        expected = experts_reference(case.plain, case.arithmetic())
+        out = ops.experts(*case.packed.arguments(), **case.packed.options)
+        last = case.packed.tokens(slice(len(out) - 1, len(out)))
+        assert torch.equal(ops.experts(*last.arguments(), **last.options), out[-1:])
+    assert_within(out, expected.out, expected.bound)
 
 
 @fuzz(0.05)
@@ -176,7 +209,7 @@ def calls(draw: st.DrawFn) -> tuple[Callable[..., Any], Arguments]:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     operators: list[Callable[..., Any]] = [
         ops.route, ops.experts, ops.experts_observed, ops.expert_gram,
-        ops.expert_projection, ops.subset_errors, ops.projected_errors,
+        ops.expert_projection, ops.subset_errors, ops.projected_errors, ops.pack_weights, ops.unpack_weights,
     ]  # fmt: skip
     operator = draw(st.sampled_from(operators))
     tokens, num_experts = draw(st.integers(1, 4)), draw(st.integers(1, 4))
@@ -218,14 +251,27 @@ def calls(draw: st.DrawFn) -> tuple[Callable[..., Any], Arguments]:
             "thresholds": thresholds,
         }
     hidden, intermediate = draw(st.integers(1, 9)), draw(st.integers(1, 9))
-    case = experts_case(tokens, num_experts, top_k, hidden, intermediate, dtype=dtype, **draw(formulas()))
+    if operator in (ops.pack_weights, ops.unpack_weights):
+        weight_type = draw(st.sampled_from(["int8", "int4", "mxfp4"]))  # little can be done to tensors of float8
+        values = random_values(weight_type, (num_experts, hidden, intermediate), generator)
+        if operator is ops.pack_weights:
+            return operator, {"values": values, "weight_type": weight_type}
+        packed = ops.pack_weights(values, weight_type)
+        return operator, {"packed": packed, "weight_type": weight_type, "columns": intermediate}
+    if draw(st.booleans()):
+        case = experts_case(tokens, num_experts, top_k, hidden, intermediate, dtype=dtype, **draw(formulas()))
+    else:
+        form = FORMATS[draw(st.sampled_from(sorted(FORMATS)))]
+        of_rows = draw(formulas().filter(as_rows))
+        layer = quantised_case(form, tokens, num_experts, top_k, 40 * hidden, intermediate, dtype=dtype, **of_rows)
+        case = layer.packed
     arguments = {"x": case.x, "gate_up": case.gate_up, "down": case.down}
     if operator is ops.expert_projection:
-        arguments["g"] = torch.randn(tokens, hidden, generator=generator)
+        arguments["g"] = torch.randn(case.x.shape, generator=generator)
     elif operator is not ops.expert_gram:
         arguments |= {"experts": case.experts, "weights": case.weights}
     arguments["activation"] = case.activation
-    arguments |= case.options
+    arguments |= {name: value for name, value in case.options.items() if value is not None}
     if operator is ops.experts_observed:
         arguments["moments"] = torch.zeros(num_experts, 3, 3, dtype=torch.float64)
         arguments["counted"] = torch.rand(tokens, generator=generator) < 0.7 if draw(st.booleans()) else None
@@ -234,7 +280,7 @@ def calls(draw: st.DrawFn) -> tuple[Callable[..., Any], Arguments]:
     return operator, arguments
 
 
-ANY_DTYPE = [*DTYPES, torch.float64, torch.int32, torch.int64, torch.int8, torch.bool, torch.complex64]
+ANY_DTYPE = [*DTYPES, torch.float64, torch.int32, torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64]
 EXTREMES = [0.0, -1.0, 1e30, torch.inf, -torch.inf, torch.nan]
 SMALL = st.integers(-9, 9)
 ODD_INTEGERS = [-(2**63), -1, 0, 2, 5, 2**31, 2**62, 2**70, True, 1.5, None, "2"]

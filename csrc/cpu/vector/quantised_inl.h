@@ -10,6 +10,9 @@
 #include "cpu/vector/product_inl.h"
 #include "cpu/vector/tile_inl.h"
 #include "cpu/vector/unpack_inl.h"
+#if defined(MOE_EXT_ISA_AVX2)
+#include "cpu/vector/unpack_avx2_inl.h"
+#endif
 
 namespace moe_ext::cpu::MOE_EXT_ISA {
 
@@ -19,6 +22,14 @@ struct QuantisedBlock {
 
   const WeightFormat& format() const { return p.quantised->format; }
   QuantisedRow row_at(int64_t n) const { return QuantisedRow::at(*p.quantised, p.weights, n); }
+  // The chunk at `first` of weight row n; where vectors do it, the last line of it to its end.
+  void unpack_row(int64_t n, int64_t first, float* out) const {
+#if defined(MOE_EXT_ISA_AVX2)
+    unpack_lines(format(), row_at(n), first, chunk_at(first), out);
+#else
+    unpack(format(), row_at(n), first, chunk_at(first), out);
+#endif
+  }
   float* unpacked() const { return static_cast<float*>(p.unpacked); }
   int64_t chunk_at(int64_t first) const { return p.k - first < kUnpackedColumns ? p.k - first : kUnpackedColumns; }
   Block<A, float> block() const { return {p}; }
@@ -36,7 +47,7 @@ struct QuantisedBlock {
       constexpr int kWidth = decltype(width)::value;
       for (int64_t first = 0; first < p.k; first += kUnpackedColumns) {
         for (int i = 0; i < kWidth; ++i) {
-          unpack(format(), row_at(n + i), first, chunk_at(first), unpacked() + i * kUnpackedStride);
+          this->unpack_row(n + i, first, unpacked() + i * kUnpackedStride);
         }
         this->template tile<M, kWidth>(0, n, first, unpacked());
       }
@@ -47,7 +58,7 @@ struct QuantisedBlock {
     const int64_t tiles = (p.row_count + kTileRows - 1) / kTileRows;
     for (int64_t first = 0; first < p.k; first += kUnpackedColumns) {
       for (int64_t n = 0; n < p.columns; ++n) {
-        unpack(format(), row_at(n), first, chunk_at(first), unpacked() + n * kUnpackedStride);
+        unpack_row(n, first, unpacked() + n * kUnpackedStride);
       }
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t row = p.row_count * t / tiles, end = p.row_count * (t + 1) / tiles;

@@ -1,5 +1,6 @@
-// Vec in plain C++: 4 floats in fixed-length loops, which any compiler turns into what the machine has. Included only
-// by vec.h.
+// Vec for any processor: 4 floats of the vector extension that GCC and Clang have, which they turn into what the
+// machine has. (In arrays of 4 GCC 12 keeps them in memory, where every step of a product waits for the stores of the
+// one before.) Included only by vec.h.
 #pragma once
 
 #include <math.h>
@@ -10,12 +11,14 @@ namespace moe_ext::cpu::MOE_EXT_ISA {
 
 struct Vec {
   static constexpr int kLanes = 4;
-  float v[kLanes];
+  typedef float Lanes __attribute__((vector_size(4 * sizeof(float))));
+  Lanes v;
 
   static Vec zero() { return all(0.0f); }
-  static Vec all(float value) {
+  static Vec all(float value) { return {Lanes{value, value, value, value}}; }
+  static Vec load(const float* p) {
     Vec r;
-    for (float& lane : r.v) lane = value;
+    memcpy(&r.v, p, sizeof(r.v));
     return r;
   }
   template <typename T>
@@ -24,6 +27,7 @@ struct Vec {
     for (int i = 0; i < kLanes; ++i) r.v[i] = to_float(p[i]);
     return r;
   }
+  void store(float* p) const { memcpy(p, &v, sizeof(v)); }
   template <typename T>
   void store(T* p) const {
     for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
@@ -45,17 +49,10 @@ struct Vec {
     return r;
   }
 };
-#define MOE_EXT_LANEWISE(op)                                         \
-  static inline Vec operator op(Vec a, Vec b) {                      \
-    Vec r;                                                           \
-    for (int i = 0; i < Vec::kLanes; ++i) r.v[i] = a.v[i] op b.v[i]; \
-    return r;                                                        \
-  }
-MOE_EXT_LANEWISE(+)
-MOE_EXT_LANEWISE(-)
-MOE_EXT_LANEWISE(*)
-MOE_EXT_LANEWISE(/)
-#undef MOE_EXT_LANEWISE
+static inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+static inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+static inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+static inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 // Fused where the target has it (ARM, POWER); elsewhere a library call each, and twice rounded instead.
 static inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__FP_FAST_FMAF)
