@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ext import ops
-from tests.support.reference import FLOAT32, Arithmetic, ExpertsCase, arithmetic_of, experts_case
+from tests.support.reference import FLOAT32, ROUNDING, Arithmetic, ExpertsCase, arithmetic_of, experts_case
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,12 @@ class QuantisedCase:
         return QuantisedCase(self.packed.tokens(rows), self.plain.tokens(rows))
 
     def arithmetic(self) -> Arithmetic:
-        """That of the plain layer, but that a weight, too, is rounded once when it is multiplied by its scale."""
-        return replace(arithmetic_of(self.plain, "cpu"), product=2 * FLOAT32)
+        """That of the plain layer, but that a weight, too, is rounded once when it is multiplied by its scale: to
+        bfloat16 where dot products are of bfloat16 and the scale is a group's, which mxfp4's powers of two leave exact.
+        """
+        plain, options = arithmetic_of(self.plain, "cpu"), self.packed.options
+        narrow = plain.h == torch.bfloat16 and options["group_size"] > 0 and options["weight_type"] != "mxfp4"
+        return replace(plain, product=FLOAT32 + (ROUNDING[torch.bfloat16] if narrow else FLOAT32))
 
 
 def quantised_weight(
