@@ -110,10 +110,10 @@ def measurements(
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {device!r}")
-    if device == "cuda" and not (torch.cuda.is_available() and _C.cuda_archs):
-        raise ValueError("device: cuda needs a CUDA device and a build of moe_ext with CUDA kernels")
     if weights is not None and device != "cpu":
         raise ValueError(f"weights: {weights} are measured on the CPU, not on {device}")
+    if device == "cuda" and not (torch.cuda.is_available() and _C.cuda_archs):
+        raise ValueError("device: cuda needs a CUDA device and a build of moe_ext with CUDA kernels")
     with torch.no_grad():
         layer = Layer(shape.hidden, shape.intermediate, shape.num_experts, shape.top_k, dtype, device)
         if device == "cpu":
