@@ -34,7 +34,7 @@ KERNELS = ["small_batch", "flat", "narrow", "plain"]  # that take quantised weig
 def assert_all_equal_brute_force(case: QuantisedCase, kernels: str = "") -> None:
     there = case.packed.to("cuda")
     expected = experts_reference(case.plain, case.arithmetic("cuda", kernels))
-    sums = accumulators(there)
+    sums = {name: tensor.to("cuda") for name, tensor in accumulators(case.plain).items()}
     with forced(kernels):
         out = ops.experts_observed(*there.arguments(), **{**sums, **there.options})
         assert torch.equal(out.cpu(), ops.experts(*there.arguments(), **there.options).cpu())
