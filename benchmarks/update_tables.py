@@ -316,6 +316,7 @@ PLACES: list[tuple[Path, str, Callable[[Mapping[str, Any], str], str]]] = [
     (BENCHMARKS, "search", search_tables),
     (BENCHMARKS, "quality", quality_tables),
     (CRITERIA, "quality-summary", quality_summary),
+    (QUANTISATION, "rounding", rounding_table),
     (BENCHMARKS, "cuda-counters", counters_tables),
     (BENCHMARKS, "cuda-ptxas", ptxas_table),
 ]

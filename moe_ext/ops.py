@@ -827,10 +827,6 @@ def _expert_projection_fake(
     return x.new_empty((x.shape[0], gate_up.shape[0]), dtype=torch.float64)
 
 
-def _check_on_cpu(check: _Arguments, name: str, tensor: Tensor) -> None:
-    check.require(tensor.device.type in ("cpu", "meta"), f"'{name}' is on {tensor.device}; there is no kernel for it")
-
-
 @torch.library.register_fake("moe_ext::pack_weights")
 def _pack_weights_fake(values: Tensor, weight_type: str) -> Tensor:
     check = _Arguments("pack_weights", "values", values)
@@ -838,7 +834,6 @@ def _pack_weights_fake(values: Tensor, weight_type: str) -> Tensor:
     pairs = weight_type in ("int4", "mxfp4")
     check.dims("values", values, 3, "(E, R, C / 2)" if pairs else "(E, R, C)")
     check.typed("values", values, (_GIVEN_TYPES[weight_type],))
-    _check_on_cpu(check, "values", values)
     num_experts, rows, columns = values.shape
     row_bytes = _packed_row_bytes(weight_type, 2 * columns if pairs else columns)
     return values.new_empty((num_experts, rows, row_bytes), dtype=torch.uint8)
@@ -850,7 +845,6 @@ def _unpack_weights_fake(packed: Tensor, weight_type: str, columns: int) -> Tens
     _check_weight_type(check, weight_type)
     check.dims("packed", packed, 3, "(E, R, bytes)")
     check.typed("packed", packed, (torch.uint8,))
-    _check_on_cpu(check, "packed", packed)
     check.require(0 <= columns < 2**31, f"'columns' is {columns}; expected the number that were packed")
     num_experts, rows, _ = packed.shape
     expected = (num_experts, rows, _packed_row_bytes(weight_type, columns))

@@ -60,6 +60,11 @@ class PackedExperts(HfQuantizer):
     def is_trainable(self) -> bool:
         return False
 
+    @property
+    def is_compileable(self) -> bool:
+        """The operators on packed weights are one graph with the rest of the model."""
+        return True
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What ``save_pretrained`` writes; says in the model's config how it is quantised."""
         state, config = packed_state(self.model)

@@ -119,14 +119,17 @@ def counting_attribute(experts: nn.Module) -> str:
     return _COUNTING.get(type(experts).__name__, "num_experts")
 
 
+def router_code(experts: nn.Module) -> Callable[..., Any] | None:
+    """The forward of the router beside an experts module, where the router's own returns something other than logits,
+    weights and experts; None: its own."""
+    record = direct_experts(experts)
+    return None if record is None else record.router
+
+
 def router_class(router: nn.Module, experts: nn.Module) -> type[nn.Module]:
     """A class for a router whose forward returns logits, weights and experts; its own, where that does."""
-    record = direct_experts(experts)
-    return (
-        type(router)
-        if record is None or record.router is None
-        else _with_forward(cast(Any, type(router)), record.router)
-    )
+    code = router_code(experts)
+    return type(router) if code is None else _with_forward(cast(Any, type(router)), code)
 
 
 @cache

@@ -39,7 +39,7 @@ from moe_ext.models.config_section import (
     set_section,
     thresholds_in_config,
 )
-from moe_ext.models.direct_experts import block_forward, passed_on, router_class
+from moe_ext.models.direct_experts import block_forward, passed_on, router_code
 from moe_ext.models.packed_experts import IMPLEMENTATION, packed_format
 from moe_ext.models.router_formula import KnownRouter, RouterFormula, known_router
 from moe_ext.models.shared_out import check_shared_out, exchanges_tokens, has_some_experts, own_parts
@@ -78,6 +78,7 @@ class LayerState:
         experts: the experts module.
         observer: called in the place of the ``experts`` operator during calibration.
         exchange: the hook before experts that other processes have, too.
+        router_code: the router's forward, where its class's own returns other things; None: the class's own.
     """
 
     fallback: str
@@ -89,6 +90,7 @@ class LayerState:
     experts: nn.Module
     observer: Any = None
     exchange: RemovableHandle | None = None
+    router_code: Callable[..., Any] | None = None
 
 
 def is_patched(model: PreTrainedModel) -> bool:
@@ -226,6 +228,7 @@ def _patch_blocks(
             scale=scale,
             top_k=block.top_k,
             experts=block.experts,
+            router_code=router_code(block.experts),
         )
         setattr(block.experts, STATE, own)
         setattr(block.router, STATE, own)
@@ -419,8 +422,8 @@ def _router_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     if thresholds is not None and thresholds.device != hidden_states.device:
         thresholds = state.thresholds = thresholds.to(hidden_states.device)
     if known is None or not known.runs(hidden_states, args, kwargs) or _differentiates(known, self, hidden_states):
-        own = router_class(self, state.experts)
-        output: tuple[Tensor, ...] = own.forward(self, hidden_states, *args, **kwargs)
+        own = state.router_code or type(self).forward
+        output: tuple[Tensor, ...] = own(self, hidden_states, *args, **kwargs)
         if thresholds is None and not isinstance(scale, int):
             return output
         logits, weights, experts, *more = output

@@ -76,7 +76,7 @@ def in_vllm(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def emulated(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    fours = {name: path for name, path in checkpoints.items() if "int4" in name}
+    fours = {name: path for name, path in checkpoints.items() if name.startswith("mixtral, int4")}
     return said_by_vllm(tmp_path_factory.mktemp("emulated"), fours, {"MOE_EXT_TEST_EMULATED": "1"})
 
 
@@ -92,7 +92,8 @@ def check_the_same(folder: Path, said: dict[str, Any]) -> None:
         # bfloat16 has 8 bits: a layer's output differs by 2^-8, a logit of about 4 by a few times 2^-6.
         assert float((ours - torch.tensor(scores)).abs().mean()) < 0.05
         for place, token in enumerate(tokens, start=len(prompt) - 1):
-            assert float(logits[place].max() - logits[place, token]) < 0.15
+            # Some ten steps of bfloat16 at these logits. Numbers read wrongly choose tokens at random: 2 to 3 below.
+            assert float(logits[place].max() - logits[place, token]) < 0.3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -108,11 +109,10 @@ def test_vllm_generates_what_we_do(
     check_the_same(checkpoints[f"{family}, {name}"], said)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", [name for name in FORMATS if "int4" in name])
 def test_vllms_own_reading_of_int4_weights_is_ours(
-    name: str, family: str, checkpoints: dict[str, Path], emulated: dict[str, Any]
+    name: str, checkpoints: dict[str, Path], emulated: dict[str, Any]
 ) -> None:
-    said = emulated[f"{family}, {name}"]
+    said = emulated[f"mixtral, {name}"]
     assert "error" not in said, said["error"]
-    check_the_same(checkpoints[f"{family}, {name}"], said)
+    check_the_same(checkpoints[f"mixtral, {name}"], said)

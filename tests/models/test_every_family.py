@@ -418,13 +418,14 @@ def test_layers_may_keep_different_numbers(family: TinyFamily, does: Does, tmp_p
 
 
 def test_it_skips_by_the_rule(family: TinyFamily, does: Does) -> None:
-    model = family.model()
+    model = family.whole
     inputs = given(model)
     with does("skip"):
         (_, index, weights), *_ = seen_by_experts(model, inputs)[0]
         thresholds = moe_ext.skip_thresholds(statistics(model))
         moe_ext.patch(model, skip=thresholds, strict=False)
         (_, got_index, got_weights), *_ = seen_by_experts(model, inputs)[0]
+        moe_ext.unpatch(model)
         count = moe_blocks(model)[0].num_experts
         got = torch.zeros(len(index), count + 1).double().scatter(1, got_index.long(), got_weights.double())[:, :count]
         torch.testing.assert_close(got, _skipped(index, weights.double(), thresholds[0], count), rtol=1e-4, atol=1e-5)

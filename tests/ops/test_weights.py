@@ -366,3 +366,10 @@ def test_pruned_packed_weights_are_those_of_the_experts_left() -> None:
     }
     pruned = replace(case, gate_up=case.gate_up[kept], down=case.down[kept], experts=case.experts // 2)
     assert torch.equal(ops.experts(*pruned.arguments(), **options), ops.experts(*case.arguments(), **case.options))
+
+
+def test_a_scale_that_requires_gradients_is_refused() -> None:
+    case = quantised_case(FORMATS["int8"], 5, 4, 2, 16, 24).packed
+    case.options["down_scales"].requires_grad_()
+    with pytest.raises(NotImplementedError, match="experts: an input requires gradients"):
+        ops.experts(*case.arguments(), **case.options)

@@ -45,9 +45,11 @@ def graphs() -> int:
 
 
 @pytest.mark.usefixtures("uncompiled_graph")
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "phimoe"])
-def test_decoding_is_one_graph_that_prompts_share(name: str) -> None:
+@pytest.mark.parametrize(("name", "weights"), [("mixtral", None), ("mixtral", "int8"), ("deepseek_v3", None)])
+def test_decoding_is_one_graph_that_prompts_share(name: str, weights: str | None) -> None:
     model = build(name, num_hidden_layers=2)
+    if weights is not None:
+        moe_ext.quantize(model, weights)
     blocks = moe_blocks(model)
     moe_ext.patch(model, skip=torch.full((len(blocks), blocks[0].top_k - 1), 0.5))
     expected = [continued(model, random_tokens(1, length)) for length in (5, 3)]
