@@ -6,8 +6,9 @@ Runs the layer on the software GPU of ../shared/gpusim, whose counters are the s
 
 Prints one table for small batches (bytes), one for large ones (tensor FLOPs, shared memory, bytes), one that compares
 the kernels of large batches that an H100 can take, mma.sync and wgmma, one for what observing adds, one for what
-observing channels adds to that, and a roofline computed from the counts. It fails where a bound of BOUNDS does not
-hold. --tokens adds batches to the comparison and to the channels.
+observing channels adds to that, one for quantised weights beside bf16, and a roofline computed from the counts. It
+fails where a bound of BOUNDS does not hold. --tokens adds batches to the comparison and to the channels; --only-weights
+leaves all tables out but that of quantised weights.
 """
 
 import argparse
@@ -31,6 +32,8 @@ SHAPES = [(1024, 3584, 8, 2), (2048, 768, 64, 8)]  # H, I, E, K
 SMALL_BATCHES = [1, 2, 4, 8, 16]
 LARGE_BATCHES = [256, 1024]
 CHANNEL_BATCHES = [64, *LARGE_BATCHES]  # beside SMALL_BATCHES, to which no bound applies
+WEIGHT_BATCHES = [1, 8]
+LARGE_WEIGHTS = ["int8", "int4-128", "fp8-blocks", "mxfp4"]  # one of each type, at the largest of LARGE_BATCHES
 PATHS = {"portable": "mma.sync", "hopper": "wgmma"}  # by what MOE_EXT_CUDA_KERNELS calls them
 SECTOR = 32
 
@@ -47,6 +50,38 @@ BOUNDS: dict[tuple[str, str], tuple[float, bool, Callable[[dict[str, Any]], bool
     ("observed", "added instructions"): (0.03, True, lambda row: True),
     ("channels", "added bytes"): (0.01, True, lambda row: row["T"] >= 64),
     ("channels", "added instructions"): (0.03, True, lambda row: row["T"] >= 64),
+    ("weights", "loaded / compulsory"): (1.03, True, lambda row: row["T"] <= 8),
+    ("weights", "FLOPs / bf16's"): (0.9, False, lambda row: row["T"] == 1024),
+    ("weights", "observed bytes / bf16's"): (0.01, True, lambda row: True),
+}
+
+
+@dataclass
+class Format:
+    """Quantised weights as the operators take them: ops.LayerOptions."""
+
+    weight_type: str
+    group_size: int
+    scales: torch.dtype = torch.float32
+    zeros: bool = False
+
+    def bits(self) -> int:
+        return 4 if self.weight_type in ("int4", "mxfp4") else 8
+
+    def scale_shape(self, num_experts: int, rows: int, columns: int) -> tuple[int, ...]:
+        if self.group_size == 0:
+            return num_experts, rows
+        return num_experts, ceil(rows / 128) if self.weight_type == "fp8" else rows, ceil(columns / self.group_size)
+
+
+FORMATS = {
+    "int8": Format("int8", 0),
+    "int4-32": Format("int4", 32, torch.bfloat16),
+    "int4-128": Format("int4", 128, torch.float16),
+    "int4-128-zeros": Format("int4", 128, torch.float16, zeros=True),
+    "fp8": Format("fp8", 0),
+    "fp8-blocks": Format("fp8", 128),
+    "mxfp4": Format("mxfp4", 32, torch.uint8),
 }
 
 # Peak rates from NVIDIA's data sheets: dense bf16 tensor FLOP/s with float32 accumulation, bytes/s of device memory.
@@ -70,6 +105,7 @@ class Layer:
     skipped: int
     experts: torch.Tensor  # (T, K), E in skipped slots
     launches: list[dict[str, Any]]
+    expert_bytes: int  # of an expert's weights, with their scales and zero points
 
     def total(self, *names: str) -> int:
         return sum(int(launch[name]) for launch in self.launches for name in names)
@@ -86,7 +122,7 @@ class Layer:
         return [n for n in counts.tolist() if n]
 
     def weight_bytes(self) -> int:
-        return len(self.counts()) * 3 * self.hidden * self.intermediate * 2
+        return len(self.counts()) * self.expert_bytes
 
     def compulsory_bytes(self) -> int:
         """The active experts' weights, x and h, each read once."""
@@ -97,17 +133,34 @@ class Layer:
 
 
 class Case:
-    """Random weights of one shape, on the device; layers of any number of tokens run on them."""
+    """Random weights of one shape, in bf16 or quantised, on the device; layers of any number of tokens run on them."""
 
-    def __init__(self, hidden: int, intermediate: int, num_experts: int, top_k: int) -> None:
+    def __init__(
+        self, hidden: int, intermediate: int, num_experts: int, top_k: int, form: Format | None = None
+    ) -> None:
         self.hidden, self.intermediate, self.num_experts, self.top_k = hidden, intermediate, num_experts, top_k
         generator = torch.Generator().manual_seed(0)
+        self.options: dict[str, Any] = {}
+        if form is not None:
+            self.options = {"weight_type": form.weight_type, "group_size": form.group_size}
 
-        def weights(*shape: int) -> torch.Tensor:
-            return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(torch.bfloat16).to("cuda")
+        def weights(name: str, *shape: int) -> torch.Tensor:
+            if form is None:
+                return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(torch.bfloat16).to("cuda")
+            scale_shape = form.scale_shape(*shape)
+            scales = torch.full(scale_shape, 120) if form.weight_type == "mxfp4" else torch.full(scale_shape, 0.01)
+            self.options[f"{name}_scales"] = scales.to(form.scales).to("cuda")
+            if form.zeros:
+                self.options[f"{name}_zeros"] = torch.full(scale_shape, 7, dtype=torch.uint8).to("cuda")
+            row_bytes = ceil(shape[-1] * form.bits() / 512) * 64
+            # 0x00 to 0x77: no NaN of fp8.
+            codes = torch.randint(0, 0x78, (*shape[:2], row_bytes), dtype=torch.uint8, generator=generator)
+            return codes.to("cuda")
 
-        self.gate_up = weights(num_experts, 2 * intermediate, hidden)
-        self.down = weights(num_experts, hidden, intermediate)
+        self.gate_up = weights("gate_up", num_experts, 2 * intermediate, hidden)
+        self.down = weights("down", num_experts, hidden, intermediate)
+        tensors = [self.gate_up, self.down, *(one for one in self.options.values() if isinstance(one, torch.Tensor))]
+        self.expert_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors) // num_experts
 
     def run(
         self,
@@ -129,14 +182,14 @@ class Case:
         weights, experts = ops.route(logits, self.top_k, thresholds)
         arguments = (x, self.gate_up, self.down, experts, weights, "silu")
         if observed:
-            ops.experts_observed(*arguments, moments, None, energies if channels else None)
+            ops.experts_observed(*arguments, moments, None, energies if channels else None, **self.options)
         else:
-            ops.experts(*arguments)
+            ops.experts(*arguments, **self.options)
         launches = gpusim.counters()
         experts = experts.cpu()
         skipped = int((experts == self.num_experts).sum())
         shape = (self.hidden, self.intermediate, self.num_experts, self.top_k)
-        return Layer(*shape, tokens, skipped, experts, launches)
+        return Layer(*shape, tokens, skipped, experts, launches, self.expert_bytes)
 
 
 # ---- small batches
@@ -242,6 +295,36 @@ def observed_row(plain: Layer, observed: Layer) -> dict[str, Any]:
     }
 
 
+def weights_row(layer: Layer, observed: Layer, plain: Layer) -> dict[str, Any]:
+    """Of quantised weights; `plain` is the same in bf16. Instructions are PTX, of a thread."""
+
+    def efficiency(one: Layer) -> float:
+        return one.useful_flops() / one.total("tensor_flops")
+
+    return {
+        "weight MB": layer.weight_bytes() / 1e6,
+        "loaded / compulsory": layer.total("global_load_sectors") * SECTOR / layer.compulsory_bytes(),
+        "instructions / weight byte": layer.total("warp_instructions_total") * 32 / layer.weight_bytes(),
+        "bf16's": plain.total("warp_instructions_total") * 32 / plain.weight_bytes(),
+        "FLOPs / bf16's": efficiency(layer) / efficiency(plain),
+        "observed bytes / bf16's": (moved(observed.launches) - moved(layer.launches)) / moved(plain.launches),
+    }
+
+
+def weights_rows(shape: tuple[int, int, int, int]) -> list[dict[str, Any]]:
+    plain_case, most, rows = Case(*shape), max(LARGE_BATCHES), []
+    for tokens in [*WEIGHT_BATCHES, most]:
+        plain = plain_case.run(tokens)
+        for name, form in FORMATS.items():
+            if tokens == most and name not in LARGE_WEIGHTS:
+                continue
+            case = Case(*shape, form)
+            row = weights_row(case.run(tokens), case.run(tokens, observed=True), plain)
+            rows.append({"H, I, E, K": str(shape), "T": tokens, "weights": name} | row)
+            print(f"{shape} T={tokens}: {name}", file=sys.stderr, flush=True)
+    return rows
+
+
 def skipped_row(unskipped: Layer, layer: Layer) -> dict[str, Any]:
     """At T = 1, where a skipped slot is a skipped expert. One mma multiplies 512 bytes of weights, nothing twice."""
     skipped = layer.skipped / layer.top_k
@@ -265,6 +348,7 @@ def roofline_row(layer: Layer) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--only-weights", action="store_true", help="the table of quantised weights only")
     parser.add_argument("--tokens", type=int, action="append", default=[1024], help="of the comparison of paths")
     options = parser.parse_args()
 
@@ -275,10 +359,14 @@ def main() -> None:
         "observed",
         "channels",
         "skipped",
+        "weights",
         "roofline (predicted lower bound, not measured)",
     )
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for shape in SHAPES:
+        tables["weights"] += weights_rows(shape)
+        if options.only_weights:
+            continue
         case = Case(*shape)
         portable: dict[int, Layer] = {}
         for tokens in SMALL_BATCHES + LARGE_BATCHES:
@@ -316,7 +404,8 @@ def main() -> None:
             )
 
     for name, rows in tables.items():
-        print(f"\n## {name}\n{table(rows)}")
+        if rows:
+            print(f"\n## {name}\n{table(rows)}")
     broken = [
         f"{name}, {column}: {row[column]:.4g} in {row}; the bound is {bound}"
         for (name, column), (bound, upper, applies) in BOUNDS.items()

@@ -75,7 +75,7 @@ def stored(matrix: Tensor, kind: Kind) -> Array:
 def write_gguf(path: Path, model: MixtralForCausalLM, kind: Kind) -> int:
     """Writes a model as llama.cpp reads it; returns the bytes of weights that a token of a batch of one reads."""
     config: Any = model.config
-    writer = gguf.GGUFWriter(path, "llama", use_temp_file=True)
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(4096)
     writer.add_embedding_length(config.hidden_size)
@@ -91,7 +91,8 @@ def write_gguf(path: Path, model: MixtralForCausalLM, kind: Kind) -> int:
 
     def add(name: str, tensor: Tensor, held: Kind | None = None, share: float = 1.0) -> None:
         nonlocal read
-        held = held or (kind if tensor.dim() > 1 else Kind.F32)
+        if held is None:
+            held = kind if tensor.dim() > 1 else Kind.F32
         content = tensor.float().numpy() if held == Kind.F32 else stored(tensor, held)
         writer.add_tensor(f"{name}.weight", content, raw_dtype=held)
         read += round(content.nbytes * share)
@@ -147,10 +148,7 @@ def measure(shape: str, weights: str, program: Path, tokens: int, rounds: int, c
         file = Path(folder) / "model.gguf"
         theirs = write_gguf(file, model, KINDS[weights])
         if weights != "bfloat16":
-            quantise: Any = getattr(moe_ext, "quantize", None)
-            if quantise is None:
-                raise SystemExit(f"this moe_ext has no quantize: --weights {weights} needs a later one")
-            quantise(model, weights)
+            moe_ext.quantize(model, weights)
         moe_ext.patch(model)
         ours = bytes_read(model, skipped=0.0)[1]
         ways: dict[str, Callable[[], float]] = {
@@ -199,8 +197,9 @@ def main() -> None:
     rows = []
     for shape in options.shapes:
         for weights in options.weights:
-            rows += measure(shape, weights, options.llama_bench, options.tokens, options.rounds, not options.uncompiled)
-            print(table(rows[-3:]), flush=True)
+            found = measure(shape, weights, options.llama_bench, options.tokens, options.rounds, not options.uncompiled)
+            print(table(found), flush=True)
+            rows += found
     if options.output is not None:
         write_result(
             options.output,

@@ -33,12 +33,11 @@ from transformers import AutoConfig
 from moe_ext.checkpoints.stored_tensors import INDEX, stored_tensors
 from moe_ext.storage.dated_results import write_result
 
-LAYERS, EXPERTS = 16, 8
+LAYERS, EXPERTS = {"hub": 16, "fused": 16, "packed": 32, "gguf": 16}, 8  # packed: of more than 3 GB, too
 CONFIG: dict[str, Any] = {
     "vocab_size": 8192,
     "hidden_size": 2048,
     "intermediate_size": 4096,
-    "num_hidden_layers": LAYERS,
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
     "num_local_experts": EXPERTS,
@@ -139,13 +138,16 @@ JOBS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "calibrate, packed": ("packed", CALIBRATE, {}),
     "search, packed": ("packed", SEARCH, {}),
     "prune, gguf": ("gguf", PRUNE_GGUF, {}),
+    "calibrate, gguf": ("gguf", CALIBRATE, {}),
+    "search, gguf": ("gguf", SEARCH, {}),
 }
 
 
 def make_checkpoint(folder: Path, layout: str) -> None:
     """A random model, one layer a shard: "hub", Mixtral with an expert's projections one by one; "fused", GraniteMoe
     with those of all experts in one tensor; "packed", "hub" with experts of four bits. Shapes are the same."""
-    config = AutoConfig.for_model(MODEL_TYPES[layout], **CONFIG)
+    layers = LAYERS[layout]
+    config = AutoConfig.for_model(MODEL_TYPES[layout], num_hidden_layers=layers, **CONFIG)
     if layout == "packed":
         weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP, "symmetric": True}
         config.quantization_config = {
@@ -172,7 +174,7 @@ def make_checkpoint(folder: Path, layout: str) -> None:
         weight_map.update(dict.fromkeys(tensors, name))
         total += sum(tensor.nbytes for tensor in tensors.values())
 
-    for layer in range(LAYERS):
+    for layer in range(layers):
         prefix = f"model.layers.{layer}"
         tensors = {
             f"{prefix}.input_layernorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
@@ -199,24 +201,27 @@ def make_checkpoint(folder: Path, layout: str) -> None:
                     tensors[f"{module}.weight_packed"] = words
                     tensors[f"{module}.weight_scale"] = random(shape[0], shape[1] // GROUP).abs_()
                     tensors[f"{module}.weight_shape"] = torch.tensor(shape)
-        write(f"model-{layer + 1:05d}-of-{LAYERS + 1:05d}.safetensors", tensors)
+        write(f"model-{layer + 1:05d}-of-{layers + 1:05d}.safetensors", tensors)
     ends = {
         "model.embed_tokens.weight": random(config.vocab_size, hidden),
         "lm_head.weight": random(config.vocab_size, hidden),
         "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
     }
-    write(f"model-{LAYERS + 1:05d}-of-{LAYERS + 1:05d}.safetensors", ends)
+    write(f"model-{layers + 1:05d}-of-{layers + 1:05d}.safetensors", ends)
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
 
 
-def make_gguf(file: Path) -> None:
-    """The same shapes as llama.cpp's "llama" with experts, in Q8_0; of one layer's numbers all layers are."""
+def make_gguf(folder: Path) -> None:
+    """The same shapes as llama.cpp's "llama" with experts, in Q8_0, beside the config; all layers are of one layer's
+    numbers, and all experts of one expert's."""
     import gguf
     import numpy
+    from gguf.quants import quantize
 
-    hidden, inner, head = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["hidden_size"] // 16
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(LAYERS)
+    layers, hidden, inner, head = LAYERS["gguf"], *(CONFIG[f"{name}_size"] for name in ("hidden", "intermediate")), 128
+    AutoConfig.for_model("mixtral", num_hidden_layers=layers, **CONFIG).save_pretrained(folder)
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_block_count(layers)
     writer.add_embedding_length(hidden)
     writer.add_feed_forward_length(inner)
     writer.add_expert_count(EXPERTS)
@@ -227,21 +232,27 @@ def make_gguf(file: Path) -> None:
         "attn_v": (8 * head, hidden),
         "attn_output": (hidden, hidden),
         "ffn_gate_inp": (EXPERTS, hidden),
-        "ffn_gate_exps": (EXPERTS, inner, hidden),
-        "ffn_up_exps": (EXPERTS, inner, hidden),
-        "ffn_down_exps": (EXPERTS, hidden, inner),
+        "ffn_gate_exps": (inner, hidden),
+        "ffn_up_exps": (inner, hidden),
+        "ffn_down_exps": (hidden, inner),
+        "ends": (CONFIG["vocab_size"], hidden),
     }
     generator = numpy.random.default_rng(0)
     kind = gguf.GGMLQuantizationType.Q8_0
-    blocks = {
-        name: generator.integers(0, 256, (*shape[:-1], shape[-1] // 32 * 34), dtype=numpy.uint8)
-        for name, shape in {**shapes, "ends": (CONFIG["vocab_size"], hidden)}.items()
-    }
-    writer.add_tensor("token_embd.weight", blocks["ends"], raw_dtype=kind)
-    for layer in range(LAYERS):
-        for name in shapes:
-            writer.add_tensor(f"blk.{layer}.{name}.weight", blocks[name], raw_dtype=kind)
-    writer.add_tensor("output.weight", blocks["ends"], raw_dtype=kind)
+    blocks = {}
+    for name, shape in shapes.items():
+        numbers = generator.standard_normal(shape, dtype=numpy.float32) * numpy.float32(0.02)
+        quantised = quantize(numbers, kind)
+        blocks[name] = numpy.tile(quantised, (EXPERTS, 1, 1)) if name.endswith("exps") else quantised
+    ends, norm = blocks.pop("ends"), numpy.ones(hidden, numpy.float32)
+    writer.add_tensor("token_embd.weight", ends, raw_dtype=kind)
+    for layer in range(layers):
+        for name, tensor in blocks.items():
+            writer.add_tensor(f"blk.{layer}.{name}.weight", tensor, raw_dtype=kind)
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", norm)
+    writer.add_tensor("output_norm.weight", norm)
+    writer.add_tensor("output.weight", ends, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -295,7 +306,7 @@ def main() -> None:
             if not source.exists():
                 source.mkdir(parents=True)
                 if layout == "gguf":
-                    make_gguf(source / "model.gguf")
+                    make_gguf(source)
                 else:
                     make_checkpoint(source, layout)
             checkpoints[layout] = sizes_of(source)
@@ -305,7 +316,7 @@ def main() -> None:
             source, out = Path(folder) / layout, Path(folder) / name
             forget(source)
             values = {
-                "LAYERS": LAYERS,
+                "LAYERS": LAYERS[layout],
                 "SOURCE": str(source),
                 "OUT": str(out),
                 "BESIDE": str(Path(folder) / f"{layout}, channels"),

@@ -223,6 +223,26 @@ def quality_summary(result: Mapping[str, Any], link: str) -> str:
     )
 
 
+def rounding_table(result: Mapping[str, Any], link: str) -> str:
+    """A format a row, perplexity, KL divergence and top-1 agreement of every model in a cell."""
+    columns = {name: {row["format"]: row for row in model["rows"]} for name, model in result["models"].items()}
+    rows = [
+        {
+            "format": form,
+            **{
+                name: f"{rows[form]['perplexity']:.2f}, {rows[form]['KL']:.4f}, {rows[form]['top-1']:.1%}"
+                for name, rows in columns.items()
+            },
+        }
+        for form in next(iter(columns.values()))
+    ]
+    floats = ", ".join(f"{name} {model['float']:.2f}" for name, model in result["models"].items())
+    return (
+        f"{table(rows)}\n\nPerplexity, KL divergence from the float model in nats a token, and top-1 agreement with "
+        f"it, on held-out text. Float: {floats}. {where(result)} ({link})."
+    )
+
+
 NOTHING = "nothing to do"
 """What the outcome of a job begins with that has no meaning in a family."""
 
@@ -254,7 +274,8 @@ def families_summary(result: Mapping[str, Any], link: str) -> str:
         for job, reason in _missing(found).items():
             by_reason.setdefault(reason, []).append(job)
         for reason, missing in by_reason.items():
-            what = "all" if len(missing) == len(found) else ", ".join(missing)
+            rest = [job for job in found if job != "router" and job not in missing]
+            what = ", ".join(missing) if len(missing) <= len(rest) else f"all but {', '.join(rest)}"
             exceptions.append(f"`{name}`: {what} ({reason})")
     whole = sum(not _missing(found) for found in families.values())
     return (
@@ -282,6 +303,7 @@ def _families_measured(result: Mapping[str, Any]) -> str:
 # The place of a table, between markers, and what goes there; a summary is of the result that its name begins with.
 README, BENCHMARKS = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 CRITERIA, SUPPORT = ROOT / "docs" / "criteria.md", ROOT / "docs" / "support.md"
+QUANTISATION = ROOT / "docs" / "quantisation.md"
 PLACES: list[tuple[Path, str, Callable[[Mapping[str, Any], str], str]]] = [
     (README, "demo-summary", demo_summary),
     (README, "decode-summary", decode_summary),
@@ -294,6 +316,7 @@ PLACES: list[tuple[Path, str, Callable[[Mapping[str, Any], str], str]]] = [
     (BENCHMARKS, "search", search_tables),
     (BENCHMARKS, "quality", quality_tables),
     (CRITERIA, "quality-summary", quality_summary),
+    (QUANTISATION, "rounding", rounding_table),
     (BENCHMARKS, "cuda-counters", counters_tables),
     (BENCHMARKS, "cuda-ptxas", ptxas_table),
 ]

@@ -39,14 +39,9 @@ DEMO_MULTIPLE = 32
 """Of the demo model's widths: int4 groups of so many."""
 
 
-def quantised(model: Any, weights: str, **options: Any) -> Any:
+def quantised(model: Any, weights: str, group_size: int | None = None) -> Any:
     """The model with experts of so many bits, in place."""
-    if weights != "bfloat16":
-        quantise: Any = getattr(moe_ext, "quantize", None)
-        if quantise is None:
-            raise SystemExit(f"this moe_ext has no quantize: --weights {weights} needs a later one")
-        quantise(model, weights, **options)
-    return model
+    return model if weights == "bfloat16" else moe_ext.quantize(model, weights, group_size=group_size)
 
 
 def treated(
@@ -75,8 +70,8 @@ def demo_perplexities(folder: Path, weights: list[str]) -> dict[tuple[str, Treat
     for treatment in TREATMENTS:
         model, thresholds = treated(demo.model, treatment, demo.statistics, thin)
         for each in weights:
-            groups = {"group_size": DEMO_MULTIPLE} if each == "int4" else {}
-            ready = moe_ext.patch(quantised(copy.deepcopy(model), each, **groups), skip=thresholds)
+            group_size = DEMO_MULTIPLE if each == "int4" else None
+            ready = moe_ext.patch(quantised(copy.deepcopy(model), each, group_size), skip=thresholds)
             quality = perplexity(ready, demo.texts, demo.tokenizer, window=WINDOW, stride=STRIDE, batch_size=16)
             found[each, treatment] = quality.mean
     return found

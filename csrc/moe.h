@@ -16,8 +16,8 @@ enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// How the weights of a layer are stored. kPlain: as numbers of x's dtype. Otherwise packed, in bytes whose order is
-// that of their device's kernels, and a weight is value * scale; kInt4: (value - zero) * scale, without zeros (value -
+// How the weights of a layer are stored. kPlain: as numbers of x's dtype. Otherwise packed, in bytes whose order the
+// kernels of every device read, and a weight is value * scale; kInt4: (value - zero) * scale, without zeros (value -
 // 8) * scale; kFloat8 is e4m3fn, kMxfp4 e2m1.
 enum class WeightType : int32_t { kPlain, kInt8, kInt4, kFloat8, kMxfp4 };
 enum class ScaleType : int32_t { kFloat32, kBFloat16, kFloat16, kE8M0 };  // kE8M0: a byte s, 2^(s - 127); 255: NaN

@@ -27,6 +27,8 @@ from moe_ext.evaluation.predictions import save_predictions
 from moe_ext.pruning.prune import prune
 from moe_ext.pruning.prune_folder import PrunedCheckpoint, prune_checkpoint
 from moe_ext.pruning.prune_gguf import prune_gguf
+from moe_ext.quantisation.folder import QuantisedCheckpoint, quantize_checkpoint
+from moe_ext.quantisation.in_memory import quantize
 from moe_ext.reconstruction.result import LayerLosses, SearchResult
 from moe_ext.reconstruction.search import search
 from moe_ext.runtime.compiled_decoding import compile_decoding
@@ -45,6 +47,7 @@ __all__ = [
     "Perplexity",
     "PrunedCheckpoint",
     "PruningPlan",
+    "QuantisedCheckpoint",
     "Scores",
     "SearchResult",
     "SuperExpert",
@@ -63,6 +66,8 @@ __all__ = [
     "prune",
     "prune_checkpoint",
     "prune_gguf",
+    "quantize",
+    "quantize_checkpoint",
     "redundant_pairs",
     "save_predictions",
     "score",

@@ -52,9 +52,9 @@ class LayerOptions(TypedDict, total=False):
         limit: more than 0; limit_after: see above.
         alpha, gate_cap: of activation "silu" only; gate_cap, like up_cap, more than 0.
         up_offset: 1 in models that add it.
-        weight_type: of quantised weights "int8", "int4", "fp8" (e4m3fn) or "mxfp4" (e2m1); None: dtype of ``x``. CPU
-            only; not with ``transposed``. The scale of a row multiplies finished sums; a weight times the scale of its
-            group is rounded once, to float32, or for bfloat16 ``x`` by the AVX-512 BF16 variant to bfloat16.
+        weight_type: of quantised weights "int8", "int4", "fp8" (e4m3fn) or "mxfp4" (e2m1); None: dtype of ``x``.
+            Not with ``transposed``. On the CPU the scale of a row multiplies finished sums; a weight times the scale of
+            its group is rounded once, to float32, or for bfloat16 ``x`` by the AVX-512 BF16 variant to bfloat16.
         group_size: columns that share a scale: 0, all, for int8; 32, 64 or 128 for int4; 0, or 128 for blocks of 128
             rows and 128 columns, for fp8; 32 for mxfp4.
         gate_up_scales, down_scales: contiguous. int8 and fp8 (E, R) float32, fp8 in blocks (E, ceil(R / 128),
@@ -104,6 +104,12 @@ def _in_order(op: str, options: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 # ---- gradients
+
+
+def gradients_possible() -> bool:
+    """Whether autograd could differentiate at all: gradients are recorded, or a level of forward mode is open. Takes no
+    look at tensors, and so no time."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def gradients_required(*tensors: Any) -> bool:
@@ -161,7 +167,7 @@ def _call(operator: Any, *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return operator(*args)
     try:
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _in_transform():
+        if gradients_possible() or _in_transform():
             return operator(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
@@ -418,16 +424,17 @@ def expert_projection(
 
 
 def pack_weights(values: Tensor, weight_type: str) -> Tensor:
-    """Quantised weights in the order in which the kernels of their device read them, for :class:`LayerOptions`. An
+    """Quantised weights in the order in which the kernels read them, for :class:`LayerOptions`. An
     expert's bytes are contiguous and depend on no other's: ``packed[kept]`` prunes.
 
     Args:
         values: int8 (E, R, C) for "int8", float8_e4m3fn (E, R, C) for "fp8"; for "int4" and "mxfp4" uint8 (E, R,
-            ceil(C / 2)), the even column in the low four bits. On the CPU.
+            ceil(C / 2)), the even column in the low four bits.
         weight_type: "int8", "int4", "fp8" or "mxfp4".
 
     Returns:
-        (E, R, B) uint8; on the CPU B is C bytes (half of them for int4 and mxfp4) in whole cache lines of 64.
+        (E, R, B) uint8; B is C bytes (half of them for int4 and mxfp4) in whole cache lines of 64. The CPU's and CUDA's
+        kernels read the same bytes: a packed tensor may move between them.
 
     Raises:
         RuntimeError, NotImplementedError, TypeError, ValueError: as :func:`route`.
@@ -668,8 +675,6 @@ def _check_layer(
     of_gate_up = f"{meaning} with H from 'x'"
     of_down = "(E, I, H) from 'gate_up'" if transposed else "(E, H, I) from 'gate_up'"
     if quantised:
-        on_cuda = "'weight_type' is given; there are no CUDA kernels for quantised weights yet"
-        check.require(x.device.type != "cuda", on_cuda)
         _check_quantised(check, "gate_up", gate_up, shape, of_gate_up, options)
         _check_quantised(check, "down", down, down_shape, of_down, options)
         check.typed("down_scales", options["down_scales"], (options["gate_up_scales"].dtype,))
@@ -823,10 +828,6 @@ def _expert_projection_fake(
     return x.new_empty((x.shape[0], gate_up.shape[0]), dtype=torch.float64)
 
 
-def _check_on_cpu(check: _Arguments, name: str, tensor: Tensor) -> None:
-    check.require(tensor.device.type in ("cpu", "meta"), f"'{name}' is on {tensor.device}; there is no kernel for it")
-
-
 @torch.library.register_fake("moe_ext::pack_weights")
 def _pack_weights_fake(values: Tensor, weight_type: str) -> Tensor:
     check = _Arguments("pack_weights", "values", values)
@@ -834,7 +835,6 @@ def _pack_weights_fake(values: Tensor, weight_type: str) -> Tensor:
     pairs = weight_type in ("int4", "mxfp4")
     check.dims("values", values, 3, "(E, R, C / 2)" if pairs else "(E, R, C)")
     check.typed("values", values, (_GIVEN_TYPES[weight_type],))
-    _check_on_cpu(check, "values", values)
     num_experts, rows, columns = values.shape
     row_bytes = _packed_row_bytes(weight_type, 2 * columns if pairs else columns)
     return values.new_empty((num_experts, rows, row_bytes), dtype=torch.uint8)
@@ -846,7 +846,6 @@ def _unpack_weights_fake(packed: Tensor, weight_type: str, columns: int) -> Tens
     _check_weight_type(check, weight_type)
     check.dims("packed", packed, 3, "(E, R, bytes)")
     check.typed("packed", packed, (torch.uint8,))
-    _check_on_cpu(check, "packed", packed)
     check.require(0 <= columns < 2**31, f"'columns' is {columns}; expected the number that were packed")
     num_experts, rows, _ = packed.shape
     expected = (num_experts, rows, _packed_row_bytes(weight_type, columns))

@@ -1,4 +1,4 @@
-// The CPU's order of quantised weights, the same for every instruction set: rows stay rows, each padded with zeros to
+// The order of quantised weights, the same for every instruction set and on CUDA: rows stay rows, each padded with zeros to
 // whole cache lines.
 //   kInt8, kFloat8   a byte a column, in order
 //   kInt4, kMxfp4    a cache line holds 128 columns in 32 little-endian words: word j has columns j, j + 32, j + 64 and

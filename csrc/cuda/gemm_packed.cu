@@ -255,10 +255,10 @@ void launch_with(const GemmParams& p, cudaStream_t stream) {
   constexpr GemmShape S = kGemmShapes[kShape];
   constexpr int kBytes = Layout<kType, kShape>::kBytes;
   constexpr int kColumns = kProduct == Product::kGateUp ? S.columns / 2 : S.columns;
-  constexpr auto kKernel = packed_gemm_kernel<T, kType, kShape, kProduct>;
   const unsigned blocks = grid_size(p.max_tiles * ((p.columns + kColumns - 1) / kColumns));
-  allow_shared(kKernel, kBytes);
-  launch_next<kKernel>("packed_gemm_kernel", blocks, S.threads(), kBytes, stream, p);
+  allow_shared(packed_gemm_kernel<T, kType, kShape, kProduct>, kBytes);
+  launch_next<packed_gemm_kernel<T, kType, kShape, kProduct>>("packed_gemm_kernel", blocks, S.threads(), kBytes, stream,
+                                                              p);
 }
 
 }  // namespace

@@ -54,7 +54,7 @@ class PlainWeights {
 
   template <int kTokenTiles>
   __device__ __forceinline__ void multiply(float (&acc)[kTiles][kTokenTiles][4], const char* staged, int row_bytes,
-                                           int tokens, int k) const {
+                                           int tokens, int k, int /*k_begin*/) const {
 #pragma unroll
     for (int token_tile = 0; token_tile < kTokenTiles; ++token_tile) {
       const int token = min(token_tile * 8 + row_of_lane(), tokens - 1);  // the columns beyond are not used

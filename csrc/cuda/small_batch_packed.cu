@@ -6,7 +6,7 @@
 // columns side by side, as a lane would use two bytes of a sector of 32. A warp applies them to its sums of 32 columns
 // (64 of eight-bit weights), in float32.
 //
-// Instructions a weight for its operand: int4 1.4, int8 1.75 (bf16), 1 (fp16), e4m3 2.25, mxfp4 2.4.
+// Instructions a weight for its operand: int4 1.4, int8 2 (bf16), 1.25 (fp16), e4m3 3.4, mxfp4 2.4.
 #include "cuda/device/dispatch.cuh"
 #include "cuda/device/packed.cuh"
 #include "cuda/device/small_batch.cuh"
@@ -75,12 +75,10 @@ class PackedWeights {
 
   // Sends the scales from column k on for registers, unless those of the round are in shared memory.
   __device__ __forceinline__ void begin(int k) {
-    k_ = k;
     arriving_ = k >> q_.group_shift >= first_group_ + groups_;
     if (!arriving_) return;
     first_group_ = k >> q_.group_shift;
     groups_ = min(kGroupsAtOnce, q_.groups - first_group_);
-    reciprocal_ = 65536 / groups_ + 1;
     if (q_.scale_type == ScaleType::kFloat32) {
       read_scales<uint32_t>();
     } else if (q_.scale_type == ScaleType::kE8M0) {
@@ -93,29 +91,40 @@ class PackedWeights {
   // Leaves them there.
   __device__ __forceinline__ bool share() {
     if (!arriving_) return false;
+    int groups = groups_;
+    ptx::keep(groups);  // places are computed again: there are no registers to keep them in
+    const unsigned reciprocal = reciprocal_of(groups);
+    [[maybe_unused]] uint64_t zeros = 0;  // a byte each
+    if constexpr (kType == WeightType::kInt4) {
+      static_assert(kScalesEach <= 8);
+      if (q_.zeros != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kScalesEach; ++i) {
+          const Place place = place_of_scale(i, reciprocal);
+          if (place.inside) zeros |= uint64_t{__ldg(q_.zeros + index_of(place))} << 8 * i;
+        }
+      }
+    }
     __syncthreads();  // those before are not read any more
-    int reciprocal = reciprocal_;
-    ptx::keep(reciprocal);  // places are computed again: there are no registers to keep them in
 #pragma unroll
     for (int i = 0; i < kScalesEach; ++i) {
       const Place place = place_of_scale(i, reciprocal);
       if (!place.exists) continue;
       scales_[place.row * kScaleStride + place.group] = scale_of_bits(q_.scale_type, scale_bits_[i]);
       if constexpr (kType == WeightType::kInt4) {
-        zeros_[place.row * kZeroStride + place.group] = static_cast<uint8_t>(zero_bits_[i / 4] >> i % 4 * 8);
+        zeros_[place.row * kZeroStride + place.group] = static_cast<uint8_t>(zeros >> 8 * i);
       }
     }
     return true;
   }
 
   __device__ __forceinline__ void multiply(float (&acc)[kTiles][kTokenTiles][4], const char* staged, int row_bytes,
-                                           int tokens, int k) const {
-    constexpr int kSteps = kStepsPerScale<kType>;
-    const int first_of_warp = static_cast<int>(threadIdx.x) / kWarpSize * kPiece;
+                                           int tokens, int k, int k_begin) const {
+    constexpr int kSteps = 1;  // of a scale: two of eight-bit weights at a time would spill
     const char* of_token = staged + min(row_of_lane(), tokens - 1) * row_bytes + k * 2;  // tokens beyond are not used
-#pragma unroll 1  // fewer registers, and instructions
+#pragma unroll 1                                                                         // so would more
     for (int first = 0; first < kStepsPerLine<kType>; first += kSteps) {
-      const int group = (k_ + first_of_warp + first * kStepColumns) >> q_.group_shift;
+      const int group = (k_begin + k + first * kStepColumns) >> q_.group_shift;
       const int at = min(group - first_group_, groups_ - 1);  // columns beyond the last are zeros times anything
       uint4 b[kSteps];
 #pragma unroll
@@ -159,34 +168,37 @@ class PackedWeights {
   static constexpr int kTileColumns = kColumns<kProduct> / kTiles;
 
   // One of those that a thread brings: of which of the group's rows, and of which of the columns' groups that are
-  // brought.
+  // brought; whether it is one, and of a row up to the last column.
   struct Place {
     int row, group;
-    bool exists;
+    bool exists, inside;
   };
-  __device__ __forceinline__ Place place_of_scale(int i, int reciprocal) const {
+  // What numbers up to 2048 are divided by `groups` with: the upper 16 bits of their product.
+  static __device__ __forceinline__ unsigned reciprocal_of(int groups) {
+    return 65536u / static_cast<unsigned>(groups) + 1;
+  }
+  static __device__ __forceinline__ bool is_up(int row) { return kGateUp && row >= kGateUpColumns; }
+  __device__ __forceinline__ int column_of(int row) const {
+    return first_column_ + (is_up(row) ? row - kGateUpColumns : row);
+  }
+  __device__ __forceinline__ Place place_of_scale(int i, unsigned reciprocal) const {
     const unsigned number = threadIdx.x + i * kThreads;  // row by row
-    const int row = static_cast<int>(number * static_cast<unsigned>(reciprocal) >> 16);
-    return {row, static_cast<int>(number) - row * groups_, row < kRows};
+    const int row = static_cast<int>(number * reciprocal >> 16);
+    return {row, static_cast<int>(number) - row * groups_, row < kRows, row < kRows && column_of(row) < columns_};
+  }
+  __device__ __forceinline__ int64_t index_of(const Place& place) const {
+    const int row = weight_row<kProduct, int>(0, columns_, column_of(place.row), is_up(place.row), interleaved_);
+    return scales_of_row(q_, expert_, row) + first_group_ + place.group;
   }
 
   // Their bits, 0 of rows beyond the last column; so that all of them are on their way at once.
   template <typename Bits>
   __device__ __forceinline__ void read_scales() {
-    const int64_t of_expert = int64_t{expert_} * q_.scale_rows * q_.groups + first_group_;
+    const unsigned reciprocal = reciprocal_of(groups_);
 #pragma unroll
     for (int i = 0; i < kScalesEach; ++i) {
-      const Place place = place_of_scale(i, reciprocal_);
-      const bool up = kGateUp && place.row >= kGateUpColumns;
-      const int column = first_column_ + (up ? place.row - kGateUpColumns : place.row);
-      const int row = weight_row<kProduct, int>(0, columns_, column, up, interleaved_) >> q_.row_shift;
-      const int64_t at = of_expert + row * q_.groups + place.group;
-      const bool inside = place.exists && column < columns_;
-      scale_bits_[i] = inside ? __ldg(static_cast<const Bits*>(q_.scales) + at) : Bits{0};
-      if constexpr (kType == WeightType::kInt4) {
-        if (i % 4 == 0) zero_bits_[i / 4] = 0;
-        if (inside && q_.zeros != nullptr) zero_bits_[i / 4] |= uint32_t{__ldg(q_.zeros + at)} << i % 4 * 8;
-      }
+      const Place place = place_of_scale(i, reciprocal);
+      scale_bits_[i] = place.inside ? __ldg(static_cast<const Bits*>(q_.scales) + index_of(place)) : Bits{0};
     }
   }
 
@@ -197,12 +209,9 @@ class PackedWeights {
   uint8_t* zeros_;      // (kRows, kZeroStride) shared
   const uint8_t* row_;  // the lane's first, and of that its bytes
   uint4 lines_[kTiles][2];
-  int k_ = 0;                         // of the round
   int first_group_ = 0, groups_ = 0;  // whose scales are there, or
   bool arriving_ = false;             // on their way, and then
-  int reciprocal_ = 0;                // what 2048 and less are divided by groups_ with, in 16 bits
   uint32_t scale_bits_[kScalesEach];
-  uint32_t zero_bits_[(kScalesEach + 3) / 4];
 };
 
 template <typename T, WeightType kType>

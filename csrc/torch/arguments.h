@@ -340,7 +340,6 @@ inline ExpertsParams check_layer(const char* op, const Tensor& x, const Tensor& 
   const char* from_gate_up = f.transposed ? "(E, I, H) from 'gate_up'" : "(E, H, I) from 'gate_up'";
   p.dtype = float_type(op, "x", x);
   if (format.quantised()) {
-    if (x.is_cuda()) refuse(op, "'weight_type' is given; there are no CUDA kernels for quantised weights yet");
     check_quantised(op, "gate_up", gate_up, format, {p.num_experts, rows, p.hidden}, from_x, "gate_up_scales",
                     *options.gate_up_scales, "gate_up_zeros", options.gate_up_zeros, x);
     check_quantised(op, "down", down, format, {p.num_experts, p.hidden, p.intermediate}, from_gate_up, "down_scales",

@@ -23,7 +23,8 @@ std::vector<std::pair<std::string, bool>> cpu_variants() {
 // What the CUDA kernels of a layer would be; throws where there are none.
 std::string cuda_kernels([[maybe_unused]] int64_t tokens, [[maybe_unused]] int64_t hidden,
                          [[maybe_unused]] int64_t intermediate, [[maybe_unused]] int64_t num_experts,
-                         [[maybe_unused]] int64_t top_k, [[maybe_unused]] const std::string& dtype) {
+                         [[maybe_unused]] int64_t top_k, [[maybe_unused]] const std::string& dtype,
+                         [[maybe_unused]] const std::string& weights) {
 #ifdef MOE_EXT_WITH_CUDA
   moe_ext::ExpertsParams p{};
   p.tokens = tokens;
@@ -33,6 +34,10 @@ std::string cuda_kernels([[maybe_unused]] int64_t tokens, [[maybe_unused]] int64
   p.top_k = top_k;
   if (dtype == "bfloat16") p.dtype = moe_ext::DType::kBFloat16;
   if (dtype == "float16") p.dtype = moe_ext::DType::kFloat16;
+  if (weights == "int8") p.format.type = moe_ext::WeightType::kInt8;
+  if (weights == "int4") p.format.type = moe_ext::WeightType::kInt4;
+  if (weights == "fp8") p.format.type = moe_ext::WeightType::kFloat8;
+  if (weights == "mxfp4") p.format.type = moe_ext::WeightType::kMxfp4;
   return moe_ext::cuda::describe(p);
 #else
   throw std::runtime_error("moe_ext was built without CUDA kernels");
@@ -48,7 +53,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = MOE_EXT_CUDA_ARCHS;
   m.attr("compiler") = __VERSION__;
   m.def("cuda_kernels", &cuda_kernels, pybind11::arg("tokens"), pybind11::arg("hidden"), pybind11::arg("intermediate"),
-        pybind11::arg("num_experts"), pybind11::arg("top_k"), pybind11::arg("dtype"),
+        pybind11::arg("num_experts"), pybind11::arg("top_k"), pybind11::arg("dtype"), pybind11::arg("weights"),
         "Which CUDA kernels `experts` takes on the current device, and why. Raises RuntimeError where there are none.");
   m.def("cpu_variants", &cpu_variants, "(name, runs on this processor) of the compiled CPU variants, best first.");
   m.def(

@@ -136,13 +136,11 @@ Tensor pack_weights(const Tensor& values, std::string weight_type) {
   const Tensor dense_values = dense(op, "values", values);
   const Shape shape{values.size(0), values.size(1), cpu::packed_row_bytes(p.type, p.columns)};
   const Tensor packed = output(op, values, shape, ScalarType::Byte);
+  const auto* from = static_cast<const uint8_t*>(dense_values.const_data_ptr());
+  auto* to = static_cast<uint8_t*>(packed.mutable_data_ptr());
   dispatch(
-      op, values,
-      [&](const Threads& threads) {
-        cpu::pack_weights(p, static_cast<const uint8_t*>(dense_values.const_data_ptr()),
-                          static_cast<uint8_t*>(packed.mutable_data_ptr()), threads);
-      },
-      [](const auto&, auto*) {});
+      op, values, [&](const Threads& threads) { cpu::pack_weights(p, from, to, threads); },
+      [&](const auto&, auto* stream) { cuda::pack_weights(p, from, to, stream); });
   return packed;
 }
 
@@ -152,13 +150,11 @@ Tensor unpack_weights(const Tensor& packed, std::string weight_type, int64_t col
   const Tensor dense_packed = dense(op, "packed", packed);
   const Shape shape{packed.size(0), packed.size(1), cpu::given_row_bytes(p.type, columns)};
   const Tensor values = output(op, packed, shape, given_type(p.type));
+  const auto* from = static_cast<const uint8_t*>(dense_packed.const_data_ptr());
+  auto* to = static_cast<uint8_t*>(values.mutable_data_ptr());
   dispatch(
-      op, packed,
-      [&](const Threads& threads) {
-        cpu::unpack_weights(p, static_cast<const uint8_t*>(dense_packed.const_data_ptr()),
-                            static_cast<uint8_t*>(values.mutable_data_ptr()), threads);
-      },
-      [](const auto&, auto*) {});
+      op, packed, [&](const Threads& threads) { cpu::unpack_weights(p, from, to, threads); },
+      [&](const auto&, auto* stream) { cuda::unpack_weights(p, from, to, stream); });
   return values;
 }
 
@@ -246,5 +242,7 @@ STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
   m.impl("experts_observed", TORCH_BOX(&moe_ext::experts_observed));
   m.impl("expert_gram", TORCH_BOX(&moe_ext::expert_gram));
   m.impl("expert_projection", TORCH_BOX(&moe_ext::expert_projection));
+  m.impl("pack_weights", TORCH_BOX(&moe_ext::pack_weights));
+  m.impl("unpack_weights", TORCH_BOX(&moe_ext::unpack_weights));
 }
 #endif

@@ -19,7 +19,7 @@ from moe_ext import ops
 from moe_ext.calibration.channels import channel_errors, channel_norms, removal_orders
 from moe_ext.calibration.routed_inputs import RoutedInputs
 from moe_ext.calibration.statistics import RATIO_BINS, ExpertStatistics
-from moe_ext.models.blocks import MoeBlock, device_of
+from moe_ext.models.blocks import MoeBlock, device_of, tensors_of
 from moe_ext.models.boundary import eager_forward, output_width
 from moe_ext.runtime.formulas import experts_layer
 from moe_ext.runtime.patching import is_patched, layer_state, patched
@@ -35,7 +35,7 @@ class Observer:
     experts that run on transformers' implementation."""
 
     def __init__(self, block: MoeBlock, outputs: bool, width: int | None, grams: bool) -> None:
-        device = device_of(block.experts, next(block.experts.parameters()))
+        device = device_of(block.experts, next(iter(tensors_of(block.experts).values())))
         self.block = block
         self.experts = block.experts
         self.num_experts, self.top_k = block.num_experts, block.top_k

@@ -29,7 +29,7 @@ def compressed_weights(
         ValueError: packed weights of several numbers of bits, or without what they need beside them.
         CheckpointError: tensors whose shapes do not fit each other.
     """
-    block = _block(quantisation)
+    block = block_structure(quantisation)
     weights = []
     for name, tensor in stored.items():
         if name.endswith(f".{_PACKED}"):
@@ -121,7 +121,8 @@ def _bits(folder: object, quantisation: Mapping[str, Any], name: str) -> int:
     return one
 
 
-def _block(quantisation: Mapping[str, Any]) -> tuple[int, int] | None:
+def block_structure(quantisation: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, where the config says it."""
     for weights in _groups(quantisation):
         sizes = weights.get("block_structure")
         if isinstance(sizes, list) and len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes):

@@ -31,7 +31,7 @@ def gptq_weights(
     """
     awq = quantisation.get("quant_method") == "awq"
     bits = quantisation.get("bits", quantisation.get("w_bit"))
-    layout = str(quantisation.get("version" if awq else "checkpoint_format") or ("gemm" if awq else "gptq"))
+    layout = _layout(quantisation)
     if bits not in ((4,) if awq else (2, 4, 8)) or layout.lower() not in (("gemm",) if awq else ("gptq", "gptq_v2")):
         name = next((name for name in stored if name.endswith(f".{_NUMBERS}")), "a weight")
         raise ValueError(
@@ -43,6 +43,11 @@ def gptq_weights(
         for name in stored
         if name.endswith(f".{_NUMBERS}")
     ]
+
+
+def _layout(quantisation: Mapping[str, Any]) -> str:
+    awq = quantisation.get("quant_method") == "awq"
+    return str(quantisation.get("version" if awq else "checkpoint_format") or ("gemm" if awq else "gptq"))
 
 
 def _weight(
@@ -83,7 +88,7 @@ def _weight(
 def _gptq(tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, *, bits: int, plus: int) -> Tensor:
     """Zeros are stored less one in the format's first version."""
     values = unpacked(tensors["numbers"], bits, 0).float()
-    zeros = (unpacked(tensors["zeros"], bits, 1) + plus) & ((1 << bits) - 1)
+    zeros = _zeros(tensors["zeros"], bits, plus)
     groups = tensors.get("groups")
     if groups is None:
         groups = torch.arange(shape[1]) // (shape[1] // zeros.shape[0])
@@ -91,14 +96,24 @@ def _gptq(tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dt
     return values.mul_(tensors["scales"].float()[groups.long()]).T.to(dtype)
 
 
+def _zeros(words: Tensor, bits: int, plus: int) -> Tensor:
+    return (unpacked(words, bits, 1) + plus) & ((1 << bits) - 1)
+
+
+def gptq_zeros(quantisation: Mapping[str, Any], words: Tensor, bits: int) -> Tensor:
+    """GPTQ's zeros (groups, outputs) of a folder whose config says that."""
+    return _zeros(words, bits, int(_layout(quantisation).lower() == "gptq"))
+
+
 def _awq(tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    values, zeros = (_in_order(tensors[role]) for role in ("numbers", "zeros"))
+    values, zeros = (awq_numbers(tensors[role]) for role in ("numbers", "zeros"))
     size = shape[1] // zeros.shape[0]
     values -= zeros.repeat_interleave(size, 0)
     return values.mul_(tensors["scales"].float().repeat_interleave(size, 0)).T.to(dtype)
 
 
-def _in_order(words: Tensor) -> Tensor:
+def awq_numbers(words: Tensor) -> Tensor:
+    """AutoAWQ's numbers (N, M), float32, of words (N, M / 8)."""
     numbers = unpacked(words, 4, 1).view(words.shape[0], -1, 8)
     ordered = torch.empty(numbers.shape)
     ordered[..., list(_AWQ_ORDER)] = numbers.float()

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from moe_ext.checkpoints.faults import check_loaded, say_ignored
 from moe_ext.checkpoints.finite import check_finite
+from moe_ext.checkpoints.load_packed import holds_quantised_experts, load_packed
 from moe_ext.checkpoints.meta_model import check_fits
 from moe_ext.checkpoints.other_files import copy_other_files
 from moe_ext.checkpoints.read_config import model_class, read_config
@@ -56,6 +57,13 @@ def from_pretrained(
     ``config.moe_ext``, and are built into the layers. For such a checkpoint the family's layer and config classes are
     changed while it loads: load one model at a time.
 
+    Quantised experts of a folder are loaded packed, as they are stored, and run on moe_ext's operators as those of
+    :func:`moe_ext.quantize` do: float8 with a scale a tensor, a row or a block of 128 by 128 (``fp8``,
+    compressed-tensors), int8 with a scale a row and int4 in groups (compressed-tensors, GPTQ, AutoAWQ), gpt-oss' MXFP4.
+    Other quantised weights of such a folder become what they stand for. Activations are not quantised, whatever the
+    config says. Of the options there are then ``dtype``, ``attn_implementation`` and ``trust_remote_code``; with an
+    ``auto_class`` or a ``quantization_config`` transformers' own code loads the folder.
+
     Args:
         checkpoint: a folder, or a name on the Hugging Face Hub.
         auto_class: which of transformers' classes to load, with a ``from_pretrained`` of its own; the class that saved
@@ -86,6 +94,10 @@ def from_pretrained(
     elsewhere = any(options.get(name) is not None for name in _ELSEWHERE)
     if folder.is_dir() and options["use_safetensors"] and not elsewhere:
         stored = stored_tensors(folder)  # its files are whole, and none is outside the folder
+        if auto_class is None and "quantization_config" not in options and holds_quantised_experts(folder, config):
+            asked = {name: value for name, value in options.items() if name not in ("config", "output_loading_info")}
+            if (packed := load_packed(folder, stored, asked)) is not None:
+                return packed
         if auto_class is None and not allow_missing:
             check_fits(folder, stored, config, trust_remote_code=options["trust_remote_code"])
     asked, reshaped = options.pop("output_loading_info", False), options.pop("ignore_mismatched_sizes", False)
@@ -169,6 +181,9 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: Any, folder: str | Path) 
             dtype=None if before.dtype in (None, model.dtype) else model.dtype,
             architecture=type(model).__name__,
         )
+        content.pop("quantization_config", None)
+        if (declared := getattr(model.config, "quantization_config", None)) is not None:
+            content["quantization_config"] = declared if isinstance(declared, dict) else declared.to_dict()
         write_content(temporary, content)
         copy_other_files(known, temporary)
 

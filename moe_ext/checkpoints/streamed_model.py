@@ -7,22 +7,15 @@ Reading ahead goes into the system's page cache and takes no memory of this proc
 
 import hashlib
 import threading
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
 
-from moe_ext.checkpoints.finite import is_finite
 from moe_ext.checkpoints.gguf_weights import gguf_in, gguf_pieces
-from moe_ext.checkpoints.meta_model import skeleton_of, without_bar
-from moe_ext.checkpoints.stored_tensors import CheckpointError, StoredTensor, stored_tensors
+from moe_ext.checkpoints.meta_model import skeleton_of
+from moe_ext.checkpoints.stored_tensors import StoredTensor, stored_tensors
+from moe_ext.checkpoints.weight_loader import WeightLoader
 from moe_ext.models.blocks import base_of, decoder_layers, moe_blocks
 
 _READ = 8 << 20  # bytes read ahead at a time
@@ -63,7 +56,7 @@ class LayersOnDisk:
         )
         self._skeleton = skeleton
         self.model: PreTrainedModel = skeleton.model
-        self.folder, self._device = Path(folder), torch.device(device)
+        self.folder = Path(folder)
         self.blocks = moe_blocks(self.model)
         owner, layers, _ = decoder_layers(self.model, self.blocks)
         self.num_layers = len(layers)
@@ -78,12 +71,7 @@ class LayersOnDisk:
                 others.append(name)
             else:
                 self._head.append(name)
-        self._config = LoadStateDictConfig(
-            device_map={"": device},
-            dtype=skeleton.dtype,
-            dtype_plan=self.model._get_dtype_plan(skeleton.dtype),
-            weight_mapping=get_model_conversion_mapping(self.model),
-        )
+        self._weights = WeightLoader(folder, skeleton, self._stored, device)
         saved = self.model.state_dict().keys()
         self._absent = {
             index: [
@@ -95,8 +83,8 @@ class LayersOnDisk:
             ]
             for index, layer in enumerate(layers)
         }
-        self._fill_buffers()
-        self._load(others)
+        self._weights.fill_buffers()
+        self._weights.load(others)
         self._resident: int | None = None
         self._read_ahead, self._reader = read_ahead, _Reader()
 
@@ -117,14 +105,14 @@ class LayersOnDisk:
             return
         self._free()
         self._reader.stop()  # what is left of the layer is read now
-        self._load(self._keys[layer])
+        self._weights.load(self._keys[layer])
         self._resident = layer
         if self._read_ahead and 0 <= layer + step < self.num_layers:
-            self._reader.start([each for name in self._keys[layer + step] for each in self._tensors(name)])
+            self._reader.start([each for name in self._keys[layer + step] for each in self._weights.stored(name)])
 
     def load_head(self) -> None:
         """Loads the language model head, too; one that is the embeddings' is theirs."""
-        self._load(self._head)
+        self._weights.load(self._head)
         self.model.tie_weights(recompute_mapping=False)
 
     def fingerprint(self) -> str:
@@ -156,112 +144,6 @@ class LayersOnDisk:
             for _, tensors, key, absent in self._absent[self._resident]:
                 tensors[key] = absent
             self._resident = None
-
-    def _load(self, names: list[str]) -> None:
-        """Experts that are stored one by one are read into their place; the rest goes through transformers' code."""
-        stacked: dict[str, list[str]] = {}
-        others = []
-        for name in names:
-            source = self._skeleton.sources[name]
-            if source.part is None:
-                others.append(name)
-            else:
-                stacked.setdefault(source.target, []).append(name)
-        for target, parts in stacked.items():
-            self._load_stacked(target, parts)
-        with ExitStack() as stack, without_bar():
-            files = {
-                file: stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-                for file in {self._stored[name].file for name in others if name not in self._skeleton.quantised}
-            }
-            state = {
-                source.target if source.stands_in else name: files[self._stored[name].file].get_slice(name)
-                if name not in self._skeleton.quantised
-                else self._dequantised(name)
-                for name, source in ((name, self._skeleton.sources[name]) for name in others)
-            }
-            info, _ = convert_and_load_state_dict_in_model(self.model, state, self._config)
-        if problems := {**info.conversion_errors, **dict.fromkeys(map(str, info.mismatched_keys), "has another shape")}:
-            name, problem = next(iter(problems.items()))
-            raise ValueError(f"{self.folder}: {name}: {problem}")
-        for target in sorted({self._skeleton.sources[name].target for name in names}):
-            owner, _, key = target.rpartition(".")
-            if not is_finite(getattr(self.model.get_submodule(owner), key)):
-                raise CheckpointError(f"{self.folder}: not all numbers are finite in {target}")
-
-    def _load_stacked(self, target: str, names: list[str]) -> None:
-        """Reads a parameter (E, R, C) from tensors (R', C) that fill an expert's rows one above the other, with one of
-        them in memory beside it at most."""
-        module = self.model.get_submodule(target.rpartition(".")[0])
-        key, sources = target.rpartition(".")[2], self._skeleton.sources
-        absent = _of(module._parameters, key)
-        experts, rows, columns = absent.shape
-        weight = torch.empty_like(absent, dtype=self._skeleton.dtype_of(target), device=self._device)
-        filled = [0] * experts
-        for name in sorted(names, key=lambda name: (sources[name].expert, sources[name].part)):
-            stored, expert = self._skeleton.stored[name], sources[name].expert
-            if expert is None or expert >= experts or stored.shape[1:] != (columns,):
-                raise ValueError(f"{self.folder}: {name} {stored.shape} has no place in {target} {tuple(absent.shape)}")
-            first, filled[expert] = filled[expert], filled[expert] + stored.shape[0]
-            place = weight[expert, first : filled[expert]]
-            if name in self._skeleton.quantised:
-                place.copy_(self._dequantised(name))
-            elif place.device.type == "cpu" and place.dtype == stored.dtype and place.is_contiguous():
-                _read_into(stored, place)
-            else:
-                place.copy_(_read(stored))
-        if filled != [rows] * experts:
-            raise ValueError(f"{self.folder}: experts of {target} have {filled} rows; expected {rows} each")
-        module._parameters[key] = nn.Parameter(weight, requires_grad=False)
-
-    def _dequantised(self, name: str) -> Tensor:
-        """What a quantised weight stands for, in the type of its place."""
-        tensors = {tensor.name: _read(tensor) for tensor in self._tensors(name)}
-        dtype = self._skeleton.dtype_of(self._skeleton.sources[name].target)
-        return self._skeleton.quantised[name].values(tensors, dtype)
-
-    def _tensors(self, name: str) -> list[StoredTensor]:
-        """What is stored of a key's weight."""
-        weight = self._skeleton.quantised.get(name)
-        return [self._stored[piece] for piece in ([name] if weight is None else weight.pieces)]
-
-    def _fill_buffers(self) -> None:
-        """Buffers that no checkpoint holds, by the model's own code, as transformers' from_pretrained does it."""
-        for tensor in self.model.state_dict(keep_vars=True).values():
-            tensor._is_hf_initialized = True
-        owners = {
-            name: (self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
-            for name, _ in self.model.named_non_persistent_buffers()
-        }
-        for module, key in owners.values():
-            module._buffers[key] = torch.empty_like(_of(module._buffers, key), device="cpu")
-        self.model.initialize_weights()
-        for module, key in owners.values():
-            module._buffers[key] = _of(module._buffers, key).to(self._device)
-
-
-def _of(tensors: Mapping[str, Tensor | None], key: str) -> Tensor:
-    tensor = tensors[key]
-    assert tensor is not None
-    return tensor
-
-
-def _read(stored: StoredTensor) -> Tensor:
-    tensor = torch.empty(stored.shape, dtype=stored.dtype)
-    _read_into(stored, tensor)
-    return tensor
-
-
-def _read_into(stored: StoredTensor, tensor: Tensor) -> None:
-    """Fills a contiguous tensor on the CPU."""
-    place = tensor.reshape(-1).view(torch.uint8).numpy().data
-    with stored.file.open("rb", buffering=0) as file:
-        file.seek(stored.offset)
-        while len(place):
-            count = file.readinto(place)
-            if not count:
-                raise CheckpointError(f"{stored.file}: was cut short since it was opened")
-            place = place[count:]
 
 
 class _Reader:

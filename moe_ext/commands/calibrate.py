@@ -67,6 +67,7 @@ def calibrate(
     if scratch is not None and not sequential:
         raise typer.BadParameter("--scratch goes with --sequential")
     file_destination(save_to)
+    reading.find()
     several = started_by_torchrun()
     with process_group(device, timeout) if several else nullcontext(device) as place:
         source, tokenizer, options = source_of(

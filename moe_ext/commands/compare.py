@@ -57,6 +57,7 @@ def compare(
     find likeliest, and bits per weight of the reference. A perplexity or divergence that is infinite or no number is
     null in JSON, and the exit code is then 1.
     """
+    reading.find()
     if save_to is not None:
         file_destination(save_to)
     # Every checkpoint reads the same texts: conversations as the first one's template writes them.

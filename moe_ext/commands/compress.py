@@ -93,6 +93,7 @@ def compress(
         raise typer.BadParameter("give --size or --fit, one of them")
     if keep is not None and ratio is not None:
         raise typer.BadParameter("give --keep or --ratio, one of them")
+    reading.find()
     tokenizer = read_tokenizer(model, trust_remote_code=trust_remote_code) if reading.has_rows else None
     texts = reading.texts(tokenizer)
     say_counts(reading.counts)

@@ -87,6 +87,7 @@ def evaluate(
         return
     if reference is not None and save_predictions is not None:
         raise typer.BadParameter("--reference and --save-predictions: give one of them")
+    reading.find()
     loaded, tokenizer = load(model, dtype, device, trust_remote_code, allow_missing)
     texts = reading.texts(tokenizer)
     say_counts(reading.counts)

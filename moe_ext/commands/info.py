@@ -22,13 +22,13 @@ from moe_ext.runtime.supported import reason_unsupported
 from moe_ext.version import __version__
 
 
-def cuda_kernels(layer: str, dtype: str) -> dict[str, str]:
+def cuda_kernels(layer: str, dtype: str, weights: str) -> dict[str, str]:
     """By number of tokens, what the experts of a layer "H,I,E,K" run on the current CUDA device, and why."""
     shape = Shape.parse(layer)
     if not torch.cuda.is_available() or not _C.cuda_archs:
         raise typer.BadParameter("--layer is about CUDA kernels: it needs a CUDA device and a build with them")
     sizes = (shape.hidden, shape.intermediate, shape.num_experts, shape.top_k)
-    return {f"T = {tokens}": _C.cuda_kernels(tokens, *sizes, dtype) for tokens in (1, 16, 64, 256, 1024, 4096)}
+    return {f"T = {tokens}": _C.cuda_kernels(tokens, *sizes, dtype, weights) for tokens in (1, 16, 64, 256, 1024, 4096)}
 
 
 def layers_of(model: Path, trust_remote_code: bool) -> dict[str, str]:
@@ -50,11 +50,14 @@ def info(
         str, typer.Option(help="H,I,E,K of a layer: also which CUDA kernels it takes by number of tokens, and why.")
     ] = "",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of that layer.")] = "bfloat16",
+    weights: Annotated[
+        Literal["int8", "int4", "fp8", "mxfp4"] | None, typer.Option(help="Of that layer, if they are quantised.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Build facts: versions, CPU variants, CUDA architectures, and what would run here."""
-    kernels = cuda_kernels(layer, dtype) if layer else {}
+    kernels = cuda_kernels(layer, dtype, weights or dtype) if layer else {}
     layers = {} if model is None else layers_of(model, trust_remote_code)
     variants = _C.cpu_variants()
     facts = {

@@ -23,6 +23,7 @@ from moe_ext.commands.generate import generate
 from moe_ext.commands.info import info
 from moe_ext.commands.output import errors
 from moe_ext.commands.prune import prune
+from moe_ext.commands.quantize import quantize
 from moe_ext.commands.report import report
 from moe_ext.commands.search import search
 from moe_ext.commands.skip import skip
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "search": search,
     "report": report,
     "prune": prune,
+    "quantize": quantize,
     "skip": skip,
     "eval": evaluate,
     "compare": compare,

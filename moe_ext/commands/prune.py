@@ -67,6 +67,7 @@ def prune(
     if refit and novices is not None:
         raise typer.BadParameter("give --refit or --novices, one of them")
     made = PruningPlan.load(plan or plan_option or Path())
+    reading.find()
     if Path(model).suffix.lower() == ".gguf":
         if novices is not None or refit or dtype != "auto":
             raise typer.BadParameter("--novices, --refit and --dtype take a checkpoint, not a GGUF file")

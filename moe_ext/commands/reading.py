@@ -17,7 +17,7 @@ from moe_ext.data import Batches, Counts
 from moe_ext.data import batches as batches_of
 from moe_ext.data import documents as documents_of
 from moe_ext.data.cutting import Long
-from moe_ext.data.sources import sources_of
+from moe_ext.data.sources import Source, sources_of
 from moe_ext.data.tokens import Texts
 from moe_ext.runtime.batches import read_domains, token_batches
 from moe_ext.runtime.packing import packs
@@ -38,14 +38,13 @@ def count_in(text: str | None) -> int | None:
 
 
 class Reading:
-    """The text of a command, found before any work.
+    """The text of a command.
 
     Attributes:
         given: ``--text`` and ``--data`` as they came.
 
     Raises:
         typer.BadParameter: ``--text`` and ``--data``, neither where one is needed, or options of ``--data`` without it.
-        ValueError: text or sources that are not there.
     """
 
     def __init__(
@@ -85,10 +84,9 @@ class Reading:
             if value not in (None, False, []) and not data:
                 raise typer.BadParameter(f"--{name} goes with --data")
         self.given: dict[str, Any] = {"text": text, "data": data}
-        self._texts = read_domains(text) if text else {}
-        self._sources = sources_of(data, columns) if data else []
-        for source in self._sources:
-            source.check()
+        self._texts: dict[str, str] = {}
+        self._columns = columns
+        self._sources: list[Source] = []
         self._rows: dict[str, Any] = {"template": template, "skip_bad_rows": skip_bad_rows}
         self._rows |= {"samples": samples, "seed": seed}
         self._mix: dict[str, Any] = {
@@ -101,12 +99,24 @@ class Reading:
         self._counts: Counts | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._texts or self._sources)
+        return any(self.given.values())
 
     @property
     def has_rows(self) -> bool:
         """Whether it is of ``--data``."""
-        return bool(self._sources)
+        return bool(self.given["data"])
+
+    def find(self) -> None:
+        """Finds what is to be read, before any work.
+
+        Raises:
+            ValueError: text or sources that are not there.
+        """
+        text, data = self.given["text"], self.given["data"]
+        self._texts = read_domains(text) if text else {}
+        self._sources = sources_of(data, self._columns) if data else []
+        for source in self._sources:
+            source.check()
 
     @property
     def counts(self) -> Counts | None:

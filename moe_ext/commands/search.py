@@ -117,6 +117,7 @@ def search(
     check_places({"--out": save_to, "--losses": losses}, {"model": model, **reading.given})
     file_destination(losses)
     stats = None if statistics is None else ExpertStatistics.load(statistics)
+    reading.find()
     several = started_by_torchrun()
     with process_group(device, timeout) if several else nullcontext(device) as place:
         source, tokenizer, options = source_of(

@@ -66,6 +66,7 @@ def skip(
     if not is_scale(scale):
         raise typer.BadParameter(f"--renormalise {renormalise}: expected kept, none or a number of experts")
     stats = ExpertStatistics.load(statistics)
+    reading.find()
     if save_to is not None:
         folder_destination(save_to)
     else:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from moe_ext.decision.criteria import Scores
 from moe_ext.models.blocks import expert_tensors, moe_blocks, refuse_offloaded, refuse_shared_out
 from moe_ext.models.layout import layout_of
+from moe_ext.models.packed_experts import refuse_packed
 from moe_ext.models.wrapped import unwrapped
 
 
@@ -34,6 +35,8 @@ def aimer(model: PreTrainedModel) -> Scores:
     blocks = moe_blocks(model)
     refuse_offloaded(blocks, "score")
     refuse_shared_out(blocks, "score")
+    for block in blocks:
+        refuse_packed(block.name, block.experts, "score")
     layout = layout_of(model, blocks)
     values = torch.zeros(len(blocks), layout.num_experts, dtype=torch.float64)
     with torch.no_grad():

@@ -23,6 +23,7 @@ from moe_ext.models.boundary import MEANS, PLACES, boundaries, is_experts, num_e
 from moe_ext.models.counted import Counted, Dimension, counted_in, named_tensors, owners
 from moe_ext.models.direct_experts import direct_experts, passed_on
 from moe_ext.models.families import FAMILIES, Family
+from moe_ext.models.packed_experts import tensor_names
 from moe_ext.models.quantised_experts import check_not_quantised
 from moe_ext.models.shared_out import has_some_experts, how_shared, is_shared
 from moe_ext.models.unsupported import why_unsupported
@@ -373,8 +374,9 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def expert_tensors(block: MoeBlock) -> dict[str, Tensor]:
-    """The weights and biases of a block's experts by name, each with experts along its first dimension. What modules
-    inside the experts module hold is shared by all experts, such as a norm.
+    """The weights and biases of a block's experts by name, each with experts along its first dimension; of quantised
+    ones the packed weights, scales and zeros. What modules inside the experts module hold is shared by all experts,
+    such as a norm.
 
     Raises:
         ValueError: transformers holds them quantised, or one is not plain, on the meta device, has another number of
@@ -384,9 +386,7 @@ def expert_tensors(block: MoeBlock) -> dict[str, Tensor]:
     experts = block.experts
     named = (*experts.named_parameters(recurse=False), *experts.named_buffers(recurse=False))
     tensors = {name: tensor for name, tensor in named if name not in (PLACES, MEANS)}
-    expected = {"gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"}
-    if getattr(experts, "has_bias", False):
-        expected |= {f"{name}_bias" for name in expected}
+    expected = tensor_names(experts)
     if set(tensors) != expected:
         raise ValueError(
             f"{block.name}: {type(experts).__name__} has parameters {sorted(tensors_of(experts))}; "

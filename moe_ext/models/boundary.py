@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_ext.models.direct_experts import direct_experts
+from moe_ext.models.direct_experts import counting_attribute, direct_experts
+from moe_ext.models.packed_experts import packed_format
 
 # Buffers that moe_ext.models.novices puts into experts modules.
 PLACES, MEANS = "moe_ext_places", "moe_ext_means"
@@ -52,11 +53,7 @@ def goes_through_interface(experts: nn.Module) -> bool:
 
 def num_experts(experts: nn.Module) -> int:
     """E."""
-    if hasattr(experts, "num_experts"):
-        return int(experts.num_experts)  # type: ignore[arg-type]
-    record = direct_experts(experts)
-    assert record is not None
-    return int(getattr(experts, record.count))
+    return int(getattr(experts, counting_attribute(experts)))
 
 
 def num_routed(experts: nn.Module) -> int:
@@ -71,7 +68,9 @@ def num_routed(experts: nn.Module) -> int:
 
 
 def is_transposed(experts: nn.Module) -> bool:
-    """Whether an experts module's weights lie as (E, in, out)."""
+    """Whether an experts module's weights lie as (E, in, out); quantised ones never do."""
+    if packed_format(experts) is not None:
+        return False
     record = direct_experts(experts)
     return bool(getattr(experts, "is_transposed", False)) if record is None else record.is_transposed
 

@@ -89,6 +89,9 @@ _KNOWN = {
     "LongcatFlashExperts": DirectExperts(_longcat_experts, passes_on="zero_expert_num", count="num_routed_experts"),
 }
 _LIKE_THE_INTERFACE = DirectExperts()
+# What is read in every forward pass, and traced by torch.compile, which does not look into records.
+_PASSING_ON = {name: record.passes_on for name, record in _KNOWN.items() if record.passes_on is not None}
+_COUNTING = {name: record.count for name, record in _KNOWN.items()}
 
 
 def direct_experts(experts: nn.Module) -> DirectExperts | None:
@@ -107,18 +110,26 @@ def _of_class(kind: Any) -> DirectExperts | None:
 
 def passed_on(experts: nn.Module) -> int:
     """Further choices of a layer's router, numbered after the experts, that return a token as it is."""
-    record = _KNOWN.get(type(experts).__name__)  # this runs in every forward pass
-    return 0 if record is None or record.passes_on is None else int(getattr(experts, record.passes_on))
+    attribute = _PASSING_ON.get(type(experts).__name__)
+    return 0 if attribute is None else int(getattr(experts, attribute))
+
+
+def counting_attribute(experts: nn.Module) -> str:
+    """The attribute of an experts module that is E."""
+    return _COUNTING.get(type(experts).__name__, "num_experts")
+
+
+def router_code(experts: nn.Module) -> Callable[..., Any] | None:
+    """The forward of the router beside an experts module, where the router's own returns something other than logits,
+    weights and experts; None: its own."""
+    record = direct_experts(experts)
+    return None if record is None else record.router
 
 
 def router_class(router: nn.Module, experts: nn.Module) -> type[nn.Module]:
     """A class for a router whose forward returns logits, weights and experts; its own, where that does."""
-    record = direct_experts(experts)
-    return (
-        type(router)
-        if record is None or record.router is None
-        else _with_forward(cast(Any, type(router)), record.router)
-    )
+    code = router_code(experts)
+    return type(router) if code is None else _with_forward(cast(Any, type(router)), code)
 
 
 @cache

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from moe_ext.models.blocks import MoeBlock, expert_tensors, moe_blocks, text_config
 from moe_ext.models.boundary import is_transposed
 from moe_ext.models.own_counts import built
+from moe_ext.models.packed_experts import float_shape, packed_format, packed_shape, weight_names
 
 # Config fields that may hold the experts' width, the more special first.
 WIDTH_FIELDS = (
@@ -32,6 +33,8 @@ SHARED_FIELDS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_exper
 
 def width_of(block: MoeBlock) -> int:
     """I, the channels of a block's experts, whose weights need not be in memory."""
+    if packed_format(block.experts) is not None:
+        return packed_shape(block.experts, "down_proj")[1]
     down: Any = block.experts.down_proj
     return int(down.shape[1 if is_transposed(block.experts) else 2])
 
@@ -85,12 +88,20 @@ def _shapes(model: PreTrainedModel, blocks: list[MoeBlock], before: int, width: 
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     names = {id(module): name for name, module in model.named_modules()}
     for block in blocks:
+        path = names[id(block.experts)]
         for name, tensor in expert_tensors(block).items():
+            held = tuple(tensor.shape)
+            if packed_format(block.experts) is not None and not name.endswith("_bias"):
+                del shapes[f"{path}.{name}"]  # of the model with float weights
+                if name not in weight_names(block.experts):
+                    continue
+                held = float_shape(block.experts, name)
             dim = channel_dimension(block, name)
             if dim is not None:
-                shape = list(tensor.shape)
+                shape = list(held)
                 shape[dim] = shape[dim] // before * width
-                shapes[f"{names[id(block.experts)]}.{name}"] = tuple(shape)
+                held = tuple(shape)
+            shapes[f"{path}.{name}"] = held
     return shapes
 
 
@@ -98,7 +109,9 @@ def channel_dimension(block: MoeBlock, name: str) -> int | None:
     """Which dimension of an experts' tensor counts channels; None for the biases of outputs, which have none."""
     if name.endswith("_bias"):
         return None if name == "down_proj_bias" else 1
-    transposed = is_transposed(block.experts)
+    # Of quantised weights as well: their dimensions are those of the float ones that they stand for.
+    held_so = packed_format(block.experts) is not None and getattr(block.experts, "is_transposed", False)
+    transposed = held_so or is_transposed(block.experts)
     return (1 if transposed else 2) if name == "down_proj" else (2 if transposed else 1)
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ext.models.blocks import MoeBlock, tensors_of
-from moe_ext.models.direct_experts import direct_experts
+from moe_ext.models.direct_experts import direct_experts, passed_on
 from moe_ext.models.sliced_router import router_twin
 
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
@@ -206,12 +206,17 @@ def known_router(block: MoeBlock) -> KnownRouter | None:
         type(router).forward,
         tuple((name, value) for name, value in fields.items() if isinstance(value, plain) and name != "training"),
         tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in _tensors(router).items()),
-        (dtype, block.num_routed, block.top_k),
+        (dtype, _choices(block), block.top_k),
     )
     if key not in _FOUND:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             _FOUND[key] = _Probe(block, dtype).known()
     return _FOUND[key]
+
+
+def _choices(block: MoeBlock) -> int:
+    """What a layer's router chooses from: its experts, and what passes a token on."""
+    return block.num_routed + passed_on(block.experts)
 
 
 def gate_of(block: MoeBlock) -> str:
@@ -253,7 +258,7 @@ class _Probe:
         self._block, self._dtype = block, dtype
         self._twin = router_twin(block)
         self._twin.eval()
-        self._experts, self._top_k = block.num_routed, block.top_k
+        self._experts, self._top_k = _choices(block), block.top_k
         self._generator = torch.Generator().manual_seed(0)
 
     def known(self) -> KnownRouter | None:

@@ -16,7 +16,7 @@ from moe_ext.models.blocks import MoeBlock, expert_dimension, expert_tensors
 from moe_ext.models.counted import Dimension
 from moe_ext.models.expert_width import channel_dimension
 from moe_ext.pruning.shard_writer import Part, Selection
-from moe_ext.pruning.thin import channel_places
+from moe_ext.pruning.thin import blocks_of, channel_places
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,7 +283,7 @@ def _selected(
     if together != 1:
         whole = math.lcm(*(axis[1] for each in weight.pieces.values() for axis in each.axes if axis is not None))
         places = [
-            _blocks(chosen, together, whole, f"{kept.layer}, expert {kept.keep[expert]}")
+            blocks_of(chosen, together, whole, f"{kept.layer}, expert {kept.keep[expert]}")
             for chosen, expert in zip(places, experts, strict=True)
         ]
     shape = list(part.shape)
@@ -320,22 +320,3 @@ def _first_groups(part: Part, columns: int) -> Part:
             "stay, whole experts can go"
         )
     return replace(part, shape=(columns,), ranges=((0, columns * source.dtype.itemsize),))
-
-
-def _blocks(places: Tensor, size: int, whole_size: int, where: str) -> Tensor:
-    """The blocks of so many rows or columns that places, ascending, are all of.
-
-    Args:
-        whole_size: the size that all parts of the weight allow.
-
-    Raises:
-        ValueError: they are not whole blocks.
-    """
-    first = places[::size]
-    whole = (first[:, None] + torch.arange(size)).flatten()
-    if len(places) % size or not torch.equal(whole, places) or bool((first % size).any()):
-        raise ValueError(
-            f"plan: {where}: keeps parts of blocks of {size} channels, which are stored together or share a scale; "
-            f"plan whole ones: moe-ext plan ... --blocks {whole_size}, thin_plan(..., blocks={whole_size})"
-        )
-    return first // size

@@ -35,6 +35,7 @@ from moe_ext.models.counted import CountsPlace, with_counts
 from moe_ext.models.families import FURTHER_LAYERS_FIELDS
 from moe_ext.models.novices import add_novices
 from moe_ext.models.own_counts import configs_of_their_own
+from moe_ext.models.packed_experts import refuse_packed
 from moe_ext.models.replace import replace_tensor
 from moe_ext.models.uneven_counts import counts_by_layer, place_of_counts
 from moe_ext.models.wrapped import unwrapped_to_change
@@ -151,6 +152,7 @@ def prune(
         if plan.channels is not None:
             raise ValueError("novices: go with experts that keep all their channels; this plan thins them")
         for block in blocks:
+            refuse_packed(f"novices: {block.name}", block.experts, "prune")
             if not goes_through_interface(block.experts):
                 raise ValueError(
                     f"novices: {block.name}: {type(block.experts).__name__} are called past transformers' experts "
@@ -183,6 +185,8 @@ def prune_whole(
     thinning = None if plan.channels is None else Thinning.of(model, blocks, plan.channels, list(map(len, plan.keep)))
     fitted: dict[int, Tensor] = {}
     if refit is not None:
+        for block in blocks:
+            refuse_packed(f"refit: {block.name}", block.experts, "refit")
         with closing(refitted_layers(model, blocks, plan, list(refit), progress=progress)) as layers:
             fitted.update(layers)
     counts, fields = [len(keep) for keep in plan.keep], counted_of(model).fields

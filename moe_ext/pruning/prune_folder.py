@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from moe_ext.checkpoints.faults import few
 from moe_ext.checkpoints.meta_model import Skeleton, skeleton_of
@@ -131,7 +132,7 @@ def prune_checkpoint(
     with locked(work, target):
         refit = None if refit is None else list(as_batches(refit))
         text = None if refit is None else text_digest(refit)
-        finished = begin(work, fingerprint(checkpoint, stored, plan, shard_size, dtype, text), shards)
+        finished = begin(work, fingerprint(checkpoint, stored, plan.to_json(), shard_size, dtype, text), shards)
         left = sum(part.size for name, parts in shards.items() if name not in finished for part in parts)
         check_space(work, left + sum(tensor.size for tensor in fitted.values()))
         if refit is not None:
@@ -158,7 +159,7 @@ def prune_checkpoint(
         written = changed_content(
             written, config, skeleton.model.config, dtype=held, architecture=type(skeleton.model).__name__
         )
-        _write_rest(Path(checkpoint), work, skeleton, written, shards)
+        write_rest(Path(checkpoint), work, skeleton.model, written, shards)
         for name, changed in further.items():
             (work / name).write_text(changed, encoding="utf-8")
         (work / PROGRESS).unlink()
@@ -190,15 +191,14 @@ def _changed_quantisation(
     return content, {MODELOPT: json.dumps(declared, indent=4, ensure_ascii=False) + "\n"}
 
 
-def _write_rest(
+def write_rest(
     checkpoint: Path,
     work: Path,
-    skeleton: Skeleton,
+    model: PreTrainedModel,
     content: dict[str, Any],
     shards: dict[str, list[Part]],
 ) -> None:
     """Index, config, and what else the source holds."""
-    model = skeleton.model
     if len(shards) > 1:
         index = {
             "metadata": {

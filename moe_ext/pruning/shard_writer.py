@@ -5,7 +5,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,9 @@ class Selection:
     dim: int
 
 
+Made = Callable[[], Iterator[tuple[str, int, Tensor]]]
+
+
 @dataclass(frozen=True)
 class Part:
     """A tensor to write: slices of one that is stored.
@@ -52,6 +55,8 @@ class Part:
         ranges: bytes of the source tensor, from and to, that are written one after the other.
         selections: what is written instead, if there are any.
         content: what is written instead of all of these, if it is given.
+        made: what computes the tensor instead, and perhaps others beside it: an iterator over names of parts, places in
+            them in bytes, and what is written there. Called once for all parts of a file that have it.
     """
 
     name: str
@@ -61,6 +66,7 @@ class Part:
     ranges: tuple[tuple[int, int], ...]
     selections: tuple[Selection, ...] = ()
     content: bytes | None = None
+    made: Made | None = None
 
     @property
     def size(self) -> int:
@@ -82,7 +88,7 @@ def shards_of(parts: list[Part], shard_size: int) -> dict[str, list[Part]]:
 def write_shard(path: Path, parts: list[Part], bar: Any) -> list[str]:
     """A safetensors file: length and text of the header, then the tensors in its order. Returns the names of those that
     hold a number which is not finite."""
-    strange = []
+    strange: list[str] = []
     # Larger elements first, as safetensors does: then every tensor is aligned to its elements.
     parts = sorted(parts, key=lambda part: -part.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -94,9 +100,19 @@ def write_shard(path: Path, parts: list[Part], bar: Any) -> list[str]:
     text += b" " * (-len(text) % 8)
     with replace_file(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        places = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in (part.name for part in parts)}
+        made = set()
         for part in parts:
-            if not write_part(file, part):
-                strange.append(part.name)
+            if part.made is None:
+                file.seek(places[part.name])
+                if not write_part(file, part):
+                    strange.append(part.name)
+            elif part.made not in made:
+                made.add(part.made)
+                for name, begin, tensor in part.made():
+                    if name in places:  # else it is in another file, whose turn comes
+                        file.seek(places[name] + begin)
+                        file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
             bar.update(part.size)
     return strange
 

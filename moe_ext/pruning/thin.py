@@ -14,6 +14,7 @@ from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.models.blocks import MoeBlock, expert_tensors, text_config
 from moe_ext.models.direct_experts import passed_on
 from moe_ext.models.expert_width import channel_dimension, config_for_width, take_width, width_of
+from moe_ext.models.packed_experts import Packer, WeightFormat, packed_format, unpacked_matrix, weight_names
 from moe_ext.models.replace import replace_tensor
 
 
@@ -51,6 +52,11 @@ class Thinning:
                     f"channels: are of experts with {channels.intermediate_size} channels; {block.name} has "
                     f"{width_of(block)}"
                 )
+            if (form := packed_format(block.experts)) is not None:
+                if form.blocks and width_of(block) % form.group_size:
+                    raise ValueError(f"channels: {block.name}: blocks of scales of gate and up lie across each other")
+                for expert, chosen in enumerate(channels.indices(layer)):
+                    blocks_of(chosen, form.channel_multiple, form.channel_multiple, f"{block.name}, expert {expert}")
             if len(channels.masks[layer]) != count:
                 raise ValueError(f"channels: are of {len(channels.masks[layer])} experts; {block.name} has {count}")
             if passed_on(block.experts):
@@ -78,7 +84,11 @@ def thin_layer(block: MoeBlock, kept: Tensor) -> None:
     """Leaves a layer's experts the channels ``kept`` (E, I'), in place."""
     tensors = expert_tensors(block)
     # All are made before any takes its place: a layer is thinned as a whole or not at all.
-    thinned = {name: thinned_tensor(block, name, old, kept) for name, old in tensors.items()}
+    form = packed_format(block.experts)
+    if form is None:
+        thinned = {name: thinned_tensor(block, name, old, kept) for name, old in tensors.items()}
+    else:
+        thinned = _thinned_packed(block, form, tensors, kept)
     for name, new in thinned.items():
         if new is not tensors[name]:
             replace_tensor(block.experts, name, tensors[name], new)
@@ -102,10 +112,57 @@ def thinned_tensor(block: MoeBlock, name: str, tensor: Tensor, kept: Tensor) -> 
     return torch.stack(slices)
 
 
-def channel_places(block: MoeBlock, name: str, kept: Tensor) -> Tensor:
-    """Where a tensor's dimension of channels holds those: (E, I'), or (E, 2 I') where gate and up stand in one."""
+def _thinned_packed(block: MoeBlock, form: WeightFormat, tensors: dict[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
+    """What is left of quantised experts' tensors: numbers, scales and zeros as they are, those of whole groups."""
+    first, down = weight_names(block.experts)
+    step, width = form.group_size or 1, width_of(block)
+    groups = kept[:, ::step] // step  # of channels, that share a scale
+    places = channel_places(block, first, kept)
+    block_rows = channel_places(block, first, groups, -(-width // step)) if form.blocks else places
+    thinned = {}
+    for name, tensor in tensors.items():
+        if name == down:
+            packer = Packer(form, block.num_experts)
+            for expert, chosen in enumerate(kept):
+                packer.add(unpacked_matrix(block.experts, name, expert).column_slice(form, chosen, width))
+            thinned.update({name + end: made for end, made in packer.done().items()})
+        elif name.startswith(first):
+            rows = block_rows if name.endswith("_scales") else places
+            thinned[name] = torch.stack(
+                [expert.index_select(0, chosen) for expert, chosen in zip(tensor, rows.to(tensor.device), strict=True)]
+            )
+        elif name == f"{down}_bias":
+            thinned[name] = tensor
+    return thinned
+
+
+def blocks_of(places: Tensor, size: int, whole_size: int, where: str) -> Tensor:
+    """The blocks of so many rows or columns that places, ascending, are all of.
+
+    Args:
+        whole_size: the size that all parts of the weight allow.
+
+    Raises:
+        ValueError: they are not whole blocks.
+    """
+    first = places[::size]
+    whole = (first[:, None] + torch.arange(size)).flatten()
+    if len(places) % size or not torch.equal(whole, places) or bool((first % size).any()):
+        raise ValueError(
+            f"plan: {where}: keeps parts of blocks of {size} channels, which are stored together or share a scale; "
+            f"plan whole ones: moe-ext plan ... --blocks {whole_size}, thin_plan(..., blocks={whole_size})"
+        )
+    return first // size
+
+
+def channel_places(block: MoeBlock, name: str, kept: Tensor, width: int | None = None) -> Tensor:
+    """Where a tensor's dimension of channels holds those: (E, I'), or (E, 2 I') where gate and up stand in one.
+
+    Args:
+        width: of the channels that are counted; None: I.
+    """
     if not name.startswith("gate_up"):
         return kept
     if getattr(block.experts, "is_concatenated", True):
-        return torch.cat([kept, kept + width_of(block)], dim=1)
+        return torch.cat([kept, kept + (width_of(block) if width is None else width)], dim=1)
     return torch.stack([2 * kept, 2 * kept + 1], dim=2).flatten(1)  # gate and up rows take turns

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe_ext.checkpoints.stored_tensors import StoredTensor
-from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.pruning.refit_files import FOLDER
 from moe_ext.pruning.shard_writer import Part
 from moe_ext.storage.files import folder_destination, is_at, replace_file
@@ -22,18 +21,11 @@ from moe_ext.version import __version__
 PROGRESS = "moe_ext_progress.json"
 
 
-def fingerprint(
-    checkpoint: str | Path,
-    stored: dict[str, StoredTensor],
-    plan: PruningPlan,
-    shard_size: int,
-    dtype: str,
-    refit: str | None,
-) -> str:
-    """Tells jobs apart: the source's files as they are now, the plan, the form of the result, and the refit's text."""
+def fingerprint(checkpoint: str | Path, stored: dict[str, StoredTensor], *asked: str | int | bool | None) -> str:
+    """Tells jobs apart: the source's files as they are now, and what is asked for."""
     files = {tensor.file for tensor in stored.values()} | {Path(checkpoint) / "config.json"}
     states = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    job = [__version__, str(Path(checkpoint).resolve()), states, plan.to_json(), shard_size, dtype, refit]
+    job = [__version__, str(Path(checkpoint).resolve()), states, *asked]
     return hashlib.sha256(json.dumps(job).encode()).hexdigest()
 
 

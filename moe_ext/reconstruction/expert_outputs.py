@@ -32,7 +32,7 @@ def gram_of(block: MoeBlock, x: Tensor) -> Tensor:
         return torch.triu(gram) + torch.triu(gram, diagonal=1).transpose(1, 2)
     layer = experts_layer(block.experts)
     weights, options = (layer.gate_up, layer.down), layer.options()
-    return ops.expert_gram(x.to(layer.gate_up.dtype), *weights, layer.activation, **options)
+    return ops.expert_gram(layer.taken(x), *weights, layer.activation, **options)
 
 
 def projections_of(block: MoeBlock, x: Tensor, gradient: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def projections_of(block: MoeBlock, x: Tensor, gradient: Tensor) -> Tensor:
         return torch.cat([(_outputs(block, part) @ of_part.unsqueeze(2)).squeeze(2) for part, of_part in parts])
     layer = experts_layer(block.experts)
     weights, options = (layer.gate_up, layer.down), layer.options()
-    return ops.expert_projection(x.to(layer.gate_up.dtype), *weights, gradient, layer.activation, **options)
+    return ops.expert_projection(layer.taken(x), *weights, gradient, layer.activation, **options)
 
 
 def _outputs(block: MoeBlock, x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def compile_decoding(model: PreTrainedModel, length: int, batch_size: int = 1) -
 
     Args:
         model: a patched model in memory; of its families those that transformers decodes with a static cache.
-        length: tokens of prompt and continuation together, at least 2.
+        length: tokens of prompt and continuation together, at least 4.
         batch_size: sequences.
 
     Returns:
@@ -41,13 +41,14 @@ def compile_decoding(model: PreTrainedModel, length: int, batch_size: int = 1) -
     inside = unwrapped(model)
     if not hasattr(inside, "generate"):
         raise TypeError(f"model is a {type(inside).__name__}; expected a transformers model that generates")
-    for name, value, least in (("length", length, 2), ("batch_size", batch_size, 1)):
+    for name, value, least in (("length", length, 4), ("batch_size", batch_size, 1)):
         if type(value) is not int or value < least:
             raise ValueError(f"{name} is {value!r}; expected a whole number of {least} or more")
     config = _compile_config()
     options = {"cache_implementation": "static", "max_cache_len": length, "compile_config": config}
     prompt = torch.ones(batch_size, 1, dtype=torch.int64, device=input_device(inside))
-    inputs = {"inputs": prompt, "attention_mask": torch.ones_like(prompt), "do_sample": False, "num_beams": 1}
+    plain = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+    inputs = {"inputs": prompt, "attention_mask": torch.ones_like(prompt), **plain}
     name = type(inside).__name__
     try:
         with evaluation_mode(inside):

@@ -20,6 +20,14 @@ from transformers.integrations.moe import _default_apply_gate
 from moe_ext import ops
 from moe_ext.models.boundary import eager_forward, is_transposed, num_experts
 from moe_ext.models.direct_experts import direct_experts, passed_on
+from moe_ext.models.packed_experts import (
+    WeightFormat,
+    dequantised,
+    packed_format,
+    packed_shape,
+    unpacked_matrix,
+    weight_names,
+)
 from moe_ext.models.sliced_router import twin_of
 
 ROWS, WIDTH = 64, 16
@@ -243,10 +251,11 @@ class ExpertsLayer:
     """An experts module as the operators take it; tensors are the module's own.
 
     Attributes:
-        gate_up: (E, 2I, H), or as the formula says.
-        down: (E, H, I), or as the formula says.
+        gate_up: (E, 2I, H), or as the formula says; of quantised weights the packed ones.
+        down: (E, H, I), or as the formula says; of quantised weights the packed ones.
         gate_up_bias: (E, 2I) or None.
         down_bias: (E, H) or None.
+        packed: the experts module, if its weights are quantised.
     """
 
     formula: Formula
@@ -254,6 +263,7 @@ class ExpertsLayer:
     down: Tensor
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    packed: nn.Module | None = None
 
     @property
     def activation(self) -> str:
@@ -266,26 +276,38 @@ class ExpertsLayer:
             options["gate_up_bias"] = self.gate_up_bias
         if self.down_bias is not None:
             options["down_bias"] = self.down_bias
+        if self.packed is not None:
+            options.update(_packed_options(self.packed))
         return options
 
+    def taken(self, x: Tensor) -> Tensor:
+        """Inputs in a type that the operators take with these weights: under autocast the two differ; transformers'
+        grouped_mm casts alike."""
+        return x if self.packed is not None else x.to(self.gate_up.dtype)
+
     def rows(self, expert: int) -> Tensor:
-        """An expert's rows of ``gate_up``, (2I, H) or (I, H): a view."""
+        """An expert's rows of ``gate_up``, (2I, H) or (I, H): a view; of quantised weights what they stand for."""
+        if self.packed is not None:
+            return _dequantised(self.packed, weight_names(self.packed)[0], expert)
         return self.gate_up[expert].T if self.formula.transposed else self.gate_up[expert]
 
     def up(self, expert: int) -> Tensor:
-        """An expert's up projection (I, H), or its only one: a view."""
+        """An expert's up projection (I, H), or its only one, as :meth:`rows`."""
         rows = self.rows(expert)
         if not self.formula.gated:
             return rows
         return rows[1::2] if self.formula.interleaved else rows[len(rows) // 2 :]
 
     def outputs(self, expert: int) -> Tensor:
-        """An expert's down projection (H, I): a view."""
+        """An expert's down projection (H, I), as :meth:`rows`."""
+        if self.packed is not None:
+            return _dequantised(self.packed, "down_proj", expert)
         return self.down[expert].T if self.formula.transposed else self.down[expert]
 
     def hidden(self, expert: int, x: Tensor) -> Tensor:
         """h of an expert for x (R, H): (R, I) float32; the products are in the weights' dtype."""
-        products = F.linear(x.to(self.gate_up.dtype), self.rows(expert)).float()
+        rows = self.rows(expert)
+        products = F.linear(x.to(rows.dtype), rows).float()
         if self.gate_up_bias is not None:
             products = products + self.gate_up_bias[expert].float()
         return self.formula.between(products)
@@ -306,4 +328,27 @@ def experts_layer(experts: nn.Module, formula: Formula | None = None) -> Experts
     if getattr(experts, "has_bias", False):
         layer.gate_up_bias = getattr(experts, f"{first}_bias")
         layer.down_bias = experts.down_proj_bias  # type: ignore[assignment]
+    if packed_format(experts) is not None:
+        layer.packed = experts
     return layer
+
+
+def _packed_options(experts: nn.Module) -> ops.LayerOptions:
+    form = cast(WeightFormat, packed_format(experts))
+    first, down = weight_names(experts)
+    options: ops.LayerOptions = {
+        "weight_type": form.type,
+        "group_size": form.group_size,
+        "gate_up_scales": cast(Tensor, getattr(experts, f"{first}_scales")),
+        "down_scales": cast(Tensor, getattr(experts, f"{down}_scales")),
+    }
+    if not form.symmetric:
+        options["gate_up_zeros"] = cast(Tensor, getattr(experts, f"{first}_zeros"))
+        options["down_zeros"] = cast(Tensor, getattr(experts, f"{down}_zeros"))
+    return options
+
+
+def _dequantised(experts: nn.Module, name: str, expert: int) -> Tensor:
+    """An expert's weight (R, C), float32."""
+    form, (_, columns) = cast(WeightFormat, packed_format(experts)), packed_shape(experts, name)
+    return dequantised(unpacked_matrix(experts, name, expert), form, columns)

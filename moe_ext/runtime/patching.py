@@ -39,7 +39,8 @@ from moe_ext.models.config_section import (
     set_section,
     thresholds_in_config,
 )
-from moe_ext.models.direct_experts import block_forward, passed_on, router_class
+from moe_ext.models.direct_experts import block_forward, passed_on, router_code
+from moe_ext.models.packed_experts import IMPLEMENTATION, packed_format
 from moe_ext.models.router_formula import KnownRouter, RouterFormula, known_router
 from moe_ext.models.shared_out import check_shared_out, exchanges_tokens, has_some_experts, own_parts
 from moe_ext.models.wrapped import unwrapped
@@ -47,9 +48,6 @@ from moe_ext.runtime.formulas import FORMULA, experts_layer, find_formula
 from moe_ext.runtime.skipping import share_of_largest, skip_weak
 from moe_ext.runtime.supported import check_experts, check_tensors, reason_unsupported
 from moe_ext.storage.formats import shown
-
-IMPLEMENTATION = "moe_ext"
-
 
 STATE = "_moe_ext"
 """Attribute of a patched model (:class:`_ModelState`), and of its routers and experts (:class:`LayerState`)."""
@@ -80,6 +78,7 @@ class LayerState:
         experts: the experts module.
         observer: called in the place of the ``experts`` operator during calibration.
         exchange: the hook before experts that other processes have, too.
+        router_code: the router's forward, where its class's own returns other things; None: the class's own.
     """
 
     fallback: str
@@ -91,6 +90,7 @@ class LayerState:
     experts: nn.Module
     observer: Any = None
     exchange: RemovableHandle | None = None
+    router_code: Callable[..., Any] | None = None
 
 
 def is_patched(model: PreTrainedModel) -> bool:
@@ -228,6 +228,7 @@ def _patch_blocks(
             scale=scale,
             top_k=block.top_k,
             experts=block.experts,
+            router_code=router_code(block.experts),
         )
         setattr(block.experts, STATE, own)
         setattr(block.router, STATE, own)
@@ -317,7 +318,9 @@ def _unpatch_blocks(model: PreTrainedModel, blocks: list[MoeBlock]) -> PreTraine
         delattr(block.router, STATE)
         delattr(block.experts, STATE)
         vars(block.experts).pop(FORMULA, None)
-    if state.implementation is not None:
+    if any(packed_format(block.experts) is not None for block in blocks):  # which transformers cannot run
+        model.set_experts_implementation(IMPLEMENTATION)
+    elif state.implementation is not None:
         model.set_experts_implementation(state.implementation)
     _restore_config_entry(model, state)
     delattr(model, STATE)
@@ -361,12 +364,20 @@ def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor
         if observer is not None:
             observer.observe(hidden_states, top_k_index, top_k_weights)
         return _stock_forward(self, state, hidden_states, top_k_index, top_k_weights)
-    if ops.gradients_required(hidden_states, top_k_weights, *self.parameters(recurse=False)):
+    # Asked first: collecting the module's parameters takes longer than anything else here.
+    if ops.gradients_possible() and ops.gradients_required(
+        hidden_states, top_k_weights, *self.parameters(recurse=False)
+    ):
+        if packed_format(self) is not None:
+            raise NotImplementedError(
+                "the experts are quantised, and gradients are required, which are not computed through them: run the "
+                "model under torch.no_grad()"
+            )
         return _stock_forward(self, state, hidden_states, top_k_index, top_k_weights)
     if state is None:  # nobody has checked this module
         check_experts("experts", self)
     layer = experts_layer(self)
-    x = hidden_states.to(layer.gate_up.dtype)  # under autocast the two differ; transformers' grouped_mm casts alike
+    x = layer.taken(hidden_states)
     run = ops.experts if observer is None else observer
     out = run(x, layer.gate_up, layer.down, top_k_index, top_k_weights, layer.activation, **layer.options())
     return cast(Tensor, out.to(hidden_states.dtype))
@@ -411,8 +422,8 @@ def _router_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     if thresholds is not None and thresholds.device != hidden_states.device:
         thresholds = state.thresholds = thresholds.to(hidden_states.device)
     if known is None or not known.runs(hidden_states, args, kwargs) or _differentiates(known, self, hidden_states):
-        own = router_class(self, state.experts)
-        output: tuple[Tensor, ...] = own.forward(self, hidden_states, *args, **kwargs)
+        own = state.router_code or type(self).forward
+        output: tuple[Tensor, ...] = own(self, hidden_states, *args, **kwargs)
         if thresholds is None and not isinstance(scale, int):
             return output
         logits, weights, experts, *more = output
@@ -435,7 +446,7 @@ def _router_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
 
 
 def _differentiates(known: KnownRouter, router: nn.Module, hidden_states: Tensor) -> bool:
-    return ops.gradients_required(hidden_states, *known.tensors(router))
+    return ops.gradients_possible() and ops.gradients_required(hidden_states, *known.tensors(router))
 
 
 def _routed(

@@ -9,6 +9,7 @@ from moe_ext.models.blocks import MoeBlock, check_plain, device_of, expert_tenso
 from moe_ext.models.boundary import is_transposed
 from moe_ext.models.direct_experts import passed_on
 from moe_ext.models.dtypes import DTYPES
+from moe_ext.models.packed_experts import packed_format, tensor_names
 from moe_ext.models.quantised_experts import check_not_quantised
 from moe_ext.models.router_formula import known_router
 from moe_ext.runtime.formulas import experts_layer, find_formula
@@ -25,17 +26,15 @@ def check_experts(name: str, experts: nn.Module) -> None:
         raise ValueError(
             f"{name}: {type(experts).__name__} has a norm after each expert, which moe_ext does not support"
         )
-    expected = {"gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"}
-    if getattr(experts, "has_bias", False):
-        expected |= {f"{key}_bias" for key in expected}
-    tensors = tensors_of(experts)
+    expected, tensors = tensor_names(experts), tensors_of(experts)
     if set(tensors) != expected:
         raise ValueError(
             f"{name}: {type(experts).__name__} has parameters {sorted(tensors)}; expected plain {sorted(expected)}"
         )
     for key, tensor in tensors.items():
         check_plain(name, experts, key, tensor)
-    _check_shapes(name, experts, tensors)
+    if packed_format(experts) is None:
+        _check_shapes(name, experts, tensors)
 
 
 def _check_shapes(name: str, experts: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -81,9 +80,9 @@ def reason_unsupported(block: MoeBlock) -> str | None:
         reason = str(error)
         return reason if reason.startswith(block.name) else f"{block.name}: {reason}"
     gate_up = layer.gate_up
-    if gate_up.dtype not in DTYPES.values():
+    if layer.packed is None and gate_up.dtype not in DTYPES.values():
         return f"{block.name}: dtype {gate_up.dtype} is not supported; use float32, bfloat16 or float16"
-    device = device_of(block.experts, next(block.experts.parameters()))
+    device = device_of(block.experts, next(iter(tensors_of(block.experts).values())))
     if device.type == "cuda" and not _C.cuda_archs:
         return (
             f"{block.name} is on {device}, but this build of moe_ext has no CUDA kernels; "
@@ -92,7 +91,8 @@ def reason_unsupported(block: MoeBlock) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"{block.name}: device {device} is not supported; use the CPU"
     for name, parameter in block.experts.named_parameters():
-        if (parameter.dtype, parameter.device) != (gate_up.dtype, gate_up.device):
+        other = parameter.dtype != gate_up.dtype and layer.packed is None
+        if other or parameter.device != gate_up.device:
             return f"{block.name}: {name} has another dtype or device than the first of the weights"
         if not parameter.is_contiguous():
             return f"{block.name}: {name} is not contiguous; replace its data by data.contiguous()"

@@ -123,6 +123,7 @@ def with_our_kernel(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempP
     jobs["prefix"] = job(checkpoints["mixtral, skips"], enable_prefix_caching=True)
     jobs["prefix"]["prompts"] = [PROMPTS[2], [*PROMPTS[2][:48], *PROMPTS[0]]]
     jobs["experts"] = job(checkpoints["mixtral, uneven"], enable_expert_parallel=True)
+    jobs["shared out"] = job(checkpoints["mixtral, skips"], enable_expert_parallel=True, tensor_parallel_size=2)
     jobs["other code"] = job(checkpoints["mixtral, skips"], model_impl="transformers")
     return generated(tmp_path_factory.mktemp("ours"), jobs, TOKENS, {**LIBRARY, "MOE_EXT_VLLM_COUNT": "60"})
 
@@ -188,6 +189,10 @@ def test_the_kernels_are_those_that_were_asked_for(
 
 def test_vllms_backend_of_transformers_code_skips_too(with_our_kernel: dict[str, Any]) -> None:
     assert with_our_kernel["other code"]["tokens"] == with_our_kernel["mixtral, skips"]["tokens"]
+
+
+def test_experts_shared_out_among_ranks_give_the_same_tokens(with_our_kernel: dict[str, Any]) -> None:
+    assert with_our_kernel["shared out"].get("tokens") == with_our_kernel["mixtral, skips"]["tokens"]
 
 
 def test_prompts_in_pieces_give_the_same_tokens(with_our_kernel: dict[str, Any]) -> None:
@@ -271,6 +276,9 @@ alone = Fields(moe_parallel_config=Fields(use_ep=False))
 runner.__dict__.update(skips=True, moe_config=alone, layer_name="model.layers.0.mlp.experts")
 method = Fields(experts_cls=object, is_monolithic=True)
 runner.__dict__.update(_modules={}, _parameters={}, _buffers={}, routed_experts=Fields(quant_method=method))
+ranks = SkippingRunner.__new__(SkippingRunner)
+shared = Fields(moe_parallel_config=Fields(use_ep=True))
+ranks.__dict__.update(moe_config=shared, layer_name="model.layers.0.mlp.experts")
 rows = Checkpoint({0: (0.5,)})
 unequal = Checkpoint({}, unequal=frozenset({"num_experts"}))
 for call in (
@@ -280,6 +288,7 @@ for call in (
     lambda: _look_over(Fields(modules=lambda: [runner]), Checkpoint({0: (0.5,), 1: (0.5,)}), model_config, None),
     lambda: runner._apply_quant_method(),
     lambda: runner._carried_to(type("TrtLlmBf16ExpertsModular", (), {})),
+    lambda: ranks._carried_to(type("CPUUnquantizedExperts", (), {})),
 ):
     try:
         call()
@@ -293,13 +302,14 @@ def test_what_this_processor_cannot_run_is_refused_by_name() -> None:
         [VLLM, "-c", REFUSED], env=environment(LIBRARY), capture_output=True, text=True, check=False
     )
     said = [line for line in result.stdout.splitlines() if line.startswith("said: ")]
-    assert len(said) == 6, result.stderr[-2000:]
+    assert len(said) == 7, result.stderr[-2000:]
     assert "--enable-eplb" in said[0]
     assert "--enable-expert-parallel" in said[1]
     assert "as OtherRunner, which moe_ext_vllm does not know" in said[2]
     assert "thresholds of decoder layers [1]" in said[3]
     assert "routes by itself. Choose another with --moe-backend" in said[4]
     assert "(TrtLlmBf16ExpertsModular). Choose another with --moe-backend" in said[5]
+    assert "Serve without --enable-expert-parallel, or with moe_ext's kernel" in said[6]
 
 
 def test_a_graph_compiled_without_skipping_is_not_used_with_it(

@@ -42,6 +42,12 @@ JOBS = {
         ("out/pruned",),
         once=True,
     ),
+    "quantize": Job(
+        "quantize in/model --experts int8 --shard-size 2e-5 --out out/quantised",
+        ("out/quantised",),
+        once=True,
+        faults=12,
+    ),
     "compress": Job(
         f"compress {_READING} --method experts --keep 3 --out out/small", ("out/small",), once=True, faults=12
     ),

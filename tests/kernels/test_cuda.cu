@@ -920,19 +920,55 @@ void check_quantised_layer(const LayerCase& c, const Kind& kind) {
 
 }  // namespace
 
+TEST("quantised weights take the small batches' kernel and tiles of mma.sync, interleaved or not, and say so") {
+  for (const Kind& kind : kKinds) {
+    const auto layer = [&](int64_t tokens, const moe_ext::Formula& formula) {
+      moe_ext::ExpertsParams p = shaped(tokens, 2880, 2880, 32, 4);
+      p.format = kind.format, p.formula = formula;
+      return p;
+    };
+    for (const Device& device : {kA100, kH100Wgmma, kRtx4090}) {
+      for (const int64_t tokens : {1, 8, 16}) {
+        const moe_ext::ExpertsParams p = layer(tokens, interleaved_and_limited());
+        CHECK(moe_ext::cuda::choose(p, device, "").way == Choice::Way::kSmallBatch, tokens, " tokens");
+        const int64_t staged = moe_ext::cuda::small_batch_staged_bytes(p, device);
+        CHECK(staged >= moe_ext::cuda::small_batch_staged_minimum(kind.format.type), staged);
+        const int64_t dynamic =
+            moe_ext::cuda::small_batch_shared_bytes(tokens, tokens * 4, 32, kind.format.type) + staged;
+        CHECK(2 * ((dynamic + 16 + 127) / 128 * 128 + 1024) <= device.shared_per_multiprocessor, dynamic, " bytes");
+      }
+      const Choice choice = moe_ext::cuda::choose(layer(4096, {}), device, "");
+      CHECK(choice.way == Choice::Way::kGrouped && choice.gate_up_shape == moe_ext::cuda::kFlat, "4096 tokens");
+      CHECK(moe_ext::cuda::choose(layer(20, without_gate()), device, "").way == Choice::Way::kGrouped, "no gate");
+    }
+    const std::string text = moe_ext::cuda::describe(layer(4096, {}), kH100Wgmma, "");
+    CHECK(text.find(moe_ext::cuda::weights_named(kind.format.type) + ", gate_up mma.sync") == 0, text);
+    CHECK(text.find("no wgmma: its kernels take no quantised weights") != text.npos, text);
+    for (const char* forced : {"tall", "hopper"}) {
+      bool refused = false;
+      try {
+        moe_ext::cuda::choose(layer(4096, {}), kH100Wgmma, forced);
+      } catch (const std::exception&) {
+        refused = true;
+      }
+      CHECK(refused, forced);
+    }
+  }
+}
+
 TEST("quantised weights of every format give what float64 gives on their values, by every kernel") {
   require_gpu();
   for (const Kind& kind : kKinds) {
-    for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
-      check_quantised_layer({5, 136, 72, dtype, {}, false}, kind);    // parts of a line, of a group and of a tile
-      check_quantised_layer({70, 264, 152, dtype, {}, false}, kind);  // two tiles of an expert
-      check_quantised_layer({12, 72, 200, dtype, interleaved_and_limited(), true}, kind);  // more than 8 of an expert
-      check_quantised_layer({9, 200, 136, dtype, without_gate(), true}, kind);
-    }
-    check_quantised_layer({3, 1160, 24, DType::kBFloat16, {}, false}, kind);  // rounds of k, and of scales
-    check_quantised_layer({2, 40, 2120, DType::kFloat16, {}, false}, kind);   // and parts of down's k
+    const DType one = kind.zeros ? DType::kFloat16 : DType::kBFloat16;
+    const DType other = kind.zeros ? DType::kBFloat16 : DType::kFloat16;
+    check_quantised_layer({5, 136, 72, other, {}, false}, kind);  // parts of a line, of a group and of a tile
+    check_quantised_layer({66, 72, 136, one, {}, false}, kind);   // two tiles of an expert
+    check_quantised_layer({12, 72, 200, one, interleaved_and_limited(), true}, kind);  // more than 8 of an expert
+    check_quantised_layer({9, 200, 40, other, without_gate(), true}, kind);
+    check_quantised_layer({3, 1160, 8, DType::kBFloat16, {}, false}, kind);  // rounds of k, and of scales
+    check_quantised_layer({2, 8, 2120, DType::kFloat16, {}, false}, kind);   // and parts of down's k
     check_quantised_layer({5, 37, 21, DType::kBFloat16, interleaved_and_limited(), true}, kind);
-    check_quantised_layer({19, 133, 67, DType::kFloat32, {}, false}, kind);
+    check_quantised_layer({19, 133, 37, DType::kFloat32, {}, false}, kind);
     check_quantised_layer({3, 9, 5, DType::kFloat16, without_gate(), true}, kind);
   }
 }

@@ -1,5 +1,6 @@
 """Families whose stacked experts are called past transformers' experts interface."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -200,11 +201,20 @@ def test_what_does_not_go_with_such_experts_is_refused_with_the_reason(name: str
     assert all(block.num_experts == 8 for block in moe_blocks(model))
 
 
+def test_patched_it_is_traced_whole_and_goes_through_pickle() -> None:
+    model = moe_ext.patch(direct_families.build("longcat_flash"))
+    expected = logits_of(model)
+    assert torch.equal(logits_of(pickle.loads(pickle.dumps(model))), expected)
+    block, x = moe_blocks(model)[0].module, torch.randn(2, 5, 32)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(block, backend="eager", fullgraph=True)(x), block(x))
+
+
 def test_its_routers_are_told_by_numbers() -> None:
     shown = {name: shown_router(moe_blocks(direct_families.build(name))[0]) for name in NAMES}
     assert shown["llama4"] == "the route operator: sigmoid scores"
     assert shown["step3p7"] == "the route operator: sigmoid scores, a correction bias, renormalised"
-    assert shown["longcat_flash"].startswith("its own code")
+    assert shown["longcat_flash"] == "the route operator: softmax scores, a correction bias, scaled by 6"
 
 
 def test_of_a_model_with_images_the_part_for_text_is_calibrated_and_pruned(tmp_path: Path) -> None:

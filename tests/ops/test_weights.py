@@ -20,7 +20,6 @@ from tests.support.operators import FORMULAS, RUNNABLE_VARIANTS, gram_of
 from tests.support.quantised_layers import FORMATS, QuantisedCase, quantised_case, random_values
 from tests.support.reference import (
     ACTIVATIONS,
-    DEVICES,
     DTYPES,
     assert_channels_within,
     assert_moments_within,
@@ -320,15 +319,6 @@ def test_options_of_another_type_are_refused() -> None:
         ops.pack_weights(torch.zeros(1, 2, 3, dtype=torch.int8), "int8\0")
 
 
-@pytest.mark.skipif("cuda" not in DEVICES, reason="no CUDA device")
-def test_quantised_weights_on_cuda_are_refused() -> None:
-    case = quantised_case(FORMATS["int8"], 5, 4, 2, 16, 40).packed.to("cuda")
-    with pytest.raises(RuntimeError, match="experts: 'weight_type' is given; there are no CUDA kernels for quantised"):
-        ops.experts(*case.arguments(), **case.options)
-    with pytest.raises(NotImplementedError, match="pack_weights: 'values' is on cuda:0; there is no kernel for it"):
-        ops.pack_weights(case.x.to(torch.int8)[None], "int8")
-
-
 # ---- torch
 
 
@@ -376,3 +366,10 @@ def test_pruned_packed_weights_are_those_of_the_experts_left() -> None:
     }
     pruned = replace(case, gate_up=case.gate_up[kept], down=case.down[kept], experts=case.experts // 2)
     assert torch.equal(ops.experts(*pruned.arguments(), **options), ops.experts(*case.arguments(), **case.options))
+
+
+def test_a_scale_that_requires_gradients_is_refused() -> None:
+    case = quantised_case(FORMATS["int8"], 5, 4, 2, 16, 24).packed
+    case.options["down_scales"].requires_grad_()
+    with pytest.raises(NotImplementedError, match="experts: an input requires gradients"):
+        ops.experts(*case.arguments(), **case.options)

@@ -204,7 +204,7 @@ def test_tokenizer_files_go_along_and_the_model_card_does_not(
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize(
     ("function", "calls"),
-    [("write_shard", 0), ("write_part", 5), ("write_part", 30), ("_write_rest", 0), ("flush_to_disk", 3)],
+    [("write_shard", 0), ("write_part", 5), ("write_part", 30), ("write_rest", 0), ("flush_to_disk", 3)],
 )
 def test_a_killed_run_leaves_no_result_and_the_next_one_finishes_it(
     function: str, calls: int, mixtral: tuple[Path, PruningPlan], tmp_path: Path

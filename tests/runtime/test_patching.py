@@ -308,24 +308,6 @@ def test_a_patched_model_compiles_whole(tiny_mixtral: MixtralFactory, skip: torc
         torch.testing.assert_close(compiled(tokens, use_cache=False).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_compiled_model_generates_the_eager_models_tokens_with_a_static_cache(tiny_mixtral: MixtralFactory) -> None:
-    model = moe_ext.patch(tiny_mixtral(), skip=THRESHOLDS)
-    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
-    expected = model.generate(random_tokens(1, 5), **options)
-    # Decoding, as transformers does on a GPU by itself; a graph break is an error.
-    forward, calls = torch.compile(model.forward, fullgraph=True, backend="aot_eager", dynamic=False), 0
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        return forward(*args, **kwargs)
-
-    model.get_compiled_call = lambda config: counted
-    model._valid_auto_compile_criteria = lambda *args, **kwargs: True
-    assert torch.equal(model.generate(random_tokens(1, 5), **options), expected)
-    assert calls == 5
-
-
 # ---- what cannot be patched
 
 

@@ -1,7 +1,8 @@
 """Checkpoint folders whose experts are quantised, by the formats' own libraries where these can be had.
 
 AutoAWQ, GPTQ and ModelOpt need a GPU or are not maintained: their layouts are written here from their sources, number
-by number. AutoAWQ 0.2.9, awq/modules/linear/gemm.py (``WQLinear_GEMM.from_linear``); AutoGPTQ 0.7.1,
+by number, and tests/checkpoints/test_writers.py compares where they are installed. AutoAWQ 0.2.9,
+awq/modules/linear/gemm.py (``WQLinear_GEMM.from_linear``); AutoGPTQ 0.7.1,
 auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py (``pack``), which stores zeros less one; ModelOpt's
 ``NVFP4QTensor.quantize`` with ``weight_scale_2`` = largest magnitude / (6 * 448), the inverse of compressed-tensors'
 global scale, and the same numbers in the same order.

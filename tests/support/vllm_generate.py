@@ -8,7 +8,9 @@ JOBS: name to {"checkpoint": folder, "prompts": [[token, ...], ...], "settings":
 for a checkpoint that vLLM does not load.
 """
 
+import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,8 @@ def generated(
 
 
 def main() -> None:
+    if os.environ.get("MOE_EXT_TEST_EMULATED"):
+        importlib.import_module("vllm_emulated").install()  # beside this script
     jobs, results, tokens = sys.argv[1:]
     done = {name: generated(**job, tokens=int(tokens)) for name, job in json.loads(Path(jobs).read_text()).items()}
     Path(results).write_text(json.dumps(done))

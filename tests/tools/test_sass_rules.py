@@ -329,7 +329,7 @@ def test_comparisons_of_ranges_are_those_of_all_their_numbers(name: str) -> None
 
 
 def test_the_kernels_that_have_to_wait_are_those_of_the_sources() -> None:
-    kernels = {name for path in (ROOT / "csrc" / "cuda").glob("*.cu") for name in KERNEL.findall(path.read_text())}
+    kernels = {name for path in (ROOT / "csrc" / "cuda").rglob("*.cu*") for name in KERNEL.findall(path.read_text())}
     assert "hopper_gemm_kernel" in kernels_launched_next()
     assert kernels_launched_next() <= kernels
     assert "90a" in default_archs()

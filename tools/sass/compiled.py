@@ -87,8 +87,10 @@ def branch_tables(cubin: Path) -> dict[str, dict[int, list[int]]]:
 def short_name(mangled: str) -> str:
     """Name with template arguments, without namespaces, enumeration casts and parameters."""
     name = output_of("c++filt", mangled).strip()
-    name = re.sub(r"\(anonymous namespace\)::|moe_ext::cuda::|moe_ext::", "", name)
+    name = re.sub(r"\(anonymous namespace\)::|moe_ext::cuda::small_batch::|moe_ext::cuda::|moe_ext::", "", name)
     name = name.replace("(Product)0", "gate_up").replace("(Product)1", "down")
+    for number, weights in enumerate(("plain", "int8", "int4", "fp8", "mxfp4")):
+        name = name.replace(f"(WeightType){number}", weights)
     return re.sub(r"^void |\([^()]*\)$", "", name)
 
 

@@ -7,7 +7,9 @@ SASS, prints a table of registers and shared memory, and exits with 1 where a ru
 
 - no kernel of HOT spills a register or has a stack frame;
 - the main loop of grouped_gemm_kernel holds HMMA, LDSM and LDGSTS.128 and touches no local memory;
-- the main loop of small_batch_kernel holds HMMA and eight loads of 128 bits, and no narrower global load;
+- that of packed_gemm_kernel holds HMMA, LDS.128 and LDGSTS.128 and touches no local memory;
+- the main loop of small_batch_kernel holds HMMA and eight loads of 128 bits, and no narrower global load but those of
+  scales and zero points of quantised weights;
 - from sm_90 on, a kernel that launch_next() launches touches no global memory before its wait for the kernel before it,
   and does not end without it; small_batch_kernel alone may read first (`experts`, an input of the call);
 - in hopper_gemm_kernel, which is empty but for sm_90a, wgmma's accumulators and the copies into its operands are fenced
@@ -35,6 +37,7 @@ from tools.sass.rules import WAIT, accumulator_faults, copy_faults, fence_faults
 HOT = (
     "hopper_gemm_kernel",
     "grouped_gemm_kernel",
+    "packed_gemm_kernel",
     "small_batch_kernel",
     "combine_kernel",
     "route_kernel",
@@ -51,13 +54,14 @@ def faults_of(kernel: Kernel) -> list[str]:
     if kernel.name.startswith(HOT) and (kernel.spill_bytes or kernel.stack_bytes):
         faults.append(f"{kernel.spill_bytes} bytes of spills, {kernel.stack_bytes} bytes of stack")
     loop = kernel.main_loop()
-    if kernel.name.startswith("grouped_gemm_kernel"):
-        needed = ("HMMA", "LDSM", r"LDGSTS\.\S*\.128\b")
+    if kernel.name.startswith(("grouped_gemm_kernel", "packed_gemm_kernel")):
+        reads = "LDSM" if kernel.name.startswith("grouped") else r"LDS\.\S*128\b"
+        needed = ("HMMA", reads, r"LDGSTS\.\S*\.128\b")
         faults += [f"no {name} in the main loop" for name in needed if not count(loop, name)]
         faults += [f"{name} (local memory)" for name in ("LDL", "STL") if count(loop, name)]
     if kernel.name.startswith("small_batch_kernel"):
         wide, loads = count(loop, r"LDG\.\S*\.128\b"), count(loop, r"LDG\.")
-        if wide < 8 or wide != loads:
+        if wide < 8 or (wide != loads and "PackedWeights" not in kernel.name):
             faults.append(f"{wide} of {loads} loads in the main loop are 128 bits wide")
     if kernel.name.startswith("hopper_gemm_kernel") and not loop:
         faults.append("no HGMMA of 192 columns in a loop")
@@ -87,7 +91,7 @@ def order_faults(kernel: Kernel) -> list[str]:
 @functools.cache
 def kernels_launched_next() -> frozenset[str]:
     """The kernels that overlap with the one before them on the stream (csrc/cuda/next_kernel.cuh)."""
-    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").rglob("*.cu*"))
     return frozenset(re.findall(r"\blaunch_next<(\w+)", sources))
 
 
@@ -130,7 +134,9 @@ def main() -> None:
     print(table(list(rows.values())))
 
     faults = [f"sm_{k.arch} {k.name}: {fault}" for k in kernels for fault in faults_of(k)]
-    multiplying = [k for k in kernels if k.name.startswith(("grouped_gemm_kernel", "small_batch_kernel"))]
+    multiplying = [
+        k for k in kernels if k.name.startswith(("grouped_gemm_kernel", "packed_gemm_kernel", "small_batch_kernel"))
+    ]
     print("\nmain loops:")
     for kernel in multiplying:
         loop = kernel.main_loop()

@@ -10,6 +10,9 @@
 #include "cpu/vector/product_inl.h"
 #include "cpu/vector/tile_inl.h"
 #include "cpu/vector/unpack_inl.h"
+#if !defined(MOE_EXT_ISA_AVX512)
+#include "cpu/vector/byte_weights_inl.h"
+#endif
 #if defined(MOE_EXT_ISA_AVX2)
 #include "cpu/vector/unpack_avx2_inl.h"
 #endif
@@ -85,6 +88,9 @@ struct QuantisedBlock {
   void run() const {
     if (p.row_count > kTileRows) {
       many_rows();
+#if !defined(MOE_EXT_ISA_AVX512)
+    } else if (multiply_few_rows_of_bytes<kUnpackedColumns>(p)) {  // as they lie
+#endif
     } else {
       Block<A, float>::template with_height<kTileRows>(
           p.row_count, [&](auto height) { this->template few_rows<decltype(height)::value>(); });

@@ -101,29 +101,44 @@ __device__ __forceinline__ uint32_t int8_pair(uint32_t bytes) {
   }
 }
 
-// The same of e4m3, as e2m1_pair(). Its two NaNs come out as +-480: packing refuses them.
+// What e4m3_pair() multiplies by: NaN if one of the eight bytes is (0x7f and 0xff), and then so are all of them, of the
+// same row: their sum is.
+template <typename T>
+__device__ __forceinline__ uint32_t e4m3_factor(uint32_t bytes, uint32_t more) {
+  constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
+  const uint32_t carries = (((bytes & 0x7f7f7f7fu) + 0x01010101u) | ((more & 0x7f7f7f7fu) + 0x01010101u)) & 0x80808080u;
+  return carries != 0 ? 0x7fff7fffu : kBFloat16 ? 0x7b807b80u : 0x5c005c00u;  // 2^120, 2^8
+}
+
+// The same of e4m3, as e2m1_pair().
 template <typename T, int kFirst>
-__device__ __forceinline__ uint32_t e4m3_pair(uint32_t bytes) {
+__device__ __forceinline__ uint32_t e4m3_pair(uint32_t bytes, uint32_t factor) {
   constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
   const uint32_t pair = __byte_perm(bytes, 0, kFirst == 0 ? 0x1404 : 0x3424);  // in the upper bytes
   const uint32_t magnitude = kBFloat16 ? pair >> 4 & 0x07f007f0u : pair >> 1 & 0x3f803f80u;
-  return multiply_pairs<T>((pair & 0x80008000u) | magnitude, kBFloat16 ? 0x7b807b80u : 0x5c005c00u);  // 2^120, 2^8
+  return multiply_pairs<T>((pair & 0x80008000u) | magnitude, factor);
 }
 
 // The lane's four pairs of a step of its 16 bytes. `zero`: of int4, as zero_pair() gives it.
 template <WeightType kType, typename T>
 __device__ __forceinline__ void values_of(const uint4& line, int step, [[maybe_unused]] uint32_t zero,
                                           uint32_t (&pairs)[4]) {
-  const uint32_t words[4] = {line.x, line.y, line.z, line.w};
+  if constexpr (has_four_bits(kType)) {
+    const uint32_t words[4] = {line.x, line.y, line.z, line.w};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (kType == WeightType::kInt4) pairs[i] = int4_pair<T>(words[i] >> 4 * step, zero);
-    if constexpr (kType == WeightType::kMxfp4) pairs[i] = e2m1_pair<T>(words[i] << (12 - 4 * step));
-    if constexpr (!has_four_bits(kType)) {
-      const uint32_t bytes = words[2 * step + i / 2];
-      constexpr bool kInt8 = kType == WeightType::kInt8;
-      if (i % 2 == 0) pairs[i] = kInt8 ? int8_pair<T, 0>(bytes) : e4m3_pair<T, 0>(bytes);
-      if (i % 2 == 1) pairs[i] = kInt8 ? int8_pair<T, 2>(bytes) : e4m3_pair<T, 2>(bytes);
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kType == WeightType::kInt4) pairs[i] = int4_pair<T>(words[i] >> 4 * step, zero);
+      if constexpr (kType == WeightType::kMxfp4) pairs[i] = e2m1_pair<T>(words[i] << (12 - 4 * step));
+    }
+  } else {
+    const uint32_t first = step == 0 ? line.x : line.z, second = step == 0 ? line.y : line.w;
+    if constexpr (kType == WeightType::kInt8) {
+      pairs[0] = int8_pair<T, 0>(first), pairs[1] = int8_pair<T, 2>(first);
+      pairs[2] = int8_pair<T, 0>(second), pairs[3] = int8_pair<T, 2>(second);
+    } else {
+      const uint32_t factor = e4m3_factor<T>(first, second);
+      pairs[0] = e4m3_pair<T, 0>(first, factor), pairs[1] = e4m3_pair<T, 2>(first, factor);
+      pairs[2] = e4m3_pair<T, 0>(second, factor), pairs[3] = e4m3_pair<T, 2>(second, factor);
     }
   }
 }

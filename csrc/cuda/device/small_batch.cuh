@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) 
           if (k_all == 0) ptx::copy_async_wait<0>();  // weights are on their way while the activations arrive
           if (k_all == 0 || meet) __syncthreads();
           if (k >= here) break;
-          weights.multiply(acc, staged, row_bytes, tokens, k);
+          weights.multiply(acc, staged, row_bytes, tokens, k, k_begin);
         }
         weights.advance(here);
       }
@@ -370,7 +370,6 @@ __global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) 
 template <typename Weights, int kTokenTiles, bool kEnergies>
 void launch(const SmallBatchParams& p, cudaStream_t stream) {
   constexpr bool kGateUp = Weights::kProduct == Product::kGateUp;
-  constexpr auto kKernel = small_batch_kernel<Weights, kTokenTiles, kEnergies>;
   const ExpertsParams& e = p.experts;
   const int64_t slots = e.tokens * e.top_k;
   const int64_t groups =
@@ -378,13 +377,14 @@ void launch(const SmallBatchParams& p, cudaStream_t stream) {
   const int64_t units = std::max<int64_t>(1, std::min(slots, e.num_experts) * groups * (kGateUp ? 1 : p.splits));
   const int bytes = static_cast<int>(sums_bytes(kTokenTiles) + lists_bytes(slots, e.num_experts) +
                                      Weights::kSharedBytes + p.staged_bytes);
-  allow_shared(kKernel, static_cast<int>(p.shared_limit));
+  allow_shared(small_batch_kernel<Weights, kTokenTiles, kEnergies>, static_cast<int>(p.shared_limit));
   const unsigned blocks = grid_size(std::min(units, p.blocks));
   if constexpr (kGateUp) {
-    kKernel<<<blocks, kThreads, bytes, stream>>>(p);
+    small_batch_kernel<Weights, kTokenTiles, kEnergies><<<blocks, kThreads, bytes, stream>>>(p);
     check_launch("small_batch_kernel");
   } else {
-    launch_next<kKernel>("small_batch_kernel", blocks, kThreads, bytes, stream, p);
+    launch_next<small_batch_kernel<Weights, kTokenTiles, kEnergies>>("small_batch_kernel", blocks, kThreads, bytes,
+                                                                     stream, p);
   }
 }
 

@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from torch import Tensor
 from vllm.logger import init_logger
@@ -60,7 +61,7 @@ class MoeExtExperts(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:
-        return not moe_parallel_config.use_ep  # the operator knows no map of experts to ranks
+        return not moe_parallel_config.use_all2all_kernels  # whose tokens come in other forms
 
     @staticmethod
     def _supports_batch_invariance() -> bool:
@@ -108,16 +109,28 @@ class MoeExtExperts(mk.FusedMoEExpertsModular):
         apply_router_weight_on_input: bool,
     ) -> None:
         """Writes (T, H), weighted and summed, into ``output``."""
-        if expert_map is not None:
-            raise ValueError("moe_ext's kernel has no expert parallelism; run vLLM's with MOE_EXT_VLLM_LIBRARY=''")
         weights = topk_weights.to(torch.float32)
         if apply_router_weight_on_input:  # of one expert a token, already multiplied in
             weights = torch.ones_like(weights)
         ids = topk_ids if topk_ids.dtype in (torch.int32, torch.int64) else topk_ids.to(torch.int64)
+        if expert_map is not None:
+            ids = _of_this_rank(ids, expert_map, len(w1))
         name, options = _ACTIVATIONS[activation.value]
         # On other ranks than the first vLLM has loaded zeros for the biases of w2.
         biases = {"gate_up_bias": self.w1_bias, "down_bias": self.w2_bias}
         output.copy_(torch.ops.moe_ext.experts(hidden_states, w1, w2, ids, weights, name, **options, **biases))
+
+
+def _of_this_rank(ids: Tensor, expert_map: Tensor, held: int) -> Tensor:
+    """Experts (T, K) by the rank's own numbers; ``held`` in slots of other ranks' experts, and in skipped ones.
+
+    Args:
+        ids: (T, K) by the model's numbers; past the last of them where a slot is skipped.
+        expert_map: (E,) the rank's number of every expert, or -1.
+        held: experts that the rank has.
+    """
+    own = F.pad(expert_map, (0, 1), value=-1)[ids.long()]
+    return own.masked_fill(own < 0, held)
 
 
 class MoeExtMethod(UnquantizedFusedMoEMethod):

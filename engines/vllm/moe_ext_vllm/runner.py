@@ -102,6 +102,11 @@ class SkippingRunner(MoERunner):
         if experts is MoeExtExperts:
             return Carried.PAST_THE_LAST
         parallel = self.moe_config.moe_parallel_config
+        if parallel.use_ep and any(cls.__name__ == "CPUUnquantizedExperts" for cls in experts.__mro__):
+            raise ValueError(
+                f"{self.layer_name}: vLLM's kernel for CPUs ({experts.__name__}) takes every expert for one of its own "
+                "rank. Serve without --enable-expert-parallel, or with moe_ext's kernel."
+            )
         for cls in experts.__mro__:
             if cls.__name__ in TAKE_MINUS_ONE and not parallel.use_ep:  # a map of experts to ranks has no place -1
                 return Carried.MINUS_ONE
