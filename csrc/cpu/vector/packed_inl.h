@@ -4,10 +4,12 @@
 //
 //   few_rows    up to a tile of activation rows: bound by reading. A few weight rows from end to end, unpacked in
 //               registers, while those that come later are fetched.
+//   some_rows   a few tiles of them: chunk by chunk, unpacked in registers again for every tile, which costs less there
+//               than to store and load the weights.
 //   many_rows   chunk by chunk. The block's weights are unpacked into memory of the thread's own, where they stay in L2
 //               for all tiles of activation rows.
 //
-// Both have the same bits.
+// All have the same bits.
 #pragma once
 
 #include "cpu/vector/loops.h"
@@ -54,6 +56,11 @@ template <typename A>
 template <typename A, typename P>
 struct PackedBlock {
   static constexpr int64_t kChunk = kChunkBytes / static_cast<int64_t>(sizeof(A));
+  // Up to which some_rows is faster than many_rows: measured on Zen 4, whose instructions that unpack int8 run beside
+  // those that multiply, while those of fp8 do not.
+  static constexpr int64_t kSomeRows = kTileRows * (P::kType == WeightType::kInt8     ? 4
+                                                    : P::kType == WeightType::kFloat8 ? 1
+                                                                                      : 2);
 
   const Product& p;
 
@@ -102,10 +109,10 @@ struct PackedBlock {
     }
   }
 
-  // y of all, M, activation rows and weight rows [n, n + N), over the chunk at `first`. N rows from `later` on are
-  // fetched where weights are unpacked in registers.
+  // y of activation rows [row, row + M) and weight rows [n, n + N), over the chunk at `first`. N rows from `later` on
+  // are fetched where weights are unpacked in registers.
   template <int M, int N>
-  [[gnu::noinline]] void tile(int64_t n, int64_t first, const Later& later) const {
+  [[gnu::noinline]] void tile(int64_t row, int64_t n, int64_t first, const Later& later) const {
     if constexpr (N == kTileColumns) {
       TileScales<N> scales;
       QuantisedRow rows[N];
@@ -113,15 +120,15 @@ struct PackedBlock {
       const bool fetching = later.row.bytes != nullptr;
       const char* later_scales = fetching ? scales.template place<P>(*p.quantised, later.row, later.first) : nullptr;
       if (scales.template find<P>(*p.quantised, rows, first, chunk_at(first), later_scales)) {
-        packed_tile<M, N, P>(static_cast<const A*>(p.rows) + first, p.k, chunk_of(rows[0], first),
-                             p.quantised->row_bytes, chunk_at(first), scales, first > 0, p.y + n,
+        packed_tile<M, N, P>(static_cast<const A*>(p.rows) + row * p.k + first, p.k, chunk_of(rows[0], first),
+                             p.quantised->row_bytes, chunk_at(first), scales, first > 0, p.y + row * kBlockColumns + n,
                              fetching ? chunk_of(later.row, later.first) : nullptr);
         return;
       }
     }
     A* unpacked = static_cast<A*>(p.unpacked);
     for (int i = 0; i < N; ++i) unpack_row(n + i, first, unpacked + i * kUnpackedRow<A>);
-    unpacked_tile<M, N>(p, 0, n, first, chunk_at(first), unpacked);
+    unpacked_tile<M, N>(p, row, n, first, chunk_at(first), unpacked);
   }
 
   // ---- orders of tiles
@@ -133,26 +140,43 @@ struct PackedBlock {
     block().template for_each_columns<kTileColumns>([&](int64_t n, auto width) {
       const QuantisedRow later = this->row_ahead(n, ahead);
       for (int64_t first = 0; first < p.k; first += kChunk) {
-        this->template tile<M, decltype(width)::value>(n, first, {later, first});
+        this->template tile<M, decltype(width)::value>(0, n, first, {later, first});
       }
     });
   }
 
+  // Calls f(row, height, n, width, t, count) for the tiles of activation rows, tile t of `count` of nearly equal
+  // heights, by tiles of columns.
+  template <typename F>
+  void for_each_tile(const F& f) const {
+    const int64_t count = (p.row_count + kTileRows - 1) / kTileRows;
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t row = p.row_count * t / count, end = p.row_count * (t + 1) / count;
+      Block<A, A>::template with_height<kTileRows>(end - row, [&](auto height) {
+        this->block().template for_each_columns<kTileColumns>(
+            [&](int64_t n, auto width) { f(row, height, n, width, t, count); });
+      });
+    }
+  }
+
+  void some_rows() const {
+    for (int64_t first = 0; first < p.k; first += kChunk) {
+      for_each_tile([&](int64_t row, auto height, int64_t n, auto width, int64_t t, int64_t) {
+        const Later later = t == 0 ? this->chunk_ahead(n, first) : Later{};
+        this->template tile<decltype(height)::value, decltype(width)::value>(row, n, first, later);
+      });
+    }
+  }
+
   void many_rows() const {
     A* unpacked = static_cast<A*>(p.unpacked);
-    const int64_t count = (p.row_count + kTileRows - 1) / kTileRows;  // tiles of rows, of nearly equal heights
     for (int64_t first = 0; first < p.k; first += kChunk) {
       for (int64_t n = 0; n < p.columns; ++n) unpack_row(n, first, unpacked + n * kUnpackedRow<A>);
-      for (int64_t t = 0; t < count; ++t) {
-        const int64_t row = p.row_count * t / count, end = p.row_count * (t + 1) / count;
-        Block<A, A>::template with_height<kTileRows>(end - row, [&](auto height) {
-          this->block().template for_each_columns<kTileColumns>([&](int64_t n, auto width) {
-            constexpr int kHeight = decltype(height)::value, kWidth = decltype(width)::value;
-            this->fetch(this->chunk_ahead(n, first), kWidth, t, count);
-            unpacked_tile<kHeight, kWidth>(p, row, n, first, this->chunk_at(first), unpacked + n * kUnpackedRow<A>);
-          });
-        });
-      }
+      for_each_tile([&](int64_t row, auto height, int64_t n, auto width, int64_t t, int64_t count) {
+        constexpr int kHeight = decltype(height)::value, kWidth = decltype(width)::value;
+        this->fetch(this->chunk_ahead(n, first), kWidth, t, count);
+        unpacked_tile<kHeight, kWidth>(p, row, n, first, this->chunk_at(first), unpacked + n * kUnpackedRow<A>);
+      });
     }
   }
 
@@ -169,8 +193,10 @@ struct PackedBlock {
   }
 
   void run() const {
-    if (p.row_count > kTileRows) {
+    if (p.row_count > kSomeRows) {
       many_rows();
+    } else if (p.row_count > kTileRows) {
+      some_rows();
     } else {
       Block<A, A>::template with_height<kTileRows>(
           p.row_count, [&](auto height) { this->template few_rows<decltype(height)::value>(); });
