@@ -9,10 +9,26 @@ import os
 import torch
 
 from moe_ext import ops
+from tests.support.quantised_layers import FORMATS, quantised_case
 from tests.support.reference import DTYPES, GROUPED, experts_case
 
 KERNELS = ["small_batch", *GROUPED, "plain"]
+PACKED_KERNELS = ["small_batch", "flat", "narrow", "plain"]
 SHAPES = [(1, 8, 2, 264, 128), (13, 6, 3, 128, 328), (150, 5, 2, 136, 72), (2500, 3, 2, 16, 24)]  # T, E, K, H, I
+
+
+def quantised_results() -> list[torch.Tensor]:
+    """Of a layer in every format of weights, by every way that takes it; down's k is in parts."""
+    results = []
+    for form in FORMATS.values():
+        case = quantised_case(form, 13, 4, 2, 72, 1160, dtype=torch.bfloat16, sentinels=0.3).packed.to("cuda")
+        for kernels in PACKED_KERNELS:
+            os.environ["MOE_EXT_CUDA_KERNELS"] = kernels
+            moments = torch.zeros(4, 3, 3, dtype=torch.float64, device="cuda")
+            channels = torch.zeros(4, 1160, dtype=torch.float64, device="cuda")
+            out = ops.experts_observed(*case.arguments(), moments, None, channels, **case.options)
+            results += [out.cpu(), moments.cpu(), channels.cpu()]
+    return results
 
 
 def main() -> None:
@@ -41,6 +57,9 @@ def main() -> None:
                 runs += 1
             for tensor in results:
                 digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    for tensor in quantised_results():
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        runs += 1
     print(f"{digest.hexdigest()} of {runs} runs")
 
 

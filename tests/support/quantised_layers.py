@@ -82,11 +82,11 @@ class QuantisedCase:
 
     def arithmetic(self, device: str = "cpu", kernels: str = "") -> Arithmetic:
         """That of the plain layer, but that a weight, or a sum of a group's products, is rounded once more when it is
-        multiplied by its scale: a weight to bfloat16 where the CPU's dot products are of bfloat16 and the scale is a
-        group's, which mxfp4's powers of two leave exact."""
+        multiplied by its scale: on the CPU to bfloat16 where dot products are of bfloat16 and the scale is a group's,
+        which mxfp4's powers of two leave exact."""
         plain, options = arithmetic_of(self.plain, device, kernels), self.packed.options
-        grouped = options["group_size"] > 0 and options["weight_type"] != "mxfp4"
-        narrow = device == "cpu" and plain.h == torch.bfloat16 and grouped
+        of_bfloat16 = device == "cpu" and plain.h == torch.bfloat16
+        narrow = of_bfloat16 and options["group_size"] > 0 and options["weight_type"] != "mxfp4"
         return replace(plain, product=plain.product + (ROUNDING[torch.bfloat16] if narrow else FLOAT32))
 
 
