@@ -8,11 +8,13 @@ quantised by the gguf package, in the place of all in Q8_0 (beside int8) and Q4_
 quantised, here the experts alone, and bytes a token are those that each reads. Batch 1, after a prompt of 32 tokens,
 the same number of threads, in alternating rounds; tokens/s are medians, ratios medians of rounds. Ours are the tokens
 that ``generate`` gives, with choosing them and all of transformers' Python; llama-bench counts its model's steps alone,
-with a cache of float16 and its own defaults.
+with a cache of float16 and its own defaults. Its weights are pages of a file; THP_MEM_ALLOC_ENABLE=1 in the environment
+has torch ask for huge pages for ours.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import tempfile
@@ -206,6 +208,7 @@ def main() -> None:
             f"greedy decoding of {options.tokens} tokens after {PROMPT}, batch 1, {options.rounds} alternating rounds",
             machine=f"{processor()}, {torch.get_num_threads()} threads",
             variant=_C.active_cpu_variant(),
+            huge_pages=os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
             rows=rows,
         )
 

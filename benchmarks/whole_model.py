@@ -12,6 +12,7 @@ model's int4 in groups of 32.
 
 import argparse
 import copy
+import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,7 @@ def main() -> None:
             f"{'compiled' if options.compiled else 'uncompiled'}",
             machine=f"{processor()}, {torch.get_num_threads()} threads",
             variant=_C.active_cpu_variant(),
+            huge_pages=os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
             model=f"Mixtral of random weights: {options.layers} layers, H {options.hidden}, I {options.intermediate}, "
             "8 experts, top-2",
             rows=rows,

@@ -53,7 +53,8 @@ class LayerOptions(TypedDict, total=False):
         alpha, gate_cap: of activation "silu" only; gate_cap, like up_cap, more than 0.
         up_offset: 1 in models that add it.
         weight_type: of quantised weights "int8", "int4", "fp8" (e4m3fn) or "mxfp4" (e2m1); None: dtype of ``x``.
-            Not with ``transposed``.
+            Not with ``transposed``. The scale of a row multiplies finished sums. On the CPU a weight times the scale of
+            its group is rounded once, to float32, or for bfloat16 ``x`` by the AVX-512 BF16 variant to bfloat16.
         group_size: columns that share a scale: 0, all, for int8; 32, 64 or 128 for int4; 0, or 128 for blocks of 128
             rows and 128 columns, for fp8; 32 for mxfp4.
         gate_up_scales, down_scales: contiguous. int8 and fp8 (E, R) float32, fp8 in blocks (E, ceil(R / 128),

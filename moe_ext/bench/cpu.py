@@ -2,12 +2,15 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from moe_ext import ops
 from moe_ext.bench.layer import Layer
+from moe_ext.bench.weights import QuantisedWeights
 
 PEERS = ["eager", "grouped_mm", "batched_mm"]
 GATHERED_BYTES = 4 << 30  # batched_mm copies every slot's weights: not run where that takes more
@@ -60,7 +63,7 @@ def measure(layer: Layer, tokens: int, rounds: Rounds) -> dict[str, Any]:
     x, logits, weights, experts = layer.inputs(tokens)
     functions = layer.operators(x, logits, weights, experts)
     warm = {"route": functions.pop("route")}
-    expert_bytes = 3 * layer.hidden * layer.intermediate * x.element_size()
+    expert_bytes = layer.expert_bytes
     for name in PEERS:
         if name != "batched_mm" or experts.numel() * expert_bytes <= GATHERED_BYTES:
             functions[name] = layer.peer(name, x, experts, weights)
@@ -92,3 +95,59 @@ def measure(layer: Layer, tokens: int, rounds: Rounds) -> dict[str, Any]:
         "observed / experts": times["experts_observed"] / ours,
         "route us": times["route"] * 1e6,
     }
+
+
+def fastest_peer(layer: Layer, x: Tensor, experts: Tensor, weights: Tensor) -> tuple[str, Callable[[], Tensor]]:
+    """Transformers' implementation that takes least time, of two calls each."""
+    times: dict[str, float] = {}
+    functions = {
+        name: layer.peer(name, x, experts, weights)
+        for name in PEERS
+        if name != "batched_mm" or experts.numel() * layer.expert_bytes <= GATHERED_BYTES
+    }
+    for name, function in functions.items():
+        function()
+        start = time.perf_counter()
+        function()
+        times[name] = time.perf_counter() - start
+    name = min(times, key=lambda name: times[name])
+    return name, functions[name]
+
+
+def measure_quantised(
+    layer: Layer, quantised: Sequence[QuantisedWeights], tokens: int, rounds: Rounds
+) -> list[dict[str, Any]]:
+    """A row for the layer's own weights and one for each of the quantised, on the same inputs in the same rounds."""
+    x, _, weights, experts = layer.inputs(tokens)
+    own = str(layer.dtype).removeprefix("torch.")
+    functions: dict[str, Callable[[], Any]] = {own: lambda: ops.experts(*layer.arguments(x, weights, experts))}
+    expert_bytes = {own: layer.expert_bytes}
+    for each in quantised:
+        functions[each.weight_type] = each.experts(x, experts, weights)
+        expert_bytes[each.weight_type] = each.expert_bytes
+    peer, functions["peer"] = fastest_peer(layer, x, experts, weights)
+    active = int(experts.unique().numel())
+    rows = max(1, experts.numel() // active)
+    times = rounds.medians(functions, {"linear": linear(rows, layer.hidden, layer.intermediate, layer.dtype)})
+
+    bandwidth = rounds.buffer.numel() * 4 / times["read"]
+    rate = 6 * rows * layer.hidden * layer.intermediate / times["linear"]
+    multiply = 6 * layer.hidden * layer.intermediate * experts.numel() / rate
+    return [
+        {
+            "H, I, E, K": f"{layer.hidden}, {layer.intermediate}, {layer.num_experts}, {layer.top_k}",
+            "T": tokens,
+            "weights": name,
+            "MB read": active * size / 1e6,
+            "ms": times[name] * 1e3,
+            "read / bandwidth": active * size / bandwidth / times[name],
+            f"{own} / this": times[own] / times[name],
+            "peer / this": times["peer"] / times[name],
+            "peer": peer,
+            f"{own} ms": times[own] * 1e3,
+            "peer ms": times["peer"] * 1e3,
+            "read GB/s": bandwidth / 1e9,
+            "limit ms": max(active * size / bandwidth, multiply) * 1e3,
+        }
+        for name, size in expert_bytes.items()
+    ]

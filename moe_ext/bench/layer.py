@@ -35,6 +35,11 @@ class Layer:
         self.hidden, self.intermediate, self.num_experts, self.top_k = hidden, intermediate, num_experts, top_k
         self.dtype, self.device = dtype, device
 
+    @property
+    def expert_bytes(self) -> int:
+        """Of an expert's weights."""
+        return 3 * self.hidden * self.intermediate * self.dtype.itemsize
+
     def peer(self, name: str, x: Tensor, experts: Tensor, weights: Tensor) -> Callable[[], Tensor]:
         """One of transformers' experts implementations on these inputs."""
         function = ALL_EXPERTS_FUNCTIONS.get(name, type(self.module).forward.__wrapped__)

@@ -11,6 +11,7 @@ import torch
 
 from moe_ext.bench import cpu, gpu
 from moe_ext.bench.layer import Layer
+from moe_ext.bench.weights import QuantisedWeights, WeightType
 from moe_ext.binary import _C
 from moe_ext.checkpoints.read_config import model_built_from, read_config
 from moe_ext.models.blocks import moe_blocks
@@ -88,25 +89,44 @@ class Measured:
 
 
 def measurements(
-    shape: Shape, dtype: torch.dtype, device: str, tokens: Sequence[int], seconds: float
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str,
+    tokens: Sequence[int],
+    seconds: float,
+    weights: WeightType | None = None,
 ) -> Iterator[Measured]:
     """Measures the operators with random weights and inputs, checking them against transformers' eager experts.
 
     Args:
         seconds: for each number of tokens, about.
+        weights: quantised to this type; the peers are then the same operator on weights of ``dtype`` and transformers'
+            fastest implementation. None: weights of ``dtype``.
 
     Raises:
-        ValueError: another device than "cpu" and "cuda", or CUDA without a device or without kernels.
+        ValueError: another device than "cpu" and "cuda", CUDA without a device or without kernels, or quantised weights
+            on CUDA.
         AssertionError: an operator disagrees with transformers.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {device!r}")
+    if weights is not None and device != "cpu":
+        raise ValueError(f"weights: {weights} are measured on the CPU, not on {device}")
     if device == "cuda" and not (torch.cuda.is_available() and _C.cuda_archs):
         raise ValueError("device: cuda needs a CUDA device and a build of moe_ext with CUDA kernels")
     with torch.no_grad():
         layer = Layer(shape.hidden, shape.intermediate, shape.num_experts, shape.top_k, dtype, device)
         if device == "cpu":
             rounds = cpu.Rounds(seconds, CACHE_BYTES)
+            if weights is not None:
+                quantised = QuantisedWeights(layer, weights)
+                quantised.check(layer)
+                for count in tokens:
+                    row = cpu.measure_quantised(layer, [quantised], count, rounds)[1]
+                    own = str(dtype).removeprefix("torch.")
+                    peers = {own: row[f"{own} ms"], "transformers": row["peer ms"]}
+                    yield Measured(count, row["ms"], peers, row["limit ms"], row)
+                return
             for count in tokens:
                 row = cpu.measure(layer, count, rounds)
                 peers = {name: row[f"{name} ms"] for name in cpu.PEERS}

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from moe_ext.bench import measure
 from moe_ext.bench.figure import write_speed_figure
+from moe_ext.bench.weights import WeightType
 from moe_ext.commands.options import Device, Json, TrustRemoteCode, destination
 from moe_ext.commands.output import errors, out, print_json
 from moe_ext.models.dtypes import DTYPES
@@ -24,6 +25,9 @@ def bench(
     ),
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, with commas between them.")] = "1,4,16,64,256,1024",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "bfloat16",
+    weights: Annotated[
+        WeightType | None, typer.Option(help="Quantise the experts, and compare with weights of --dtype; on the CPU.")
+    ] = None,
     device: Device = "cpu",
     seconds: Annotated[float, typer.Option(min=0, help="For each number of tokens, about.")] = 3.0,
     save_to: Annotated[Path | None, destination("JSON file to write.")] = None,
@@ -46,7 +50,7 @@ def bench(
     rows: list[measure.Measured] = []
     stopped = False
     try:
-        for row in measure.measurements(sizes, DTYPES[dtype], device, counts, seconds):
+        for row in measure.measurements(sizes, DTYPES[dtype], device, counts, seconds, weights):
             rows.append(row)
             errors.print(f"{row.tokens} tokens: {row.ours:.3g} ms, {row.limit / row.ours:.0%} of the limit")
     except KeyboardInterrupt:
@@ -59,12 +63,14 @@ def bench(
         "model": model,
         "shape": asdict(sizes),
         "dtype": dtype,
+        "weights": weights,
         "complete": not stopped,
         "rows": [row.record for row in rows],
     }
     if save_to is not None:
         write_result(save_to, what, **content)
-    title = f"H, I, E, K = {', '.join(map(str, asdict(sizes).values()))}; {dtype}; {measure.machine(device)['device']}"
+    kind = dtype if weights is None else f"{weights} weights, {dtype}"
+    title = f"H, I, E, K = {', '.join(map(str, asdict(sizes).values()))}; {kind}; {measure.machine(device)['device']}"
     if png is not None:
         write_speed_figure(rows, title, png)
     if as_json:

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from moe_ext.bench import measure
 from moe_ext.bench.figure import speed_figure
 from moe_ext.bench.measure import Measured, Shape, measurements
+from moe_ext.bench.weights import WEIGHT_TYPES, WeightType
 from tests.support.command_line import inside
 from tests.support.paths import DEMO_MODEL
 
@@ -133,6 +134,22 @@ def test_a_picture_without_matplotlib_is_an_error_before_measuring(
     monkeypatch.setattr(measure, "measurements", lambda *_: pytest.fail("measured"))
     assert inside("bench", *SMALL, "--png", str(tmp_path / "bench.png")) == 1
     assert "need matplotlib: pip install 'moe_ext[report]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
+def test_quantised_weights_are_measured_beside_those_of_the_dtype(weights: WeightType) -> None:
+    (row,) = measurements(Shape(256, 128, 4, 2), torch.bfloat16, "cpu", [3], 0.01, weights)
+    assert row.tokens == 3
+    assert row.record["weights"] == weights
+    assert set(row.peers) == {"bfloat16", "transformers"}
+    experts = row.record["MB read"] * 1e6 / (3 * 256 * 128 * (0.5 if weights in ("int4", "mxfp4") else 1.0))
+    assert 2 <= experts // 1 <= 4
+    assert 1.0 < experts / (experts // 1) < 1.07  # and their scales
+
+
+def test_quantised_weights_are_measured_on_the_cpu_alone() -> None:
+    with pytest.raises(ValueError, match="weights: int4 are measured on the CPU, not on cuda"):
+        next(measurements(Shape(8, 8, 2, 1), torch.bfloat16, "cuda", [1], 0.01, "int4"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -121,7 +121,8 @@ struct Shape {
 // h = max(0, up x)^2; a token's slots are any experts, or empty.
 struct Case {
   Case(const Format& f, const Shape& s, DType dtype)
-      : shape(s),
+      : format(f.format),
+        shape(s),
         dtype(dtype),
         random(static_cast<uint32_t>(s.tokens * 7919 + s.hidden * 31 + s.intermediate)),
         x(random.array(dtype, s.tokens * s.hidden, 2.0f)),
@@ -132,6 +133,14 @@ struct Case {
     for (int64_t& expert : experts) expert = random.below(s.num_experts + 1);
   }
 
+  // Operands of bfloat16 dot products are bfloat16; the scales of mxfp4 leave weights exact.
+  double weight_rounding() const {
+    const bool narrow =
+        dtype == DType::kBFloat16 && std::string(moe_ext::cpu::isa_name(moe_ext::cpu::active_isa())) == "avx512_bf16";
+    return narrow && format.group_size > 0 && format.type != WeightType::kMxfp4 ? 0x1p-8 : 0.0;
+  }
+
+  WeightFormat format;
   Shape shape;
   DType dtype;
   Random random;
@@ -169,13 +178,15 @@ Array run(const Case& c, const Format& f, const Threads& threads) {
   return out;
 }
 
-// Sum of products and how far float32 can take it away: every product of two rounded factors is rounded, and every sum.
+// Sum of products a * b, a weights, and how far float32 can take it away: every product of two rounded factors is
+// rounded, and every sum; a weight by a_rounding of it, if that is more.
 struct Sum {
+  double a_rounding;
   double value = 0.0, size = 0.0, error = 0.0;
   void add(double a, double b, double b_error) {
     value += a * b;
     size += std::abs(a) * (std::abs(b) + b_error);
-    error += std::abs(a) * b_error;
+    error += std::abs(a) * (b_error + a_rounding * (std::abs(b) + b_error));
   }
   double bound(int64_t terms) const { return error + static_cast<double>(terms + 4) * 0x1p-24 * size; }
 };
@@ -189,7 +200,7 @@ void check_equals_brute_force(const Case& c, const Array& got, const std::string
       const int64_t expert = c.experts[slot];
       if (expert == s.num_experts) continue;
       for (int64_t i = 0; i < s.intermediate; ++i) {
-        Sum up;
+        Sum up{c.weight_rounding()};
         const double* row = c.up.weights.data() + (expert * s.intermediate + i) * s.hidden;
         for (int64_t k = 0; k < s.hidden; ++k) up.add(row[k], c.x[token * s.hidden + k], 0.0);
         const double error = up.bound(s.hidden);
@@ -198,7 +209,7 @@ void check_equals_brute_force(const Case& c, const Array& got, const std::string
         if (c.dtype == DType::kBFloat16) h_error[i] += 0x1p-8 * (h[i] + h_error[i]);  // an operand of dot products
       }
       for (int64_t n = 0; n < s.hidden; ++n) {
-        Sum down;
+        Sum down{c.weight_rounding()};
         const double* row = c.down.weights.data() + (expert * s.hidden + n) * s.intermediate;
         for (int64_t i = 0; i < s.intermediate; ++i) down.add(row[i], h[i], h_error[i]);
         out[n] += c.weights[slot] * down.value;

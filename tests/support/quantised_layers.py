@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ext import ops
-from tests.support.reference import FLOAT32, Arithmetic, ExpertsCase, arithmetic_of, experts_case
+from tests.support.reference import FLOAT32, ROUNDING, Arithmetic, ExpertsCase, arithmetic_of, experts_case
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,12 @@ class QuantisedCase:
 
     def arithmetic(self, device: str = "cpu", kernels: str = "") -> Arithmetic:
         """That of the plain layer, but that a weight, or a sum of a group's products, is rounded once more when it is
-        multiplied by its scale."""
-        plain = arithmetic_of(self.plain, device, kernels)
-        return replace(plain, product=plain.product + FLOAT32)
+        multiplied by its scale: on the CPU to bfloat16 where dot products are of bfloat16 and the scale is a group's,
+        which mxfp4's powers of two leave exact."""
+        plain, options = arithmetic_of(self.plain, device, kernels), self.packed.options
+        of_bfloat16 = device == "cpu" and plain.h == torch.bfloat16
+        narrow = of_bfloat16 and options["group_size"] > 0 and options["weight_type"] != "mxfp4"
+        return replace(plain, product=plain.product + (ROUNDING[torch.bfloat16] if narrow else FLOAT32))
 
 
 def quantised_weight(

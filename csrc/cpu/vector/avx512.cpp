@@ -1,10 +1,10 @@
-// The hot loops for AVX-512F (Skylake-SP, Zen 4 and later).
+// The hot loops for AVX-512F, BW and VL (Skylake-SP, Zen 4 and later).
 #if defined(__x86_64__)
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx512f,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx2,fma,f16c")
 #endif
 // GCC 12's own AVX-512 header reads an undefined register on purpose and warns about it (GCC bug 105593).
 #if defined(__GNUC__) && !defined(__clang__)

@@ -18,14 +18,18 @@ struct Variant {
 // The variants for x86-64 keep their names elsewhere, so that asking for one is refused as what does not run here.
 #if defined(__x86_64__)
 #define MOE_EXT_X86(name, condition, loops) {name, [] { return static_cast<bool>(condition); }, loops}
+
+// With words and short vectors, which all processors but the first with AVX-512 (Knights Landing) have.
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
 #else
 #define MOE_EXT_X86(name, condition, loops) {name, [] { return false; }, nullptr}
 #endif
 
 const Variant kVariants[kIsaCount] = {
-    MOE_EXT_X86("avx512_bf16", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16"),
-                &kAvx512Bf16Loops),
-    MOE_EXT_X86("avx512", __builtin_cpu_supports("avx512f"), &kAvx512Loops),
+    MOE_EXT_X86("avx512_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), &kAvx512Bf16Loops),
+    MOE_EXT_X86("avx512", has_avx512(), &kAvx512Loops),
     MOE_EXT_X86("avx2",
                 __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
                 &kAvx2Loops),

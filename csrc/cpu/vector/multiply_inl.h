@@ -6,7 +6,11 @@
 #include "cpu/numeric.h"
 #include "cpu/vector/loops.h"
 #include "cpu/vector/product_inl.h"
+#if defined(MOE_EXT_ISA_AVX512)
+#include "cpu/vector/packed_inl.h"
+#else
 #include "cpu/vector/quantised_inl.h"
+#endif
 #include "cpu/vector/transposed_inl.h"
 
 namespace moe_ext::cpu::MOE_EXT_ISA {
@@ -29,7 +33,14 @@ static void multiply(DType dtype, const Product& p) {
     using W = Pointee<decltype(type)>;
     using A = std::conditional_t<kBFloat16Operands && std::is_same_v<W, BFloat16>, BFloat16, float>;
     if (p.quantised != nullptr) {
+#if defined(MOE_EXT_ISA_AVX512_BF16)
+      if constexpr (std::is_same_v<A, float>) return kAvx512Loops.multiply(dtype, p);  // which has the same
+#endif
+#if defined(MOE_EXT_ISA_AVX512)
+      multiply_packed<A>(p);
+#else
       QuantisedBlock<A>{p}.run();
+#endif
     } else if (p.transposed != 0) {
       TransposedBlock<A, W>{p}.run();
     } else {

@@ -1,18 +1,16 @@
-// Products with quantised weights: rows are unpacked (unpack_inl.h) into memory of the thread's own, and multiplied by
-// the tiles of product_inl.h.
+// Products with quantised weights, of the variants without AVX-512 (packed_inl.h): rows are unpacked (unpack_inl.h)
+// into memory of the thread's own, and multiplied by the tiles of product_inl.h.
 //
-// A few activation rows: as many weight rows as a tile takes, which stay in L1. More: all weight rows of the block,
-// which stay in L2, for all tiles of activation rows. Chunks of kUnpackedColumns in order, their sums added in order,
-// in the same tiles of columns: the same bits.
+// A few activation rows: as many weight rows as a tile takes, which stay in L1; rows of bytes as they lie
+// (byte_weights_inl.h). More: all weight rows of the block, which stay in L2, for all tiles of activation rows. Chunks
+// of kUnpackedColumns in order, their sums added in order, in the same tiles of columns: the same bits.
 #pragma once
 
+#include "cpu/vector/byte_weights_inl.h"
 #include "cpu/vector/loops.h"
 #include "cpu/vector/product_inl.h"
 #include "cpu/vector/tile_inl.h"
 #include "cpu/vector/unpack_inl.h"
-#if !defined(MOE_EXT_ISA_AVX512)
-#include "cpu/vector/byte_weights_inl.h"
-#endif
 #if defined(MOE_EXT_ISA_AVX2)
 #include "cpu/vector/unpack_avx2_inl.h"
 #endif
@@ -88,10 +86,7 @@ struct QuantisedBlock {
   void run() const {
     if (p.row_count > kTileRows) {
       many_rows();
-#if !defined(MOE_EXT_ISA_AVX512)
-    } else if (multiply_few_rows_of_bytes<kUnpackedColumns>(p)) {  // as they lie
-#endif
-    } else {
+    } else if (!multiply_few_rows_of_bytes<kUnpackedColumns>(p)) {
       Block<A, float>::template with_height<kTileRows>(
           p.row_count, [&](auto height) { this->template few_rows<decltype(height)::value>(); });
     }
