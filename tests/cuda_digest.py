@@ -59,7 +59,7 @@ def main() -> None:
                 digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     for tensor in quantised_results():
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        runs += 1
+    runs += len(FORMATS) * len(PACKED_KERNELS)
     print(f"{digest.hexdigest()} of {runs} runs")
 
 

@@ -1,5 +1,5 @@
-// The order of quantised weights, the same for every instruction set and on CUDA: rows stay rows, each padded with zeros
-// to whole cache lines.
+// The order of quantised weights, the same for every instruction set and on CUDA: rows stay rows, each padded with
+// zeros to whole cache lines.
 //   kInt8, kFloat8   a byte a column, in order
 //   kInt4, kMxfp4    a cache line holds 128 columns in 32 little-endian words: word j has columns j, j + 32, j + 64 and
 //                    j + 96, from its lowest four bits up. A shift by 4 i of 16-bit lanes gives columns

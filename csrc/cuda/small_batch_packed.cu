@@ -6,8 +6,8 @@
 // columns side by side, as a lane would use two bytes of a sector of 32. A warp applies them to its sums of 32 columns
 // (64 of eight-bit weights), in float32.
 //
-// Instructions a weight, of the machine code for sm_80, in the loop over steps: int4 3.2, mxfp4 3.3, int8 3.0 (bf16) and
-// 2.3 (fp16), e4m3 4.3.
+// Instructions a weight, of the machine code for sm_80, in the loop over steps: int4 3.2, mxfp4 3.3, int8 3.0 (bf16)
+// and 2.3 (fp16), e4m3 4.3.
 #include "cuda/device/dispatch.cuh"
 #include "cuda/device/packed.cuh"
 #include "cuda/device/small_batch.cuh"
