@@ -32,15 +32,15 @@ struct WeightFormat {
 
   static constexpr int64_t kRowBlock = 128;
 
-  constexpr bool quantised() const { return type != WeightType::kPlain; }
-  constexpr int64_t groups(int64_t columns) const {
+  [[gnu::always_inline]] constexpr bool quantised() const { return type != WeightType::kPlain; }
+  [[gnu::always_inline]] constexpr int64_t groups(int64_t columns) const {
     return group_size == 0 ? 1 : (columns + group_size - 1) / group_size;
   }
   // Elements of the scales of an expert.
-  constexpr int64_t scale_count(int64_t rows, int64_t columns) const {
+  [[gnu::always_inline]] constexpr int64_t scale_count(int64_t rows, int64_t columns) const {
     return (row_blocks ? (rows + kRowBlock - 1) / kRowBlock : rows) * groups(columns);
   }
-  constexpr int64_t scale_bytes() const {
+  [[gnu::always_inline]] constexpr int64_t scale_bytes() const {
     return scales == ScaleType::kFloat32 ? 4 : scales == ScaleType::kE8M0 ? 1 : 2;
   }
 };
