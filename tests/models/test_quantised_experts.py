@@ -31,7 +31,10 @@ def with_mxfp4(model: PreTrainedModel) -> PreTrainedModel:
 
 CASES = {
     "mixtral": (with_float8, r"model\.layers\.0\.mlp: FP8Experts holds float8 .* give the checkpoint folder instead"),
-    "gpt_oss": (with_mxfp4, r"model\.layers\.0\.mlp: Mxfp4GptOssExperts holds MXFP4 .* give the checkpoint folder instead"),
+    "gpt_oss": (
+        with_mxfp4,
+        r"model\.layers\.0\.mlp: Mxfp4GptOssExperts holds MXFP4 .* give the checkpoint folder",
+    ),
 }
 
 
