@@ -33,7 +33,7 @@ SMALL_BATCHES = [1, 2, 4, 8, 16]
 LARGE_BATCHES = [256, 1024]
 CHANNEL_BATCHES = [64, *LARGE_BATCHES]  # beside SMALL_BATCHES, to which no bound applies
 WEIGHT_BATCHES = [1, 8]
-LARGE_WEIGHTS = ["int8", "int4-128", "fp8-blocks", "mxfp4"]  # one of each type, at the largest of LARGE_BATCHES
+LARGE_WEIGHTS = ["int4-128", "fp8-blocks"]  # at the largest of LARGE_BATCHES; all have the same tiles
 PATHS = {"portable": "mma.sync", "hopper": "wgmma"}  # by what MOE_EXT_CUDA_KERNELS calls them
 SECTOR = 32
 
