@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_ext.decision.criteria import Scores
-from moe_ext.models.blocks import expert_tensors, moe_blocks, refuse_offloaded, refuse_shared_out
+from moe_ext.models.blocks import prunable_blocks, refuse_offloaded, refuse_shared_out
 from moe_ext.models.layout import layout_of
 from moe_ext.models.packed_experts import refuse_packed
 from moe_ext.models.wrapped import unwrapped
@@ -28,11 +28,11 @@ def aimer(model: PreTrainedModel) -> Scores:
         Scores with (L, E) float64 values, 0 beyond a layer's number of experts.
 
     Raises:
-        TypeError, ValueError: as :func:`moe_ext.models.blocks.moe_blocks`; weights that are not plain or not in memory,
-            or not finite (the layer and expert are named).
+        TypeError, ValueError: as :func:`moe_ext.models.blocks.prunable_blocks`; weights that are not plain or not in
+            memory, or not finite (the layer and expert are named).
     """
     model = unwrapped(model)
-    blocks = moe_blocks(model)
+    blocks = prunable_blocks(model)
     refuse_offloaded(blocks, "score")
     refuse_shared_out(blocks, "score")
     for block in blocks:
@@ -41,9 +41,9 @@ def aimer(model: PreTrainedModel) -> Scores:
     values = torch.zeros(len(blocks), layout.num_experts, dtype=torch.float64)
     with torch.no_grad():
         for layer, block in enumerate(blocks):
-            tensors = expert_tensors(block).values()
+            parts = block.expert_parts()
             for expert in range(block.num_experts):
-                weights = [tensor[expert] for tensor in tensors]
+                weights = [part.of_expert(expert) for part in parts]
                 count = sum(weight.numel() for weight in weights)
                 absolute, euclidean = (
                     torch.stack([torch.linalg.vector_norm(weight, order, dtype=torch.float64) for weight in weights])

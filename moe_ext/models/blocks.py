@@ -23,6 +23,7 @@ from moe_ext.models.boundary import MEANS, PLACES, boundaries, is_experts, num_e
 from moe_ext.models.counted import Counted, Dimension, counted_in, named_tensors, owners
 from moe_ext.models.direct_experts import direct_experts, passed_on
 from moe_ext.models.families import FAMILIES, Family
+from moe_ext.models.only_pruned import is_only_pruned
 from moe_ext.models.packed_experts import tensor_names
 from moe_ext.models.quantised_experts import check_not_quantised
 from moe_ext.models.shared_out import has_some_experts, how_shared, is_shared
@@ -57,6 +58,11 @@ class PerExpert(NamedTuple):
     name: str
     tensor: Tensor
     dimension: Dimension
+
+    def of_expert(self, expert: int) -> Tensor:
+        """A view of what of it is one expert's."""
+        rows = self.dimension.per_expert
+        return self.tensor.narrow(self.dimension.index, expert * rows, rows)
 
     def kept(self, keep: Sequence[int], experts: int) -> Tensor:
         """A copy of what of it belongs to the experts ``keep`` of ``experts``, and of what belongs to none."""
@@ -136,12 +142,33 @@ class MoeBlock:
             ValueError: as :func:`moe_ext.models.counted.counted_in`, or a tensor has another shape than a model of this
                 config.
         """
+        return self._measured(inside=False)
+
+    def expert_parts(self) -> list[PerExpert]:
+        """The tensors of the experts.
+
+        Raises:
+            ValueError: as :func:`expert_tensors`; of experts that are only pruned as :meth:`routing_tensors`, or one is
+                not plain or has another number of experts.
+        """
+        if not is_only_pruned(self.experts):
+            return [
+                PerExpert(self.experts, name, tensor, expert_dimension(self, name))
+                for name, tensor in expert_tensors(self).items()
+            ]
+        parts = self._measured(inside=True)
+        for part in parts:
+            _check_counts(self.name, "experts'", part, self.num_experts)
+        return parts
+
+    def _measured(self, *, inside: bool) -> list[PerExpert]:
+        """The tensors that count this layer's experts, inside the experts module or outside."""
         counted, experts = counted_of(self.model), experts_by_name(self.model)
         own = next(name for name, module in experts.items() if module is self.experts)
         tensors = named_tensors(self.model)
         found = []
         for name, dimension in counted.tensors.items():
-            if name.startswith(f"{own}.") or own not in (near := owners(name, experts)):
+            if name.startswith(f"{own}.") != inside or own not in (near := owners(name, experts)):
                 continue
             if len(near) > 1:
                 raise ValueError(f"{name} counts the experts of {near}; expected tensors of one layer's experts")
@@ -253,8 +280,21 @@ def moe_blocks(model: PreTrainedModel) -> list[MoeBlock]:
     """The MoE layers of a model in layer order.
 
     Raises:
-        TypeError, ValueError: as :func:`family_of`; ValueError too if there are none, if a layer's router cannot be
-            told, or if a token has no expert or more than there are.
+        TypeError, ValueError: as :func:`family_of`; ValueError too if there are none, or none that are more than
+            pruned, if a layer's router cannot be told, or if a token has no expert or more than there are.
+    """
+    blocks = prunable_blocks(model)
+    if any(is_only_pruned(block.experts) for block in blocks):
+        raise ValueError(why_unsupported(model))
+    return blocks
+
+
+def prunable_blocks(model: PreTrainedModel) -> list[MoeBlock]:
+    """The MoE layers that whole experts can be removed from: those of :func:`moe_blocks`, or those of a model that is
+    only pruned (:mod:`moe_ext.models.only_pruned`).
+
+    Raises:
+        TypeError, ValueError: as :func:`moe_blocks`, but for layers that are only pruned.
     """
     family, config = family_of(model), text_config(model)
     groups, of_token = _groups(config, family)
@@ -413,15 +453,19 @@ def check_layout(block: MoeBlock) -> None:
     Raises:
         ValueError: what is different, with the layer's name.
     """
-    expert_tensors(block)
-    for module, name, tensor, dimension in block.routing_tensors():
-        check_plain(block.name, module, name, tensor)
-        size = dimension.size(block.num_routed)
-        if tensor.dim() <= dimension.index or tensor.shape[dimension.index] != size:
-            raise ValueError(
-                f"{block.name}: the router's {name} has shape {tuple(tensor.shape)}; "
-                f"expected {block.num_routed} experts along dimension {dimension.index}"
-            )
+    block.expert_parts()
+    for part in block.routing_tensors():
+        _check_counts(block.name, "router's", part, block.num_routed)
+
+
+def _check_counts(name: str, of: str, part: PerExpert, experts: int) -> None:
+    """ValueError, beginning with ``name``, unless a tensor is plain and has so many experts."""
+    check_plain(name, part.module, part.name, part.tensor)
+    shape, index = tuple(part.tensor.shape), part.dimension.index
+    if len(shape) <= index or shape[index] != part.dimension.size(experts):
+        raise ValueError(
+            f"{name}: the {of} {part.name} has shape {shape}; expected {experts} experts along dimension {index}"
+        )
 
 
 def check_plain(name: str, owner: nn.Module, key: str, tensor: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_ext.models.direct_experts import counting_attribute, direct_experts
+from moe_ext.models.only_pruned import is_only_pruned
 from moe_ext.models.packed_experts import packed_format
 
 # Buffers that moe_ext.models.novices puts into experts modules.
@@ -43,7 +44,7 @@ class Boundary:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds the experts of a layer in stacked tensors."""
-    return goes_through_interface(module) or direct_experts(module) is not None
+    return goes_through_interface(module) or direct_experts(module) is not None or is_only_pruned(module)
 
 
 def goes_through_interface(experts: nn.Module) -> bool:
@@ -124,7 +125,10 @@ def _router(name: str, module: nn.Module, experts: nn.Module, config: Any) -> tu
     if not said:
         # A router has a tensor of a row an expert; what has none is not tried.
         might = [(key, child) for key, child in beside if _counts(child, num_routed(experts))]
-        tried = [(key, _routes(child, config.hidden_size)) for key, child in might]
+        if is_only_pruned(experts):  # its router may leave the choice of K to the module that holds both
+            tried = [(key, cast(int | None, getattr(module, "top_k", None))) for key, _ in might]
+        else:
+            tried = [(key, _routes(child, config.hidden_size)) for key, child in might]
         found = [(key, top_k) for key, top_k in tried if top_k is not None]
     if len(found) != 1:
         raise ValueError(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_ext.models.boundary import num_routed
 from moe_ext.models.config_section import COUNTS_KEY, section_of, section_with_counts, set_section
@@ -57,7 +57,8 @@ class Counted:
     """What depends on a model's number of experts.
 
     Attributes:
-        fields: the text config's fields that hold it, as the config stores them.
+        fields: the text config's fields that hold it, as the config stores them; in a config within it, after that
+            one's name and a dot.
         tensors: of parameters and buffers, by name.
         attributes: integers by module and attribute: the value that the config gives, and what an expert more adds.
     """
@@ -120,11 +121,24 @@ def _measure(model: PreTrainedModel, experts: Mapping[str, int]) -> Counted:
 
 
 def _candidates(config: Any, most: int) -> list[tuple[str, ...]]:
-    """Fields that may count experts together: all of a known name, then any other that holds the number."""
-    holding = [name for name, value in vars(config).items() if type(value) is int and value == most]
-    known = {str(config.attribute_map.get(name, name)) for name in NUM_EXPERTS_FIELDS}
-    together = tuple(sorted(name for name in holding if name in known))
-    return [*([together] if together else []), *((name,) for name in sorted(holding) if name not in together)]
+    """Fields that may count experts together: all of a known name, of the config or else of those within it, then any
+    other that holds the number."""
+    inside = [(f"{name}.", part) for name, part in vars(config).items() if isinstance(part, PreTrainedConfig)]
+    together, others = [], []
+    for prefix, part in (("", config), *inside):
+        holding = sorted(name for name, value in vars(part).items() if type(value) is int and value == most)
+        known = {str(part.attribute_map.get(name, name)) for name in NUM_EXPERTS_FIELDS}
+        if named := tuple(prefix + name for name in holding if name in known):
+            together.append(named)
+        others += [(prefix + name,) for name in holding if name not in known]
+    return together + others
+
+
+def _set_field(config: Any, name: str, value: int) -> None:
+    *path, name = name.split(".")
+    for part in path:
+        config = getattr(config, part)
+    setattr(config, name, value)
 
 
 def with_counts(
@@ -146,7 +160,7 @@ def with_counts(
         for layer, count in counts.items():
             overrides.setdefault(layer, {}).update(dict.fromkeys(fields, count))
     for name in fields:
-        setattr(config, name, largest)
+        _set_field(config, name, largest)
     if had or overrides:
         config.per_layer_config = overrides
     in_section = counts if differ and place == "moe_ext" else {}
@@ -177,7 +191,7 @@ def _built(model: PreTrainedModel, fields: Sequence[str], most: int) -> PreTrain
         for own in overrides.values():
             own.update({name: 2 * own[name] for name in fields if name in own})
         for name in fields:
-            setattr(config, name, 2 * most)
+            _set_field(config, name, 2 * most)
         if overrides:
             config.per_layer_config = overrides
     with torch.device("meta"):

@@ -8,8 +8,6 @@ _BY_CAPACITY = (
 )
 # By model type. What is not here and has experts all the same is named by its module.
 _REASONS = {
-    "dbrx": "its experts lie in flat matrices, gate and up in two of them, which is not the operators' layout, and are "
-    "counted by a config within its config",
     "doge": "its experts are rows of two embedding tables, found by pairs of keys: none can go without all that share "
     "a key with it",
     "jetmoe": "its layers have experts of attention heads, too, with a router of their own, and one field of its "
@@ -17,15 +15,25 @@ _REASONS = {
     "nllb-moe": _BY_CAPACITY,
     "switch_transformers": _BY_CAPACITY,
 }
+# Those of moe_ext.models.only_pruned.
+_PRUNED_ALL_THE_SAME = {
+    "dbrx": "its experts lie in flat matrices, gate and up in two of them, which is not the operators' layout, and its "
+    "own code shows no outputs of single experts",
+}
 
 
 def why_unsupported(model: PreTrainedModel) -> str:
-    """In words, for the refusal of a model in which no MoE layers were found."""
+    """In words, for the refusal of a model in which no MoE layers were found, or none that are more than pruned."""
     model_type = model.config.get_text_config(decoder=True).model_type
     said = (
         f"{type(model).__name__} has no MoE layers that are supported: no module of it goes through transformers' "
         f"experts interface (model type {model_type!r})"
     )
+    if model_type in _PRUNED_ALL_THE_SAME:
+        return (
+            f"{said}; {_PRUNED_ALL_THE_SAME[model_type]}. Whole experts can go, as many in every layer: prune and "
+            "prune_checkpoint take a plan written by hand or made of moe_ext.aimer's scores, which need no calibration"
+        )
     experts = _experts_of_its_own(model)
     if model_type in _REASONS and experts is not None:
         return (

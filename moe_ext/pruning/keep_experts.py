@@ -6,8 +6,6 @@ from moe_ext.models.blocks import (
     MoeBlock,
     PerExpert,
     counting_attributes,
-    expert_dimension,
-    expert_tensors,
     experts_by_name,
 )
 from moe_ext.models.boundary import num_routed
@@ -22,7 +20,7 @@ def keep_experts(block: MoeBlock, keep: Sequence[int]) -> None:
               for experts in experts_by_name(block.model).values()]  # fmt: skip
     attributes = [each for each in counting_attributes(block.model, counts) if each.module in inside]
     remap_choices(block, keep)
-    keep_slices(keep, block.num_experts, block.routing_tensors() + expert_parts(block))
+    keep_slices(keep, block.num_experts, block.routing_tensors() + block.expert_parts())
     for module, name, value in attributes:
         setattr(module, name, value)
 
@@ -32,14 +30,6 @@ def remap_choices(block: MoeBlock, keep: Sequence[int]) -> None:
     for name, table in tables(block).items():
         if len(keep) < block.num_experts and not table.is_meta:
             replace_tensor(block.router, name, table, remapped(table, keep, gate_rows(block)))
-
-
-def expert_parts(block: MoeBlock) -> list[PerExpert]:
-    """The tensors of a layer's experts."""
-    return [
-        PerExpert(block.experts, name, old, expert_dimension(block, name))
-        for name, old in expert_tensors(block).items()
-    ]
 
 
 def keep_slices(keep: Sequence[int], experts: int, parts: Sequence[PerExpert]) -> None:

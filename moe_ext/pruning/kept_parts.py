@@ -12,7 +12,7 @@ from moe_ext.checkpoints.meta_model import Skeleton
 from moe_ext.checkpoints.quantised_weight import Piece, QuantisedWeight
 from moe_ext.checkpoints.stored_tensors import CheckpointError, StoredTensor
 from moe_ext.decision.pruning_plan import PruningPlan
-from moe_ext.models.blocks import MoeBlock, expert_dimension, expert_tensors
+from moe_ext.models.blocks import MoeBlock
 from moe_ext.models.counted import Dimension
 from moe_ext.models.expert_width import channel_dimension
 from moe_ext.pruning.shard_writer import Part, Selection
@@ -53,16 +53,14 @@ def slices_of(skeleton: Skeleton, blocks: list[MoeBlock], plan: PruningPlan) -> 
     found = {}
     for layer, (block, keep) in enumerate(zip(blocks, plan.keep, strict=False)):  # prune says what does not fit
         kept = None if plan.channels is None or layer >= len(plan.channels.masks) else plan.channels.indices(layer)
-        for name, tensor in expert_tensors(block).items():
-            dim = None if kept is None else channel_dimension(block, name)
-            counting = expert_dimension(block, name)
+        for part in block.expert_parts():
+            dim = None if kept is None else channel_dimension(block, part.name)
+            name, whole = names[id(part.tensor)], Slice(part.dimension, keep, block.num_experts, block.name)
             if dim is None or kept is None:
-                found[names[id(tensor)]] = Slice(counting, keep, block.num_experts, block.name)
+                found[name] = whole
             else:
-                places = channel_places(block, name, kept)
-                found[names[id(tensor)]] = Slice(
-                    counting, keep, block.num_experts, block.name, tuple(tensor.shape), dim, kept, places
-                )
+                places, shape = channel_places(block, part.name, kept), tuple(part.tensor.shape)
+                found[name] = replace(whole, shape=shape, channel_dim=dim, channels=kept, places=places)
         for part in block.routing_tensors():
             found[names[id(part.tensor)]] = Slice(part.dimension, keep, block.num_experts, block.name)
     for name, origin in skeleton.model.all_tied_weights_keys.items():  # stored under one of its names

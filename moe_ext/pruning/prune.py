@@ -23,6 +23,7 @@ from moe_ext.models.blocks import (
     expert_tensors,
     model_type_of,
     moe_blocks,
+    prunable_blocks,
     refuse_novices,
     refuse_offloaded,
     refuse_shared_out,
@@ -34,12 +35,13 @@ from moe_ext.models.config_section import section_of, section_with_novices, set_
 from moe_ext.models.counted import CountsPlace, with_counts
 from moe_ext.models.families import FURTHER_LAYERS_FIELDS
 from moe_ext.models.novices import add_novices
+from moe_ext.models.only_pruned import is_only_pruned
 from moe_ext.models.own_counts import configs_of_their_own
 from moe_ext.models.packed_experts import refuse_packed
 from moe_ext.models.replace import replace_tensor
 from moe_ext.models.uneven_counts import counts_by_layer, place_of_counts
 from moe_ext.models.wrapped import unwrapped_to_change
-from moe_ext.pruning.keep_experts import expert_parts, keep_slices, remap_choices
+from moe_ext.pruning.keep_experts import keep_slices, remap_choices
 from moe_ext.pruning.refit_layers import refitted_layers
 from moe_ext.pruning.thin import Thinning
 from moe_ext.storage.formats import shown
@@ -78,7 +80,20 @@ def check_plan(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPlan
     for block, keep in zip(blocks, plan.keep, strict=True):
         _check_keep(block, keep)
     counts = [len(keep) for keep in plan.keep]
-    return place_of_counts(model, blocks, counts) if len(set(counts)) > 1 else "per_layer_config"
+    if len(set(counts)) == 1:
+        return "per_layer_config"
+    if any(is_only_pruned(block.experts) for block in blocks):
+        raise ValueError(
+            f"plan: keeps {min(counts)} to {max(counts)} experts a layer; {plan.model_type!r} models are pruned to one "
+            "number for all layers (scope='layer')"
+        )
+    return place_of_counts(model, blocks, counts)
+
+
+def blocks_to_prune(model: PreTrainedModel, plan: PruningPlan, *, refit: bool) -> list[MoeBlock]:
+    """The MoE layers of a model that a plan is for; where it only takes whole experts away, also of one that is only
+    pruned. TypeError, ValueError as :func:`moe_ext.models.blocks.moe_blocks`."""
+    return moe_blocks(model) if refit or plan.channels is not None else prunable_blocks(model)
 
 
 def _check_keep(block: MoeBlock, keep: tuple[int, ...]) -> None:
@@ -180,7 +195,7 @@ def prune_whole(
         further_layers: whether layers for multi-token prediction, which the model does not have, are kept where it is
             saved; the config then goes on counting them.
     """
-    blocks = moe_blocks(model)
+    blocks = blocks_to_prune(model, plan, refit=refit is not None)
     place = check_plan(model, blocks, plan)
     thinning = None if plan.channels is None else Thinning.of(model, blocks, plan.channels, list(map(len, plan.keep)))
     fitted: dict[int, Tensor] = {}
@@ -191,7 +206,7 @@ def prune_whole(
             fitted.update(layers)
     counts, fields = [len(keep) for keep in plan.keep], counted_of(model).fields
     attributes = counting_attributes(model, counts)
-    parts = [block.routing_tensors() + expert_parts(block) for block in blocks]
+    parts = [block.routing_tensors() + block.expert_parts() for block in blocks]
     with torch.no_grad():
         for block, keep in zip(blocks, plan.keep, strict=True):
             remap_choices(block, keep)
@@ -254,7 +269,7 @@ def _put_novices(model: PreTrainedModel, blocks: list[MoeBlock], plan: PruningPl
             places[[*keep, *removed]] = torch.arange(plan.num_experts)
             # Copied before the experts change: a layer is pruned as a whole or not at all.
             places, mean = places.to(weight.device), mean.to(weight.device, weight.dtype)
-            keep_slices(keep, plan.num_experts, expert_parts(block))
+            keep_slices(keep, plan.num_experts, block.expert_parts())
             block.experts.num_experts = len(keep)  # type: ignore[assignment]
             add_novices(layers[inside[layer]], block.experts, places, mean)
     set_section(model.config, section)

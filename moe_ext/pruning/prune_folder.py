@@ -24,11 +24,11 @@ from moe_ext.checkpoints.quantised import MODELOPT
 from moe_ext.checkpoints.stored_tensors import INDEX, CheckpointError, stored_tensors
 from moe_ext.checkpoints.written_config import changed_content, read_content, write_content
 from moe_ext.decision.pruning_plan import PruningPlan
-from moe_ext.models.blocks import moe_blocks, refuse_novices, text_config
+from moe_ext.models.blocks import refuse_novices, text_config
 from moe_ext.models.counted import counts_differ
 from moe_ext.pruning.further_layers import further_parts
 from moe_ext.pruning.kept_parts import Slice, parts_of, slices_of
-from moe_ext.pruning.prune import prune_whole
+from moe_ext.pruning.prune import blocks_to_prune, prune_whole
 from moe_ext.pruning.refit_files import RefitFiles
 from moe_ext.pruning.refit_folder import down_projections, planned, refit_into
 from moe_ext.pruning.renumbered_names import positions_of, renumbered
@@ -109,7 +109,7 @@ def prune_checkpoint(
     skeleton = skeleton_of(checkpoint, stored, dtype=dtype, trust_remote_code=trust_remote_code)
     if counts_differ(text_config(skeleton.model)):
         raise ValueError(f"{checkpoint}: its layers differ already; prune the model that it was made of")
-    blocks = moe_blocks(skeleton.model)
+    blocks = blocks_to_prune(skeleton.model, plan, refit=refit is not None)
     refuse_novices(blocks, "prune")
     if skeleton.format is not None and refit is not None:
         raise ValueError(

@@ -14,7 +14,6 @@ from moe_ext.decision.pruning_plan import PruningPlan
 
 _SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
 _SEQ2SEQ = {"vocab_size": 32, "d_model": 16, "num_layers": 2, "num_heads": 2, "num_experts": 4, "pad_token_id": 0}
-_DBRX = {"d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 32, "vocab_size": 32}
 FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "jetmoe": (
         "JetMoeForCausalLM",
@@ -46,15 +45,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
             "max_position_embeddings": 32,
         },
         "tokens beyond an expert's capacity pass it by",
-    ),
-    "dbrx": (
-        "DbrxForCausalLM",
-        {
-            **_DBRX,
-            "attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0, "kv_n_heads": 2},
-            "ffn_config": {"hidden_size": 16, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
-        },
-        "its experts lie in flat matrices",
     ),
 }
 

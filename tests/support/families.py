@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.decision.pruning_plan import PruningPlan
-from moe_ext.models.blocks import input_device, model_type_of, moe_blocks
+from moe_ext.models.blocks import input_device, model_type_of, moe_blocks, prunable_blocks
 from moe_ext.models.expert_width import width_of
 from tests.support.reference import ExpertsCase
 
@@ -242,7 +242,7 @@ def mask_routers(model: PreTrainedModel, keep: tuple[tuple[int, ...], ...]) -> N
 
         return run
 
-    for block, kept in zip(moe_blocks(model), keep, strict=True):
+    for block, kept in zip(prunable_blocks(model), keep, strict=True):
         dropped = [expert for expert in range(block.num_experts) if expert not in kept]
         block.router.forward = masked(block.router.forward, dropped)
         held = block.module.named_parameters(recurse=False)
