@@ -92,6 +92,7 @@ def test_ctrl_c_keeps_what_was_measured(
     assert "what was measured until then is kept" in output.err
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_measuring_keeps_the_rows_before(tmp_path: Path) -> None:
     tokens = ",".join(map(str, range(1, 500)))
     arguments = ["--shape", "32,48,4,2", "--tokens", tokens, "--seconds", "0.01", "--out", str(tmp_path / "bench.json")]

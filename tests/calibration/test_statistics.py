@@ -561,6 +561,7 @@ def test_an_interrupted_save_leaves_the_old_file_or_none(
         assert_identical(ExpertStatistics.load(path), filled((2, 4, 2), seed=0))
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_saving_leaves_a_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "stats.safetensors"
     code = """

@@ -70,6 +70,7 @@ def test_a_failed_save_leaves_nothing(tiny_mixtral: MixtralFactory, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_save_never_looks_finished(tmp_path: Path) -> None:
     code = f"""
 import sys, time

@@ -60,6 +60,7 @@ def test_calibrate_writes_what_the_library_computes(statistics: Path, text: Path
     assert written.dataset == "english + python"
 
 
+@pytest.mark.slow
 def test_report_writes_a_page_and_the_figures(statistics: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     assert moe("plan", statistics, "--keep", "5", "--out", plan).returncode == 0
@@ -573,6 +574,7 @@ def test_only_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in debug.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupted_calibration_leaves_no_statistics_and_says_where_it_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moe_ext", "calibrate", MODEL, "--text", str(DEMO_MODEL / "calibration")]
     process = subprocess.Popen(

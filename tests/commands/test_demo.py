@@ -15,6 +15,8 @@ from moe_ext.commands import demo
 from moe_ext.decision.pruning_plan import PruningPlan
 from tests.support.paths import DEMO_MODEL
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:

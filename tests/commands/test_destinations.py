@@ -75,6 +75,7 @@ def test_an_output_that_is_an_input_or_another_output_is_wrong_usage(
     assert content(here) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["/dev/null", "fifo", "to-null"])
 @pytest.mark.parametrize(
     "command",

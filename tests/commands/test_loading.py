@@ -25,6 +25,7 @@ def broken(tmp_path: Path) -> Path:
     return tmp_path / "m"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

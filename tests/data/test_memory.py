@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 READ = """
 import sys
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -24,6 +26,7 @@ for file in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_file_of_forty_times_the_size_is_read_in_the_same_memory(tmp_path: Path) -> None:
     rows = [json.dumps({"text": f"{number:x}" * 40 + " " + "word" * 300}) + "\n" for number in range(500)]
     files = [tmp_path / name for name in ("small.jsonl", "large.jsonl")]

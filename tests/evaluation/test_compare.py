@@ -19,7 +19,7 @@ from moe_ext.evaluation.compare import Compared, Setting, compare, measure, weig
 from moe_ext.evaluation.results import Variant, read_variants
 from moe_ext.evaluation.windows import check_same_tokens
 from moe_ext.runtime.batches import read_domains
-from tests.support.command_line import inside, moe, moe_json
+from tests.support.command_line import inside, moe_anew, moe_json
 from tests.support.forked import exit_status, fork
 from tests.support.letters import letter_tokenizer
 from tests.support.paths import DEMO_MODEL
@@ -39,13 +39,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(DEMO_MODEL), str(folder)
 
 
+@pytest.mark.slow
 def test_the_command_compares_checkpoints(checkpoints: tuple[str, str], tmp_path: Path) -> None:
     for domain, text in TEXTS.items():
         (tmp_path / f"{domain}.txt").write_text(text)
     out = tmp_path / "compare.json"
     options = ("--text", tmp_path, "--window", "128", "--decode-tokens", "4", "--reference", checkpoints[0])
     before = set(Path(tempfile.gettempdir()).glob("moe_ext-*"))
-    result = moe("compare", *checkpoints, *options, "--out", out)
+    result = moe_anew("compare", *checkpoints, *options, "--out", out)
     assert result.returncode == 0, result.stderr
     assert set(Path(tempfile.gettempdir()).glob("moe_ext-*")) <= before  # the reference's predictions are gone
     whole, _ = load_checkpoint(checkpoints[0])

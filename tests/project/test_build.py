@@ -65,6 +65,7 @@ def test_kernels_include_no_torch_and_no_python_header(path: Path) -> None:
     assert [name for name in included if re.match("torch/|ATen/|c10/|pybind11/|Python", name)] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
 def test_code_for_a_newer_processor_shares_no_function_with_the_rest(isa: str, tmp_path: Path) -> None:
     # A weak symbol (an inline function, a template) that is compiled in several files is linked once. Were that copy

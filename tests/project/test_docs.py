@@ -100,6 +100,7 @@ def names() -> Iterator[dict[str, Any]]:
     torch.set_grad_enabled(True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_the_code_blocks_of_a_page_run(
     page: Path, folder: Path, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -4,11 +4,14 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from moe_ext.models.families import FAMILIES
 from tests.support.families import OWN_ROUTER, STOCK_ONLY
 from tests.support.paths import ROOT
 
 
+@pytest.mark.slow
 def test_tables_are_those_of_the_committed_results() -> None:
     script = ROOT / "benchmarks" / "update_tables.py"
     result = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False, cwd=ROOT)

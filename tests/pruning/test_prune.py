@@ -65,6 +65,7 @@ def test_pruning_a_pruned_model_again(tiny_mixtral: MixtralFactory) -> None:
         assert torch.equal(once(tokens).logits, twice(tokens).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_stock_transformers_loads_a_pruned_checkpoint_without_moe_ext(
     tiny_mixtral: MixtralFactory, tmp_path: Path, dtype: torch.dtype
@@ -90,6 +91,7 @@ save_file({{"logits": logits.contiguous()}}, r"{tmp_path / "logits.safetensors"}
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
 
 
+@pytest.mark.slow
 def test_at_most_one_layers_experts_are_held_twice(
     tiny_mixtral: MixtralFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

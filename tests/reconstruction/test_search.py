@@ -173,6 +173,7 @@ def test_losses_with_skip_thresholds_equal_brute_force(tiny_mixtral: MixtralFact
     assert result.layer_losses()[0] > search(model, padded_batches(), keep=8, skip=skip).layer_losses()[0] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [4, 6])
 def test_the_demo_models_subsets_equal_brute_force(keep: int) -> None:
     model, tokenizer = load_checkpoint(DEMO_MODEL, dtype="float32")

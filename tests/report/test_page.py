@@ -20,6 +20,8 @@ from moe_ext.report.page import render, write_figures, write_page
 from moe_ext.report.sections import Picture, Report
 from tests.support.report_input import demo_report, thin_report
 
+pytestmark = pytest.mark.slow
+
 VOID = {"meta", "input", "br", "link", "img"}
 
 

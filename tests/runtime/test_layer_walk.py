@@ -252,6 +252,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_the_killed_program_ends_with_the_same_file_once_it_is_let(tmp_path: Path) -> None:
     text, out, expected = tmp_path / "python.txt", tmp_path / "stats.safetensors", tmp_path / "expected.safetensors"
     text.write_text((DEMO_MODEL / "held_out" / "python.txt").read_text()[:1500])

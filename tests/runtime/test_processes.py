@@ -34,7 +34,7 @@ from tests.support.forked import exit_status, fork
 from tests.support.paths import DEMO_MODEL
 from tests.support.reference import DEVICES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 # 5 batches: shares of 3 and 2 with two processes, of 2, 2 and 1 with three.
 OPTIONS = ("--window", "64", "--batch-size", "4", "--json")

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 
@@ -36,6 +37,7 @@ def test_tensors_in_one_memory_are_written_apart(tmp_path: Path) -> None:
         assert torch.equal(file.get_tensor("end"), both[3:])
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     write_tensors(tmp_path / "here", TENSORS, METADATA)
     code = f"import sys; from {__name__} import *; write_tensors(sys.argv[1], TENSORS, METADATA)"

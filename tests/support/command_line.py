@@ -49,6 +49,12 @@ def moe(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Completed
     return subprocess.CompletedProcess(list(arguments), status, *texts)
 
 
+def moe_anew(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """A command as a user runs it, for what has to begin with a process that has done nothing yet."""
+    command = [sys.executable, "-m", "moe_ext", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
+
+
 def inside(*arguments: str) -> int:
     """The exit code of a command run in this process: starting one takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
