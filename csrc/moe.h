@@ -136,7 +136,7 @@ struct LayerParams {
   int64_t intermediate;
   DType dtype;
   Formula formula;
-  WeightFormat format;                   // of gate_up and of down; what follows is null where they are plain
+  WeightFormat format = {};              // of gate_up and of down; what follows is null where they are plain
   const void* gate_up_scales = nullptr;  // of every expert in turn, as WeightFormat says
   const void* down_scales = nullptr;
   const uint8_t* gate_up_zeros = nullptr;  // of kInt4, or null
