@@ -19,6 +19,7 @@ class PlainWeights {
   static constexpr int kPiece = 32;  // 8 a lane, four lanes a row
   static constexpr int kPadding = 64;
   static constexpr int kSharedBytes = 0;
+  static constexpr bool kManyRegisters = false;
 
   __device__ __forceinline__ PlainWeights(const SmallBatchParams& p, int expert, int first_column, int inner,
                                           int columns, int first_k, char* /*shared*/)

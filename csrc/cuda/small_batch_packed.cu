@@ -41,6 +41,7 @@ class PackedWeights {
   static constexpr int kPadding = small_batch_padding(kType);
   static constexpr int kSharedBytes = shared_bytes_of(kType);
   static_assert(kSharedBytes % 16 == 0);
+  static constexpr bool kManyRegisters = kType == WeightType::kInt8 || kType == WeightType::kFloat8;
 
   __device__ __forceinline__ PackedWeights(const SmallBatchParams& p, int expert, int first_column, int /*inner*/,
                                            int columns, int first_k, char* shared)

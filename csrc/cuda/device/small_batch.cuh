@@ -265,19 +265,29 @@ __device__ __forceinline__ void finish(const SmallBatchParams& p, int group, int
   if (last) combine_group<T>(p, group, lists);
 }
 
+// Blocks that registers have to leave room for. No block waits for another: with fewer they run one after the other.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <typename Weights>
+constexpr int kResidentBlocks = Weights::kManyRegisters ? 1 : kSmallBatchBlocksPerMultiprocessor;
+#else
+template <typename Weights>
+constexpr int kResidentBlocks = kSmallBatchBlocksPerMultiprocessor;
+#endif
+
 // kTokenTiles: tiles of 8 tokens that a pass over an expert's weights multiplies. kEnergies: those of channels are
 // observed if there are any. Weights is what a unit multiplies with, made for a group and a split of an expert:
 //   Element, kProduct  of activations
 //   kPiece             elements of k that a warp multiplies at a time
 //   kPadding           bytes between staged rows
 //   kSharedBytes       of shared memory, of its own
+//   kManyRegisters     whether ptxas for sm_100 and later spills where two blocks share a multiprocessor's registers
 //   begin(k)           a round begins at k, of the whole product
 //   load(k, here)      sends the warp's piece at k for registers, of which elements up to `here` are there
 //   share()            leaves what other warps need: whether all threads have to meet before the piece is multiplied
 //   multiply()         acc += the piece * the staged tokens
 //   advance(length)    moves k = 0
 template <typename Weights, int kTokenTiles, bool kEnergies>
-__global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) small_batch_kernel(SmallBatchParams p) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<Weights>) small_batch_kernel(SmallBatchParams p) {
   using T = typename Weights::Element;
   constexpr Product kProduct = Weights::kProduct;
   constexpr bool kGateUp = kProduct == Product::kGateUp;
