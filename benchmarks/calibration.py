@@ -7,6 +7,11 @@ which calibration waited for text: to be below 2 %. Then reads a small and a lar
 the peak resident memory is to be the same.
 
     python benchmarks/calibration.py --write benchmarks/results/DATE-calibration.json
+
+In parts, of which each leaves the other's rows in the file as they are:
+
+    python benchmarks/calibration.py --file-sizes --write DATE-calibration.json  # the speed
+    python benchmarks/calibration.py --lengths --write DATE-calibration.json  # the memory
 """
 
 import argparse
@@ -25,6 +30,7 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moe_ext
+from moe_ext.binary import _C
 from moe_ext.checkpoints.load_save import read_tokenizer
 from moe_ext.models.blocks import input_device
 from moe_ext.runtime.batches import check_batch, read_domains
@@ -144,7 +150,7 @@ def memory_of(folder: Path, sizes: Sequence[int]) -> list[dict[str, int]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 2048, 16384], help="tokens a row")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[128, 2048, 16384], help="tokens a row")
     parser.add_argument("--tokens", type=int, default=131072, help="of every length")
     parser.add_argument("--batch-tokens", type=int, default=16384)
     parser.add_argument("--hidden", type=int, default=512)
@@ -158,22 +164,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     model = model_of(given.hidden, given.layers, given.experts, getattr(torch, given.dtype), given.device)
     tokenizer = read_tokenizer(str(DEMO_MODEL))
+    before = json.loads(given.write.read_text()) if given.write is not None and given.write.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         rows = [
             row_of(model, tokenizer, Path(name), length, given.tokens, given.batch_tokens, given.rounds)
             for length in given.lengths
         ]
         memory = memory_of(Path(name), given.file_sizes)
-    print(table(rows))
+    if rows:
+        print(table(rows))
     for each in memory:
         print(f"{each['file_bytes'] / 1e6:.0f} MB, {each['tokens']} tokens: peak {each['peak_bytes'] / 1e6:.0f} MB")
     if given.write is not None:
-        setting = {name: value for name, value in vars(given).items() if name != "write"}
-        machine = {"processor": processor(), "threads": torch.get_num_threads()}
-        what = (
-            "tokens a second of calibration on a file, against the forward pass alone; peak memory by size of the file"
+        setting = {name: value for name, value in vars(given).items() if name not in ("write", "file_sizes")}
+        if not rows:
+            rows, setting = before.get("rows", []), before.get("setting", setting)
+        memory = memory or before.get("memory", [])
+        write_result(
+            given.write,
+            "one round" if setting["rounds"] == 1 else f"medians of {setting['rounds']} rounds",
+            machine=f"{processor()}, {torch.get_num_threads()} threads",
+            variant=_C.active_cpu_variant(),
+            setting=setting,
+            rows=rows,
+            memory=memory,
         )
-        write_result(given.write, what, **machine, setting=setting, rows=rows, memory=memory)
 
 
 if __name__ == "__main__":

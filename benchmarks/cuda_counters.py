@@ -355,6 +355,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only-weights", action="store_true", help="the table of quantised weights only")
     parser.add_argument("--tokens", type=int, action="append", default=[1024], help="of the comparison of paths")
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the layers' sizes, the first ones")
     options = parser.parse_args()
 
     names = (
@@ -368,7 +369,7 @@ def main() -> None:
         "roofline (predicted lower bound, not measured)",
     )
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for shape in SHAPES:
+    for shape in SHAPES[: options.shapes]:
         tables["weights"] += weights_rows(shape)
         if options.only_weights:
             continue

@@ -51,7 +51,9 @@ print(peak_resident_bytes())
 """
 
 
-def random_mixtral(layers: int, hidden: int, intermediate: int, dtype: torch.dtype) -> MixtralForCausalLM:
+def random_mixtral(
+    layers: int, hidden: int, intermediate: int, dtype: torch.dtype, device: str = "cpu"
+) -> MixtralForCausalLM:
     config = MixtralConfig(
         vocab_size=1024,
         hidden_size=hidden,
@@ -67,14 +69,15 @@ def random_mixtral(layers: int, hidden: int, intermediate: int, dtype: torch.dty
     torch.manual_seed(0)
     with torch.device("meta"):
         model = MixtralForCausalLM(config).to(dtype)
-    model.to_empty(device="cpu")
+    model.to_empty(device=device)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    model.model.rotary_emb.__init__(config)  # its frequencies are a buffer, not a parameter
+    with torch.device(device):
+        model.model.rotary_emb.__init__(config)  # its frequencies are a buffer, not a parameter
     return model.eval()
 
 

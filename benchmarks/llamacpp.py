@@ -5,7 +5,8 @@
 
 Mixtrals of random weights, and GGUF files of the same shapes, with the same weights in bfloat16 and with one expert's,
 quantised by the gguf package, in the place of all in Q8_0 (beside int8) and Q4_0 (beside int4): there every matrix is
-quantised, here the experts alone, and bytes a token are those that each reads. Batch 1, after a prompt of 32 tokens,
+quantised, here the experts alone, and bytes a token are those that each reads. llama.cpp rounds activations to 8 bits
+beside quantised weights; ours are shown with floats and with activations="int8". Batch 1, after a prompt of 32 tokens,
 the same number of threads, in alternating rounds; tokens/s are medians, ratios medians of rounds. Ours are the tokens
 that ``generate`` gives, with choosing them and all of transformers' Python; llama-bench counts its model's steps alone,
 with a cache of float16 and its own defaults. Its weights are pages of a file; THP_MEM_ALLOC_ENABLE=1 in the environment
@@ -13,6 +14,7 @@ has torch ask for huge pages for ours.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -20,6 +22,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from transformers import MixtralForCausalLM
 from transformers.generation import BaseStreamer
 
 import moe_ext
+from moe_ext.bench.weights import with_activations
 from moe_ext.binary import _C
 from moe_ext.storage.dated_results import table, write_result
 from moe_ext.storage.machine import processor
@@ -145,6 +149,7 @@ def rate(model: MixtralForCausalLM, tokens: int, options: dict[str, Any]) -> flo
 def measure(shape: str, weights: str, program: Path, tokens: int, rounds: int, compiled: bool) -> list[dict[str, Any]]:
     """A row for llama.cpp and for every way of ours, of one shape and format of the experts."""
     layers, hidden, intermediate = SHAPES[shape]
+    torch._dynamo.reset()  # which counts the models that it has compiled
     model = random_mixtral(layers, hidden, intermediate, torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.gguf"
@@ -155,14 +160,19 @@ def measure(shape: str, weights: str, program: Path, tokens: int, rounds: int, c
         ours = bytes_read(model, skipped=0.0)[1]
         ways: dict[str, Callable[[], float]] = {
             f"llama.cpp {KINDS[weights].name}": lambda: llama_rate(program, file, tokens),
-            f"moe_ext {weights}": lambda: rate(model, tokens, {}),
         }
-        seconds = 0.0
-        if compiled:
-            start = time.perf_counter()
-            options = moe_ext.compile_decoding(model, length=PROMPT + tokens + 1)
-            seconds = time.perf_counter() - start
-            ways[f"moe_ext {weights}, compiled"] = lambda: rate(model, tokens, options)
+        models = {f"moe_ext {weights}": model}
+        if weights != "bfloat16":
+            eight = moe_ext.patch(copy.deepcopy(model), activations="int8")
+            models[f"moe_ext {with_activations(weights)}"] = eight
+        seconds = {}
+        for name, each in models.items():
+            ways[name] = partial(rate, each, tokens, {})
+            if compiled:
+                start = time.perf_counter()
+                options = moe_ext.compile_decoding(each, length=PROMPT + tokens + 1)
+                seconds[f"{name}, compiled"] = time.perf_counter() - start
+                ways[f"{name}, compiled"] = partial(rate, each, tokens, options)
         for way in ways.values():  # to warm up
             way()
         rates: dict[str, list[float]] = {name: [] for name in ways}
@@ -177,7 +187,7 @@ def measure(shape: str, weights: str, program: Path, tokens: int, rounds: int, c
             "tokens/s": statistics.median(found),
             "/ llama.cpp": statistics.median(one / other for one, other in zip(found, rates[first], strict=True)),
             "MB a token": (theirs if name == first else ours) / 1e6,
-            "seconds to compile": seconds if name.endswith("compiled") else 0.0,
+            "seconds to compile": seconds.get(name, 0.0),
         }
         for name, found in rates.items()
     ]
@@ -202,15 +212,16 @@ def main() -> None:
             found = measure(shape, weights, options.llama_bench, options.tokens, options.rounds, not options.uncompiled)
             print(table(found), flush=True)
             rows += found
-    if options.output is not None:
-        write_result(
-            options.output,
-            f"greedy decoding of {options.tokens} tokens after {PROMPT}, batch 1, {options.rounds} alternating rounds",
-            machine=f"{processor()}, {torch.get_num_threads()} threads",
-            variant=_C.active_cpu_variant(),
-            huge_pages=os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
-            rows=rows,
-        )
+            if options.output is not None:
+                write_result(
+                    options.output,
+                    f"greedy decoding of {options.tokens} tokens after {PROMPT}, batch 1, {options.rounds} alternating "
+                    "rounds",
+                    machine=f"{processor()}, {torch.get_num_threads()} threads",
+                    variant=_C.active_cpu_variant(),
+                    huge_pages=os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
+                    rows=rows,
+                )
 
 
 if __name__ == "__main__":

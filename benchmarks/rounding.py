@@ -11,7 +11,7 @@ import argparse
 import copy
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from quality import BATCH, MODELS, STRIDE, WINDOW, Judge
@@ -32,17 +32,25 @@ WAYS: dict[str, dict[str, Any]] = {
         for name, options in (("", {}), (", searched", {"search_scales": True}), (", zeros", {"symmetric": False}))
     },
 }
+EIGHT_BITS = ("int8", "mxfp4", "int4, groups of 32", "int4, groups of 128")
+"""Of these ways, those also run with activations in 8 bits."""
 
 
 def rows(judge: Judge) -> list[dict[str, Any]]:
     found = []
-    for name, options in WAYS.items():
-        model = moe_ext.patch(moe_ext.quantize(copy.deepcopy(judge.model), **options))
+    ways: list[tuple[str, Literal["int8"] | None]] = [
+        *((name, None) for name in WAYS),
+        *((name, "int8") for name in EIGHT_BITS),
+    ]
+    for name, activations in ways:
+        quantised = moe_ext.quantize(copy.deepcopy(judge.model), **WAYS[name])
+        model = moe_ext.patch(quantised, activations=activations)
         result = moe_ext.divergence(
             model, judge.reference, judge.held_out, judge.tokenizer, window=WINDOW, stride=STRIDE, batch_size=BATCH
         )
         perplexity = result.perplexity.mean
-        found.append({"format": name, "perplexity": perplexity, "KL": result.mean_kl, "top-1": result.mean_top1})
+        shown = name if activations is None else f"{name}; activations int8"
+        found.append({"format": shown, "perplexity": perplexity, "KL": result.mean_kl, "top-1": result.mean_top1})
         print(found[-1], flush=True)
     return found
 

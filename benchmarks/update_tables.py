@@ -243,6 +243,199 @@ def rounding_table(result: Mapping[str, Any], link: str) -> str:
     )
 
 
+def on_gpu(result: Mapping[str, Any]) -> str:
+    """Date, device, versions and kernels of a result that was measured on a GPU."""
+    return (
+        f"{result['date']}, {result['device']}, torch {result['versions']['torch']}, transformers "
+        f"{result['versions']['transformers']}, kernels {result.get('kernels', 'of that day')}"
+    )
+
+
+def choice_of(result: Mapping[str, Any]) -> str:
+    """Which kernels a GPU's result chose, where moe_ext has chosen others since."""
+    return f" (choice then: {result['choice']})" if "choice" in result else ""
+
+
+def limits_of(result: Mapping[str, Any]) -> str:
+    limits = result["limits"]
+    return (
+        f"The device reads {limits['read bytes/s'] / 1e12:.2f} TB/s and multiplies "
+        f"{limits['matmul FLOP/s'] / 1e12:.0f} TFLOP/s, measured in the same run"
+    )
+
+
+def gpu_table(result: Mapping[str, Any], link: str) -> str:
+    def microseconds(row: Mapping[str, Any], name: str) -> str:
+        value = row[f"{name} us"]
+        return "" if value is None else f"{value:.4g}"
+
+    rows = [
+        {
+            "H, I, E, K": f"{row['H']}, {row['I']}, {row['E']}, {row['K']}",
+            "T": row["T"],
+            "limit us": f"{row['roofline us']:.4g}",
+            "moe_ext us": microseconds(row, "experts graph"),
+            "of limit": f"{row['fraction']:.0%}",
+            "grouped_mm us": microseconds(row, "grouped_mm graph"),
+            "batched_mm us": microseconds(row, "batched_mm graph"),
+            "eager us, no graph": microseconds(row, "eager"),
+            "observing": f"{row['experts_observed us'] / row['experts us']:.2f}x",
+        }
+        for row in result["rows"]
+    ]
+    return (
+        f"{table(rows)}\n\n{result['dtype']}, CUDA graphs. {limits_of(result)}; the limit of a row is the longer of "
+        f"its bytes and its FLOPs at these rates. observing: experts_observed over experts, both without a graph. "
+        f"{on_gpu(result)}{choice_of(result)}; {result['what']} ({link})."
+    )
+
+
+def gpu_weights_table(result: Mapping[str, Any], link: str) -> str:
+    """A shape and number of tokens a row, a type of weights a column."""
+    found: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        found.setdefault((row["H, I, E, K"], row["T"]), {})[row["weights"]] = row
+    rows = [
+        {
+            "H, I, E, K": shape,
+            "T": tokens,
+            **{name: f"{row['us']:.4g} ({row['fraction']:.0%})" for name, row in weights.items()},
+            "transformers": f"{next(iter(weights.values()))['peer us']:.4g}",
+        }
+        for (shape, tokens), weights in found.items()
+    ]
+    return (
+        f"{table(rows)}\n\nMicroseconds, and share of the limit of that type's bytes; activations in "
+        f"{result['dtype']}, CUDA graphs; transformers: its fastest graph on {result['dtype']} weights. "
+        f"{on_gpu(result)}{choice_of(result)}; {result['what']} ({link})."
+    )
+
+
+def gpu_paths_table(result: Mapping[str, Any], link: str) -> str:
+    """Of the layer's own weights: the kernels that can be forced."""
+    names = [name.removesuffix(" us") for name in result["rows"][0] if name.endswith(" us")]
+    rows = [
+        {
+            "H, I, E, K": row["H, I, E, K"],
+            "T": row["T"],
+            **{name: "" if row[f"{name} us"] is None else f"{row[f'{name} us']:.4g}" for name in names},
+            "chosen": f"{row['us']:.4g}",
+        }
+        for row in result["rows"]
+        if row["weights"] == result["dtype"]
+    ]
+    return (
+        f"{table(rows)}\n\nMicroseconds as CUDA graphs, {result['dtype']} weights. {on_gpu(result)}{choice_of(result)} "
+        f"({link})."
+    )
+
+
+def gpu_decode_table(result: Mapping[str, Any], link: str) -> str:
+    batches = list(dict.fromkeys(row["batch"] for row in result["steps"]))
+    steps = {(row["variant"], row["batch"]): row for row in result["steps"]}
+    prompts = {row["variant"]: row for row in result["prompts"] if row["what"] == "forward"}
+    rows = []
+    for variant in dict.fromkeys(row["variant"] for row in result["steps"]):
+        cells: dict[str, Any] = {"variant": variant}
+        for batch in batches:
+            row = steps.get((variant, batch))
+            cells[f"batch {batch}"] = "" if row is None else f"{row['tokens/s']:.0f} ({row['/ grouped_mm']:.2f}x)"
+        cells["prompt"] = f"{prompts[variant]['tokens/s']:.0f}" if variant in prompts else ""
+        rows.append(cells)
+    calibrated = next(row for row in result["prompts"] if row["what"] == "calibrate")
+    skipped = next(row["slots skipped"] for row in result["steps"] if row["slots skipped"])
+    return (
+        f"{table(rows)}\n\nTokens/s of decode steps as CUDA graphs, and over grouped_mm; tokens/s of a prompt without "
+        f"a graph, and {calibrated['tokens/s']:.0f} while it is observed by `calibrate`. Skipping leaves out "
+        f"{skipped:.0%} of the slots. {result['model']}. {on_gpu(result)}; {result['what']} ({link})."
+    )
+
+
+def gpu_decode_summary(result: Mapping[str, Any], link: str) -> str:
+    steps = {(row["variant"], row["batch"]): row["/ grouped_mm"] for row in result["steps"]}
+    batches = list(dict.fromkeys(row["batch"] for row in result["steps"]))
+
+    def gains(variant: str) -> str:
+        return ", ".join(f"{steps[variant, batch]:.2f}x" for batch in batches)
+
+    return (
+        f"On a GPU, layers of Mixtral-8x7B's sizes, decode steps at batch {', '.join(map(str, batches))} over those of "
+        f"`grouped_mm`, all CUDA graphs: patched {gains('whole')}; with half the experts {gains('4 kept')}; with int4 "
+        f"experts {gains('int4')} ({on_gpu(result)}; {link})."
+    )
+
+
+def quantised_table(result: Mapping[str, Any], link: str) -> str:
+    """A shape and number of tokens a row, a type of weights a column."""
+    found: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        found.setdefault((row["H, I, E, K"], row["T"]), {})[row["weights"]] = row
+    rows = []
+    for (shape, tokens), weights in found.items():
+        cells: dict[str, Any] = {"H, I, E, K": shape, "T": tokens}
+        for name, row in weights.items():
+            gain = "" if name == "bfloat16" else f", {row['bfloat16 / this']:.2f}x"
+            cells[name] = f"{row['ms']:.3g} ({row['read / bandwidth']:.0%}{gain})"
+        first = next(iter(weights.values()))
+        cells["transformers"] = f"{first['peer ms']:.3g} ({first['peer']})"
+        rows.append(cells)
+    speeds = sorted(row["read GB/s"] for row in result["rows"])
+    return (
+        f"{table(rows)}\n\nMilliseconds; in brackets the share of the time that the machine takes to read these "
+        f"weights, at {speeds[0]:.1f} to {speeds[-1]:.1f} GB/s in the same runs, and the gain over bfloat16 weights. "
+        f"int4 in groups of 128. {where(result)}; {result['what']} ({link})."
+    )
+
+
+LAYER = "4096, 14336, 8, 2"
+"""H, I, E, K of Mixtral-8x7B."""
+
+
+def quantised_summary(result: Mapping[str, Any], link: str) -> str:
+    gains: dict[str, list[float]] = {}
+    for row in result["rows"]:
+        if row["H, I, E, K"] == LAYER and row["T"] <= 8 and row["weights"] != "bfloat16":
+            gains.setdefault(row["weights"], []).append(row["bfloat16 / this"])
+    means = {name: statistics.geometric_mean(found) for name, found in gains.items()}
+    shown = ", ".join(f"{name.replace(', ', ' with ')} {mean:.2f}x" for name, mean in means.items())
+    return (
+        f"Quantised experts of Mixtral-8x7B's layer for 1 to 8 tokens, over the bfloat16 operator: {shown} "
+        f"({result['date']}, {result['machine']}, {result['variant']}; {link})."
+    )
+
+
+def calibration_table(result: Mapping[str, Any], link: str) -> str:
+    rows = [
+        {
+            "tokens a row": row["tokens a row"],
+            "forward, tokens/s": f"{row['forward, tokens/s']:.0f}",
+            "calibrate, batches there": f"{row['calibrate on batches']:.0f}",
+            "calibrate, from the file": f"{row['calibrate on a file']:.0f}",
+            "of the forward's": f"{row['calibrate on a file'] / row['forward, tokens/s']:.1%}",
+            "waiting for text": f"{row['waiting']:.1%}",
+        }
+        for row in result["rows"]
+    ]
+    setting = result["setting"]
+    model = f"H {setting['hidden']}, {setting['layers']} layers, {setting['experts']} experts, {setting['dtype']}"
+    memory = ", ".join(
+        f"{each['file_bytes'] / 1e6:.0f} MB ({each['tokens']:,} tokens) in {each['peak_bytes'] / 1e6:.0f} MB"
+        for each in result["memory"]
+    )
+    peaks = f" Peak memory of a process that reads a file of so many bytes: {memory}." if memory else ""
+    return (
+        f"{table(rows)}\n\nThe patched Qwen3-MoE has {model}; batches of {setting['batch_tokens']:,} tokens at most; "
+        f"{result['what']}.{peaks} {where(result)} ({link})."
+    )
+
+
+def rows_table(result: Mapping[str, Any], link: str) -> str:
+    """A result whose rows stand as they are."""
+    pages = f", huge pages {'on' if result['huge_pages'] else 'off'}" if "huge_pages" in result else ""
+    model = f"{result['model']}; " if "model" in result else ""
+    return f"{table(result['rows'])}\n\n{model}{result['what']}{pages}. {where(result)} ({link})."
+
+
 NOTHING = "nothing to do"
 """What the outcome of a job begins with that has no meaning in a family."""
 
@@ -307,16 +500,25 @@ QUANTISATION = ROOT / "docs" / "quantisation.md"
 PLACES: list[tuple[Path, str, Callable[[Mapping[str, Any], str], str]]] = [
     (README, "demo-summary", demo_summary),
     (README, "decode-summary", decode_summary),
+    (README, "quantised-summary", quantised_summary),
+    (README, "gpu-decode-summary", gpu_decode_summary),
     (README, "families-summary", families_summary),
     (SUPPORT, "families", families_table),
     (BENCHMARKS, "demo", demo_table),
     (BENCHMARKS, "cpu-summary", cpu_summary),
     (BENCHMARKS, "cpu", cpu_table),
     (BENCHMARKS, "decode", decode_table),
+    (BENCHMARKS, "quantised", quantised_table),
+    (BENCHMARKS, "llamacpp", rows_table),
+    (BENCHMARKS, "calibration", calibration_table),
     (BENCHMARKS, "search", search_tables),
     (BENCHMARKS, "quality", quality_tables),
     (CRITERIA, "quality-summary", quality_summary),
     (QUANTISATION, "rounding", rounding_table),
+    (BENCHMARKS, "gpu", gpu_table),
+    (BENCHMARKS, "gpu-weights", gpu_weights_table),
+    (BENCHMARKS, "gpu-paths", gpu_paths_table),
+    (BENCHMARKS, "gpu-decode", gpu_decode_table),
     (BENCHMARKS, "cuda-counters", counters_tables),
     (BENCHMARKS, "cuda-ptxas", ptxas_table),
 ]

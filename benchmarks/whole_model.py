@@ -24,6 +24,7 @@ from llamacpp import PROMPT, rate
 from torch import Tensor
 
 import moe_ext
+from moe_ext.bench.weights import with_activations
 from moe_ext.binary import _C
 from moe_ext.commands.demo import STRIDE, WINDOW, Demo
 from moe_ext.evaluation.perplexity import perplexity
@@ -35,14 +36,20 @@ Treatment = Literal["whole", "6 experts kept", "75% of the width", "50% of the w
 TREATMENTS: tuple[Treatment, ...] = (
     "whole", "6 experts kept", "75% of the width", "50% of the width", "skipping", "75% and skipping",
 )  # fmt: skip
-WEIGHTS = ("bfloat16", "int8", "int4")
+WEIGHTS = ("bfloat16", "int8", "int4", with_activations("int8"), with_activations("int4"))
 DEMO_MULTIPLE = 32
 """Of the demo model's widths: int4 groups of so many."""
 
 
-def quantised(model: Any, weights: str, group_size: int | None = None) -> Any:
-    """The model with experts of so many bits, in place."""
-    return model if weights == "bfloat16" else moe_ext.quantize(model, weights, group_size=group_size)
+def ready(model: Any, weights: str, skip: Tensor | None, group_size: int | None = None) -> Any:
+    """The model with experts of so many bits, patched, in place."""
+    kind, _, activations = weights.partition(", ")
+    if kind == "bfloat16":
+        return moe_ext.patch(model, skip=skip)
+    size = group_size if kind == "int4" else None
+    return moe_ext.patch(
+        moe_ext.quantize(model, kind, group_size=size), skip=skip, activations="int8" if activations else None
+    )
 
 
 def treated(
@@ -71,9 +78,8 @@ def demo_perplexities(folder: Path, weights: list[str]) -> dict[tuple[str, Treat
     for treatment in TREATMENTS:
         model, thresholds = treated(demo.model, treatment, demo.statistics, thin)
         for each in weights:
-            group_size = DEMO_MULTIPLE if each == "int4" else None
-            ready = moe_ext.patch(quantised(copy.deepcopy(model), each, group_size), skip=thresholds)
-            quality = perplexity(ready, demo.texts, demo.tokenizer, window=WINDOW, stride=STRIDE, batch_size=16)
+            patched = ready(copy.deepcopy(model), each, thresholds, DEMO_MULTIPLE)
+            quality = perplexity(patched, demo.texts, demo.tokenizer, window=WINDOW, stride=STRIDE, batch_size=16)
             found[each, treatment] = quality.mean
     return found
 
@@ -109,8 +115,7 @@ def main() -> None:
         for each in options.weights:
             last = each == options.weights[-1]
             name = each, treatment
-            ready = quantised(model if last else copy.deepcopy(model), each)
-            models[name] = moe_ext.patch(ready, skip=thresholds)
+            models[name] = ready(model if last else copy.deepcopy(model), each, thresholds)
             with count_skips(models[name]) as count:  # before anything is compiled, which cannot be counted
                 rate(models[name], options.tokens, {})
             skipped[name] = count.rate()

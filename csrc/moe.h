@@ -20,6 +20,9 @@ constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 
 // kernels of every device read, and a weight is value * scale; kInt4: (value - zero) * scale, without zeros (value -
 // 8) * scale; kFloat8 is e4m3fn, kMxfp4 e2m1.
 enum class WeightType : int32_t { kPlain, kInt8, kInt4, kFloat8, kMxfp4 };
+[[gnu::always_inline]] constexpr bool has_four_bits(WeightType type) {
+  return type == WeightType::kInt4 || type == WeightType::kMxfp4;
+}
 enum class ScaleType : int32_t { kFloat32, kBFloat16, kFloat16, kE8M0 };  // kE8M0: a byte s, 2^(s - 127); 255: NaN
 
 // Of a weight matrix with R rows (outputs) and C columns (the reduction), scales are (R), one a row; with groups
@@ -141,6 +144,8 @@ struct LayerParams {
   const void* down_scales = nullptr;
   const uint8_t* gate_up_zeros = nullptr;  // of kInt4, or null
   const uint8_t* down_zeros = nullptr;
+  // Products of whole numbers, of kInt8, kInt4 and kMxfp4 on the CPU: x and h rounded to 8 bits, 128 columns a scale.
+  bool int8_activations = false;
 };
 
 // Quantised weights to be packed or unpacked.

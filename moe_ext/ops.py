@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 WEIGHT_TYPES = ("int8", "int4", "fp8", "mxfp4")
+ACTIVATION_TYPES = ("int8",)
 
 
 class LayerOptions(TypedDict, total=False):
@@ -54,13 +55,17 @@ class LayerOptions(TypedDict, total=False):
         up_offset: 1 in models that add it.
         weight_type: of quantised weights "int8", "int4", "fp8" (e4m3fn) or "mxfp4" (e2m1); None: dtype of ``x``.
             Not with ``transposed``. The scale of a row multiplies finished sums. On the CPU a weight times the scale of
-            its group is rounded once, to float32, or for bfloat16 ``x`` by the AVX-512 BF16 variant to bfloat16.
+            its group is rounded once, to float32, or for bfloat16 ``x`` by the AVX-512 BF16 variant to bfloat16; so it
+            is for many bfloat16 tokens on an H100 (wgmma), while other CUDA kernels multiply sums of a group.
         group_size: columns that share a scale: 0, all, for int8; 32, 64 or 128 for int4; 0, or 128 for blocks of 128
             rows and 128 columns, for fp8; 32 for mxfp4.
         gate_up_scales, down_scales: contiguous. int8 and fp8 (E, R) float32, fp8 in blocks (E, ceil(R / 128),
             ceil(C / 128)) float32; int4 (E, R, ceil(C / group_size)) float32, bfloat16 or float16, both of one dtype;
             mxfp4 (E, R, ceil(C / 32)) uint8 s, for ``2 ** (s - 127)``; 255 is no number.
         gate_up_zeros, down_zeros: of int4, (E, R, ceil(C / group_size)) uint8, contiguous; both or neither: 8.
+        activation_type: "int8", with int8, int4 and mxfp4 weights on the CPU: the rows of ``x`` and of h are rounded to
+            whole numbers from -127 to 127, 128 columns a scale, before they are multiplied, which takes less time and
+            is an error of its own. None: products of ``x`` and h as they are.
     """
 
     gate_up_bias: Tensor | None
@@ -80,13 +85,14 @@ class LayerOptions(TypedDict, total=False):
     down_scales: Tensor | None
     gate_up_zeros: Tensor | None
     down_zeros: Tensor | None
+    activation_type: str | None
 
 
 # In the order of the schemas.
 _DEFAULTS = LayerOptions(
     gate_up_bias=None, down_bias=None, gated=True, interleaved=False, transposed=False, limit=None, limit_after=False,
     alpha=1.0, up_offset=0.0, gate_cap=None, up_cap=None, weight_type=None, group_size=0, gate_up_scales=None,
-    down_scales=None, gate_up_zeros=None, down_zeros=None,
+    down_scales=None, gate_up_zeros=None, down_zeros=None, activation_type=None,
 )  # fmt: skip
 
 
@@ -194,7 +200,7 @@ _PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "Optional[str]": (str, type(None)),
 }
-_NAMES = {"score": SCORES, "activation": ACTIVATIONS, "weight_type": WEIGHT_TYPES}
+_NAMES = {"score": SCORES, "activation": ACTIVATIONS, "weight_type": WEIGHT_TYPES, "activation_type": ACTIVATION_TYPES}
 
 
 def _refusal(what: str, value: Any, argument: Any, error: Exception) -> Exception | None:
@@ -621,6 +627,18 @@ def _check_format(check: _Arguments, options: Mapping[str, Any]) -> None:
         check.require(len(given_zeros) == 2, alone)
 
 
+def _check_activation_type(check: _Arguments, options: Mapping[str, Any]) -> None:
+    given = options["activation_type"]
+    if given is None:
+        return
+    check.require(given in ACTIVATION_TYPES, f'\'activation_type\' is "{given[:80]}"; expected "int8", or none')
+    of_numbers = "'activation_type' is given with weights that are no whole numbers; expected weight_type"
+    whole = options["weight_type"] in ("int8", "int4", "mxfp4")
+    check.require(whole, f'{of_numbers} "int8", "int4" or "mxfp4"')
+    of_cuda = "'activation_type' is \"int8\"; CUDA kernels multiply activations as they are"
+    check.require(check.first.device.type != "cuda", of_cuda)
+
+
 def _check_quantised(
     check: _Arguments, name: str, weight: Tensor, sizes: Sequence[int], shape: str, options: Mapping[str, Any]
 ) -> None:
@@ -655,6 +673,7 @@ def _check_layer(
     check.dims("x", x, 2, "(T, H)")
     _check_formula(check, activation, options)
     _check_format(check, options)
+    _check_activation_type(check, options)
     quantised = options["weight_type"] is not None
     gated, transposed = options["gated"], options["transposed"]
     rows_name = "2I" if gated else "I"

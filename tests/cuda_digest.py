@@ -10,10 +10,10 @@ import torch
 
 from moe_ext import ops
 from tests.support.quantised_layers import FORMATS, quantised_case
-from tests.support.reference import DTYPES, GROUPED, experts_case
+from tests.support.reference import DTYPES, GROUPED, WGMMA, experts_case
 
-KERNELS = ["small_batch", *GROUPED, "plain"]
-PACKED_KERNELS = ["small_batch", "flat", "narrow", "plain"]
+KERNELS = ["small_batch", *GROUPED, *["hopper_pairs"] * WGMMA, "plain"]
+PACKED_KERNELS = ["small_batch", "flat", "narrow", *["hopper"] * WGMMA, "plain"]
 SHAPES = [(1, 8, 2, 264, 128), (13, 6, 3, 128, 328), (150, 5, 2, 136, 72), (2500, 3, 2, 16, 24)]  # T, E, K, H, I
 
 

@@ -13,15 +13,20 @@
 // times the same of the token's other slots in token order, in float64. Every element is computed by one thread in a
 // fixed order, so the result depends neither on the number of threads nor on the rest of the batch.
 //
+// With int8_activations the rows of x and of h are rounded to 8 bits before they are multiplied (vector/byte_rows.h);
+// channels are those of h before.
+//
 // Cost: reads 3 H I weights of each expert that has a token, once per kTokensPerRun tokens; 6 H I FLOPs a slot.
 // Memory: P (H + I) operands, H / 32 floats a slot when observing, and for each thread 256 bytes for every token and
 // every slot of the busiest expert; P = slots that are no sentinel, of at most kTokensPerRun tokens.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "cpu/buffer.h"
+#include "cpu/byte_activations.h"
 #include "cpu/layer_weights.h"
 #include "cpu/numeric.h"
 #include "cpu/slots.h"
@@ -47,7 +52,7 @@ class ExpertsRun {
       : p_(p),
         threads_(threads),
         loops_(loops),
-        operand_(loops.operand(p.dtype)),
+        operand_(p.int8_activations ? DType::kFloat32 : loops.operand(p.dtype)),
         quantised_(p),
         slots_(sort_slots(p)) {
     for (int64_t expert = 0; expert < p.num_experts; ++expert) {
@@ -103,6 +108,15 @@ class ExpertsRun {
     return rows;
   }
 
+  // Rows of operands as the products take them, and the bytes of one.
+  Buffer multiplied(Buffer rows, int64_t columns) const {
+    if (!p_.int8_activations) return rows;
+    return byte_rows(p_, rows.floats(), slots_.positions(), columns, threads_, loops_);
+  }
+  int64_t multiplied_bytes(int64_t columns) const {
+    return p_.int8_activations ? byte_row_bytes(columns) : columns * element_size(operand_);
+  }
+
   // ---- gate_up
 
   struct GateUpTask {
@@ -112,7 +126,7 @@ class ExpertsRun {
   };
 
   void gate_up() {
-    const Buffer x = gathered_x();
+    const Buffer x = multiplied(gathered_x(), p_.hidden);
     std::vector<GateUpTask> tasks;
     for (const int64_t expert : active_) {
       const int64_t width = gate_columns(p_.formula);
@@ -127,10 +141,10 @@ class ExpertsRun {
       const GateUpTask& task = tasks[index];
       const int64_t first = slots_.first[task.expert], count = slots_.count(task.expert);
       float* y = products.floats() + worker * busiest_ * kBlockColumns;
-      loops_.multiply(p_.dtype, {offset(x.bytes(), operand_, first * p_.hidden), rows_of(task),
+      loops_.multiply(p_.dtype, {x.bytes() + first * multiplied_bytes(p_.hidden), rows_of(task),
                                  next < 0 ? kNoWeights : rows_of(tasks[next]), count, p_.formula.rows(task.columns),
                                  p_.hidden, y, gate_up_bias(p_, task.expert, task.first_column, task.columns),
-                                 gate_up_stride(p_), quantised_.gate_up(), unpacked(worker)});
+                                 gate_up_stride(p_), quantised_.gate_up(), unpacked(worker), p_.int8_activations});
       char* h = h_.bytes() + (first * p_.intermediate + task.first_column) * element_size(operand_);
       loops_.gate(p_.formula, y, count, task.columns, operand_, h, p_.intermediate);
       if (p_.channels == nullptr) return;
@@ -151,6 +165,7 @@ class ExpertsRun {
     const int64_t workers = product_workers();
     const Buffer products(workers * busiest_ * kBlockColumns * sizeof(float));
     const Buffer sums(workers * p_.tokens * kBlockColumns * sizeof(float));
+    const Buffer h = multiplied(std::move(h_), p_.intermediate);
     if (p_.moments != nullptr) squares_.resize(tasks * slots_.positions());
     for_each_task_ahead(threads_, workers, tasks, [&](int64_t task, int64_t next, int64_t worker) {
       const int64_t first_column = task * width;
@@ -164,9 +179,9 @@ class ExpertsRun {
                                      : next < 0             ? kNoWeights
                                                             : down_rows(p_, active_[0], next * width);
         loops_.multiply(p_.dtype,
-                        {offset(h_.bytes(), operand_, first * p_.intermediate), down_rows(p_, active_[i], first_column),
+                        {h.bytes() + first * multiplied_bytes(p_.intermediate), down_rows(p_, active_[i], first_column),
                          following, count, columns, p_.intermediate, y, down_bias(p_, active_[i], first_column),
-                         down_stride(p_), quantised_.down(), unpacked(worker)});
+                         down_stride(p_), quantised_.down(), unpacked(worker), p_.int8_activations});
         float* squares = p_.moments == nullptr ? nullptr : squares_.data() + task * slots_.positions() + first;
         loops_.scatter(y, slots_.weight_of.data() + first, slots_.token_of.data() + first, count, columns, sum,
                        squares);

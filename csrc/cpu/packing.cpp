@@ -18,8 +18,6 @@ constexpr int64_t kWords = 32;                // of a line
 constexpr int64_t kLineColumns = 4 * kWords;  // of four bits
 constexpr int64_t kBytesPerTask = 64 << 10;
 
-bool four_bits(WeightType type) { return type == WeightType::kInt4 || type == WeightType::kMxfp4; }
-
 // `count` bytes of two columns each, at most a line of them.
 void pack_line(const uint8_t* values, int64_t count, uint8_t* line) {
   uint8_t whole[kLineBytes] = {};
@@ -64,18 +62,18 @@ void for_each_row(const PackingParams& p, const Threads& threads, const Row& row
 }  // namespace
 
 int64_t packed_row_bytes(WeightType type, int64_t columns) {
-  const int64_t of_line = four_bits(type) ? kLineColumns : kLineBytes;
+  const int64_t of_line = has_four_bits(type) ? kLineColumns : kLineBytes;
   return (columns + of_line - 1) / of_line * kLineBytes;
 }
 
-int64_t given_row_bytes(WeightType type, int64_t columns) { return four_bits(type) ? (columns + 1) / 2 : columns; }
+int64_t given_row_bytes(WeightType type, int64_t columns) { return has_four_bits(type) ? (columns + 1) / 2 : columns; }
 
 void pack_weights(const PackingParams& p, const uint8_t* values, uint8_t* packed, const Threads& threads) {
   const int64_t given = given_row_bytes(p.type, p.columns), row_bytes = packed_row_bytes(p.type, p.columns);
   for_each_row(p, threads, [&](int64_t number) {
     const uint8_t* from = values + number * given;
     uint8_t* row = packed + number * row_bytes;
-    if (!four_bits(p.type)) {
+    if (!has_four_bits(p.type)) {
       std::memcpy(row, from, static_cast<size_t>(given));
       std::memset(row + given, 0, static_cast<size_t>(row_bytes - given));
       return;
@@ -89,7 +87,7 @@ void unpack_weights(const PackingParams& p, const uint8_t* packed, uint8_t* valu
   for_each_row(p, threads, [&](int64_t number) {
     const uint8_t* row = packed + number * row_bytes;
     uint8_t* to = values + number * given;
-    if (!four_bits(p.type)) {
+    if (!has_four_bits(p.type)) {
       std::memcpy(to, row, static_cast<size_t>(given));
       return;
     }

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "cpu/buffer.h"
+#include "cpu/byte_activations.h"
 #include "cpu/layer_weights.h"
 #include "cpu/numeric.h"
 #include "cpu/vector/loops.h"
@@ -43,7 +44,7 @@ class ProjectionRun {
       : p_(p),
         threads_(threads),
         loops_(loops),
-        operand_(loops.operand(p.dtype)),
+        operand_(p.int8_activations ? DType::kFloat32 : loops.operand(p.dtype)),
         quantised_(p),
         h_row_bytes_(p.intermediate * element_size(operand_)),
         part_(std::min(p.tokens, std::clamp(kActivationBytes / h_row_bytes_, kLeastTokens, kMostTokens))),
@@ -60,6 +61,10 @@ class ProjectionRun {
       const int64_t tokens = std::min(part_, p_.tokens - first);
       Buffer wide_x, wide_g;
       const char* x = rows_of(p_.x, p_.dtype, operand_, first, tokens, &wide_x);
+      if (p_.int8_activations) {
+        wide_x = byte_rows(p_, reinterpret_cast<const float*>(x), tokens, p_.hidden, threads_, loops_);
+        x = wide_x.bytes();
+      }
       const char* g = rows_of(p_.g, p_.g_dtype, DType::kFloat32, first, tokens, &wide_g);
       for (int64_t expert = 0; expert < p_.num_experts; expert += group_) {
         const int64_t experts = std::min(group_, p_.num_experts - expert);
@@ -99,7 +104,7 @@ class ProjectionRun {
       loops_.multiply(p_.dtype,
                       {x, rows_of(expert, task, blocks), next < 0 ? kNoWeights : rows_of(expert, next, blocks), tokens,
                        p_.formula.rows(columns), p_.hidden, y, gate_up_bias(p_, expert + slot, first, columns),
-                       gate_up_stride(p_), quantised_.gate_up(), unpacked(worker)});
+                       gate_up_stride(p_), quantised_.gate_up(), unpacked(worker), p_.int8_activations});
       loops_.gate(p_.formula, y, tokens, columns, operand_, h(slot) + first * element_size(operand_), p_.intermediate);
     });
   }
@@ -113,6 +118,10 @@ class ProjectionRun {
 
   void down(int64_t expert, int64_t experts, const float* g, int64_t tokens) {
     const int64_t blocks = blocks_of(p_.hidden, kBlockColumns);
+    Buffer bytes;  // of h (experts * part, I); rows beyond `tokens` are what they are, and no one's
+    if (p_.int8_activations) {
+      bytes = byte_rows(p_, h_.floats(), experts * part_, p_.intermediate, threads_, loops_);
+    }
     for_each_task_ahead(threads_, workers_, experts * blocks, [&](int64_t task, int64_t next, int64_t worker) {
       const int64_t first = task % blocks * kBlockColumns;
       const int64_t columns = std::min(kBlockColumns, p_.hidden - first);
@@ -120,9 +129,11 @@ class ProjectionRun {
       const auto rows_of = [&](int64_t index) {
         return down_rows(p_, expert + index / blocks, index % blocks * kBlockColumns);
       };
-      loops_.multiply(p_.dtype, {h(task / blocks), rows_of(task), next < 0 ? kNoWeights : rows_of(next), tokens,
-                                 columns, p_.intermediate, y, down_bias(p_, expert + task / blocks, first),
-                                 down_stride(p_), quantised_.down(), unpacked(worker)});
+      const char* rows = p_.int8_activations ? bytes.bytes() + task / blocks * part_ * byte_row_bytes(p_.intermediate)
+                                             : h(task / blocks);
+      loops_.multiply(p_.dtype, {rows, rows_of(task), next < 0 ? kNoWeights : rows_of(next), tokens, columns,
+                                 p_.intermediate, y, down_bias(p_, expert + task / blocks, first), down_stride(p_),
+                                 quantised_.down(), unpacked(worker), p_.int8_activations});
       loops_.project(y, g + first, p_.hidden, tokens, columns, sums_.data() + task * part_);
     });
   }

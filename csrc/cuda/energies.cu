@@ -3,9 +3,9 @@
 // The kernels of gate_up sum them where h stands in registers, in float32 and before it is rounded. Here is what comes
 // before and after, each by tiles of the sort's list:
 //   weights   a block a tile, a thread a row: g^2 by position, and for gemm_wgmma.cu as operands of its tensor cores
-//   rows      only where gate_up's kernel does not sum (without gate; transposed weights on the tensor cores): a block
-//   a
-//             tile and some channels, a thread a channel, over h as it is stored
+//   rows      only where gate_up's kernel does not sum (without gate; transposed weights on the tensor cores; by wgmma
+//             quantised weights, biases and limits): a block a tile and some channels, a thread a channel, over h as it
+//             is stored
 //   sums      a block an expert (at its first tile) and some channels: its tiles' parts, in their order, in float64
 // The sums of a part are in one order, too: deterministic. Small batches need neither: one block has all of an expert's
 // tokens (small_batch.cu). An expert without tokens has no tile: its channels are not touched.

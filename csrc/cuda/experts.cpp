@@ -2,7 +2,7 @@
 // heuristics.h:
 //   small batch   gate_up, down with combine                    2 launches
 //   large batch   sort, gate_up, down, combine                  4 launches (6 where the sort takes three)
-//   hopper        the same as large, with gemm_wgmma.cu for one product or both
+//   hopper        the same as large, with gemm_wgmma.cu, or gemm_wgmma_packed.cu, for one product or both
 //   plain         the same as large, with gemm_plain.cu         float32 and odd sizes
 // and the moments, and pairs where they are asked for, after any of them when observing; where energies of channels are
 // observed, too, launches of weights before gate_up and of sums at the end, but for small batches. Nothing waits for
@@ -53,6 +53,8 @@ void run_small_batch(const ExpertsParams& p, const Device& device, const Scratch
   s.special = p.gate_up_bias != nullptr || !p.formula.unlimited();
   s.h = scratch.allocate(scratch.context, slots * p.intermediate * element_size(p.dtype));
   s.blocks = int64_t{device.multiprocessors} * kSmallBatchBlocksPerMultiprocessor;
+  s.gate_up_groups = static_cast<int>((2 * p.intermediate + kSmallBatchColumns - 1) / kSmallBatchColumns);
+  s.down_groups = static_cast<int>(small_batch_groups(p.hidden));
   s.split_length = small_batch_split_length(p, s.blocks);
   s.splits = (p.intermediate + s.split_length - 1) / s.split_length;
   s.y = allocate<float>(scratch, slots * s.splits * p.hidden);

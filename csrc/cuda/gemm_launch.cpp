@@ -28,10 +28,16 @@ float gate_limit_of(Activation activation, double limit) {
   return static_cast<float>(high);
 }
 
+// Whether gate and up are not what the products leave.
+bool special_gate(const LayerParams& layer) {
+  return layer.gate_up_bias != nullptr || !layer.formula.gated || !layer.formula.unlimited();
+}
+
 // Whether a layer's energies are summed from h as it is stored: no instance of gate_up's kernel does it.
 bool energies_of_rows(const Choice& choice, const LayerParams& layer) {
-  const bool grouped = choice.way == Choice::Way::kGrouped;
-  return !layer.formula.gated || (layer.formula.transposed && grouped) || (layer.format.quantised() && !grouped);
+  const bool grouped = choice.way == Choice::Way::kGrouped, hopper = grouped && is_hopper(choice.gate_up_shape);
+  return !layer.formula.gated || (layer.formula.transposed && grouped) || (special_gate(layer) && hopper) ||
+         (layer.format.quantised() && (!grouped || hopper));
 }
 
 GemmParams gemm_params(const PositionsParams& p, Product product) {
@@ -59,7 +65,7 @@ GemmParams gemm_params(const PositionsParams& p, Product product) {
     g.activation = formula.activation;
     g.interleaved = formula.interleaved;
     g.shaping = shaping_of(formula);
-    g.special = g.special || !formula.gated || !formula.unlimited();
+    g.special = special_gate(p.layer);
     if (!energies_of_rows(p.choice, p.layer)) g.energies = p.energies;
   }
   return g;
@@ -110,12 +116,16 @@ Shaping shaping_of(const Formula& f) {
 
 Energies allocate_energies(const Choice& choice, const ExpertsParams& p, int64_t max_tiles, const Scratch& scratch) {
   const int64_t slots = p.tokens * p.top_k;
-  const bool grouped = choice.way == Choice::Way::kGrouped, hopper = grouped && choice.gate_up_shape == kHopper;
+  const int shape = choice.gate_up_shape;
   Energies energies{};
-  const bool in_kernel = !energies_of_rows(choice, p);
-  energies.parts = grouped && !hopper && in_kernel ? kGemmShapes[choice.gate_up_shape].warps_m : 1;
+  energies.parts = 1;
   energies.weights = allocate<float>(scratch, slots);
-  if (hopper && in_kernel) energies.fragments = allocate<uint4>(scratch, max_tiles * energy_fragments(kHopperRows));
+  if (choice.way == Choice::Way::kGrouped && !energies_of_rows(choice, p)) {
+    energies.parts = is_hopper(shape) ? hopper_blocks(shape) : kGemmShapes[shape].warps_m;
+    if (is_hopper(shape)) {
+      energies.fragments = allocate<uint4>(scratch, max_tiles * energy_fragments(choice.gate_up_rows));
+    }
+  }
   energies.sums = allocate<float>(scratch, max_tiles * energies.parts * p.intermediate);
   return energies;
 }
@@ -134,10 +144,12 @@ void launch_gemms(const PositionsParams& p, const Device& device, cudaStream_t s
     const Product product = p.layer.formula.gated ? which : Product::kDown;
     if (choice.way == Choice::Way::kPlain) {
       launch_plain_gemm(product, rows, g, p.layer.dtype, stream);
+    } else if (p.layer.format.quantised() && shape == kHopper) {
+      launch_hopper_packed_gemm(product, g, p.layer.dtype, device.multiprocessors, stream);
     } else if (p.layer.format.quantised()) {
       launch_packed_gemm(product, shape, g, p.layer.dtype, stream);
-    } else if (shape == kHopper) {
-      launch_hopper_gemm(product, g, p.layer.dtype, device.multiprocessors, stream);
+    } else if (is_hopper(shape)) {
+      launch_hopper_gemm(product, shape, g, p.layer.dtype, device.multiprocessors, stream);
     } else {
       launch_grouped_gemm(product, shape, g, p.layer.dtype, stream);
     }

@@ -21,7 +21,7 @@ namespace moe_ext::cuda {
 // The kernels that a call takes. Small batches have no tiles; `rows` are those of the sort's tile lists.
 struct Choice {
   enum class Way { kSmallBatch, kGrouped, kPlain } way;
-  int gate_up_shape, down_shape;  // of kGemmShapes, or kHopper
+  int gate_up_shape, down_shape;  // of kGemmShapes, kHopper or kHopperPairs
   int gate_up_rows, down_rows;
 
   // Of h and y, when the layer is of `dtype`: the plain kernels keep float32 between them.
@@ -44,7 +44,7 @@ inline int64_t rows_per_expert(const ExpertsParams& p) {
   return (p.tokens * p.top_k + p.num_experts - 1) / p.num_experts;
 }
 
-// Whether rows of weights are in order, and not columns: what the wgmma and small batches' kernels read.
+// Whether rows of weights are in order, and not columns: what the small batches' kernels read.
 inline bool has_plain_layout(const ExpertsParams& p) { return !p.formula.interleaved && !p.formula.transposed; }
 
 // Whether the small batches' kernels know the layer.
@@ -52,19 +52,32 @@ inline bool fits_small_batch(const ExpertsParams& p) {
   return p.formula.gated && (has_plain_layout(p) || p.format.quantised());
 }
 
-// Whether the wgmma kernels know the layer: usual rows, not quantised, gate and up as the products leave them. (What is
-// done to accumulators in place makes ptxas wait for every wgmma.)
-inline bool has_usual_experts(const ExpertsParams& p) {
-  return !p.format.quantised() && has_plain_layout(p) && p.formula.gated && p.formula.unlimited() &&
-         p.gate_up_bias == nullptr && p.down_bias == nullptr;
+// Whether the wgmma kernels know a layer that fits_tensor_cores(). Scales of groups multiply weights, which could leave
+// fp16's range.
+inline bool known_to_hopper(const ExpertsParams& p) {
+  return p.formula.gated && !p.formula.capped() &&
+         (!p.format.quantised() || p.dtype == DType::kBFloat16 || p.format.group_size == 0);
 }
 
-// Whether the wgmma kernels can take it: they count rows of weights, and 16-byte pieces of activations, in 32 bits.
+// Whether it is of the kind that an H100 measured on the wgmma kernels.
+inline bool measured_on_hopper(const ExpertsParams& p) {
+  return p.format.quantised() ||
+         (has_plain_layout(p) && p.formula.unlimited() && p.gate_up_bias == nullptr && p.down_bias == nullptr);
+}
+
+// Whether the wgmma kernels can take it: they count rows of weights, 16-byte pieces of activations, scales, and bytes
+// of 16 quantised rows in 32 bits.
 inline bool fits_hopper(const ExpertsParams& p, const Device& device) {
   const int64_t most = std::numeric_limits<int32_t>::max();
   const int64_t positions = p.tokens * p.top_k, longest = std::max(p.hidden, p.intermediate);
-  return device.wgmma && has_usual_experts(p) && p.num_experts * std::max(2 * p.intermediate, p.hidden) <= most &&
-         positions * longest / 8 <= most;
+  const int64_t rows = p.num_experts * std::max(2 * p.intermediate, p.hidden);
+  const bool counts_scales = !p.format.quantised() || (rows * p.format.groups(longest) <= most && longest <= most / 16);
+  return device.wgmma && known_to_hopper(p) && rows <= most && positions * longest / 8 <= most && counts_scales;
+}
+
+// Rows of the wgmma kernels' tiles.
+inline int hopper_rows(const ExpertsParams& p, int shape) {
+  return p.format.quantised() ? kHopperPackedRows : hopper_blocks(shape) * kHopperRows;
 }
 
 // Work of the busiest multiprocessor when tiles of `rows` by `columns` share out a product: elements that it
@@ -80,27 +93,53 @@ inline double busiest_work(const ExpertsParams& p, Product product, const Device
   return static_cast<double>(blocks_each * rows_each * columns);
 }
 
-// The shape with the least of that work, over the share of the tensor cores' rate that it can reach, which its
-// instructions and its FLOPs per byte from L2 limit (a guess until a GPU has measured it).
+// Bytes of an expert's weights, of 16 bits or fewer; scales are few.
+inline int64_t down_bytes(const ExpertsParams& p) { return p.hidden * p.intermediate * weight_bits(p.format.type) / 8; }
+inline int64_t expert_bytes(const ExpertsParams& p) {
+  return down_bytes(p) + p.formula.rows(p.intermediate) * p.hidden * weight_bits(p.format.type) / 8;
+}
+
+// What the wgmma kernels take for both products: on an H100, from 2 tokens on, the best shape of mma.sync took 0.95 to
+// 2.9 of their time (benchmarks/results, gpu-paths). Biases, limits and transposed weights were not measured there: the
+// kernel is the same but for its results, or the boxes that it reads.
+inline int hopper_shape(const ExpertsParams& p) {
+  const int64_t rows = rows_per_expert(p);
+  const bool pairs =
+      !p.format.quantised() && rows > kHopperRows && rows <= kPairsMostRows && down_bytes(p) >= kPairsLeastBytes;
+  return pairs ? kHopperPairs : kHopper;
+}
+
+// wgmma where it can be; otherwise the shape with the least of that work, over the share of the tensor cores' rate that
+// it can reach, which its instructions and its FLOPs per byte from L2 limit. On an H100 that was within 7 % of the
+// fastest.
 inline int gemm_shape(const ExpertsParams& p, Product product, const Device& device) {
+  if (fits_hopper(p, device)) return hopper_shape(p);
   int best = kFlat;
   double least = std::numeric_limits<double>::infinity();
-  const auto consider = [&](int shape, int rows, int columns, int min_rows, double efficiency) {
-    if (rows_per_expert(p) < min_rows) return;
-    const double work = busiest_work(p, product, device, rows, columns) / efficiency;
-    if (work < least) least = work, best = shape;
-  };
   for (int shape = 0; shape < kGemmShapeCount; ++shape) {
     const GemmShape& s = kGemmShapes[shape];
     if (p.format.quantised() && shape == kTall) continue;  // gemm_packed.cu has none
-    consider(shape, s.rows, s.columns, s.min_rows, s.efficiency);
+    if (rows_per_expert(p) < s.min_rows) continue;
+    const double work = busiest_work(p, product, device, s.rows, s.columns) / s.efficiency;
+    if (work < least) least = work, best = shape;
   }
-  if (fits_hopper(p, device)) consider(kHopper, kHopperRows, kHopperColumns, kHopperMinRows, kHopperEfficiency);
   return best;
 }
 
-inline Choice grouped(int gate_up_shape, int down_shape) {
-  const auto rows = [](int shape) { return shape == kHopper ? kHopperRows : kGemmShapes[shape].rows; };
+// Tokens for which the small batches' kernels are taken however many weights there are.
+inline int64_t small_batch_tokens(const ExpertsParams& p, const Device& device) {
+  return fits_hopper(p, device) ? small_batch_tokens_beside_hopper(weight_bits(p.format.type)) : kSmallBatchTokens;
+}
+
+// Whether the small batches' kernels are the fastest for a layer that they know.
+inline bool is_small_batch(const ExpertsParams& p, const Device& device) {
+  const int64_t reached = std::min(p.num_experts, p.tokens * p.top_k);
+  return p.tokens <= small_batch_tokens(p, device) ||
+         (p.tokens <= kSmallBatchTokens && reached * expert_bytes(p) <= kSmallBatchBytesBesideHopper);
+}
+
+inline Choice grouped(const ExpertsParams& p, int gate_up_shape, int down_shape) {
+  const auto rows = [&](int shape) { return is_hopper(shape) ? hopper_rows(p, shape) : kGemmShapes[shape].rows; };
   return {Choice::Way::kGrouped, gate_up_shape, down_shape, rows(gate_up_shape), rows(down_shape)};
 }
 
@@ -139,24 +178,31 @@ inline bool takes_tensor_cores(const ExpertsParams& p, const std::string& forced
                            "not interleaved unless transposed, and, without gate, silu or relu2");
 }
 
+inline Device allowed_device(Device device, const std::string& forced) {
+  device.wgmma = device.wgmma && forced != "portable";
+  return device;
+}
+
 inline Choice choose_grouped(const ExpertsParams& p, const std::string& forced, const Device& device) {
-  if (forced == "hopper") {
-    if (fits_hopper(p, device)) return grouped(kHopper, kHopper);
+  if (forced == "hopper" || forced == "hopper_pairs") {
+    const int shape = forced == "hopper" ? kHopper : kHopperPairs;
+    if (fits_hopper(p, device) && (shape == kHopper || !p.format.quantised())) return grouped(p, shape, shape);
     throw std::runtime_error(
-        device.wgmma ? "MOE_EXT_CUDA_KERNELS=hopper: T * K * max(H, I) / 8 or E * max(2 I, H) is beyond 2^31 - 1, or "
-                       "the experts have biases, limits or no gate, or are quantised, interleaved or transposed"
-                     : "MOE_EXT_CUDA_KERNELS=hopper needs a device of compute capability 9.0 (H100, H200) and moe_ext "
-                       "built for 9.0a (TORCH_CUDA_ARCH_LIST), not for " MOE_EXT_CUDA_ARCHS);
+        "MOE_EXT_CUDA_KERNELS=" + forced +
+        (device.wgmma ? ": T * K * max(H, I) / 8, E * max(2 I, H) or the number of scales is beyond 2^31 - 1, or the "
+                        "experts have no gate, or caps, or are quantised in groups with float16; hopper_pairs takes no "
+                        "quantised weights"
+                      : " needs a device of compute capability 9.0 (H100, H200) and moe_ext built for 9.0a "
+                        "(TORCH_CUDA_ARCH_LIST), not for " MOE_EXT_CUDA_ARCHS));
   }
   if (forced == "tall") {
-    if (!p.format.quantised()) return grouped(kTall, kTall);
+    if (!p.format.quantised()) return grouped(p, kTall, kTall);
     throw std::runtime_error("MOE_EXT_CUDA_KERNELS=tall takes no quantised weights; flat and narrow do");
   }
-  if (forced == "flat") return grouped(kFlat, kFlat);
-  if (forced == "narrow") return grouped(kNarrow, kNarrow);
-  Device allowed = device;
-  allowed.wgmma = device.wgmma && forced != "portable";
-  return grouped(gemm_shape(p, Product::kGateUp, allowed), gemm_shape(p, Product::kDown, allowed));
+  if (forced == "flat") return grouped(p, kFlat, kFlat);
+  if (forced == "narrow") return grouped(p, kNarrow, kNarrow);
+  const Device allowed = allowed_device(device, forced);
+  return grouped(p, gemm_shape(p, Product::kGateUp, allowed), gemm_shape(p, Product::kDown, allowed));
 }
 
 inline Choice choose(const ExpertsParams& p, const Device& device, const std::string& forced) {
@@ -168,7 +214,8 @@ inline Choice choose(const ExpertsParams& p, const Device& device, const std::st
         "MOE_EXT_CUDA_KERNELS=small_batch: the lists of T * K slots do not fit into shared memory, or the weights are "
         "interleaved, transposed or without gate");
   }
-  if (forced == "small_batch" || (by_shape(forced) && p.tokens <= kSmallBatchTokens && fits)) {
+  const bool small = by_shape(forced) && is_small_batch(p, allowed_device(device, forced));
+  if (forced == "small_batch" || (small && fits)) {
     return {Choice::Way::kSmallBatch, 0, 0, 0, 0};
   }
   return choose_grouped(p, forced, device);
@@ -194,15 +241,22 @@ inline std::string weights_named(WeightType type) {
 inline std::string describe(const ExpertsParams& p, const Device& device, const std::string& forced) {
   const Choice choice = choose(p, device, forced);
   const auto tiles = [](int shape, int rows) {
-    const bool hopper = shape == kHopper;
-    return std::string(hopper ? "hopper (wgmma)" : "mma.sync") + ", tiles of " + std::to_string(rows) + " x " +
-           std::to_string(hopper ? kHopperColumns : kGemmShapes[shape].columns);
+    const std::string kernel = shape == kHopperPairs ? "hopper_pairs (wgmma)"
+                               : shape == kHopper    ? "hopper (wgmma)"
+                                                     : "mma.sync";
+    return kernel + ", tiles of " + std::to_string(rows) + " x " +
+           std::to_string(is_hopper(shape) ? kHopperColumns : kGemmShapes[shape].columns);
   };
   const std::string of_weights = p.format.quantised() ? weights_named(p.format.type) + ", " : "";
   std::string kernels, reason;
   if (choice.way == Choice::Way::kSmallBatch) {
     kernels = "small_batch";
-    reason = "at most " + std::to_string(kSmallBatchTokens) + " tokens, bound by reading weights";
+    const int64_t most = small_batch_tokens(p, allowed_device(device, forced));
+    reason = "at most " + std::to_string(most) + " tokens, bound by reading weights";
+    if (p.tokens > most) {
+      reason = "at most " + std::to_string(kSmallBatchTokens) + " tokens, which reach at most " +
+               std::to_string(kSmallBatchBytesBesideHopper / 1'000'000) + " MB of weights";
+    }
   } else if (choice.way == Choice::Way::kPlain) {
     kernels = "plain, without tensor cores";
     const bool multiples = p.hidden % 8 == 0 && p.intermediate % 8 == 0;
@@ -212,12 +266,17 @@ inline std::string describe(const ExpertsParams& p, const Device& device, const 
   } else {
     kernels = "gate_up " + tiles(choice.gate_up_shape, choice.gate_up_rows) + "; down " +
               tiles(choice.down_shape, choice.down_rows);
-    reason = "least work of the busiest of " + std::to_string(device.multiprocessors) + " multiprocessors at " +
-             std::to_string(rows_per_expert(p)) + " rows an expert";
-    if (p.format.quantised()) {
-      reason += "; no wgmma: its kernels take no quantised weights";
-    } else if (!device.wgmma) {
+    const std::string rows = std::to_string(rows_per_expert(p)) + " rows an expert";
+    if (is_hopper(choice.gate_up_shape)) {
+      reason = rows + (measured_on_hopper(p) ? "; " : "; not measured, but of plain rows without biases and limits ") +
+               "no shape of mma.sync was more than 5 % faster on an H100";
+    } else {
+      reason = "least work of the busiest of " + std::to_string(device.multiprocessors) + " multiprocessors at " + rows;
+    }
+    if (!device.wgmma) {
       reason += "; no wgmma: it needs compute capability 9.0 and moe_ext built for 9.0a";
+    } else if (p.format.quantised() && p.dtype == DType::kFloat16 && p.format.group_size != 0) {
+      reason += "; no wgmma: with float16 its kernels take no scales of groups";
     }
   }
   if (!by_shape(forced)) reason = "asked for";

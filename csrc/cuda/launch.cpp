@@ -47,11 +47,13 @@ Device current_device() {
 std::string forced_kernels() {
   const char* forced = std::getenv("MOE_EXT_CUDA_KERNELS");
   const std::string name = forced == nullptr ? "" : forced;
-  for (const char* known : {"", "portable", "small_batch", "hopper", "tall", "flat", "narrow", "plain"}) {
+  for (const char* known :
+       {"", "portable", "small_batch", "hopper", "hopper_pairs", "tall", "flat", "narrow", "plain"}) {
     if (name == known) return name;
   }
-  throw std::runtime_error("MOE_EXT_CUDA_KERNELS=" + name +
-                           " is unknown; the kernels are portable, small_batch, hopper, tall, flat, narrow, plain");
+  throw std::runtime_error(
+      "MOE_EXT_CUDA_KERNELS=" + name +
+      " is unknown; the kernels are portable, small_batch, hopper, hopper_pairs, tall, flat, narrow, plain");
 }
 
 }  // namespace moe_ext::cuda

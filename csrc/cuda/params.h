@@ -93,7 +93,7 @@ void launch_energy_rows(const EnergyRowsParams& p, cudaStream_t stream);
 
 // ---- quantised weights of a product, in the bytes of moe.h
 
-constexpr bool has_four_bits(WeightType type) { return type == WeightType::kInt4 || type == WeightType::kMxfp4; }
+constexpr int weight_bits(WeightType type) { return type == WeightType::kPlain ? 16 : has_four_bits(type) ? 4 : 8; }
 
 inline constexpr int kLineBytes = 64;  // rows are padded to lines
 constexpr int line_columns(WeightType type) { return kLineBytes * (has_four_bits(type) ? 2 : 1); }
@@ -117,8 +117,9 @@ enum class Product { kGateUp, kDown };
 
 Quantisation quantisation_of(const LayerParams& layer, Product product);
 
-// ---- grouped products over the sorted slots (gemm_mma.cu: mma.sync; gemm_wgmma.cu: wgmma; gemm_packed.cu: mma.sync,
-// quantised weights; gemm_plain.cu: any dtype, weights and size), in the tile shapes of shapes.h
+// ---- grouped products over the sorted slots (gemm_mma.cu: mma.sync; gemm_wgmma.cu: wgmma; gemm_packed.cu and
+// gemm_wgmma_packed.cu: the same of quantised weights; gemm_plain.cu: any dtype, weights and size), in the tile shapes
+// of shapes.h
 
 // What becomes of gate and up before h = act(gate) * up, so that it is the formula's h:
 //   g = min(gate, gate_limit);  u = (cap(min(max(up, -up_limit), up_limit), up_cap) + offset) * cap(g, gate_cap) / g
@@ -169,9 +170,14 @@ constexpr Index weight_rows(Product product, Index columns) {
 // bf16 and fp16, columns and inner multiples of 8, pointers 16-byte aligned. c has the dtype of a. `shape` is a row of
 // kGemmShapes. Without gate the activation is kSilu or kRelu2; interleaved only if transposed.
 void launch_grouped_gemm(Product product, int shape, const GemmParams& p, DType dtype, cudaStream_t stream);
-// The same on devices with `wgmma`, of experts that are not special, tiles of at most kHopperRows rows; a block a
-// multiprocessor goes through them all.
-void launch_hopper_gemm(Product product, const GemmParams& p, DType dtype, int multiprocessors, cudaStream_t stream);
+// The same on devices with `wgmma`, of experts with a gate that have no caps; a block a multiprocessor goes through all
+// tiles. `shape` is kHopper or kHopperPairs. Energies: of weights that are neither special nor transposed.
+void launch_hopper_gemm(Product product, int shape, const GemmParams& p, DType dtype, int multiprocessors,
+                        cudaStream_t stream);
+// Quantised weights on the same devices, of experts with a gate that have no caps, interleaved or not; tiles of at most
+// kHopperPackedRows rows. In fp16 a scale is of a whole row.
+void launch_hopper_packed_gemm(Product product, const GemmParams& p, DType dtype, int multiprocessors,
+                               cudaStream_t stream);
 // Quantised weights; as launch_grouped_gemm, but in the shapes kFlat and kNarrow only, and interleaved or not.
 void launch_packed_gemm(Product product, int shape, const GemmParams& p, DType dtype, cudaStream_t stream);
 // Any size, weights of any kind; h and y are float32. `rows`, of a tile at most, is one of kPlainRows.
@@ -210,6 +216,8 @@ struct SmallBatchParams {
   bool special;          // gate and up have biases or a shaping
   void* h;               // (P, I) of `dtype`, by slot
   float* y;              // (P, splits, H), by slot: down's sums over the parts of I
+  int gate_up_groups;    // of columns of h, and
+  int down_groups;       // of y: rows of weights that a block multiplies at a time
   int64_t splits;        // parts that down cuts I into, none empty
   int64_t split_length;  // of each but the last; a multiple of small_batch_round()
   uint32_t* arrivals;    // (groups of H): parts of y that are there
@@ -219,13 +227,17 @@ struct SmallBatchParams {
   int64_t blocks;        // of each of the two kernels, at most
 };
 
-inline constexpr int kSmallBatchColumns = 64;      // of y, a group
-inline constexpr int kSmallBatchWarps = 8;         // of a block, that share k
+inline constexpr int kSmallBatchColumns = 64;      // of y, a group: rows of weights
+inline constexpr int kSmallBatchWarps = 8;         // of a block
+inline constexpr int kSmallBatchParts = 2;         // warps of a block that share rows, and k
 inline constexpr int kSmallBatchPackedTokens = 8;  // that a pass over quantised weights multiplies
 
-// Elements of k that a block multiplies at a time: 64 bytes of a row, a warp.
+// Bytes of a row that a warp reads at a time: where scales take registers, fewer.
+constexpr int small_batch_row_bytes(WeightType type) { return has_four_bits(type) ? 128 : 256; }
+// Elements of k that a block multiplies at a time.
 constexpr int small_batch_round(WeightType type) {
-  return kSmallBatchWarps * (type == WeightType::kPlain ? 32 : has_four_bits(type) ? 128 : 64);
+  const int columns = type == WeightType::kPlain ? kLineBytes / 2 : line_columns(type);  // of 64 bytes
+  return kSmallBatchParts * small_batch_row_bytes(type) / kLineBytes * columns;
 }
 // Bytes that rows of staged activations are padded by, so that rows of the same piece lie in different banks.
 constexpr int small_batch_padding(WeightType type) {
@@ -235,7 +247,6 @@ constexpr int64_t small_batch_groups(int64_t hidden) { return (hidden + kSmallBa
 // Shared memory of a block beside the staged activations.
 int64_t small_batch_shared_bytes(int64_t tokens, int64_t slots, int64_t num_experts,
                                  WeightType type = WeightType::kPlain);
-int64_t packed_small_batch_shared_bytes(int64_t slots, int64_t num_experts, WeightType type);  // the same
 void launch_small_batch(const SmallBatchParams& p, cudaStream_t stream);
 void launch_packed_small_batch(const SmallBatchParams& p, cudaStream_t stream);
 

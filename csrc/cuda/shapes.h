@@ -34,19 +34,39 @@ inline constexpr GemmShape kGemmShapes[] = {
 };
 inline constexpr int kTall = 0, kFlat = 1, kNarrow = 2, kGemmShapeCount = 3;
 
-// ---- tiles of the wgmma grouped products (gemm_wgmma.cu): positions, and rows of weights
+// ---- tiles of the wgmma grouped products (gemm_wgmma.cu): positions, and rows of weights, of a block
 
 inline constexpr int kHopperRows = 192, kHopperColumns = 256;
-inline constexpr int kHopperMinRows = 17;         // of the average expert for which it is considered
-inline constexpr double kHopperEfficiency = 1.5;  // against the efficiencies above
-inline constexpr int kHopper = kGemmShapeCount;   // as a shape of Choice
+
+// As shapes of Choice: a block has a tile to itself, or two blocks of a cluster share its weights and halve its rows.
+// Two read fewer bytes where an expert's rows are more than a block's tile has; for fewer they read as many, with half
+// the bytes under way.
+inline constexpr int kHopper = kGemmShapeCount, kHopperPairs = kHopper + 1;
+
+// Where pairs are taken: the average expert has more rows than a block's tile, but not more than this, and down of an
+// expert has at least so many bytes. On an H100, at 256 rows, pairs took 0.90 of the time with 117 MB, and 1.02 with 7;
+// at 512 rows and more 1.00 to 1.07 (benchmarks/results, gpu-paths).
+inline constexpr int kPairsMostRows = 320;
+inline constexpr int64_t kPairsLeastBytes = 100'000'000;
+
+constexpr bool is_hopper(int shape) { return shape >= kHopper; }
+constexpr int hopper_blocks(int shape) { return shape == kHopperPairs ? 2 : 1; }  // that share a tile
+
+// The same of quantised weights (gemm_wgmma_packed.cu), whose accumulators leave registers to those that convert them.
+inline constexpr int kHopperPackedRows = 128;
 
 // Rows of a tile in gemm_plain.cu: for few and for many rows an expert.
 inline constexpr int kPlainRows[] = {16, 64};
 
 // ---- small batches (small_batch.cu)
 
-inline constexpr int64_t kSmallBatchTokens = 16;
+inline constexpr int64_t kSmallBatchTokens = 16;  // at most
+
+// Where the layer can go by wgmma, too, whose tiles are read faster, while it has more launches: as many tokens, or so
+// many bytes of the weights that the tokens can reach. On an H100 that cost 0.4 % of the best of every measured row's
+// kernels, and at most 18 % (benchmarks/results, gpu-paths).
+constexpr int64_t small_batch_tokens_beside_hopper(int bits) { return bits == 16 ? 1 : bits == 8 ? 2 : 16; }
+inline constexpr int64_t kSmallBatchBytesBesideHopper = 180'000'000;
 inline constexpr int kSmallBatchBlocksPerMultiprocessor = 2;  // that registers and shared memory allow
 
 }  // namespace moe_ext::cuda

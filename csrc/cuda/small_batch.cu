@@ -16,73 +16,87 @@ class PlainWeights {
   using Element = T;
   static constexpr Product kProduct = kOf;
   static constexpr WeightType kType = WeightType::kPlain;
-  static constexpr int kPiece = 32;  // 8 a lane, four lanes a row
+  static constexpr int kChunks = small_batch_row_bytes(kType) / 64;  // of a row, 64 bytes each
+  static constexpr int kPiece = kChunks * 32;                        // 8 a lane, four lanes a row
   static constexpr int kPadding = 64;
-  static constexpr int kSharedBytes = 0;
-  static constexpr bool kManyRegisters = false;
+  struct Piece {
+    uint4 weights[kChunks][2];
+  };
 
-  __device__ __forceinline__ PlainWeights(const SmallBatchParams& p, int expert, int first_column, int inner,
-                                          int columns, int first_k, char* /*shared*/)
-      : inner_(inner), columns_(columns), first_column_(first_column) {
+  __device__ __forceinline__ PlainWeights(const SmallBatchParams& p, int inner, int columns)
+      : all_(static_cast<const T*>(kGateUp ? p.experts.gate_up : p.experts.down)), inner_(inner), columns_(columns) {}
+
+  __device__ __forceinline__ void begin(int expert, int first_column, int k, int last_k) {
     // The lane's first row of weights, and the up row of the same column or the row eight on.
-    const ExpertsParams& e = p.experts;
-    const int64_t row = weight_row<kProduct, int64_t>(expert, columns, first_column + row_of_lane(), false);
-    rows_[0] = static_cast<const T*>(kGateUp ? e.gate_up : e.down) + row * inner + first_k;
-    rows_[1] = rows_[0] + int64_t{kGateUp ? columns : 8} * inner;
+    const int column = first_column + tile_of_warp() * (kColumns<kProduct> / kTiles) + row_of_lane();
+    const int64_t row = weight_row<kProduct, int64_t>(expert, columns_, column, false);
+    row_ = all_ + row * inner_ + k + k_of_lane();
+    const bool second = kGateUp ? column < columns_ : column + 8 < columns_;
+    left_[0] = column < columns_ ? last_k - k - k_of_lane() : 0;
+    left_[1] = second ? last_k - k - k_of_lane() : 0;
   }
 
-  __device__ __forceinline__ void begin(int /*k*/) const {}
-
-  // The lane's 16 bytes of its two rows of weights in every m16 tile of the group; zeros from `here` on and beyond the
-  // last column.
-  __device__ __forceinline__ void load(int k, int here) {
-    constexpr int kTileColumns = kColumns<kProduct> / kTiles;
-    k += k_of_lane();
+  __device__ __forceinline__ void load_early(Piece& piece) const {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int column = first_column_ + tile * kTileColumns + row_of_lane() + (kGateUp ? 0 : half * 8);
-        weights_[tile][half] = make_uint4(0, 0, 0, 0);
-        if (k < here && column < columns_) {
-          weights_[tile][half] = ptx::load_once(rows_[half] + int64_t{tile * kTileColumns} * inner_ + k);
-        }
-      }
-    }
+    for (int chunk = 0; chunk < kChunks / 2; ++chunk) load(piece, chunk);
   }
 
-  __device__ __forceinline__ bool share() const { return false; }
+  __device__ __forceinline__ void load_rest(Piece& piece) {
+#pragma unroll
+    for (int chunk = kChunks / 2; chunk < kChunks; ++chunk) load(piece, chunk);
+    advance();
+  }
 
   template <int kTokenTiles>
-  __device__ __forceinline__ void multiply(float (&acc)[kTiles][kTokenTiles][4], const char* staged, int row_bytes,
-                                           int tokens, int k, int /*k_begin*/) const {
+  __device__ __forceinline__ void multiply(float (&acc)[kTokenTiles][4], Piece& piece, const char* staged,
+                                           int row_bytes, int tokens, int k, bool last) {
+    const char* of_token[kTokenTiles];
 #pragma unroll
     for (int token_tile = 0; token_tile < kTokenTiles; ++token_tile) {
       const int token = min(token_tile * 8 + row_of_lane(), tokens - 1);  // the columns beyond are not used
-      const uint4 b = *reinterpret_cast<const uint4*>(staged + token * row_bytes + (k + k_of_lane()) * 2);
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const uint4 upper = weights_[tile][0], lower = weights_[tile][1];
-        const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
-        const uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
-        ptx::multiply_add(acc[tile][token_tile], first, b.x, b.y, T{});
-        ptx::multiply_add(acc[tile][token_tile], second, b.z, b.w, T{});
-      }
+      of_token[token_tile] = staged + token * row_bytes + (k + k_of_lane()) * 2;
     }
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const uint4 upper = piece.weights[chunk][0], lower = piece.weights[chunk][1];
+#pragma unroll
+      for (int token_tile = 0; token_tile < kTokenTiles; ++token_tile) {
+        const uint4 b = *reinterpret_cast<const uint4*>(of_token[token_tile] + chunk * 64);
+        ptx::multiply_add(acc[token_tile], {upper.x, lower.x, upper.y, lower.y}, b.x, b.y, T{});
+        ptx::multiply_add(acc[token_tile], {upper.z, lower.z, upper.w, lower.w}, b.z, b.w, T{});
+      }
+      if (chunk < kChunks / 2 || !last) load(piece, chunk);
+    }
+    if (!last) advance();
   }
 
-  __device__ __forceinline__ void advance(int length) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) rows_[half] += length;
+  template <int kTokenTiles>
+  __device__ __forceinline__ void scale(float (& /*acc*/)[kTokenTiles][4], int /*expert*/, int /*first_column*/) const {
   }
 
  private:
   static constexpr bool kGateUp = kProduct == Product::kGateUp;
   static __device__ __forceinline__ int k_of_lane() { return threadIdx.x % 4 * 8; }
 
-  const T* rows_[2];
-  int inner_, columns_, first_column_;
-  uint4 weights_[kTiles][2];
+  // Zeros beyond the last element and beyond the last column.
+  __device__ __forceinline__ void load(Piece& piece, int chunk) const {
+    const int64_t second = int64_t{kGateUp ? columns_ : 8} * inner_;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      piece.weights[chunk][half] = make_uint4(0, 0, 0, 0);
+      if (chunk * 32 < left_[half]) piece.weights[chunk][half] = ptx::load_once(row_ + half * second + chunk * 32);
+    }
+  }
+
+  __device__ __forceinline__ void advance() {
+    row_ += kParts * kPiece;
+    left_[0] -= kParts * kPiece, left_[1] -= kParts * kPiece;
+  }
+
+  const T* all_;
+  int inner_, columns_;
+  const T* row_;  // the lane's part of the next piece of its first row
+  int left_[2];   // elements of k from there on, of both rows
 };
 
 template <typename T, int kTokenTiles>
@@ -104,8 +118,8 @@ void launch_typed(const SmallBatchParams& p, cudaStream_t stream) {
 }  // namespace
 
 int64_t small_batch_shared_bytes(int64_t tokens, int64_t slots, int64_t num_experts, WeightType type) {
-  if (type != WeightType::kPlain) return packed_small_batch_shared_bytes(slots, num_experts, type);
-  return sums_bytes(token_tiles_of(tokens)) + lists_bytes(slots, num_experts);
+  const int token_tiles = type == WeightType::kPlain ? token_tiles_of(tokens) : kSmallBatchPackedTokens / 8;
+  return sums_bytes(token_tiles) + lists_bytes(slots, num_experts);
 }
 
 void launch_small_batch(const SmallBatchParams& p, cudaStream_t stream) {

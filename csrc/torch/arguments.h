@@ -143,6 +143,7 @@ struct LayerOptions {
   std::optional<std::string> weight_type;
   int64_t group_size;
   std::optional<Tensor> gate_up_scales, down_scales, gate_up_zeros, down_zeros;
+  std::optional<std::string> activation_type;
 };
 
 // A bound that is left out is none.
@@ -246,6 +247,21 @@ inline WeightFormat check_format(const char* op, const LayerOptions& options) {
   return format;
 }
 
+// Whether activations are rounded to 8 bits.
+inline bool check_activation_type(const char* op, const LayerOptions& options, const WeightFormat& format,
+                                  const Tensor& x) {
+  if (!options.activation_type.has_value()) return false;
+  const std::string& name = *options.activation_type;
+  if (name != "int8") refuse(op, "'activation_type' is \"", name.substr(0, 80), "\"; expected \"int8\", or none");
+  if (format.type != WeightType::kInt8 && !has_four_bits(format.type)) {
+    refuse(op,
+           "'activation_type' is given with weights that are no whole numbers; expected weight_type \"int8\", "
+           "\"int4\" or \"mxfp4\"");
+  }
+  if (x.is_cuda()) refuse(op, "'activation_type' is \"int8\"; CUDA kernels multiply activations as they are");
+  return true;
+}
+
 // A weight matrix as pack_weights made it, its scales and its zeros; `shape`: "(E, 2I, H)" and the like, which `sizes`
 // are.
 inline void check_quantised(const char* op, const char* name, const Tensor& weight, const WeightFormat& format,
@@ -326,6 +342,7 @@ inline ExpertsParams check_layer(const char* op, const Tensor& x, const Tensor& 
   ExpertsParams p{};
   p.formula = f;
   p.format = format;
+  p.int8_activations = check_activation_type(op, options, format, x);
   p.tokens = x.size(0);
   p.hidden = x.size(1);
   p.num_experts = gate_up.size(0);
@@ -462,13 +479,11 @@ inline ScalarType given_type(WeightType type) {
                                        : ScalarType::Byte;
 }
 
-inline bool two_columns_a_byte(WeightType type) { return type == WeightType::kInt4 || type == WeightType::kMxfp4; }
-
 inline PackingParams check_pack(const Tensor& values, const std::string& weight_type) {
   constexpr const char* op = "pack_weights";
   PackingParams p{};
   p.type = weight_type_named(op, weight_type);
-  const bool pairs = two_columns_a_byte(p.type);
+  const bool pairs = has_four_bits(p.type);
   check_dims(op, "values", values, 3, pairs ? "(E, R, C / 2)" : "(E, R, C)");
   check_type(op, "values", values, {given_type(p.type)});
   p.rows = values.size(0) * values.size(1);

@@ -43,11 +43,11 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t top_k, std::optio
       std::optional<double> limit, bool limit_after, double alpha, double up_offset, std::optional<double> gate_cap,  \
       std::optional<double> up_cap, std::optional<std::string> weight_type, int64_t group_size,                       \
       std::optional<Tensor> gate_up_scales, std::optional<Tensor> down_scales, std::optional<Tensor> gate_up_zeros,   \
-      std::optional<Tensor> down_zeros
+      std::optional<Tensor> down_zeros, std::optional<std::string> activation_type
 #define MOE_EXT_OPTIONS_GIVEN                                                                                        \
   LayerOptions {                                                                                                     \
     gate_up_bias, down_bias, gated, interleaved, transposed, limit, limit_after, alpha, up_offset, gate_cap, up_cap, \
-        weight_type, group_size, gate_up_scales, down_scales, gate_up_zeros, down_zeros                              \
+        weight_type, group_size, gate_up_scales, down_scales, gate_up_zeros, down_zeros, activation_type             \
   }
 
 // moments, counted, channels, pairs: of experts_observed; null for experts.
@@ -203,7 +203,7 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
   "bool transposed=False, float? limit=None, bool limit_after=False, float alpha=1.0, float up_offset=0.0, " \
   "float? gate_cap=None, float? up_cap=None, str? weight_type=None, int group_size=0, "                      \
   "Tensor? gate_up_scales=None, Tensor? down_scales=None, Tensor? gate_up_zeros=None, "                      \
-  "Tensor? down_zeros=None) -> Tensor"
+  "Tensor? down_zeros=None, str? activation_type=None) -> Tensor"
   m.def("experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor weights, str activation"  //
         MOE_EXT_LAYER_OPTIONS);
   m.def(

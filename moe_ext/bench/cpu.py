@@ -8,19 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ext import ops
-from moe_ext.bench.layer import Layer
-from moe_ext.bench.weights import QuantisedWeights
+from moe_ext.bench.layer import GATHERED_BYTES, Layer
+from moe_ext.bench.weights import QuantisedWeights, on_every_weights
 
 PEERS = ["eager", "grouped_mm", "batched_mm"]
-GATHERED_BYTES = 4 << 30  # batched_mm copies every slot's weights: not run where that takes more
 
 
 class Rounds:
     """Times functions in turn, in a process whose caches hold nothing of theirs."""
 
-    def __init__(self, seconds: float, buffer_bytes: int) -> None:
+    def __init__(self, seconds: float, buffer_bytes: int, least: int = 5) -> None:
+        """
+        Args:
+            least: rounds at least, however long they take.
+        """
         self.seconds = seconds
+        self.least = least
         self.buffer = torch.ones(buffer_bytes // 4)
 
     def read(self) -> float:
@@ -30,13 +33,15 @@ class Rounds:
         return time.perf_counter() - start
 
     def medians(self, cold: dict[str, Callable[[], Any]], warm: dict[str, Callable[[], Any]]) -> dict[str, float]:
-        """Median seconds of each function and of ``read``, in rounds of about ``seconds`` in all, five at least. Those
-        in ``warm`` are timed right after a call of themselves."""
+        """Median seconds of each function and of ``read``, in rounds of about ``seconds`` in all, ``least`` at least.
+        Those in ``warm`` are timed right after a call of themselves."""
         times: dict[str, list[float]] = {name: [] for name in ["read", *cold, *warm]}
         for function in cold.values():
             function()  # what is set up once
         end = time.perf_counter() + self.seconds
-        while len(times["read"]) < 5 or time.perf_counter() < end:
+        rounds = 0
+        while rounds < self.least or time.perf_counter() < end:
+            rounds += 1
             for name, function in {**cold, **warm}.items():
                 times["read"].append(self.read())
                 if name in warm:
@@ -98,7 +103,7 @@ def measure(layer: Layer, tokens: int, rounds: Rounds) -> dict[str, Any]:
 
 
 def fastest_peer(layer: Layer, x: Tensor, experts: Tensor, weights: Tensor) -> tuple[str, Callable[[], Tensor]]:
-    """Transformers' implementation that takes least time, of two calls each."""
+    """Transformers' implementation that takes least time, by a call after the first or a first one of over a second."""
     times: dict[str, float] = {}
     functions = {
         name: layer.peer(name, x, experts, weights)
@@ -106,10 +111,12 @@ def fastest_peer(layer: Layer, x: Tensor, experts: Tensor, weights: Tensor) -> t
         if name != "batched_mm" or experts.numel() * layer.expert_bytes <= GATHERED_BYTES
     }
     for name, function in functions.items():
-        function()
-        start = time.perf_counter()
-        function()
-        times[name] = time.perf_counter() - start
+        for _ in range(2):
+            start = time.perf_counter()
+            function()
+            times[name] = time.perf_counter() - start
+            if times[name] > 1.0:
+                break
     name = min(times, key=lambda name: times[name])
     return name, functions[name]
 
@@ -120,11 +127,7 @@ def measure_quantised(
     """A row for the layer's own weights and one for each of the quantised, on the same inputs in the same rounds."""
     x, _, weights, experts = layer.inputs(tokens)
     own = str(layer.dtype).removeprefix("torch.")
-    functions: dict[str, Callable[[], Any]] = {own: lambda: ops.experts(*layer.arguments(x, weights, experts))}
-    expert_bytes = {own: layer.expert_bytes}
-    for each in quantised:
-        functions[each.weight_type] = each.experts(x, experts, weights)
-        expert_bytes[each.weight_type] = each.expert_bytes
+    functions, expert_bytes = on_every_weights(layer, quantised, x, experts, weights)
     peer, functions["peer"] = fastest_peer(layer, x, experts, weights)
     active = int(experts.unique().numel())
     rows = max(1, experts.numel() // active)

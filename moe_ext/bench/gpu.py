@@ -1,14 +1,19 @@
 """Times one layer's CUDA operators beside transformers' experts and the limits measured in the same run."""
 
+import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from moe_ext.bench.layer import Layer
+from moe_ext.bench.layer import GATHERED_BYTES, Layer
+from moe_ext.bench.weights import QuantisedWeights, on_every_weights
 
 PEERS = ["eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe"]
+PATHS = ["small_batch", "tall", "flat", "narrow", "hopper", "hopper_pairs"]  # what MOE_EXT_CUDA_KERNELS forces
+MOST_IN_A_SMALL_BATCH = 64  # tokens: beyond, it takes many times as long as the others
 GRAPHED = ["experts", "grouped_mm", "batched_mm"]  # also timed as CUDA graphs: without what Python and launches cost
 
 
@@ -46,7 +51,11 @@ def graphed(function: Callable[[], Any]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return graph.replay
+
+    def replay(_kept: object = function) -> None:  # what the graph reads must stay where it is
+        graph.replay()
+
+    return replay
 
 
 def measured_limits(timer: Timer, matmul: int, dtype: torch.dtype) -> dict[str, float]:
@@ -60,12 +69,15 @@ def measured_limits(timer: Timer, matmul: int, dtype: torch.dtype) -> dict[str, 
     }
 
 
-def measure(layer: Layer, tokens: int, timer: Timer, limits: dict[str, float]) -> tuple[dict[str, Any], dict[str, str]]:
-    """A row of the result, and the peers that did not run with the reason."""
-    x, logits, weights, experts = layer.inputs(tokens)
-    functions = layer.operators(x, logits, weights, experts)
-    missing = {}
-    for name in PEERS:
+def peers_that_run(
+    layer: Layer, names: Sequence[str], x: Tensor, experts: Tensor, weights: Tensor
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """Those of transformers' implementations, and of the others the reason why not."""
+    functions, missing = {}, {}
+    for name in names:
+        if name == "batched_mm" and experts.numel() * layer.expert_bytes > GATHERED_BYTES:
+            missing[name] = f"would copy {experts.numel() * layer.expert_bytes / 1e9:.0f} GB of weights"
+            continue
         function = layer.peer(name, x, experts, weights)
         try:
             function()
@@ -73,6 +85,15 @@ def measure(layer: Layer, tokens: int, timer: Timer, limits: dict[str, float]) -
             missing[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         else:
             functions[name] = function
+    return functions, missing
+
+
+def measure(layer: Layer, tokens: int, timer: Timer, limits: dict[str, float]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A row of the result, and the peers that did not run with the reason."""
+    x, logits, weights, experts = layer.inputs(tokens)
+    functions = layer.operators(x, logits, weights, experts)
+    peers, missing = peers_that_run(layer, PEERS, x, experts, weights)
+    functions |= peers
     for name in GRAPHED:
         if name in functions:
             functions[f"{name} graph"] = graphed(functions[name])
@@ -97,3 +118,87 @@ def measure(layer: Layer, tokens: int, timer: Timer, limits: dict[str, float]) -
     columns = ["route", "experts", "experts_observed", *PEERS, *(f"{name} graph" for name in GRAPHED)]
     row |= {f"{name} us": seconds.get(name, float("nan")) * 1e6 for name in columns}
     return row, missing
+
+
+def measure_quantised(
+    layer: Layer, quantised: Sequence[QuantisedWeights], tokens: int, timer: Timer, limits: dict[str, float]
+) -> list[dict[str, Any]]:
+    """A row for the layer's own weights and one for each of the quantised, on the same inputs in the same rounds; every
+    function as a graph. The peer is transformers' faster implementation of those that a graph can hold."""
+    x, _, weights, experts = layer.inputs(tokens)
+    own = str(layer.dtype).removeprefix("torch.")
+    functions, expert_bytes = on_every_weights(layer, quantised, x, experts, weights)
+    peers, _ = peers_that_run(layer, [name for name in GRAPHED if name in PEERS], x, experts, weights)
+    seconds = timer.medians({name: graphed(function) for name, function in (functions | peers).items()})
+    peer = min(peers, key=lambda name: seconds[name])
+
+    active = int(experts.unique().numel())
+    multiply = 6 * layer.hidden * layer.intermediate * experts.numel() / limits["matmul FLOP/s"]
+    rows = []
+    for name, size in expert_bytes.items():
+        read = (active * size + 2 * tokens * layer.hidden * x.element_size()) / limits["read bytes/s"]
+        rows.append(
+            {
+                "H, I, E, K": f"{layer.hidden}, {layer.intermediate}, {layer.num_experts}, {layer.top_k}",
+                "T": tokens,
+                "weights": name,
+                "MB read": active * size / 1e6,
+                "us": seconds[name] * 1e6,
+                "roofline us": max(read, multiply) * 1e6,
+                "fraction": max(read, multiply) / seconds[name],
+                f"{own} / this": seconds[own] / seconds[name],
+                "peer / this": seconds[peer] / seconds[name],
+                "peer": peer,
+                f"{own} us": seconds[own] * 1e6,
+                "peer us": seconds[peer] * 1e6,
+            }
+        )
+    return rows
+
+
+def measure_paths(
+    layer: Layer, quantised: Sequence[QuantisedWeights], tokens: int, timer: Timer, limits: dict[str, float]
+) -> list[dict[str, Any]]:
+    """A row for the layer's own weights and one for each of the quantised: the operator by every set of kernels that it
+    can be made to take, as graphs, beside what it takes by itself. NaN where a set does not take the layer."""
+    x, _, weights, experts = layer.inputs(tokens)
+    functions, _ = on_every_weights(layer, quantised, x, experts, weights)
+    forced: dict[str, Callable[[], Any]] = {}
+    for name, function in functions.items():
+        for path in ["", *PATHS]:
+            if path == "small_batch" and tokens > MOST_IN_A_SMALL_BATCH:
+                continue
+            os.environ["MOE_EXT_CUDA_KERNELS"] = path
+            try:
+                forced[f"{name}/{path}"] = graphed(function)
+            except RuntimeError:
+                continue  # the kernels do not take this layer
+            finally:
+                del os.environ["MOE_EXT_CUDA_KERNELS"]
+    seconds = timer.medians(forced)
+    rows = []
+    for name in functions:
+        times = {path: seconds.get(f"{name}/{path}", float("nan")) for path in PATHS}
+        chosen, best = (
+            seconds[f"{name}/"],
+            min((path for path in PATHS if times[path] > 0), key=lambda path: times[path]),
+        )
+        rows.append(
+            {
+                "H, I, E, K": f"{layer.hidden}, {layer.intermediate}, {layer.num_experts}, {layer.top_k}",
+                "T": tokens,
+                "weights": name,
+                "us": chosen * 1e6,
+                **{f"{path} us": times[path] * 1e6 for path in PATHS},
+                "best": best,
+                "us / best": chosen / times[best],
+                "TFLOP/s": 6 * layer.hidden * layer.intermediate * experts.numel() / times[best] / 1e12,
+                "of matmul": 6
+                * layer.hidden
+                * layer.intermediate
+                * experts.numel()
+                / times[best]
+                / limits["matmul FLOP/s"],
+            }
+        )
+    return rows

@@ -13,6 +13,8 @@ from moe_ext import ops
 # Eager rounds to the dtype after each of its five steps: 8 roundings of values of the output's size cover it.
 TOLERANCE = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8, torch.float32: 2.0**-19}
 
+GATHERED_BYTES = 4 << 30  # transformers' batched_mm copies every slot's weights: not run where that takes more
+
 
 class Layer:
     """The experts of one layer, as transformers' module holds them."""

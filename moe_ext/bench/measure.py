@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from moe_ext.bench import cpu, gpu
 from moe_ext.bench.layer import Layer
-from moe_ext.bench.weights import QuantisedWeights, WeightType
+from moe_ext.bench.weights import QuantisedWeights, WeightType, with_activations
 from moe_ext.binary import _C
 from moe_ext.checkpoints.read_config import model_built_from, read_config
 from moe_ext.models.blocks import moe_blocks
@@ -95,6 +95,7 @@ def measurements(
     tokens: Sequence[int],
     seconds: float,
     weights: WeightType | None = None,
+    activations: Literal["int8"] | None = None,
 ) -> Iterator[Measured]:
     """Measures the operators with random weights and inputs, checking them against transformers' eager experts.
 
@@ -102,39 +103,60 @@ def measurements(
         seconds: for each number of tokens, about.
         weights: quantised to this type; the peers are then the same operator on weights of ``dtype`` and transformers'
             fastest implementation. None: weights of ``dtype``.
+        activations: "int8": in 8 bits, with quantised weights of whole numbers, on the CPU.
 
     Raises:
-        ValueError: another device than "cpu" and "cuda", CUDA without a device or without kernels, or quantised weights
-            on CUDA.
+        ValueError: another device than "cpu" and "cuda", or CUDA without a device or without kernels; ``activations``
+            with other weights than int8, int4 and mxfp4, or on CUDA.
         AssertionError: an operator disagrees with transformers.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {device!r}")
-    if weights is not None and device != "cpu":
-        raise ValueError(f"weights: {weights} are measured on the CPU, not on {device}")
     if device == "cuda" and not (torch.cuda.is_available() and _C.cuda_archs):
         raise ValueError("device: cuda needs a CUDA device and a build of moe_ext with CUDA kernels")
+    if activations is not None and (weights in (None, "fp8") or device != "cpu"):
+        raise ValueError("activations: int8 is for int8, int4 and mxfp4 weights, on the CPU")
     with torch.no_grad():
         layer = Layer(shape.hidden, shape.intermediate, shape.num_experts, shape.top_k, dtype, device)
+        quantised = [] if weights is None else [QuantisedWeights(layer, weights)]
+        for each in quantised:
+            each.check(layer)
         if device == "cpu":
-            rounds = cpu.Rounds(seconds, CACHE_BYTES)
-            if weights is not None:
-                quantised = QuantisedWeights(layer, weights)
-                quantised.check(layer)
-                for count in tokens:
-                    row = cpu.measure_quantised(layer, [quantised], count, rounds)[1]
-                    own = str(dtype).removeprefix("torch.")
-                    peers = {own: row[f"{own} ms"], "transformers": row["peer ms"]}
-                    yield Measured(count, row["ms"], peers, row["limit ms"], row)
-                return
-            for count in tokens:
-                row = cpu.measure(layer, count, rounds)
-                peers = {name: row[f"{name} ms"] for name in cpu.PEERS}
-                yield Measured(count, row["experts ms"], _ran(peers), row["limit ms"], row)
-            return
-        timer = gpu.Timer(max(5, round(seconds * GPU_ROUNDS_A_SECOND)), CACHE_BYTES)
-        limits = gpu.measured_limits(timer, MATMUL, dtype)
-        for count in tokens:
+            name = None if weights is None else weights if activations is None else with_activations(weights)
+            yield from _on_cpu(layer, quantised, tokens, seconds, name)
+        else:
+            yield from _on_cuda(layer, quantised, tokens, seconds)
+
+
+def _on_cpu(
+    layer: Layer, quantised: Sequence[QuantisedWeights], tokens: Sequence[int], seconds: float, name: str | None
+) -> Iterator[Measured]:
+    rounds = cpu.Rounds(seconds, CACHE_BYTES)
+    for count in tokens:
+        if quantised:
+            row = next(row for row in cpu.measure_quantised(layer, quantised, count, rounds) if row["weights"] == name)
+            own = str(layer.dtype).removeprefix("torch.")
+            yield Measured(
+                count, row["ms"], {own: row[f"{own} ms"], "transformers": row["peer ms"]}, row["limit ms"], row
+            )
+        else:
+            row = cpu.measure(layer, count, rounds)
+            peers = {name: row[f"{name} ms"] for name in cpu.PEERS}
+            yield Measured(count, row["experts ms"], _ran(peers), row["limit ms"], row)
+
+
+def _on_cuda(
+    layer: Layer, quantised: Sequence[QuantisedWeights], tokens: Sequence[int], seconds: float
+) -> Iterator[Measured]:
+    timer = gpu.Timer(max(5, round(seconds * GPU_ROUNDS_A_SECOND)), CACHE_BYTES)
+    limits = gpu.measured_limits(timer, MATMUL, layer.dtype)
+    for count in tokens:
+        if quantised:
+            row = gpu.measure_quantised(layer, quantised, count, timer, limits)[1]
+            own = str(layer.dtype).removeprefix("torch.")
+            peers = {own: row[f"{own} us"] / 1e3, "transformers": row["peer us"] / 1e3}
+            yield Measured(count, row["us"] / 1e3, peers, row["roofline us"] / 1e3, row)
+        else:
             row, _ = gpu.measure(layer, count, timer, limits)
             peers = {name: row[f"{name} us"] / 1e3 for name in gpu.PEERS}
             yield Measured(count, row["experts graph us"] / 1e3, _ran(peers), row["roofline us"] / 1e3, row)

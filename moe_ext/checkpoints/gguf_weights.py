@@ -1,7 +1,7 @@
 """A GGUF file as the weights of a model that a folder describes: ``config.json``, a tokenizer, and the file.
 
-llama.cpp's tensors get the names of the Hub's layout, an expert's projections one by one, so that they go the way of
-every other folder; each becomes numbers when its layer is loaded, by llama.cpp's own ``gguf`` package.
+llama.cpp's tensors become those of the model, the experts' of a layer all in one; each becomes numbers when its layer
+is loaded, by llama.cpp's own ``gguf`` package.
 """
 
 import re
@@ -11,65 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from moe_ext.checkpoints.gguf_file import GgufFile, GgufTensor, read_gguf
-from moe_ext.checkpoints.quantised_weight import Piece, QuantisedWeight
+from moe_ext.checkpoints.gguf_names import ARCHITECTURES, places
+from moe_ext.checkpoints.quantised_weight import Dequantise, Piece, QuantisedWeight
 from moe_ext.checkpoints.stored_tensors import INDEX, SINGLE, CheckpointError, StoredTensor
+from moe_ext.models.boundary import is_transposed, placed_experts
 
 FORMAT = "GGUF"
-_ENDS = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-    "ffn_up_shexp": "mlp.shared_expert.up_proj",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj",
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
-}
-_SEVERAL_SHARED = {
-    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
-    "ffn_up_shexp": "mlp.shared_experts.up_proj",
-    "ffn_down_shexp": "mlp.shared_experts.down_proj",
-}
-_EXPERTS = {"ffn_gate_exps": "mlp.experts.{}.gate_proj", "ffn_up_exps": "mlp.experts.{}.up_proj",
-            "ffn_down_exps": "mlp.experts.{}.down_proj"}  # fmt: skip
-_MIXTRAL_EXPERTS = {"ffn_gate_exps": "block_sparse_moe.experts.{}.w1", "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
-                    "ffn_down_exps": "block_sparse_moe.experts.{}.w2"}  # fmt: skip
-# Where an architecture's names are not those above.
-_OTHER_NAMES: dict[str, dict[str, str]] = {
-    "llama": {"ffn_gate_inp": "block_sparse_moe.gate"},
-    "glm4moe": {**_SEVERAL_SHARED, "post_attention_norm": "post_attention_layernorm"},
-    "dots1": _SEVERAL_SHARED,
-    "ernie4_5-moe": _SEVERAL_SHARED,
-}
-_CORRECTION = {
-    "glm4moe": "mlp.gate.e_score_correction_bias",
-    "dots1": "mlp.gate.e_score_correction_bias",
-    "ernie4_5-moe": "mlp.moe_statics.e_score_correction_bias",
-}
-# llama.cpp's architecture by transformers' model type, for those whose tensors were compared.
-_ARCHITECTURES = {
-    "mixtral": "llama",
-    "qwen2_moe": "qwen2moe",
-    "qwen3_moe": "qwen3moe",
-    "olmoe": "olmoe",
-    "glm4_moe": "glm4moe",
-    "dots1": "dots1",
-    "ernie4_5_moe": "ernie4_5-moe",
-}
-_COMPUTED = re.compile(r"rope_freqs\.weight|.*\.rope_freqs\.weight")
+_OF_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)_exps\.(weight|bias)")
+_COMPUTED = re.compile(r"(?:.*\.)?rope_(?:freqs|factors_long|factors_short)\.weight")
 """What llama.cpp computes from the config and stores."""
+_ABSORBED = re.compile(r"(blk\.\d+\.attn_)[kv]_b\.weight")
+"""Two tensors that newer files of latent attention hold in the place of one, attn_kv_b."""
+_TURNED = ("llama", "granitemoe")
+"""Architectures in whose queries and keys llama.cpp's converter reorders rows."""
 
 
 def gguf_in(folder: Path) -> GgufFile | None:
@@ -89,83 +47,150 @@ def gguf_in(folder: Path) -> GgufFile | None:
     return found
 
 
-def gguf_pieces(folder: object, source: GgufFile) -> dict[str, StoredTensor]:
-    """The bytes of each weight, by names of their own; errors as for :func:`gguf_weights`."""
-    pieces = [piece for tensor in _of_model(source) for _, _, piece in _places(folder, tensor, source.architecture)]
-    return {piece.name: piece for piece in pieces}
+def gguf_pieces(source: GgufFile) -> dict[str, StoredTensor]:
+    """The bytes of each tensor that the model needs, of a layer's experts one by one, by names of their own."""
+    return {piece.name: piece for tensor in _of_model(source) for piece in _pieces(tensor)}
 
 
-def gguf_weights(folder: object, source: GgufFile, config: Any) -> dict[str, QuantisedWeight]:
-    """The weights by the Hub's names.
-
-    Args:
-        source: the file.
-        config: the model's.
-
-    Raises:
-        ValueError: the file's architecture is not that of the config, or not one that is read; a tensor of it has no
-            known place.
-    """
+def check_architecture(folder: object, source: GgufFile, config: Any) -> None:
+    """ValueError unless the file's architecture is that of the config, and one that is read."""
     text = config.get_text_config(decoder=True)
-    expected = _ARCHITECTURES.get(text.model_type)
-    if expected is None or source.architecture != expected:
+    if ARCHITECTURES.get(text.model_type) != source.architecture:
         raise ValueError(
-            f"{folder}: statistics of a GGUF file are made for {', '.join(_ARCHITECTURES)}; the config is of "
+            f"{folder}: statistics of a GGUF file are made for {', '.join(ARCHITECTURES)}; the config is of "
             f"{text.model_type!r} and the file of {source.architecture!r}. Make them of the original model's folder"
         )
-    weights = {}
+
+
+def gguf_weights(folder: object, source: GgufFile, model: PreTrainedModel) -> dict[str, QuantisedWeight]:
+    """The weights by their keys in a checkpoint.
+
+    Args:
+        source: the file, of an architecture that is read.
+        model: the config's, which may be on the meta device.
+
+    Raises:
+        ValueError: a tensor has no known place in the model.
+        CheckpointError: tensors that belong together do not fit.
+    """
+    stacked: dict[tuple[int, str], dict[str, GgufTensor]] = {}
+    others: dict[str, list[GgufTensor]] = {}
     for tensor in _of_model(source):
-        heads = _heads(tensor.name, text) if expected == "llama" else None
-        read = partial(_dequantised, kind=tensor.kind, heads=heads)
-        for name, shape, piece in _places(folder, tensor, expected):
-            weights[name] = QuantisedWeight(name, shape, {piece.name: Piece("blocks", (None,))}, read)
-    return weights
+        if (match := _OF_EXPERTS.fullmatch(tensor.name)) is not None:
+            stacked.setdefault((int(match[1]), match[3]), {})[match[2]] = tensor
+        else:
+            others.setdefault(_ABSORBED.sub(r"\1kv_b.weight", tensor.name), []).append(tensor)
+    weights = _of_experts(folder, stacked, model)
+    placed = places(folder, model, others, source.architecture, source.layers)
+    config = model.config.get_text_config(decoder=True)
+    for name, tensors in others.items():
+        key, shape = placed[name]
+        if [tensor.name for tensor in tensors] == [name]:
+            heads = _heads(name, config) if source.architecture in _TURNED else None
+            weights.append(_alone(key, shape, tensors[0], heads))
+        else:
+            weights.append(_absorbed(key, tensors))
+    return {weight.name: weight for weight in weights}
 
 
 def _of_model(source: GgufFile) -> list[GgufTensor]:
-    """The file's tensors, without those of layers for multi-token prediction, which transformers leaves out too."""
-    if source.own("nextn_predict_layers") not in source.fields:
-        return list(source.tensors.values())
+    """The file's tensors that the model needs: without those of layers for multi-token prediction, which transformers
+    leaves out too, those that are computed from the config, and those that hold once more what another one does."""
+    further = source.own("nextn_predict_layers") in source.fields
     last, layer = source.layers, re.compile(r"blk\.(\d+)\.")
     return [
         tensor
         for name, tensor in source.tensors.items()
-        if (number := layer.match(name)) is None or int(number[1]) < last
+        if (not further or (number := layer.match(name)) is None or int(number[1]) < last)
+        and _COMPUTED.fullmatch(name) is None
+        and not ((both := _ABSORBED.fullmatch(name)) is not None and f"{both[1]}kv_b.weight" in source.tensors)
     ]
 
 
-def _places(folder: object, tensor: GgufTensor, architecture: str) -> list[tuple[str, tuple[int, ...], StoredTensor]]:
-    """Name, shape and bytes of the weights that a tensor holds: one, or one an expert."""
-    if _COMPUTED.fullmatch(tensor.name):
-        return []
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
-    layer, base, kind = match.groups() if match is not None else (None, "", "")
-    experts = _MIXTRAL_EXPERTS if architecture == "llama" else _EXPERTS
-    if layer is not None and base in experts and kind == "weight" and len(tensor.shape) == 3:
-        size = tensor.size // tensor.shape[0]
-        names = [f"model.layers.{layer}.{experts[base].format(expert)}.{kind}" for expert in range(tensor.shape[0])]
-        return [
-            (name, tensor.shape[1:], _piece(tensor, tensor.offset + expert * size, size))
-            for expert, name in enumerate(names)
-        ]
-    if layer is not None and base == "exp_probs_b" and architecture in _CORRECTION:
-        shape = (1, *tensor.shape) if architecture == "ernie4_5-moe" else tensor.shape
-        return [(f"model.layers.{layer}.{_CORRECTION[architecture]}", shape, _whole(tensor))]
-    known = _ENDS if layer is None else _LAYER | _OTHER_NAMES.get(architecture, {})
-    if base not in known:
-        raise ValueError(f"{folder}: {tensor.name!r} of a {architecture!r} file has no known place in the model")
-    name = f"{known[base]}.{kind}" if layer is None else f"model.layers.{layer}.{known[base]}.{kind}"
-    # llama.cpp keeps the one row of the shared expert's gate as a vector.
-    shape = (1, *tensor.shape) if base == "ffn_gate_inp_shexp" and len(tensor.shape) == 1 else tensor.shape
-    return [(name, shape, _whole(tensor))]
+def _pieces(tensor: GgufTensor) -> list[StoredTensor]:
+    """A tensor's bytes, of an experts' tensor those of every expert."""
+    count = tensor.shape[0] if _OF_EXPERTS.fullmatch(tensor.name) is not None and len(tensor.shape) > 1 else 1
+    size = tensor.size // count
+    offsets = [tensor.offset + place * size for place in range(count)]
+    return [StoredTensor(f"{tensor.name} at {at}", tensor.file, torch.uint8, (size,), at) for at in offsets]
 
 
-def _whole(tensor: GgufTensor) -> StoredTensor:
-    return _piece(tensor, tensor.offset, tensor.size)
+def _weight(key: str, shape: tuple[int, ...], roles: Mapping[str, GgufTensor], read: Dequantise) -> QuantisedWeight:
+    """Of pieces with the roles "ROLE 0", "ROLE 1", ... of each tensor."""
+    pieces = {
+        piece.name: Piece(f"{role} {place}", (None,))
+        for role, tensor in roles.items()
+        for place, piece in enumerate(_pieces(tensor))
+    }
+    return QuantisedWeight(key, shape, pieces, read)
 
 
-def _piece(tensor: GgufTensor, offset: int, size: int) -> StoredTensor:
-    return StoredTensor(f"{tensor.name} at {offset}", tensor.file, torch.uint8, (size,), offset)
+# ---- the experts of a layer, as its module holds them
+
+
+def _of_experts(
+    folder: object, stacked: Mapping[tuple[int, str], dict[str, GgufTensor]], model: PreTrainedModel
+) -> list[QuantisedWeight]:
+    modules = {}
+    for name, _, key, module in placed_experts(model):
+        if (number := re.search(r"\.(\d+)\.", f"{name}.")) is not None:
+            modules[int(number[1])] = (f"{name}.{key}", module)
+    weights: list[QuantisedWeight] = []
+    for (layer, kind), tensors in stacked.items():
+        if layer not in modules:
+            raise ValueError(f"{folder}: holds experts of layer {layer}, in which the config's model has none")
+        path, module = modules[layer]
+        for parameter, names in (("gate_up_proj", ("gate", "up", "gate_up")), ("down_proj", ("down",))):
+            if parts := {name: tensors[name] for name in names if name in tensors}:
+                weights.append(_stacked(f"{path}.{parameter}{'_bias' if kind == 'bias' else ''}", parts, module))
+    return weights
+
+
+def _stacked(key: str, tensors: Mapping[str, GgufTensor], module: nn.Module) -> QuantisedWeight:
+    first = next(iter(tensors.values()))
+    shapes = {each.shape for each in tensors.values()}
+    if len(first.shape) < 2 or len(shapes) != 1:
+        held = " and ".join(map(str, sorted(shapes)))
+        raise CheckpointError(f"{first.file}: {first.name!r} has shape {held}; expected one, experts first")
+    shape = (first.shape[0], len(tensors) * first.shape[1], *first.shape[2:])
+    transposed = len(shape) == 3 and is_transposed(module)
+    turns = "down" not in tensors and not getattr(module, "is_concatenated", True)
+    read = partial(_read_experts, tensors=tensors, turns=turns, transposed=transposed)
+    return _weight(key, (shape[0], shape[2], shape[1]) if transposed else shape, tensors, read)
+
+
+def _read_experts(
+    blocks: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    tensors: Mapping[str, GgufTensor],
+    turns: bool,
+    transposed: bool,
+) -> Tensor:
+    """Expert by expert, so that one alone is in memory in float32.
+
+    Args:
+        turns: whether rows of gate and up take turns; else they lie one above the other.
+    """
+    experts = torch.empty(shape, dtype=dtype)
+    for place, expert in enumerate(experts):
+        parts = [_numbers(blocks[f"{role} {place}"], each.shape[1:], each.kind) for role, each in tensors.items()]
+        rows = torch.cat(parts)
+        if turns:  # a fused tensor has them one above the other, too
+            rows = rows.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+        expert.copy_(rows.T if transposed else rows)
+    return experts
+
+
+# ---- other weights
+
+
+def _alone(key: str, shape: tuple[int, ...], tensor: GgufTensor, heads: int | None) -> QuantisedWeight:
+    """A weight that one tensor holds; llama.cpp leaves out dimensions of one place."""
+    if [size for size in shape if size != 1] != [size for size in tensor.shape if size != 1]:
+        shape = tensor.shape  # which is found to be another one where all weights are compared
+    return _weight(key, shape, {"blocks": tensor}, partial(_read_one, tensor=tensor, heads=heads))
 
 
 def _heads(name: str, config: Any) -> int | None:
@@ -177,17 +202,50 @@ def _heads(name: str, config: Any) -> int | None:
     return None
 
 
-def _dequantised(
-    tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, *, kind: int, heads: int | None
+def _read_one(
+    blocks: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, *, tensor: GgufTensor, heads: int | None
 ) -> Tensor:
-    import gguf
-
-    quantised = gguf.GGMLQuantizationType(kind)
-    stored = tensors["blocks"].numpy()
-    rows = stored.reshape(*shape[:-1], -1)
-    plain = {gguf.GGMLQuantizationType.F32: "<f4", gguf.GGMLQuantizationType.F16: "<f2"}
-    values = torch.from_numpy(gguf.dequantize(rows.view(plain.get(quantised, "u1")), quantised)).view(shape)
+    values = _numbers(blocks["blocks 0"], tensor.shape, tensor.kind)
     if heads is not None:
         # Each head's two halves, whose rows llama.cpp lets take turns.
         values = values.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-    return values.to(dtype)
+    return values.reshape(shape).to(dtype)
+
+
+def _absorbed(key: str, tensors: list[GgufTensor]) -> QuantisedWeight:
+    """The weight (heads (N + V), R) that brings latent keys and values back to their heads, of two tensors: keys
+    (heads, R, N), transposed for products from the other side, and values (heads, V, R)."""
+    found = {tensor.name.split(".")[2][len("attn_") :]: tensor for tensor in tensors}
+    keys, values = found.get("k_b"), found.get("v_b")
+    if keys is None or values is None:
+        raise CheckpointError(
+            f"{tensors[0].file}: holds {tensors[0].name!r} without its neighbour attn_k_b or attn_v_b"
+        )
+    fits = len(keys.shape) == len(values.shape) == 3 and keys.shape[:2] == (values.shape[0], values.shape[2])
+    if not fits:
+        raise CheckpointError(
+            f"{keys.file}: {keys.name!r} has shape {keys.shape}, which does not fit {values.shape} of {values.name!r}: "
+            "convert the model again with a newer llama.cpp"
+        )
+    shape = (keys.shape[0] * (keys.shape[2] + values.shape[1]), keys.shape[1])
+    return _weight(key, shape, {"keys": keys, "values": values}, partial(_read_absorbed, keys=keys, values=values))
+
+
+def _read_absorbed(
+    blocks: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, *, keys: GgufTensor, values: GgufTensor
+) -> Tensor:
+    k_b, v_b = (
+        _numbers(blocks[f"{role} 0"], tensor.shape, tensor.kind)
+        for role, tensor in (("keys", keys), ("values", values))
+    )
+    return torch.cat([k_b.transpose(1, 2), v_b], 1).reshape(shape).to(dtype)
+
+
+def _numbers(blocks: Tensor, shape: tuple[int, ...], kind: int) -> Tensor:
+    """What bytes stand for, in float32."""
+    import gguf
+
+    quantised = gguf.GGMLQuantizationType(kind)
+    rows = blocks.numpy().reshape(*shape[:-1], -1)
+    plain = {gguf.GGMLQuantizationType.F32: "<f4", gguf.GGMLQuantizationType.F16: "<f2"}
+    return torch.from_numpy(gguf.dequantize(rows.view(plain.get(quantised, "u1")), quantised)).view(shape)

@@ -30,7 +30,7 @@ from moe_ext.models.config_section import (
 )
 from moe_ext.models.dtypes import DTYPES
 from moe_ext.models.own_counts import built
-from moe_ext.storage.files import replace_folder
+from moe_ext.storage.files import locked_folder, replace_folder
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # "model" or "owner/model"
 _DTYPES = {"auto": "auto", **DTYPES}
@@ -246,14 +246,15 @@ def write_thresholds(
         OSError: there is no ``config.json``, it cannot be written, or it is a link, whose target is not touched.
     """
     check_config_file(checkpoint)
-    content = read_content(checkpoint)
-    before = read_config(checkpoint, trust_remote_code=trust_remote_code)
-    after = copy.deepcopy(before)
-    section = section_of(after)
-    if section is not None and not isinstance(section, dict):
-        raise ValueError(f"{Path(checkpoint) / CONFIG}: expected a JSON object under {CONFIG_KEY!r}")
-    set_section(after, section_with_scale(renormalise, section_with(thresholds, section, layers)))
-    write_content(checkpoint, changed_content(content, before, after))
+    with locked_folder(checkpoint):  # what another process writes between the two reads would be no change, and lost
+        content = read_content(checkpoint)
+        before = read_config(checkpoint, trust_remote_code=trust_remote_code)
+        after = copy.deepcopy(before)
+        section = section_of(after)
+        if section is not None and not isinstance(section, dict):
+            raise ValueError(f"{Path(checkpoint) / CONFIG}: expected a JSON object under {CONFIG_KEY!r}")
+        set_section(after, section_with_scale(renormalise, section_with(thresholds, section, layers)))
+        write_content(checkpoint, changed_content(content, before, after))
 
 
 def size_on_disk(checkpoint: str | Path) -> int:

@@ -21,7 +21,7 @@ from moe_ext.checkpoints.faults import check_loaded, say_ignored
 from moe_ext.checkpoints.float8 import DTYPES as FLOAT8
 from moe_ext.checkpoints.gguf_file import GgufFile
 from moe_ext.checkpoints.gguf_weights import FORMAT as GGUF
-from moe_ext.checkpoints.gguf_weights import gguf_weights
+from moe_ext.checkpoints.gguf_weights import check_architecture, gguf_weights
 from moe_ext.checkpoints.key_map import Source, settle_ties, sources_of, tied
 from moe_ext.checkpoints.quantised import format_name, quantised_weights, read_quantisation
 from moe_ext.checkpoints.quantised_weight import QuantisedWeight
@@ -111,18 +111,20 @@ def skeleton_of(
         raise ValueError(f"{folder} holds an adapter ({ADAPTER}): merge it into the weights first")
     config = read_config(str(folder), trust_remote_code=trust_remote_code)
     quantisation, declared = read_quantisation(folder, config), getattr(config, "quantization_config", None)
+    if declared is not None:
+        del config.quantization_config  # the model is built as if its weights were what they stand for
     weights: dict[str, QuantisedWeight] = {}
     form = None if quantisation is None else format_name(quantisation)
     if source is not None:
-        weights, form = gguf_weights(folder, source, config), GGUF
+        check_architecture(folder, source, config)
+        names_only = _empty(copy.deepcopy(config), torch.bfloat16, trust_remote_code)
+        weights, form = gguf_weights(folder, source, names_only), GGUF
     elif quantisation is not None:
         weights = quantised_weights(folder, quantisation, stored)
         if dtype != "auto":
             raise ValueError(
                 f"dtype is {dtype!r}; {folder} holds {format_name(quantisation)} weights with scales: expected auto"
             )
-    if declared is not None:
-        del config.quantization_config  # the model is built as if its weights were what they stand for
     pieces = {name for weight in weights.values() for name in weight.pieces}
     plain = {name: tensor for name, tensor in stored.items() if name not in pieces}
     skeleton = _built(
@@ -187,12 +189,17 @@ def _built(
     trust_remote_code: bool,
 ) -> Skeleton:
     wanted = _dtype(config, stored, dtype)
-    with torch.device("meta"):
-        make = partial(model_built_from, config, dtype=wanted, trust_remote_code=trust_remote_code)
-        model = built(config, make).eval()
+    model = _empty(config, wanted, trust_remote_code)
     skeleton = Skeleton(model, wanted, stored, sources_of(model, stored))
     settle_ties(model, skeleton.sources, stored)
     return skeleton
+
+
+def _empty(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    with torch.device("meta"):
+        make = partial(model_built_from, config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = built(config, make).eval()
+    return model
 
 
 def _dtype(config: Any, stored: dict[str, StoredTensor], dtype: str) -> torch.dtype:

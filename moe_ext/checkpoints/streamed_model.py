@@ -50,7 +50,7 @@ class LayersOnDisk:
         trust_remote_code: bool = False,
     ) -> None:
         file = gguf_in(Path(folder))
-        self._stored = stored_tensors(folder) if file is None else gguf_pieces(folder, file)
+        self._stored = stored_tensors(folder) if file is None else gguf_pieces(file)
         skeleton = skeleton_of(
             folder, self._stored, dtype=dtype, device=device, trust_remote_code=trust_remote_code, source=file
         )

@@ -26,7 +26,10 @@ def bench(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, with commas between them.")] = "1,4,16,64,256,1024",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "bfloat16",
     weights: Annotated[
-        WeightType | None, typer.Option(help="Quantise the experts, and compare with weights of --dtype; on the CPU.")
+        WeightType | None, typer.Option(help="Quantise the experts, and compare with weights of --dtype.")
+    ] = None,
+    activations: Annotated[
+        Literal["int8"] | None, typer.Option(help="In 8 bits, with int8, int4 or mxfp4 experts on the CPU.")
     ] = None,
     device: Device = "cpu",
     seconds: Annotated[float, typer.Option(min=0, help="For each number of tokens, about.")] = 3.0,
@@ -50,7 +53,7 @@ def bench(
     rows: list[measure.Measured] = []
     stopped = False
     try:
-        for row in measure.measurements(sizes, DTYPES[dtype], device, counts, seconds, weights):
+        for row in measure.measurements(sizes, DTYPES[dtype], device, counts, seconds, weights, activations):
             rows.append(row)
             errors.print(f"{row.tokens} tokens: {row.ours:.3g} ms, {row.limit / row.ours:.0%} of the limit")
     except KeyboardInterrupt:
@@ -64,12 +67,13 @@ def bench(
         "shape": asdict(sizes),
         "dtype": dtype,
         "weights": weights,
+        "activations": activations,
         "complete": not stopped,
         "rows": [row.record for row in rows],
     }
     if save_to is not None:
         write_result(save_to, what, **content)
-    kind = dtype if weights is None else f"{weights} weights, {dtype}"
+    kind = dtype if weights is None else f"{weights} weights, {activations or dtype}"
     title = f"H, I, E, K = {', '.join(map(str, asdict(sizes).values()))}; {kind}; {measure.machine(device)['device']}"
     if png is not None:
         write_speed_figure(rows, title, png)

@@ -11,7 +11,7 @@ from moe_ext.commands.output import errors, print_json, working
 from moe_ext.commands.shared import load
 from moe_ext.runtime.batches import prompt_batch
 from moe_ext.runtime.compiled_decoding import compile_decoding, tokens_that_repay
-from moe_ext.runtime.patching import patch
+from moe_ext.runtime.patching import Activations, patch
 
 Compile = Literal["auto", "always", "never"]
 
@@ -36,6 +36,10 @@ def generate(
             "one; stderr says which.",
         ),
     ] = "auto",
+    activations: Annotated[
+        Activations | None,
+        typer.Option(help="int8: round what int8, int4 or mxfp4 experts multiply to 8 bits; on the CPU."),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
@@ -45,7 +49,7 @@ def generate(
 ) -> None:
     """Continue a prompt with a patched model."""
     loaded, tokenizer = load(model, dtype, device, trust_remote_code, allow_missing)
-    patch(loaded, skip="config" if skip else None, strict=strict)
+    patch(loaded, skip="config" if skip else None, strict=strict, activations=activations)
     inputs: Any = {name: tensor.to(device) for name, tensor in prompt_batch(prompt, tokenizer, loaded).items()}
     compiled = _compiled(loaded, compile_, inputs["input_ids"].shape[1], max_new_tokens)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from moe_ext.checkpoints.gguf_file import GgufField, GgufFile, GgufTensor, read_gguf
+from moe_ext.checkpoints.gguf_names import ARCHITECTURES
 from moe_ext.checkpoints.stored_tensors import CheckpointError, StoredTensor
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.families import FAMILIES
@@ -26,8 +27,6 @@ _ROWS = ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps")
 _STACKED = (*_ROWS, "ffn_down_exps")
 _COUNT_EXPERTS = (*_STACKED, "ffn_gate_inp", "exp_probs_b")
 _NOT_COUNTING = re.compile(r"ffn_\w*shexp|ffn_norm_exps|ffn_gate_inp_shexp")
-_ARCHITECTURES = {"mixtral": "llama", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2"}
-"""llama.cpp's names of families where they are not transformers' without signs."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def _layers(source: GgufFile, plan: PruningPlan) -> dict[int, int]:
 
 def _architecture(model_type: str) -> str:
     """What llama.cpp calls a family, less its signs: they are put in as the family's authors do."""
-    return _ARCHITECTURES.get(model_type, _plain(model_type.removesuffix("_text")))
+    return _plain(ARCHITECTURES.get(model_type, model_type.removesuffix("_text")))
 
 
 def _plain(name: str) -> str:

@@ -1,8 +1,8 @@
 """Decoding through ``torch.compile``: one graph for the step that makes a token, on a cache of fixed length.
 
 Beside the experts, a step of a batch of one is torch's small operations, some thirty a decoder layer, and products of
-dense weights with one row. Compiled, the former are a few loops, and the latter run at the speed of memory
-(:mod:`moe_ext.runtime.row_products`). transformers compiles decoding by itself on GPUs only, and tells nobody when it
+dense weights, keys and values with one row. Compiled, the former are a few loops, and the latter run at the speed of
+memory (:mod:`moe_ext.runtime.one_row`). transformers compiles decoding by itself on GPUs only, and tells nobody when it
 does not: here the step is compiled before it is needed, and what stands against it is an error.
 """
 
@@ -98,9 +98,9 @@ def _compile_config() -> CompileConfig:
 
 
 def _options() -> dict[str, Any]:
-    from moe_ext.runtime.row_products import RowProducts  # inductor takes a second to import
+    from moe_ext.runtime.one_row import OneRow  # inductor takes a second to import
 
-    return {"post_grad_custom_pre_pass": RowProducts()}
+    return {"post_grad_custom_pre_pass": OneRow()}
 
 
 def _reason(error: BaseException) -> str:

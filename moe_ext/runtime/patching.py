@@ -53,6 +53,9 @@ STATE = "_moe_ext"
 """Attribute of a patched model (:class:`_ModelState`), and of its routers and experts (:class:`LayerState`)."""
 
 
+Activations = Literal["int8"]
+
+
 @dataclass
 class _ModelState:
     """What a patched model needs to become what it was."""
@@ -79,6 +82,7 @@ class LayerState:
         observer: called in the place of the ``experts`` operator during calibration.
         exchange: the hook before experts that other processes have, too.
         router_code: the router's forward, where its class's own returns other things; None: the class's own.
+        activations: what the products of quantised experts take them as; None: as they are.
     """
 
     fallback: str
@@ -91,6 +95,7 @@ class LayerState:
     observer: Any = None
     exchange: RemovableHandle | None = None
     router_code: Callable[..., Any] | None = None
+    activations: Activations | None = None
 
 
 def is_patched(model: PreTrainedModel) -> bool:
@@ -128,6 +133,7 @@ def patch(
     skip: Tensor | Literal["config"] | None = "config",
     strict: bool = True,
     renormalise: GateScale | Literal["config"] = "config",
+    activations: Activations | None = None,
 ) -> PreTrainedModel:
     """Runs a model's MoE layers on moe_ext's operators, in place. Patching again replaces the skip thresholds.
 
@@ -148,18 +154,21 @@ def patch(
             token than they were trained with; for routers that take the softmax over the selected logits. Like
             thresholds it is written into ``model.config``. "config" (default): what the config holds; "kept" if
             nothing, or with ``skip=None``.
+        activations: "int8", for experts quantised to int8, int4 or mxfp4, on the CPU: what they multiply is rounded to
+            8 bits, 128 columns a scale. Faster where unpacking weights is what takes the time, and an error of its own
+            (docs/quantisation.md). It stays with this model object. None: activations as they are.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: no MoE layers, an unsupported model type, weights that are not plain or not in memory, thresholds
-            or a ``renormalise`` that do not fit or, if strict, experts that the operators cannot run. The model is left
-            as it was.
+        ValueError: no MoE layers, an unsupported model type, weights that are not plain or not in memory, thresholds,
+            ``renormalise`` or ``activations`` that do not fit or, if strict, experts that the operators cannot run. The
+            model is left as it was.
     """
     inside = unwrapped(model)
-    _patch_blocks(inside, moe_blocks(inside), skip, strict, renormalise)
+    _patch_blocks(inside, moe_blocks(inside), skip, strict, renormalise, activations)
     return model
 
 
@@ -169,6 +178,7 @@ def _patch_blocks(
     skip: Tensor | Literal["config"] | None,
     strict: bool,
     renormalise: GateScale | Literal["config"] = "config",
+    activations: Activations | None = None,
 ) -> PreTrainedModel:
     check_shared_out(model, [(block.name, block.experts) for block in blocks])
     unsupported: dict[str, str] = {}
@@ -195,6 +205,7 @@ def _patch_blocks(
                 "its router skips experts as it was trained to, and thresholds are not for it"
             )
     scale = _scale_asked(model, blocks, renormalise, stored=skip is not None)
+    _check_activations(blocks, activations)
 
     state = _state_of(model)
     if state is None:
@@ -229,6 +240,7 @@ def _patch_blocks(
             top_k=block.top_k,
             experts=block.experts,
             router_code=router_code(block.experts),
+            activations=activations,
         )
         setattr(block.experts, STATE, own)
         setattr(block.router, STATE, own)
@@ -284,6 +296,24 @@ def _scale_asked(
                 f"{block.name})"
             )
     return scale
+
+
+def _check_activations(blocks: list[MoeBlock], activations: Activations | None) -> None:
+    """ValueError if a layer's products cannot take activations in that type."""
+    if activations is None:
+        return
+    if activations != "int8":
+        raise ValueError(f"activations is {shown(activations)}; expected 'int8' or None")
+    for block in blocks:
+        form = packed_format(block.experts)
+        if form is None or form.type == "fp8":
+            held = "float weights" if form is None else "fp8 weights"
+            raise ValueError(
+                f"activations is 'int8', and {block.name} has {held}: quantise its experts to int8, int4 or mxfp4 "
+                "first (moe_ext.quantize), or leave activations as they are"
+            )
+        if (device := block.experts.down_proj.device).type != "cpu":
+            raise ValueError(f"activations is 'int8', and {block.name} is on {device}: only the CPU's kernels take it")
 
 
 def _check_unpatched(blocks: list[MoeBlock]) -> None:
@@ -378,8 +408,10 @@ def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor
         check_experts("experts", self)
     layer = experts_layer(self)
     x = layer.taken(hidden_states)
-    run = ops.experts if observer is None else observer
-    out = run(x, layer.gate_up, layer.down, top_k_index, top_k_weights, layer.activation, **layer.options())
+    run, options = ops.experts if observer is None else observer, layer.options()
+    if state is not None and state.activations is not None:
+        options["activation_type"] = state.activations
+    out = run(x, layer.gate_up, layer.down, top_k_index, top_k_weights, layer.activation, **options)
     return cast(Tensor, out.to(hidden_states.dtype))
 
 

@@ -1,4 +1,4 @@
-"""A pass over a compiled graph: a matrix times one row, on the CPU, as the loop over the matrix that it is.
+"""A matrix times one row, in a graph for the CPU, as the loop over the matrix that it is.
 
 Decoding a batch of one multiplies every dense weight (N, K) by one row. torch hands that to a matrix product, which for
 bfloat16 takes a multiple of the time that reading the weight does. Written as a sum of products, inductor makes a loop
@@ -7,34 +7,21 @@ of it that reads the weight once, at the speed of memory, and accumulates in flo
     y[n] = sum over k of float32(W[n, k]) float32(x[k]), rounded once
 """
 
-from typing import Any
-
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-aten, prims = torch.ops.aten, torch.ops.prims
+from moe_ext.runtime.graph_calls import Calls, compute_first
+
+aten = torch.ops.aten
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class RowProducts(CustomGraphPass):
-    """For inductor's option ``post_grad_custom_pre_pass``. Any two are the same pass."""
-
-    def __call__(self, graph: fx.graph.Graph) -> None:
-        for target in (aten.mm.default, aten.addmm.default):
-            for node in graph.find_nodes(op="call_function", target=target):
-                if _is_row_product(node):
-                    _replace(graph, node)
-
-    def uuid(self) -> Any:
-        return get_hash_for_files((__file__,))
-
-    def __eq__(self, other: object) -> bool:  # transformers compares configs of compilation, which hold it
-        return type(other) is type(self)
-
-    def __hash__(self) -> int:
-        return hash(type(self))
+def replace_products(graph: fx.graph.Graph) -> None:
+    for target in (aten.mm.default, aten.addmm.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            if _is_row_product(node):
+                _replace(graph, node)
 
 
 def _is_row_product(node: fx.Node) -> bool:
@@ -58,25 +45,14 @@ def _is_row_product(node: fx.Node) -> bool:
 def _replace(graph: fx.graph.Graph, node: fx.Node) -> None:
     *bias, row, matrix = node.args
     assert isinstance(row, fx.Node)
-    # The row is computed before the loop, not again for each of its N turns.
-    row.meta["inductor_realize_to_strides"] = True
-
-    def call(target: Any, *args: Any) -> fx.Node:
-        result = graph.call_function(target, args)
-        values = [argument.meta["val"] if isinstance(argument, fx.Node) else argument for argument in args]
-        with row.meta["val"].fake_mode:
-            result.meta["val"] = target(*values)
-        return result
-
-    def wide(one: Any) -> fx.Node:
-        return call(prims.convert_element_type.default, one, torch.float32)
-
+    compute_first(row)
     with graph.inserting_before(node):
+        call = Calls(graph, row)
         weight = call(aten.permute.default, matrix, [1, 0])  # (N, K), as Linear holds it
-        products = call(aten.mul.Tensor, wide(weight), wide(row))
+        products = call(aten.mul.Tensor, call.wide(weight), call.wide(row))
         sums = call(aten.unsqueeze.default, call(aten.sum.dim_IntList, products, [1]), 0)  # (1, N)
         if bias:
-            sums = call(aten.add.Tensor, sums, wide(bias[0]))
-        result = call(prims.convert_element_type.default, sums, node.meta["val"].dtype)
+            sums = call(aten.add.Tensor, sums, call.wide(bias[0]))
+        result = call.converted(sums, node.meta["val"].dtype)
     node.replace_all_uses_with(result)
     graph.erase_node(node)

@@ -213,6 +213,23 @@ def locked_file(path: Path) -> int:
         os.close(descriptor)  # its owner has just removed it
 
 
+@contextmanager
+def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Waits until no other process or thread is in such a block of this folder: for a file whose new content depends on
+    its old one. A file system without locks gives no such promise.
+
+    Raises:
+        OSError: there is no such folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _remove_leftovers(target: Path, *, folder: bool) -> None:
     """Removes temporaries of this destination whose processes are gone."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp", re.DOTALL)

@@ -18,6 +18,7 @@ from moe_ext.bench.measure import Measured, Shape, measurements
 from moe_ext.bench.weights import WEIGHT_TYPES, WeightType
 from tests.support.command_line import inside
 from tests.support.paths import DEMO_MODEL
+from tests.support.reference import DEVICES
 
 SMALL = ["--shape", "32,48,4,2", "--tokens", "1,3", "--seconds", "0.01", "--dtype", "float32"]
 
@@ -148,9 +149,14 @@ def test_quantised_weights_are_measured_beside_those_of_the_dtype(weights: Weigh
     assert 1.0 < experts / (experts // 1) < 1.07  # and their scales
 
 
-def test_quantised_weights_are_measured_on_the_cpu_alone() -> None:
-    with pytest.raises(ValueError, match="weights: int4 are measured on the CPU, not on cuda"):
-        next(measurements(Shape(8, 8, 2, 1), torch.bfloat16, "cuda", [1], 0.01, "int4"))
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU and moe_ext built with CUDA kernels")
+@pytest.mark.parametrize("weights", [None, *WEIGHT_TYPES])
+def test_a_row_is_measured_on_cuda(small_cache: None, weights: WeightType | None) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(measure, "MATMUL", 64)
+        (row,) = measurements(Shape(256, 128, 4, 2), torch.bfloat16, "cuda", [3], 0.01, weights)
+    assert row.tokens == 3
+    assert min(row.ours, row.limit, *row.peers.values()) > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -1,15 +1,8 @@
-"""Pruned GGUF files in llama.cpp, and pruned folders in its converter. Opt-in: ``make test-llamacpp``.
-
-MOE_EXT_LLAMACPP names a folder with an environment that has llama-cpp-python (bin/python; no moe_ext is in it), its
-source (source/), where llama.cpp's converter lies, and what the converter needs beside moe_ext's environment
-(converter/).
-"""
+"""Pruned GGUF files in llama.cpp, and folders in its converter. Opt-in: ``make test-llamacpp``."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +11,18 @@ import numpy
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import moe_ext
 from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import moe_blocks
 from tests.support.families import build, keep_of, plan_for
+from tests.support.gguf_converter import FAMILIES, model_of
 from tests.support.gguf_files import read_fields, read_tensors
+from tests.support.llamacpp import LLAMACPP, OPT_IN, convert, write_tokenizer
 from tests.support.paths import ROOT
 
-LLAMACPP = Path(os.environ.get("MOE_EXT_LLAMACPP", ""))
-pytestmark = pytest.mark.skipif(not os.environ.get("MOE_EXT_LLAMACPP"), reason="opt-in: make test-llamacpp")
+pytestmark = OPT_IN
 
 SHARED: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16}
 SIZES = {
@@ -42,36 +34,6 @@ WHATS = ("whole", "fewer", "thin", "both")
 PRUNED = [*((what, "f32") for what in WHATS[1:]), ("both", "q8_0"), ("both", "q4_0")]
 TOKENS = [5, 17, 300, 4000, 8, 9, 10, 11]
 Q4_0 = 2  # llama.cpp's number of a file of that type
-
-
-def write_tokenizer(folder: Path) -> int:
-    """GPT-2's, which the converter knows, from llama.cpp's own tests; returns its number of tokens."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(LLAMACPP / "source/vendor/llama.cpp/models/ggml-vocab-gpt-2.gguf").fields
-    tokens: list[str] = fields["tokenizer.ggml.tokens"].contents()
-    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"].contents()]
-    tokenizer = Tokenizer(models.BPE(vocab={token: place for place, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    end = "<|endoftext|>"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end).save_pretrained(folder)
-    return len(tokens)
-
-
-def convert(folder: Path, kind: str) -> Path:
-    """A folder by llama.cpp's converter, as its users call it."""
-    out = folder.with_name(f"{folder.name} {kind}.gguf")
-    script = LLAMACPP / "source/vendor/llama.cpp/convert_hf_to_gguf.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), "--outfile", str(out), "--outtype", kind],
-        env={**os.environ, "PYTHONPATH": str(LLAMACPP / "converter")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
 
 
 def plans(family: str) -> dict[str, PruningPlan]:
@@ -150,12 +112,16 @@ def test_a_pruned_gguf_is_that_of_the_pruned_folder(what: str, kind: str, made: 
     assert numpy.array_equal(made.logits[ours], made.logits[theirs])
 
 
-def test_statistics_of_a_converted_file_are_those_of_the_folder(made: Made, tmp_path: Path) -> None:
-    shutil.copy(made.folder / "whole" / "config.json", tmp_path)
-    shutil.copy(made.folder / "whole f32.gguf", tmp_path)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_of_a_converted_file_are_those_of_the_folder(family: str, tmp_path: Path) -> None:
+    whole, source = tmp_path / "whole", tmp_path / "source"
+    model_of(family, vocab_size=write_tokenizer(whole, family)).save_pretrained(whole)
+    source.mkdir()
+    shutil.copy(convert(whole, "f32"), source)
+    shutil.copy(whole / "config.json", source)
     batches = [{"input_ids": torch.tensor([TOKENS])}]
-    got = moe_ext.calibrate(tmp_path, batches, progress=False)
-    expected = moe_ext.calibrate(made.folder / "whole", batches, progress=False)
+    got = moe_ext.calibrate(source, batches, progress=False)
+    expected = moe_ext.calibrate(whole, batches, progress=False)
     assert torch.equal(got.coactivation, expected.coactivation)
     torch.testing.assert_close(got.moments, expected.moments, rtol=1e-4, atol=0)  # memory may be aligned otherwise
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 import moe_ext
 from moe_ext import patch, unpatch
+from moe_ext.checkpoints import load_save
 from moe_ext.checkpoints.load_save import load_checkpoint, save_checkpoint, size_on_disk, write_thresholds
+from moe_ext.checkpoints.read_config import read_config
 from moe_ext.models import uneven_layers
 from moe_ext.runtime.patching import active_thresholds
 from tests.support.families import keep_of, plan_for
@@ -104,6 +107,24 @@ def test_thresholds_written_into_a_config_are_found_by_patch(tmp_path: Path) -> 
     loaded, _ = load_checkpoint(tmp_path / "copy")
     torch.testing.assert_close(active_thresholds(patch(loaded)), thresholds)
     assert active_thresholds(unpatch(loaded)) is None
+
+
+def test_thresholds_written_by_two_at_once_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    AutoConfig.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path)
+    thresholds = torch.full((1, 1), 0.5)
+    other = threading.Thread(target=write_thresholds, args=(tmp_path, thresholds, [0]))
+    read = read_config
+
+    def read_while_another_writes(*args: Any, **options: Any) -> Any:
+        if threading.current_thread() is not other:
+            other.start()
+            other.join(timeout=0.2)  # it waits for us
+        return read(*args, **options)
+
+    monkeypatch.setattr(load_save, "read_config", read_while_another_writes)
+    write_thresholds(tmp_path, thresholds, [0])
+    other.join()
+    assert "moe_ext" in json.loads((tmp_path / "config.json").read_text())
 
 
 @pytest.mark.parametrize("config", ["[]", "{", '{"model_type": "mixtral", "moe_ext": 3}', '{"a": 1, "a": 2}'])

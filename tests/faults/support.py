@@ -123,6 +123,11 @@ def tree(folder: Path) -> Tree:
     return found
 
 
+def differing(got: Tree, expected: Tree) -> list[str]:
+    """The names of what is in one tree only, or another there."""
+    return sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
+
+
 def fresh(inputs: Path, work: Path) -> Path:
     """A folder to work in, with its own copy of the inputs."""
     shutil.rmtree(work, ignore_errors=True)

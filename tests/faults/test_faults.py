@@ -14,7 +14,7 @@ import pytest
 from moe_ext.evaluation.results import VariantsFileError, read_variants
 from moe_ext.reconstruction.result import SearchFileError, SearchResult
 from tests.faults.jobs import JOBS, Job
-from tests.faults.support import Ended, Server, Tree, fresh, tree
+from tests.faults.support import Ended, Server, Tree, differing, fresh, tree
 
 pytestmark = pytest.mark.faults
 
@@ -70,10 +70,6 @@ def reference(server: Server, job: Job, work: Path) -> tuple[Tree, int]:
 def run(server: Server, job: Job, work: Path, **request: object) -> Ended:
     printed = None if job.printed is None else work / job.printed
     return server.run(work, job.arguments, out=printed, **request)[0]
-
-
-def differing(got: Tree, expected: Tree) -> list[str]:
-    return sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
 
 
 def check_after(job: Job, work: Path, before: Tree, expected: Tree, ended: Ended, what: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.jobs import JOBS, Job
-from tests.faults.support import Server, Tree, fresh, tree
+from tests.faults.support import Server, Tree, differing, fresh, tree
 
 pytestmark = pytest.mark.faults
 
@@ -32,9 +32,8 @@ def undisturbed(server: Server, job: Job, inputs: Path, work: Path) -> Tree:
 
 def left(job: Job, before: Tree, work: Path) -> set[str]:
     """What is new or another, but for what the same command would go on with."""
-    now = tree(work)
-    changed = {name for name in now.keys() | before.keys() if now.get(name) != before.get(name)}
-    return {name for name in changed - {*job.growing} if not name.startswith("scratch/moe_ext-")}
+    changed = differing(tree(work), before)
+    return {name for name in changed if name not in job.growing and not name.startswith("scratch/moe_ext-")}
 
 
 @pytest.mark.parametrize("name", WRITING)
@@ -62,7 +61,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_work_begins(name: str, 
     assert "cannot be written to" in ended.errors
     assert "perplexity" not in ended.errors
     assert "batch/s" not in ended.errors
-    assert tree(work) == before
+    assert differing(tree(work), before) == []
 
 
 @pytest.fixture
@@ -108,7 +107,7 @@ def test_of_two_processes_at_once_both_end_whole_or_one_says_why_not(
                         "another process is doing the same job",
                     )
                 ), one.errors
-        assert tree(work) == expected
+        assert differing(tree(work), expected) == []
         fresh(inputs, work)
 
 

@@ -110,7 +110,7 @@ class ForcedKernels {
 // Those that run here: MOE_EXT_CUDA_KERNELS can force each.
 std::vector<std::string> all_kernels() {
   std::vector<std::string> kernels = {"small_batch", "tall", "flat", "narrow", "plain"};
-  if (moe_ext::cuda::current_device().wgmma) kernels.push_back("hopper");
+  if (moe_ext::cuda::current_device().wgmma) kernels.insert(kernels.end(), {"hopper", "hopper_pairs"});
   return kernels;
 }
 
@@ -153,8 +153,8 @@ TEST("two blocks of a small batch fit a multiprocessor of every device") {
 }
 
 TEST("a small batch whose lists do not fit into shared memory takes the kernels of large ones") {
-  CHECK(moe_ext::cuda::choose(shaped(16, 64, 64, 512, 512), kRtx4090, "").way == Choice::Way::kGrouped, "sm_89");
-  CHECK(moe_ext::cuda::choose(shaped(16, 64, 64, 512, 512), kH100, "").way == Choice::Way::kSmallBatch, "sm_90");
+  CHECK(moe_ext::cuda::choose(shaped(16, 64, 64, 700, 700), kRtx4090, "").way == Choice::Way::kGrouped, "sm_89");
+  CHECK(moe_ext::cuda::choose(shaped(16, 64, 64, 700, 700), kH100, "").way == Choice::Way::kSmallBatch, "sm_90");
 }
 
 TEST("all experts take tiles of positions for few tokens, too, and parts of tokens that bound the memory") {
@@ -179,22 +179,54 @@ TEST("the tile shape follows the rows of an expert and the blocks that a device 
   CHECK(down_shape(shaped(64, 1024, 3584, 8, 2), kH100) == moe_ext::cuda::kNarrow, "few columns");
 }
 
-TEST("wgmma takes large batches of many rows an expert where the device and the sizes allow it") {
-  const auto choice = [](const moe_ext::ExpertsParams& p, const Device& device) {
-    return moe_ext::cuda::choose(p, device, "");
+TEST("wgmma takes batches that are not small where the device and the sizes allow it") {
+  const auto choice = [](const moe_ext::ExpertsParams& p, const Device& device, const char* forced = "") {
+    return moe_ext::cuda::choose(p, device, forced);
   };
   const moe_ext::ExpertsParams large = shaped(4096, 4096, 14336, 8, 2);
   CHECK(choice(large, kH100Wgmma).gate_up_shape == moe_ext::cuda::kHopper, "gate_up");
   CHECK(choice(large, kH100Wgmma).down_shape == moe_ext::cuda::kHopper, "down");
   CHECK(choice(large, kH100Wgmma).down_rows == moe_ext::cuda::kHopperRows, "rows of the sort's tiles");
+  const Choice pairs = choice(large, kH100Wgmma, "hopper_pairs");
+  CHECK(pairs.down_shape == moe_ext::cuda::kHopperPairs, "two blocks a tile");
+  CHECK(pairs.down_rows == 2 * moe_ext::cuda::kHopperRows, "rows of the sort's tiles");
+  CHECK(choice(shaped(1024, 4096, 14336, 8, 2), kH100Wgmma).down_shape == moe_ext::cuda::kHopperPairs,
+        "two tiles' rows");
+  CHECK(choice(shaped(1024, 1024, 3584, 8, 2), kH100Wgmma).down_shape == moe_ext::cuda::kHopper, "small experts");
+  CHECK(choice(shaped(2, 4096, 14336, 8, 2), kH100Wgmma).down_shape == moe_ext::cuda::kHopper, "few rows an expert");
+  CHECK(choice(shaped(9, 4096, 14336, 8, 2), kH100Wgmma, "portable").way == Choice::Way::kSmallBatch, "portable");
   CHECK(choice(large, kH100).down_shape == moe_ext::cuda::kTall, "not built for 9.0a");
-  CHECK(choice(shaped(8, 4096, 14336, 8, 2), kH100Wgmma).way == Choice::Way::kSmallBatch, "a small batch");
-  CHECK(choice(shaped(64, 4096, 14336, 64, 2), kH100Wgmma).down_shape != moe_ext::cuda::kHopper, "few rows an expert");
+  CHECK(choice(shaped(1, 4096, 14336, 8, 2), kH100Wgmma).way == Choice::Way::kSmallBatch, "a token");
+  CHECK(choice(shaped(8, 1024, 3584, 8, 2), kH100Wgmma).way == Choice::Way::kSmallBatch, "few weights to read");
+  CHECK(choice(shaped(17, 64, 64, 8, 2), kH100Wgmma).way == Choice::Way::kGrouped, "no small batch");
   CHECK(choice(shaped(4096, 4100, 14336, 8, 2), kH100Wgmma).way == Choice::Way::kPlain, "H is no multiple of 8");
   // 2^21 tokens, 4 slots each: 2^23 rows of h, 2^31 pieces of 8 elements or more in them.
   CHECK(choice(shaped(1 << 21, 1024, 2048, 8, 4), kH100Wgmma).down_shape == moe_ext::cuda::kTall, "too many rows");
-  CHECK(choice(shaped(4096, 1 << 20, 64, 4096, 2), kH100Wgmma).down_shape != moe_ext::cuda::kHopper,
-        "2^32 weight rows");
+  CHECK(choice(shaped(4096, 1 << 20, 64, 4096, 2), kH100Wgmma).down_shape < moe_ext::cuda::kHopper, "2^32 weight rows");
+}
+
+TEST("wgmma takes biases, limits and transposed weights, but no caps and no experts without gate, and says so") {
+  const auto choice = [](const moe_ext::ExpertsParams& p) { return moe_ext::cuda::choose(p, kH100Wgmma, ""); };
+  const auto said = [](const moe_ext::ExpertsParams& p) { return moe_ext::cuda::describe(p, kH100Wgmma, ""); };
+  const auto unmeasured = [&](const moe_ext::ExpertsParams& p) {
+    return choice(p).down_shape == moe_ext::cuda::kHopper &&
+           said(p).find("not measured, but of plain") != std::string::npos;
+  };
+  const moe_ext::ExpertsParams usual = shaped(4096, 2880, 2880, 32, 4);
+  CHECK(said(usual).find("not measured") == std::string::npos, said(usual));
+  moe_ext::ExpertsParams p = usual;
+  p.down_bias = &p;  // any address
+  CHECK(unmeasured(p), "a bias: ", said(p));
+  p = usual, p.formula.limit = 7.0f, p.formula.alpha = 1.702f, p.formula.up_offset = 1.0f;
+  CHECK(unmeasured(p), "limits: ", said(p));
+  p.formula.transposed = p.formula.interleaved = true;
+  CHECK(unmeasured(p), "as gpt-oss: ", said(p));
+  p.tokens = 1;
+  CHECK(unmeasured(p), "one token of gpt-oss, which small_batch does not know: ", said(p));
+  p = usual, p.formula.gate_cap = 7.0f;
+  CHECK(choice(p).down_shape < moe_ext::cuda::kHopper, "caps");
+  p = usual, p.formula.gated = false;
+  CHECK(choice(p).down_shape < moe_ext::cuda::kHopper, "no gate");
 }
 
 TEST("down's k is cut so that no part is empty and blocks have work") {
@@ -219,10 +251,13 @@ TEST("the description of a choice names the kernels and the reason") {
   const auto says = [](const std::string& text, const char* part) { return text.find(part) != text.npos; };
   const moe_ext::ExpertsParams large = shaped(4096, 4096, 14336, 8, 2);
   CHECK(says(describe(large, kH100Wgmma), "gate_up hopper (wgmma), tiles of 192 x 256"), describe(large, kH100Wgmma));
-  CHECK(says(describe(large, kH100Wgmma), "at 1024 rows an expert"), describe(large, kH100Wgmma));
+  CHECK(says(describe(large, kH100Wgmma), "1024 rows an expert; no shape of mma.sync"), describe(large, kH100Wgmma));
+  CHECK(says(describe(large, kA100), "at 1024 rows an expert"), describe(large, kA100));
   CHECK(says(describe(large, kA100), "mma.sync, tiles of 128 x 256"), describe(large, kA100));
   CHECK(says(describe(large, kA100), "no wgmma: it needs"), describe(large, kA100));
   CHECK(says(describe(shaped(8, 4096, 14336, 8, 2), kA100), "small_batch: at most 16 tokens"), "small");
+  CHECK(says(describe(shaped(1, 4096, 14336, 8, 2), kH100Wgmma), "small_batch: at most 1 tokens"), "beside wgmma");
+  CHECK(says(describe(shaped(8, 1024, 3584, 8, 2), kH100Wgmma), "at most 180 MB of weights"), "few weights");
   CHECK(says(describe(shaped(99, 4100, 14336, 8, 2), kA100), "plain, without tensor cores: H and I"), "plain");
   const ForcedKernels forced("portable");
   CHECK(says(describe(large, kH100Wgmma), "(MOE_EXT_CUDA_KERNELS=portable)"), describe(large, kH100Wgmma));
@@ -413,10 +448,13 @@ TEST("rows of x, h and y beyond 2^31 elements are read and written where they li
 
   // h as 32-bit words holds both the bfloat16 of gemm_mma.cu and the float32 of gemm_plain.cu.
   const auto run = [&](const std::string& kernels, int64_t first_token, int64_t first_position) {
-    const bool plain = kernels == "plain", hopper = kernels == "hopper";
+    const bool plain = kernels == "plain", hopper = kernels.rfind("hopper", 0) == 0;
     const std::vector<std::string> all = all_kernels();
-    const int shape = static_cast<int>(std::find(all.begin(), all.end(), kernels) - all.begin()) - 1;
-    const int rows = plain ? kPlainRows[1] : hopper ? moe_ext::cuda::kHopperRows : kGemmShapes[shape].rows;
+    const int place = static_cast<int>(std::find(all.begin(), all.end(), kernels) - all.begin());
+    const int shape = kernels == "hopper" ? moe_ext::cuda::kHopper : hopper ? moe_ext::cuda::kHopperPairs : place - 1;
+    const int rows = plain    ? kPlainRows[1]
+                     : hopper ? moe_ext::cuda::hopper_blocks(shape) * moe_ext::cuda::kHopperRows
+                              : kGemmShapes[shape].rows;
     std::vector<int> slots(kRows);
     std::iota(slots.begin(), slots.end(), static_cast<int>(first_token));
     const DeviceArray<int> slot_of(slots);
@@ -447,7 +485,7 @@ TEST("rows of x, h and y beyond 2^31 elements are read and written where they li
       if (plain) {
         moe_ext::cuda::launch_plain_gemm(product, rows, p, moe_ext::DType::kBFloat16, nullptr);
       } else if (hopper) {
-        moe_ext::cuda::launch_hopper_gemm(product, p, moe_ext::DType::kBFloat16, 132, nullptr);
+        moe_ext::cuda::launch_hopper_gemm(product, shape, p, moe_ext::DType::kBFloat16, 132, nullptr);
       } else {
         moe_ext::cuda::launch_grouped_gemm(product, shape, p, moe_ext::DType::kBFloat16, nullptr);
       }
@@ -458,7 +496,8 @@ TEST("rows of x, h and y beyond 2^31 elements are read and written where they li
     if (kernels == "small_batch") continue;  // has no positions
     const std::vector<Bits> near = run(kernels, 0, 0);
     CHECK(std::count(near.begin(), near.end(), Bits{0}) < kHidden, kernels, ": the result is zero");
-    const int64_t nearer = kernels == "hopper" ? 20 : 1;  // heuristics.h: it counts pieces of 8 elements in 31 bits
+    const int64_t nearer =
+        kernels.rfind("hopper", 0) == 0 ? 20 : 1;  // heuristics.h: it counts pieces of 8 elements in 31 bits
     static_assert(kFarToken / 20 * kHidden > int64_t{1} << 32 && kFarPosition / 20 * kIntermediate > int64_t{1} << 32);
     CHECK(run(kernels, kFarToken / nearer, kFarPosition / nearer) == near, kernels);
   }
@@ -718,7 +757,7 @@ struct QuantisedWeights {
 
 QuantisedWeights quantised(Random& random, const WeightFormat& f, bool with_zeros, int64_t experts, int64_t rows,
                            int64_t columns) {
-  const bool four_bits = moe_ext::cuda::has_four_bits(f.type);
+  const bool four_bits = moe_ext::has_four_bits(f.type);
   const int64_t row_bytes = four_bits ? (columns + 1) / 2 : columns, count = f.scale_count(rows, columns);
   QuantisedWeights w;
   w.given.resize(experts * rows * row_bytes);
@@ -875,8 +914,11 @@ void check_quantised_layer(const LayerCase& c, const Kind& kind) {
   const DeviceArray<int64_t> device_experts(experts);
   const DeviceArray<float> device_weights(weights);
   const bool any = c.dtype == DType::kFloat32 || hidden % 8 != 0 || intermediate % 8 != 0;
-  for (const std::string kernels : {"small_batch", "flat", "narrow", "plain"}) {
+  const bool wgmma = moe_ext::cuda::current_device().wgmma && c.formula.gated &&
+                     (c.dtype == DType::kBFloat16 || kind.format.group_size == 0);
+  for (const std::string kernels : {"small_batch", "flat", "narrow", "hopper", "plain"}) {
     if (any && kernels != "plain") continue;
+    if (kernels == "hopper" && !wgmma) continue;
     if (kernels == "small_batch" && (!c.formula.gated || c.tokens > 20)) continue;
     const ForcedKernels forced(kernels);
     const int64_t bytes = c.tokens * hidden * element_size(c.dtype);
@@ -905,8 +947,9 @@ void check_quantised_layer(const LayerCase& c, const Kind& kind) {
     setting::Array got(c.dtype, c.tokens * hidden);
     std::memcpy(got.data(), bits.data(), bits.size());
     for (int64_t i = 0; i < c.tokens * hidden; ++i) {
-      // Every element of h (of random signs), y and the result may be rounded to the dtype.
-      const double bound = rounded[i] * setting::rounding(c.dtype) + size[i] * 64 * 0x1p-24 + 1e-6;
+      // Every element of h (of random signs), y and the result may be rounded to the dtype, and wgmma's weights.
+      const int roundings = kernels == "hopper" && kind.format.group_size != 0 ? 3 : 1;
+      const double bound = rounded[i] * roundings * setting::rounding(c.dtype) + size[i] * 64 * 0x1p-24 + 1e-6;
       CHECK(std::abs(got[i] - expected[i]) <= bound, where, ": ", got[i], " is not ", expected[i], " at ", i);
     }
     const std::vector<double> sums = channels.host();
@@ -920,7 +963,8 @@ void check_quantised_layer(const LayerCase& c, const Kind& kind) {
 
 }  // namespace
 
-TEST("quantised weights take the small batches' kernel and tiles of mma.sync, interleaved or not, and say so") {
+TEST(
+    "quantised weights take the small batches' kernel and tiles of mma.sync or wgmma, interleaved or not, and say so") {
   for (const Kind& kind : kKinds) {
     const auto layer = [&](int64_t tokens, const moe_ext::Formula& formula) {
       moe_ext::ExpertsParams p = shaped(tokens, 2880, 2880, 32, 4);
@@ -930,29 +974,46 @@ TEST("quantised weights take the small batches' kernel and tiles of mma.sync, in
     for (const Device& device : {kA100, kH100Wgmma, kRtx4090}) {
       for (const int64_t tokens : {1, 8, 16}) {
         const moe_ext::ExpertsParams p = layer(tokens, interleaved_and_limited());
-        CHECK(moe_ext::cuda::choose(p, device, "").way == Choice::Way::kSmallBatch, tokens, " tokens");
+        const bool small = tokens == 1 || !device.wgmma || moe_ext::cuda::weight_bits(kind.format.type) == 4;
+        CHECK((moe_ext::cuda::choose(p, device, "").way == Choice::Way::kSmallBatch) == small, tokens, " tokens");
         const int64_t staged = moe_ext::cuda::small_batch_staged_bytes(p, device);
         CHECK(staged >= moe_ext::cuda::small_batch_staged_minimum(kind.format.type), staged);
         const int64_t dynamic =
             moe_ext::cuda::small_batch_shared_bytes(tokens, tokens * 4, 32, kind.format.type) + staged;
         CHECK(2 * ((dynamic + 16 + 127) / 128 * 128 + 1024) <= device.shared_per_multiprocessor, dynamic, " bytes");
       }
-      const Choice choice = moe_ext::cuda::choose(layer(4096, {}), device, "");
-      CHECK(choice.way == Choice::Way::kGrouped && choice.gate_up_shape == moe_ext::cuda::kFlat, "4096 tokens");
+      for (const bool interleaved : {false, true}) {
+        const moe_ext::Formula formula = interleaved ? interleaved_and_limited() : moe_ext::Formula{};
+        const Choice choice = moe_ext::cuda::choose(layer(4096, formula), device, "");
+        const int expected = device.wgmma ? moe_ext::cuda::kHopper : moe_ext::cuda::kFlat;
+        CHECK(choice.way == Choice::Way::kGrouped && choice.gate_up_shape == expected, "4096 tokens");
+        CHECK(!device.wgmma || choice.down_rows == moe_ext::cuda::kHopperPackedRows, "rows of the sort's tiles");
+      }
+      moe_ext::Formula capped;
+      capped.gate_cap = 7.0f;
+      CHECK(moe_ext::cuda::choose(layer(4096, capped), device, "").gate_up_shape == moe_ext::cuda::kFlat, "caps");
       CHECK(moe_ext::cuda::choose(layer(20, without_gate()), device, "").way == Choice::Way::kGrouped, "no gate");
     }
+    const std::string name = moe_ext::cuda::weights_named(kind.format.type);
     const std::string text = moe_ext::cuda::describe(layer(4096, {}), kH100Wgmma, "");
-    CHECK(text.find(moe_ext::cuda::weights_named(kind.format.type) + ", gate_up mma.sync") == 0, text);
-    CHECK(text.find("no wgmma: its kernels take no quantised weights") != text.npos, text);
-    for (const char* forced : {"tall", "hopper"}) {
-      bool refused = false;
+    CHECK(text.find(name + ", gate_up hopper (wgmma), tiles of 128 x 256") == 0, text);
+    CHECK(text.find("no wgmma") == text.npos, text);
+    moe_ext::ExpertsParams of_float16 = layer(4096, {});
+    of_float16.dtype = DType::kFloat16;
+    const bool grouped = kind.format.group_size != 0;  // whose scales multiply weights, in bfloat16
+    const std::string other = moe_ext::cuda::describe(of_float16, kH100Wgmma, "");
+    CHECK((other.find("no wgmma: with float16 its kernels take no scales of groups") != other.npos) == grouped, other);
+    const auto refused = [&](const moe_ext::ExpertsParams& p, const char* forced) {
       try {
-        moe_ext::cuda::choose(layer(4096, {}), kH100Wgmma, forced);
+        moe_ext::cuda::choose(p, kH100Wgmma, forced);
       } catch (const std::exception&) {
-        refused = true;
+        return true;
       }
-      CHECK(refused, forced);
-    }
+      return false;
+    };
+    CHECK(refused(layer(4096, {}), "tall"), "tall");
+    CHECK(!refused(layer(4096, {}), "hopper") && refused(layer(4096, without_gate()), "hopper"), "hopper");
+    CHECK(refused(of_float16, "hopper") == grouped, "hopper, float16");
   }
 }
 

@@ -29,6 +29,7 @@ struct Format {
 const Format kFormats[] = {
     {"int8", {WeightType::kInt8, 0, false, ScaleType::kFloat32}, false},
     {"int4 of 32", {WeightType::kInt4, 32, false, ScaleType::kFloat32}, false},
+    {"int4 of 32 with zeros", {WeightType::kInt4, 32, false, ScaleType::kFloat32}, true},
     {"int4 of 64 with zeros", {WeightType::kInt4, 64, false, ScaleType::kBFloat16}, true},
     {"int4 of 128", {WeightType::kInt4, 128, false, ScaleType::kFloat16}, false},
     {"fp8", {WeightType::kFloat8, 0, false, ScaleType::kFloat32}, false},

@@ -14,6 +14,7 @@ from tests.support.operators import FORMULAS, gram_of
 from tests.support.quantised_layers import FORMATS, QuantisedCase, quantised_case, random_values
 from tests.support.reference import (
     DEVICES,
+    WGMMA,
     assert_channels_within,
     assert_moments_within,
     assert_pairs_within,
@@ -28,7 +29,13 @@ if "cuda" not in DEVICES:
 
 from tests.ops.test_cuda import captured, forced  # which skips itself where there is no GPU
 
-KERNELS = ["small_batch", "flat", "narrow", "plain"]  # that take quantised weights
+KERNELS = ["small_batch", "flat", "narrow", *["hopper"] * WGMMA, "plain"]  # that take quantised weights
+hopper = pytest.mark.skipif(not WGMMA, reason="needs wgmma: an H100 or H200, and moe_ext built for 9.0a")
+
+
+def takes(kernels: str, name: str, dtype: torch.dtype) -> bool:
+    """Whether a call with weights of this format can be made to take these kernels."""
+    return kernels != "hopper" or dtype == torch.bfloat16 or FORMATS[name].group_size == 0
 
 
 def assert_all_equal_brute_force(case: QuantisedCase, kernels: str = "") -> None:
@@ -59,8 +66,50 @@ def assert_all_equal_brute_force(case: QuantisedCase, kernels: str = "") -> None
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_every_way_equals_float64_brute_force(kernels: str, name: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
+        if not takes(kernels, name, dtype):
+            continue
         case = quantised_case(FORMATS[name], 13, 3, 2, 152, 72, dtype=dtype, sentinels=0.2)
         assert_all_equal_brute_force(case, kernels)
+
+
+@hopper
+@pytest.mark.parametrize("name", FORMATS)
+def test_wgmma_in_more_steps_than_its_rings_hold_and_in_parts_of_tiles(name: str) -> None:
+    # Two tiles of positions of an expert, and of rows of weights; the last of each, and the last step, are not full.
+    case = quantised_case(FORMATS[name], 145, 2, 1, 712, 168, dtype=torch.bfloat16)
+    case.packed.experts.copy_((torch.arange(145) >= 140)[:, None])
+    assert torch.equal(case.plain.experts, case.packed.experts)
+    assert_all_equal_brute_force(case, "hopper")
+
+
+@hopper
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith(("int4", "mxfp4"))])
+def test_wgmma_with_scales_that_are_read_four_at_a_time(name: str) -> None:
+    assert_all_equal_brute_force(quantised_case(FORMATS[name], 9, 2, 1, 1024, 384, dtype=torch.bfloat16), "hopper")
+
+
+GATED = [name for name, options in FORMULAS.items() if options.get("gated", True) and "gate_cap" not in options]
+
+
+@hopper
+@pytest.mark.parametrize("formula", ["interleaved", *GATED])
+def test_wgmma_of_every_formula_with_a_gate(formula: str) -> None:
+    options = {**FORMULAS.get(formula, {"interleaved": True}), "transposed": False}
+    name, dtype = ("mxfp4", torch.bfloat16) if "biases" in options else ("int8", torch.float16)
+    assert_all_equal_brute_force(quantised_case(FORMATS[name], 21, 2, 1, 136, 200, dtype=dtype, **options), "hopper")
+
+
+@hopper
+def test_wgmma_of_more_tiles_than_multiprocessors() -> None:
+    # A block goes on from one tile to the next, with as many steps in the ring as there are left.
+    case = quantised_case(FORMATS["int4-64-bf16"], 140, 140, 1, 200, 8, dtype=torch.bfloat16)
+    case.packed.experts.copy_(torch.arange(140)[:, None])
+    assert torch.equal(case.plain.experts, case.packed.experts)
+    there = case.packed.to("cuda")
+    expected = experts_reference(case.plain, case.arithmetic("cuda", "hopper"))
+    with forced("hopper"):
+        out = ops.experts(*there.arguments(), **there.options)
+    assert_within(out, expected.out, expected.bound)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -126,7 +175,7 @@ def test_a_weight_that_is_no_number_makes_its_row_none_and_no_other(name: str, k
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_a_graph_replays_what_a_call_gives(kernels: str) -> None:
-    case = quantised_case(FORMATS["int4-64-bf16"], 5, 3, 2, 72, 40, dtype=torch.float16).packed.to("cuda")
+    case = quantised_case(FORMATS["int4-64-bf16"], 5, 3, 2, 72, 40, dtype=torch.bfloat16).packed.to("cuda")
     with forced(kernels):
         graph, out = captured(lambda: ops.experts(*case.arguments(), **case.options))
         for seed in range(2):
@@ -142,8 +191,10 @@ def test_packed_weights_on_another_device_than_x_are_refused() -> None:
         ops.experts(*there.arguments(), **{**there.options, "gate_up_scales": case.options["gate_up_scales"]})
 
 
-@pytest.mark.parametrize("kernels", ["tall", "hopper"])
-def test_kernels_that_take_no_quantised_weights_cannot_be_forced(kernels: str) -> None:
-    case = quantised_case(FORMATS["int8"], 5, 4, 2, 16, 40, dtype=torch.bfloat16).packed.to("cuda")
+@pytest.mark.parametrize(
+    ("kernels", "name"), [("tall", "int8"), ("hopper_pairs", "int8"), ("hopper", "int4-32"), ("hopper", "mxfp4")]
+)
+def test_kernels_that_do_not_take_these_weights_cannot_be_forced(kernels: str, name: str) -> None:
+    case = quantised_case(FORMATS[name], 5, 4, 2, 16, 40, dtype=torch.float16).packed.to("cuda")
     with forced(kernels), pytest.raises(RuntimeError, match=f"MOE_EXT_CUDA_KERNELS={kernels}"):
         ops.experts(*case.arguments(), **case.options)

@@ -17,7 +17,7 @@ from moe_ext.binary import _C
 from tests.ops.test_formulas import accumulators
 from tests.ops.test_projection import gradient, projection_of
 from tests.support.operators import FORMULAS, RUNNABLE_VARIANTS, gram_of
-from tests.support.quantised_layers import FORMATS, QuantisedCase, quantised_case, random_values
+from tests.support.quantised_layers import FORMATS, Format, QuantisedCase, quantised_case, random_values
 from tests.support.reference import (
     ACTIVATIONS,
     DTYPES,
@@ -61,12 +61,12 @@ def test_every_cpu_variant_equals_float64_brute_force(variant: str, name: str, m
 ROWS_ONLY = {name: options for name, options in FORMULAS.items() if not options.get("transposed", False)}
 
 
-@st.composite
-def cases(draw: st.DrawFn) -> QuantisedCase:
+def drawn_case(draw: st.DrawFn, form: Format) -> QuantisedCase:
+    """A layer of these weights, of any size, formula and routing."""
     num_experts = draw(st.integers(1, 4))
     usual: list[dict[str, Any]] = [{"activation": name} for name in ACTIVATIONS]
     return quantised_case(
-        FORMATS[draw(st.sampled_from(sorted(FORMATS)))],
+        form,
         draw(st.sampled_from([0, 1, 2, 3, 7, 17, 50])),
         num_experts,
         draw(st.integers(1, num_experts)),
@@ -77,6 +77,11 @@ def cases(draw: st.DrawFn) -> QuantisedCase:
         sentinels=draw(st.sampled_from([0.0, 0.5, 1.0])),
         **draw(st.sampled_from(usual) | st.sampled_from(list(ROWS_ONLY.values()))),
     )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> QuantisedCase:
+    return drawn_case(draw, FORMATS[draw(st.sampled_from(sorted(FORMATS)))])
 
 
 @pytest.mark.parametrize("variant", RUNNABLE_VARIANTS)
@@ -102,11 +107,11 @@ def test_a_tokens_bits_depend_neither_on_its_batch_nor_on_threads(
     monkeypatch.setenv("MOE_EXT_ISA", variant)
     threads = torch.get_num_threads()
     for dtype in DTYPES[:2]:
-        case = quantised_case(FORMATS[name], 21, 2, 2, 1100, 75, dtype=dtype).packed
+        case = quantised_case(FORMATS[name], 43, 2, 2, 1100, 75, dtype=dtype).packed
         case.experts[:, 0], case.experts[13:, 1] = 0, 2  # one expert has all tokens, another 13
         g = gradient(case)
         whole = ops.experts(*case.arguments(), **case.options), gram_of(case), projection_of(case, g)
-        for tokens in (1, 2, 3, 5, 8):
+        for tokens in (1, 2, 3, 5, 8, 28):
             few = case.tokens(slice(4, 4 + tokens))
             assert torch.equal(ops.experts(*few.arguments(), **few.options), whole[0][4 : 4 + tokens])
             assert torch.equal(gram_of(few), whole[1][4 : 4 + tokens])

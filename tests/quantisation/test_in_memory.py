@@ -154,6 +154,33 @@ def test_what_is_not_possible_is_refused_and_changes_nothing() -> None:
     assert same_state(model, before)
 
 
+@pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith("fp8")])
+def test_activations_in_eight_bits_are_near_and_patching_again_leaves_them_as_they_are(name: str) -> None:
+    model = moe_ext.patch(quantised("mixtral", FORMATS[name]))
+    expected = logits(model)
+    moe_ext.patch(model, activations="int8")
+    got = logits(model)
+    assert 0 < float((got - expected).norm() / expected.norm()) < 0.05
+    copied = logits(copy.deepcopy(model))
+    assert torch.equal(copied, got)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(random_tokens(2, 12)).logits
+    torch.testing.assert_close(compiled, got, rtol=1e-2, atol=1e-3)
+    assert torch.equal(logits(moe_ext.patch(model)), expected)
+
+
+def test_activations_in_eight_bits_are_refused_where_no_kernel_takes_them() -> None:
+    for model, held in (
+        (build("mixtral", **SIZES), "float weights"),
+        (quantised("mixtral", WeightFormat.of("fp8")), "fp8 weights"),
+    ):
+        with pytest.raises(ValueError, match=rf"activations is 'int8', and model\.layers\.0\.mlp has {held}: quantise"):
+            moe_ext.patch(model, activations="int8")
+        assert not hasattr(moe_blocks(model)[0].experts, "_moe_ext")
+    with pytest.raises(ValueError, match="activations is 'int4'; expected 'int8' or None"):
+        moe_ext.patch(quantised("mixtral", FORMATS["int8"]), activations="int4")  # type: ignore[arg-type]
+
+
 def test_generation_runs_compiled_and_without_gradients() -> None:
     model = quantised("mixtral", FORMATS["int4, groups of 32"], num_hidden_layers=1).eval()
     tokens = random_tokens(1, 6)

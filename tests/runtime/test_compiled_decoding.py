@@ -3,6 +3,7 @@
 Which graph there is is tried with the backend that runs it as it is; inductor, which takes seconds, once.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from transformers import CompileConfig, PreTrainedModel
 import moe_ext
 from moe_ext.models.blocks import moe_blocks
 from moe_ext.runtime import compiled_decoding
-from moe_ext.runtime.row_products import RowProducts, aten
+from moe_ext.runtime.one_row import OneRow
+from moe_ext.runtime.row_products import aten
 from tests.support.batches import random_tokens
 from tests.support.families import build
 from tests.support.mixtral import THRESHOLDS, MixtralFactory
@@ -148,7 +150,7 @@ def test_more_tokens_repay_a_small_model_than_a_large_one() -> None:
 def graph_of(*tensors: Tensor) -> torch.fx.GraphModule:
     """The graph of a Linear, given x, weight and perhaps bias, after the pass."""
     traced = make_fx(F.linear, tracing_mode="fake")(*tensors)
-    RowProducts()(traced.graph)
+    OneRow()(traced.graph)
     traced.graph.lint()
     traced.recompile()
     return traced
@@ -180,3 +182,57 @@ def test_a_product_with_one_row_is_a_sum_in_float32_that_is_rounded_once(dtype: 
 
 def test_a_product_with_two_rows_is_left_to_torch() -> None:
     assert products_in(graph_of(torch.randn(2, 8), torch.randn(6, 8))) == 1
+
+
+# ---- attention of one query
+
+FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def attention_graph(attend: Callable[..., Tensor], *tensors: Tensor) -> tuple[torch.fx.GraphModule, int]:
+    """The graph of an attention after the pass, and how many of torch's are left in it."""
+    traced = make_fx(attend, tracing_mode="fake")(*tensors)
+    traced.graph.eliminate_dead_code()  # as inductor does: results that nobody takes
+    OneRow()(traced.graph)
+    traced.graph.lint()
+    traced.recompile()
+    return traced, len(traced.graph.find_nodes(op="call_function", target=FLASH))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_attention_of_one_query_is_sums_in_float32_that_are_rounded_once(
+    dtype: torch.dtype, masked: bool, scale: float | None
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, rows, 24, generator=generator).to(dtype) for heads, rows in ((6, 1), (3, 11), (3, 11))
+    )
+    mask = torch.randn(2, 1, 1, 11, generator=generator).to(dtype)
+    mask[0, ..., 7:] = -torch.inf
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        k, v = (each.repeat_interleave(2, dim=1) for each in (k, v))
+        found: Tensor = FLASH(q, k, v, attn_mask=mask if masked else None, scale=scale)[0]
+        return found
+
+    traced, left = attention_graph(attend, q, k, v, mask)
+    assert left == 0
+    got = traced(q, k, v, mask)
+    assert got.dtype == dtype
+    scores = q.double() @ k.double().repeat_interleave(2, dim=1).mT * (24**-0.5 if scale is None else scale)
+    weights = (scores + mask.double() if masked else scores).softmax(-1)
+    expected = weights @ v.double().repeat_interleave(2, dim=1)
+    rounding = {torch.float32: 0.0, torch.bfloat16: 2.0**-8}[dtype]
+    torch.testing.assert_close(got.double(), expected, rtol=rounding + 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("queries", "causal", "result"), [(2, False, 0), (1, True, 0), (1, False, 1)])
+def test_attention_of_more_queries_a_causal_one_and_its_logarithms_are_left_to_torch(
+    queries: int, causal: bool, result: int
+) -> None:
+    q, k = torch.randn(1, 2, queries, 8), torch.randn(1, 2, 5, 8)
+    traced, left = attention_graph(lambda q, k: FLASH(q, k, k, 0.0, causal)[result], q, k)
+    assert left == 1
+    assert torch.equal(traced(q, k), FLASH(q, k, k, 0.0, causal)[result])

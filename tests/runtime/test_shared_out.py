@@ -1,6 +1,6 @@
 """Patched models that transformers shares out among processes, against the same model in one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 """Parallelisms of two processes: parts of every expert; some experts, other processes' slots masked, or sent there."""
 
+FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3")
 TOKENS = random_tokens(2, 9)
 MASK = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
 
@@ -67,47 +68,6 @@ def assert_same(got: dict[str, Any], expected: dict[str, Any]) -> None:
     assert sum(got["skipped"]) > 0
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3"])
-def test_two_processes_skip_as_one_does(name: str, tmp_path: Path) -> None:
-    model: Any = build(name)
-    model.save_pretrained(tmp_path)
-    skip = thresholds_for(model)
-
-    def work() -> dict[str, Any]:
-        return {
-            key: behaviour(shared_out(type(model).from_pretrained, tmp_path, way), skip) for key, way in WAYS.items()
-        }
-
-    both = results_of_group(2, work, tmp_path)
-    expected = behaviour(model, skip)
-    for got in both:
-        for way in WAYS:
-            assert_same(got[way], expected)
-
-
-def test_experts_with_biases_are_shared_out_whole(tmp_path: Path) -> None:
-    model: Any = build("gpt_oss")
-    model.save_pretrained(tmp_path)
-    skip = thresholds_for(model)
-    masked = partial(shared_out, type(model).from_pretrained, tmp_path, WAYS["masked"])
-    expected = behaviour(model, skip)
-    for got in results_of_group(2, lambda: behaviour(masked(), skip), tmp_path):
-        assert_same(got, expected)
-
-
-@pytest.mark.parametrize(("count", "way"), [(3, {"tp_size": 3}), (2, {"tp_size": 2, "ep_size": 2})])
-def test_layers_that_differ_are_shared_out(count: int, way: dict[str, Any], tmp_path: Path) -> None:
-    model: Any = build("deepseek_v3", n_group=1, num_nextn_predict_layers=0)  # its heads are in every process
-    moe_ext.prune(model, plan_for(model, keep_of(model, "deepseek_v3", fewer=2)))
-    assert len({block.num_experts for block in moe_blocks(model)}) == 2
-    model.save_pretrained(tmp_path / "uneven")
-    skip = thresholds_for(model)
-    uneven = partial(shared_out, moe_ext.from_pretrained, tmp_path / "uneven", way)
-    expected = behaviour(model, skip)
-    for got in results_of_group(count, lambda: behaviour(uneven(), skip), tmp_path):
-        assert_same(got, expected)
-
-
 def gradients(model: Any, skip: Tensor) -> dict[str, Tensor]:
     """Of the routers, and of the embedding below all layers, in a step of training that skips."""
     moe_ext.patch(model, skip=skip).train()
@@ -118,24 +78,58 @@ def gradients(model: Any, skip: Tensor) -> dict[str, Tensor]:
     return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
 
 
-@pytest.mark.skipif(
+def assert_gradients_same(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def assert_shared_out_same(
+    count: int,
+    load: Callable[[dict[str, Any]], Any],
+    ways: Iterable[dict[str, Any]],
+    model: Any,
+    folder: Path,
+    what: Callable[..., dict[str, Any]] = behaviour,
+    same: Callable[..., None] = assert_same,
+) -> None:
+    """In each of ``count`` processes the model, loaded in each of the ways, does what it does in this one."""
+    skip = thresholds_for(model)
+    found = results_of_group(count, lambda: [what(load(way), skip) for way in ways], folder)
+    expected = what(model, skip)  # after the others are forked: autograd's threads are not
+    for results in found:
+        for got in results:
+            same(got, expected)
+
+
+NOT_FORKED = pytest.mark.skipif(
     torch.version.cuda is not None, reason="torch's CUDA build does not differentiate once it is forked"
 )
-def test_gradients_of_routers_are_those_of_one_process(tmp_path: Path) -> None:
-    model: Any = build("mixtral")
+
+
+@pytest.mark.parametrize(
+    ("name", "ways", "what", "same"),
+    [
+        *((name, tuple(WAYS), behaviour, assert_same) for name in FAMILIES),
+        ("gpt_oss", ("masked",), behaviour, assert_same),  # experts with biases
+        pytest.param("mixtral", tuple(WAYS), gradients, assert_gradients_same, marks=NOT_FORKED),
+    ],
+)
+def test_two_processes_skip_as_one_does(
+    name: str, ways: tuple[str, ...], what: Callable[..., Any], same: Callable[..., None], tmp_path: Path
+) -> None:
+    model: Any = build(name)
     model.save_pretrained(tmp_path)
-    skip = thresholds_for(model)
+    load = partial(shared_out, type(model).from_pretrained, tmp_path)
+    assert_shared_out_same(2, load, [WAYS[way] for way in ways], model, tmp_path, what, same)
 
-    def work() -> dict[str, Any]:
-        return {
-            key: gradients(shared_out(type(model).from_pretrained, tmp_path, way), skip) for key, way in WAYS.items()
-        }
 
-    both = results_of_group(2, work, tmp_path)
-    expected = gradients(model, skip)
-    for got in both:
-        for way in WAYS:
-            torch.testing.assert_close(got[way], expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(("count", "way"), [(3, {"tp_size": 3}), (2, {"tp_size": 2, "ep_size": 2})])
+def test_layers_that_differ_are_shared_out(count: int, way: dict[str, Any], tmp_path: Path) -> None:
+    model: Any = build("deepseek_v3", n_group=1, num_nextn_predict_layers=0)  # its heads are in every process
+    moe_ext.prune(model, plan_for(model, keep_of(model, "deepseek_v3", fewer=2)))
+    assert len({block.num_experts for block in moe_blocks(model)}) == 2
+    model.save_pretrained(tmp_path / "uneven")
+    load = partial(shared_out, moe_ext.from_pretrained, tmp_path / "uneven")
+    assert_shared_out_same(count, load, [way], model, tmp_path)
 
 
 JOBS: dict[str, Callable[[Any], Any]] = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ext import ops
-from tests.support.reference import FLOAT32, ROUNDING, Arithmetic, ExpertsCase, arithmetic_of, experts_case
+from tests.support.reference import FLOAT32, ROUNDING, WGMMA, Arithmetic, ExpertsCase, arithmetic_of, experts_case
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ FORMATS = {
     "int4-32": Format("int4", 32),
     "int4-64-bf16": Format("int4", 64, torch.bfloat16),
     "int4-128-fp16-zeros": Format("int4", 128, torch.float16, zeros=True),
+    "int4-64-zeros": Format("int4", 64, zeros=True),
     "int4-32-bf16-zeros": Format("int4", 32, torch.bfloat16, zeros=True),
     "fp8": Format("fp8"),
     "fp8-blocks": Format("fp8", 128),
@@ -82,12 +83,15 @@ class QuantisedCase:
 
     def arithmetic(self, device: str = "cpu", kernels: str = "") -> Arithmetic:
         """That of the plain layer, but that a weight, or a sum of a group's products, is rounded once more when it is
-        multiplied by its scale: on the CPU to bfloat16 where dot products are of bfloat16 and the scale is a group's,
-        which mxfp4's powers of two leave exact."""
+        multiplied by its scale: on the CPU and by CUDA's wgmma to bfloat16 where dot products are of bfloat16 and the
+        scale is a group's, which mxfp4's powers of two leave exact. The latter multiplies by a sum of two bfloat16,
+        whose lower part, and the product by it, are rounded too."""
         plain, options = arithmetic_of(self.plain, device, kernels), self.packed.options
-        of_bfloat16 = device == "cpu" and plain.h == torch.bfloat16
+        wgmma = device == "cuda" and WGMMA and kernels in ("", "hopper")
+        of_bfloat16 = (device == "cpu" or wgmma) and plain.h == torch.bfloat16
         narrow = of_bfloat16 and options["group_size"] > 0 and options["weight_type"] != "mxfp4"
-        return replace(plain, product=plain.product + (ROUNDING[torch.bfloat16] if narrow else FLOAT32))
+        rounding = ROUNDING[torch.bfloat16] + (3 * ROUNDING[torch.bfloat16] ** 2 if wgmma else 0.0)
+        return replace(plain, product=plain.product + (rounding if narrow else FLOAT32))
 
 
 def quantised_weight(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ext.binary import _C
@@ -12,7 +13,7 @@ from moe_ext.binary import _C
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and _C.cuda_archs else [])
 WGMMA = "cuda" in DEVICES and "9.0a" in _C.cuda_archs and torch.cuda.get_device_capability() == (9, 0)
 MMA_SYNC = ["tall", "flat", "narrow"]  # what MOE_EXT_CUDA_KERNELS can force for large batches everywhere
-GROUPED = MMA_SYNC + ["hopper"] * WGMMA
+GROUPED = MMA_SYNC + ["hopper"] * WGMMA  # hopper_pairs, which large experts take, has tests of its own
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "relu2"]
 
@@ -185,16 +186,16 @@ USUAL_LAYOUT = {"gated": True, "interleaved": False, "transposed": False}
 def arithmetic_of(case: ExpertsCase, device: str, kernels: str = "") -> Arithmetic:
     """That of the named CUDA kernels, or of those that a call takes. On the CPU, dot products of bfloat16 keep h in
     bfloat16, all else float32. On CUDA, float32 and sizes that are no multiples of 8 keep float32 throughout; up to 16
-    tokens h is kept in the dtype of x, beyond that h and y. CUDA sums energies in float32 over at most 192 rows, by
-    fewer than 64 roundings in a row, and of h before it is rounded: what an H100's tensor cores lose of a square,
-    2^-11, is less than that rounding would cost."""
+    tokens, or 8 where they go by wgmma, h is kept in the dtype of x, beyond that h and y. CUDA sums energies in float32
+    over at most 192 rows, by fewer than 64 roundings in a row, and of h before it is rounded: what an H100's tensor
+    cores lose of a square, 2^-11, is less than that rounding would cost."""
     dtype, hidden, intermediate = case.x.dtype, case.x.shape[1], case.intermediate
     if device == "cpu" and dtype == torch.bfloat16 and _C.active_cpu_variant() == "avx512_bf16":
         return Arithmetic(h=dtype)
     if device == "cpu" or dtype == torch.float32 or hidden % 8 or intermediate % 8 or kernels == "plain":
         return Arithmetic(energy=0.0 if device == "cpu" else 64 * FLOAT32)
     usual = all(case.options.get(name, usual) == usual for name, usual in USUAL_LAYOUT.items())
-    small_batch = kernels == "small_batch" or (kernels == "" and case.x.shape[0] <= 16 and usual)
+    small_batch = kernels == "small_batch" or (kernels == "" and case.x.shape[0] <= (8 if WGMMA else 16) and usual)
     return Arithmetic(TENSOR_CORES, dtype, torch.float32 if small_batch else dtype, 64 * FLOAT32)
 
 
@@ -212,8 +213,23 @@ class Expected:
     pairs_bound: Tensor  # (E, E)
 
 
-def experts_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None) -> Expected:
-    """The experts operators by brute force, one expert after the other."""
+def in_eight_bits(rows: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (R, C) with an error as whole numbers times a scale, 128 columns each, and the error of that: a number may
+    be the next one where the row lies between two of them, to within what float32 and the error make of it."""
+    width = rows.shape[1]
+    parts, errors = (F.pad(each, (0, -width % 128)).unflatten(-1, (-1, 128)) for each in (rows, error))
+    largest = parts.abs().amax(-1, keepdim=True).clamp(min=1e-300)
+    scale = largest / 127
+    steps, relative = parts / scale, errors.amax(-1, keepdim=True) / largest + 4 * FLOAT32
+    slack = errors / scale + 127 * relative
+    between_two = ((steps - steps.floor() - 0.5).abs() <= slack) * (1 + slack.floor())
+    numbers = steps.round()
+    rounded, off = (scale * each for each in (numbers, between_two + (numbers.abs() + 1) * relative))
+    return rounded.flatten(1)[:, :width], off.flatten(1)[:, :width]
+
+
+def experts_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None, *, eight_bits: bool = False) -> Expected:
+    """The experts operators by brute force, one expert after the other; ``eight_bits``: of activations."""
     arithmetic = arithmetic or Arithmetic()
     product = arithmetic.product
     tokens, hidden = case.x.shape
@@ -238,13 +254,19 @@ def experts_reference(case: ExpertsCase, arithmetic: Arithmetic | None = None) -
         x, (gate_up, bias, down, down_bias) = case.x[rows].double(), case.projections(expert)
         weights = case.weights[rows, slots].double()
 
+        x_error = torch.zeros_like(x)
+        if eight_bits:
+            x, x_error = in_eight_bits(x, x_error)
         products = x @ gate_up.T + bias  # (R, 2I), or (R, I) without gate
-        h, h_error = between(case, products, (hidden + 1) * product * (x.abs() @ gate_up.abs().T + bias.abs()))
+        of_products = (hidden + 1) * product * (x.abs() @ gate_up.abs().T + bias.abs()) + x_error @ gate_up.abs().T
+        h, h_error = between(case, products, of_products)
         h_error = rounded(h, rounded(h, h_error, torch.float32), arithmetic.h)
         channels[expert] = (weights[:, None] ** 2 * h**2).sum(0)
         of_sums = arithmetic.energy * (h.abs() + h_error) ** 2
         channels_bound[expert] = (weights[:, None] ** 2 * ((2 * h.abs() + h_error) * h_error + of_sums)).sum(0)
 
+        if eight_bits:
+            h, h_error = in_eight_bits(h, h_error)
         y = h @ down.T + down_bias  # (R, H)
         of_sum = (h.abs() + h_error) @ down.abs().T + down_bias.abs()
         y_error = h_error @ down.abs().T + (intermediate + 1) * product * of_sum

@@ -10,7 +10,16 @@ import pytest
 from tools.sass.compiled import ROOT, Kernel, compile_one, cuobjdump, default_archs
 from tools.sass.flow import Edges, Instruction, UnreadableError, instructions, successors
 from tools.sass.report import faults_of, kernels_launched_next
-from tools.sass.rules import accumulator_faults, copy_faults, fence_faults, overlap_faults, release_faults
+from tools.sass.rules import (
+    accumulator_faults,
+    cluster_faults,
+    copy_faults,
+    fence_faults,
+    overlap_faults,
+    producer_copy_faults,
+    release_faults,
+    store_faults,
+)
 from tools.sass.values import compared
 
 KERNEL = re.compile(r"\b(\w+_kernel)\(")
@@ -200,6 +209,25 @@ def test_a_thread_that_does_not_copy_arrives_as_it_likes() -> None:
     assert broken(copy_faults, f"@P0 EXIT\n{AT_END}\nEXIT") == []
 
 
+def test_stores_are_fenced_before_they_are_announced() -> None:
+    text = f"loop: STS.128 [R0], R4\nFENCE.VIEW.ASYNC.S\n{AT_END}\n@P0 BRA $loop\nEXIT"
+    assert broken(store_faults, text) == []
+    assert broken(store_faults, text.replace("FENCE.VIEW.ASYNC.S", "NOP")) == [AT_END]
+    assert broken(store_faults, text.replace("FENCE", "@P1 FENCE")) == [AT_END]
+
+
+def test_copies_of_those_that_store_themselves_are_not_what_is_announced() -> None:
+    copy, count = "LDGSTS.E.BYPASS.128 [R14], desc[UR18][R2.64], P0", "USETMAXREG.DEALLOC.CTAPOOL 0x20"
+    other = (
+        f"other: {count}\n{copy}\nLDGDEPBAR\nSTS.128 [R0], R4\nFENCE.VIEW.ASYNC.S\n{AT_END}\nDEPBAR.LE SB0, 0x0\nEXIT"
+    )
+    wrong = f"@P0 BRA $other\n{count}\n{copy}\nLDGDEPBAR\nDEPBAR.LE SB0, 0x0\n{AT_END}\nEXIT\n{other}"
+    right = wrong.replace(f"DEPBAR.LE SB0, 0x0\n{AT_END}", f"DEPBAR.LE SB0, 0x0\nFENCE.VIEW.ASYNC.S\n{AT_END}")
+    assert broken(producer_copy_faults, right) == []
+    assert broken(producer_copy_faults, wrong) == [AT_END]
+    assert broken(copy_faults, right) == [AT_END]
+
+
 # As in hopper_gemm_kernel: a step's operands are given back in the next step, when all but the newest group are over.
 CONSUMER = f"""
     UMOV UR7, URZ
@@ -220,6 +248,10 @@ BACK_AT_END = "@!P1 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR7+0x36018], RZ"
 
 def test_operands_may_be_given_back_one_step_late() -> None:
     assert broken(release_faults, CONSUMER) == []
+    assert (
+        broken(release_faults, CONSUMER.replace("ISETP.NE.OR P0, PT, R12, RZ", "ISETP.GT.U32.OR P0, PT, R12, 0x1"))
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -236,6 +268,53 @@ def test_operands_may_be_given_back_one_step_late() -> None:
 def test_operands_that_are_given_back_too_early_are_found(line: str, instead: str, where: str) -> None:
     assert CONSUMER.count(line) == 1
     assert where in broken(release_faults, CONSUMER.replace(line, instead))
+
+
+MULTICAST = "UTMALDG.2D.MULTICAST [UR8], [UR4], UR10"
+FAR_ARRIVAL = "@!P0 SYNCS.ARRIVE.TRANS64.RED.A1T0 RZ, [R5+URZ], RZ"
+# ptxas asks at each barrier whether there is a cluster.
+CLUSTER = f"""
+    LDC R0, c[0x0][0x140]
+    ISETP.EQ.U32.AND P2, PT, R0, 0x1, PT
+    @!P2 BRA $alone
+    UCGABAR_ARV
+    BRA $arrived
+    alone: NOP
+    arrived: @!P2 BRA $block
+    UCGABAR_WAIT
+    BRA $on
+    block: BAR.SYNC.DEFER_BLOCKING 0x0
+    on: @P1 BRA $consumer
+    {MULTICAST}
+    BRA $end
+    consumer: {FAR_ARRIVAL}
+    end: UCGABAR_ARV
+    UCGABAR_WAIT
+    EXIT"""
+
+
+def test_blocks_of_a_cluster_may_reach_each_other_between_its_barriers() -> None:
+    assert broken(cluster_faults, CLUSTER) == []
+    assert broken(cluster_faults, "SYNCS.ARRIVE.TRANS64.A1T0 RZ, [R0], RZ\nUTMALDG.2D [UR8], [UR4]\nEXIT") == []
+
+
+@pytest.mark.parametrize(
+    ("line", "instead", "where"),
+    [
+        ("UCGABAR_WAIT\n    BRA $on", "BRA $on", [MULTICAST, FAR_ARRIVAL, "EXIT"]),
+        ("UCGABAR_ARV\n    BRA $arrived", "BRA $arrived", [MULTICAST, FAR_ARRIVAL, "EXIT"]),
+        ("@!P2 BRA $block", "@P3 BRA $block", [MULTICAST, FAR_ARRIVAL, "EXIT"]),
+        ("UCGABAR_WAIT\n    EXIT", "EXIT", ["EXIT"]),
+        ("UCGABAR_WAIT\n    EXIT", "@P3 UCGABAR_WAIT\n    EXIT", ["EXIT"]),
+        ("BRA $end", "EXIT", ["EXIT"]),
+        ("UCGABAR_WAIT\n    EXIT", f"UCGABAR_WAIT\n    {FAR_ARRIVAL}\n    EXIT", [FAR_ARRIVAL]),
+    ],
+)
+def test_blocks_that_reach_each_other_too_early_or_end_too_early_are_found(
+    line: str, instead: str, where: list[str]
+) -> None:
+    assert CLUSTER.count(line) == 1
+    assert broken(cluster_faults, CLUSTER.replace(line, instead)) == where
 
 
 def test_memory_may_be_touched_behind_the_wait_for_the_previous_kernel() -> None:
@@ -336,7 +415,7 @@ def test_the_kernels_that_have_to_wait_are_those_of_the_sources() -> None:
 
 
 @pytest.fixture(scope="module")
-def hopper_kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
+def hopper_kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
     if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
         pytest.skip("needs nvcc")
     try:
@@ -345,11 +424,11 @@ def hopper_kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
         pytest.skip(str(missing))
     sources = (ROOT / "csrc" / "cuda").glob("*.cu")
     source = next(path for path in sources if "hopper_gemm_kernel" in KERNEL.findall(path.read_text()))
-    kernels = compile_one(source, "90a", tmp_path_factory.mktemp("hopper"))
-    return next(kernel for kernel in kernels if kernel.name == "hopper_gemm_kernel<__half, down, false>")
+    return compile_one(source, "90a", tmp_path_factory.mktemp("hopper"))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("blocks", "experts"), [(1, "usual"), (2, "usual"), (1, "special"), (2, "transposed")])
 @pytest.mark.parametrize(
     ("name", "rules"),
     [
@@ -360,18 +439,22 @@ def hopper_kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
         ("LDGDEPBAR", [copy_faults]),
         (r"FENCE\.VIEW\.ASYNC", [copy_faults]),
         ("ACQBULK", [overlap_faults]),
+        ("UCGABAR_ARV", [cluster_faults]),
+        ("UCGABAR_WAIT", [cluster_faults]),
     ],
 )
 def test_no_wait_or_fence_of_the_hopper_kernel_can_be_left_out(
-    hopper_kernel: Kernel, name: str, rules: list[Rule]
+    hopper_kernels: list[Kernel], blocks: int, experts: str, name: str, rules: list[Rule]
 ) -> None:
+    wanted = f"hopper_gemm_kernel<__half, down, false, {blocks}, {experts}>"
+    hopper_kernel = next(kernel for kernel in hopper_kernels if kernel.name == wanted)
     assert faults_of(hopper_kernel) == []
     sass = hopper_kernel.sass
     copying = next(i for i, (_, text) in enumerate(sass) if text.startswith("LDGSTS"))
     found = [i for i, (_, text) in enumerate(sass) if re.match(name, text)]
     if name.startswith("FENCE"):
         found = [i for i in found if i > copying]  # the one before is that of the barriers' initialisation
-    assert found
+    assert found or (blocks == 1 and name.startswith("UCGABAR"))
     for i in found:
         code = instructions([*sass[:i], (sass[i][0], "NOP"), *sass[i + 1 :]])
         edges = successors(code, hopper_kernel.branch_tables)

@@ -36,9 +36,17 @@ class Kernel:
                 found.append([text for at, text in self.sass if int(target[1], 16) <= at <= address])
         return sorted(found, key=len)
 
+    def conversion_loop(self) -> list[str]:
+        """The innermost loop that copies lines of weights and stores what they are converted to: a line's."""
+        for loop in self.loops():
+            if count(loop, "LDGSTS") and count(loop, r"STS\.128"):
+                return loop
+        return []
+
     def main_loop(self) -> list[str]:
-        """The innermost loop that multiplies and copies weights, in hopper_gemm_kernel that of its widest product."""
-        needed = (r"HGMMA\.64x192x16\b",) if self.name.startswith("hopper_gemm_kernel") else ("HMMA", "LDG")
+        """The innermost loop that multiplies and copies weights; of wgmma that of the widest product."""
+        widest = {"hopper_gemm_kernel": 192, "hopper_packed_gemm_kernel": 128}.get(self.name.split("<")[0])
+        needed = ("HMMA", "LDG") if widest is None else (rf"HGMMA\.64x{widest}x16\b",)
         for loop in self.loops():
             if all(count(loop, name) for name in needed):
                 return loop
@@ -91,6 +99,10 @@ def short_name(mangled: str) -> str:
     name = name.replace("(Product)0", "gate_up").replace("(Product)1", "down")
     for number, weights in enumerate(("plain", "int8", "int4", "fp8", "mxfp4")):
         name = name.replace(f"(WeightType){number}", weights)
+    for number, scales in enumerate(("float32", "bfloat16", "float16", "e8m0")):
+        name = name.replace(f"(ScaleType){number}", scales)
+    for number, experts in enumerate(("usual", "special", "transposed")):
+        name = name.replace(f"(Experts){number}", experts)
     return re.sub(r"^void |\([^()]*\)$", "", name)
 
 
@@ -114,7 +126,7 @@ def compile_one(source: Path, arch: str, folder: Path) -> list[Kernel]:
         assert registers is not None
         static = int(shared[1]) if shared else 0
         name = short_name(mangled)
-        if name.startswith("hopper_gemm_kernel") and arch != "90a":
+        if name.startswith("hopper_") and arch != "90a":
             continue  # compiled to nothing
         numbers = int(registers[1]), stack, stores + loads, static
         remarks = re.findall(rf"\(C75\d\d\) (.+) in function '{mangled}'", report)

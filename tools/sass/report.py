@@ -8,12 +8,14 @@ SASS, prints a table of registers and shared memory, and exits with 1 where a ru
 - no kernel of HOT spills a register or has a stack frame;
 - the main loop of grouped_gemm_kernel holds HMMA, LDSM and LDGSTS.128 and touches no local memory;
 - that of packed_gemm_kernel holds HMMA, LDS.128 and LDGSTS.128 and touches no local memory;
-- the main loop of small_batch_kernel holds HMMA and eight loads of 128 bits, and no narrower global load but those of
-  scales and zero points of quantised weights;
+- the main loop of small_batch_kernel holds HMMA and eight loads of 128 bits (four-bit weights: four), and no narrower
+  global load but those of scales and zero points of quantised weights;
 - from sm_90 on, a kernel that launch_next() launches touches no global memory before its wait for the kernel before it,
   and does not end without it; small_batch_kernel alone may read first (`experts`, an input of the call);
 - in hopper_gemm_kernel, which is empty but for sm_90a, wgmma's accumulators and the copies into its operands are fenced
-  and waited for on every path (rules.py), and ptxas had to add nothing for that.
+  and waited for on every path, blocks of a cluster meet before and after they reach each other's shared memory
+  (rules.py), and ptxas had to add nothing for that; so are in hopper_packed_gemm_kernel its accumulators, and what
+  converters store.
 
 No GPU is needed.
 """
@@ -32,10 +34,21 @@ from typing import Any
 from moe_ext.storage.dated_results import table, write_result
 from tools.sass.compiled import ROOT, Kernel, compile_one, count, default_archs, output_of
 from tools.sass.flow import UnreadableError, instructions, successors
-from tools.sass.rules import WAIT, accumulator_faults, copy_faults, fence_faults, overlap_faults, release_faults
+from tools.sass.rules import (
+    WAIT,
+    accumulator_faults,
+    cluster_faults,
+    copy_faults,
+    fence_faults,
+    overlap_faults,
+    producer_copy_faults,
+    release_faults,
+    store_faults,
+)
 
 HOT = (
     "hopper_gemm_kernel",
+    "hopper_packed_gemm_kernel",
     "grouped_gemm_kernel",
     "packed_gemm_kernel",
     "small_batch_kernel",
@@ -61,10 +74,13 @@ def faults_of(kernel: Kernel) -> list[str]:
         faults += [f"{name} (local memory)" for name in ("LDL", "STL") if count(loop, name)]
     if kernel.name.startswith("small_batch_kernel"):
         wide, loads = count(loop, r"LDG\.\S*\.128\b"), count(loop, r"LDG\.")
-        if wide < 8 or (wide != loads and "PackedWeights" not in kernel.name):
+        least = 4 if re.search("int4|mxfp4", kernel.name) else 8
+        if wide < least or (wide != loads and "PackedWeights" not in kernel.name):
             faults.append(f"{wide} of {loads} loads in the main loop are 128 bits wide")
-    if kernel.name.startswith("hopper_gemm_kernel") and not loop:
-        faults.append("no HGMMA of 192 columns in a loop")
+    if kernel.name.startswith("hopper_") and not loop:
+        faults.append("no HGMMA of the widest tile's columns in a loop")
+    if kernel.name.startswith("hopper_packed_gemm_kernel") and not kernel.conversion_loop():
+        faults.append("no loop that copies and converts")
     return faults + order_faults(kernel)
 
 
@@ -81,7 +97,10 @@ def order_faults(kernel: Kernel) -> list[str]:
         elif any(one.opcode == WAIT for one in code):
             faults.append("waits for the previous kernel, but no launch_next<> names it")
         if kernel.name.startswith("hopper_gemm_kernel"):
-            for rule in (accumulator_faults, fence_faults, copy_faults, release_faults):
+            for rule in (accumulator_faults, fence_faults, copy_faults, release_faults, cluster_faults):
+                faults += rule(code, edges)
+        if kernel.name.startswith("hopper_packed_gemm_kernel"):
+            for rule in (accumulator_faults, fence_faults, producer_copy_faults, store_faults, release_faults):
                 faults += rule(code, edges)
     except UnreadableError as error:
         return [f"cannot be read: {error}"]
@@ -110,6 +129,19 @@ def hopper_row(kernel: Kernel) -> dict[str, Any]:
         "LDGSTS": count(all_of_it, "LDGSTS"),
         "DEPBAR SB0": count(all_of_it, r"DEPBAR\.LE SB0"),
         "FENCE.VIEW.ASYNC": count(all_of_it, r"FENCE\.VIEW\.ASYNC"),
+    }
+
+
+def conversion_row(kernel: Kernel) -> dict[str, Any]:
+    """What a thread of hopper_packed_gemm_kernel's converters issues for a line of a row."""
+    loop = kernel.conversion_loop()
+    stores = count(loop, r"STS\.128")
+    return {
+        "kernel": f"`{kernel.name}`",
+        "instructions a line": len(loop),
+        "a weight": round(len(loop) / (8 * stores), 2) if stores else None,
+        "LDS.128": count(loop, r"LDS\.128"),
+        "STS.128": stores,
     }
 
 
@@ -152,6 +184,9 @@ def main() -> None:
     hopper = [hopper_row(kernel) for kernel in kernels if kernel.name.startswith("hopper_gemm_kernel")]
     if hopper:
         print(f"\nhopper_gemm_kernel on sm_90a:\n{table(hopper)}")
+    converting = [conversion_row(k) for k in kernels if k.name.startswith("hopper_packed_gemm_kernel")]
+    if converting:
+        print(f"\nhopper_packed_gemm_kernel on sm_90a, converters:\n{table(converting)}")
     if options.output is not None:
         version = output_of(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc", "--version").strip().splitlines()[-1]
         write_result(

@@ -5,8 +5,9 @@ Every rule is a function from a kernel's code and its edges (flow.py) to what br
 - accumulators of wgmma are not touched until their group has been waited for, and are fenced before wgmma takes them
   (PTX ISA, "wgmma.fence", "wgmma.wait_group");
 - copies by cp.async into what wgmma reads are waited for and fenced towards the asynchronous proxy by the thread that
-  made them, before its warp announces them at a barrier (PTX ISA, "Async proxy");
+  made them, before its warp announces them at a barrier (PTX ISA, "Async proxy"); so are a thread's own stores;
 - what wgmma reads is given back at a barrier when the group has been waited for;
+- blocks of a cluster reach each other's shared memory only between two of its barriers, and end behind the second;
 - programmatic dependent launch: no global memory before the wait for the previous kernel, and no end without it.
 
 Not seen: which barrier or stage an address names, and whether a warp is together where one lane arrives for all
@@ -14,7 +15,7 @@ Not seen: which barrier or stage an address names, and whether a warp is togethe
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tools.sass.flow import Edges, Instruction, accumulators, registers, solve
 from tools.sass.values import Values, after, join_values, truth
@@ -97,7 +98,7 @@ class Groups(NamedTuple):
 
 
 MANY = 3
-Worlds = Mapping[Groups, Values]
+Counts = TypeVar("Counts")
 
 
 def with_waits(groups: Groups, pending: int) -> Groups:
@@ -118,11 +119,13 @@ def with_one_told(groups: Groups) -> Groups:
     return groups._replace(ready=max(0, groups.ready - 1))
 
 
-def counted(code: Code, edges: Edges, moved: Callable[[Instruction, Groups], Groups]) -> list[Worlds]:
+def counted(
+    code: Code, edges: Edges, start: Counts, moved: Callable[[Instruction, Counts], Counts]
+) -> list[Mapping[Counts, Values]]:
     """The counts that can be before each instruction, each with what is known of the registers then.
 
     They are kept apart for branches and guards on whether there has been a step before: what the registers exclude is
-    not followed. `moved(instruction, groups)` is what an instruction leaves that may have been executed.
+    not followed. `moved(instruction, counts)` is what an instruction leaves that may have been executed.
     """
 
     def can_follow(i: int, j: int, executed: bool | None) -> bool:
@@ -132,26 +135,27 @@ def counted(code: Code, edges: Edges, moved: Callable[[Instruction, Groups], Gro
         only_way = one.opcode == "BRA" and len(edges[i]) == 1
         return only_way or executed != (j == i + 1)
 
-    def step(i: int, j: int, worlds: Worlds) -> Worlds:
-        reached: dict[Groups, Values] = {}
-        for groups, values in worlds.items():
+    def step(i: int, j: int, worlds: Mapping[Counts, Values]) -> Mapping[Counts, Values]:
+        reached: dict[Counts, Values] = {}
+        for counts, values in worlds.items():
             executed = truth(values, code[i].guard)
             if can_follow(i, j, executed):
-                new_groups = groups if executed is False else moved(code[i], groups)
+                new_counts = counts if executed is False else moved(code[i], counts)
                 new_values = after(values, code[i])
-                known = reached.get(new_groups)
-                reached[new_groups] = new_values if known is None else join_values(known, new_values)
+                known = reached.get(new_counts)
+                reached[new_counts] = new_values if known is None else join_values(known, new_values)
         return reached
 
-    def join(a: Worlds, b: Worlds) -> Worlds:
-        both = {groups: join_values(a[groups], b[groups]) for groups in a if groups in b}
+    def join(a: Mapping[Counts, Values], b: Mapping[Counts, Values]) -> Mapping[Counts, Values]:
+        both = {counts: join_values(a[counts], b[counts]) for counts in a if counts in b}
         return {**a, **b, **both}
 
-    start: Worlds = {Groups(): {}}
-    before = solve(edges, start, step, join)
+    nothing_known: Values = {}
+    first: Mapping[Counts, Values] = {start: nothing_known}
+    before = solve(edges, first, step, join)
     # Where a guard is known not to hold, the instruction is not executed.
     return [
-        {groups: values for groups, values in (worlds or {}).items() if truth(values, one.guard) is not False}
+        {counts: values for counts, values in (worlds or {}).items() if truth(values, one.guard) is not False}
         for one, worlds in zip(code, before, strict=True)
     ]
 
@@ -179,7 +183,7 @@ def copy_faults(code: Code, edges: Edges) -> list[str]:
         return with_fence(groups) if one.name.startswith("FENCE.VIEW.ASYNC") else groups
 
     faults = []
-    for one, worlds in zip(code, counted(code, edges, moved), strict=True):
+    for one, worlds in zip(code, counted(code, edges, Groups(), moved), strict=True):
         for groups in (groups for groups in worlds if groups.working):
             if arrives(one) and (groups.ready != 1 or groups.unfenced or groups.open):
                 faults.append(f"{one}: announces copies with {groups}")
@@ -187,6 +191,44 @@ def copy_faults(code: Code, edges: Edges) -> list[str]:
                 faults.append(f"{one}: ends with {groups}")
         if worlds and one.opcode == "LDGDEPBAR" and one.guard:
             faults.append(f"{one}: closes a group of copies under a condition")
+    return faults
+
+
+def producer_copy_faults(code: Code, edges: Edges) -> list[str]:
+    """copy_faults() of the warpgroups that do not store themselves (STS): what the others copy, wgmma does not read.
+
+    A warpgroup's code is what can be reached from where its registers are set.
+    """
+    reached = []
+    for start in (i for i, one in enumerate(code) if one.opcode == "USETMAXREG"):
+        of_role, new = {start}, [start]
+        while new:
+            fresh = set(edges[new.pop()]) - of_role
+            of_role |= fresh
+            new += fresh
+        reached.append(of_role)
+    storing = [of_role for of_role in reached if any(code[i].opcode == "STS" for i in of_role)]
+    left_out = set().union(*storing) - set().union(*(of_role for of_role in reached if of_role not in storing))
+    nothing = Instruction(0, "", "NOP", ())
+    return copy_faults([nothing if i in left_out else one for i, one in enumerate(code)], edges)
+
+
+def store_faults(code: Code, edges: Edges) -> list[str]:
+    """Arrivals of a thread that has written shared memory (STS) since its last FENCE.VIEW.ASYNC.
+
+    For threads that write what wgmma reads, and arrive where it is complete. A fence under a guard counts for nothing.
+    """
+
+    def step(i: int, _: int, written: bool) -> bool:
+        one = code[i]
+        fences = one.name.startswith("FENCE.VIEW.ASYNC") and not one.guard
+        return one.opcode == "STS" or (written and not fences)
+
+    before = solve(edges, False, step, lambda a, b: a or b)
+    faults = []
+    for one, written in zip(code, before, strict=True):
+        if written and arrives(one):
+            faults.append(f"{one}: announces stores that are not fenced")
     return faults
 
 
@@ -208,7 +250,7 @@ def release_faults(code: Code, edges: Edges) -> list[str]:
         return groups
 
     faults = []
-    for one, worlds in zip(code, counted(code, edges, moved), strict=True):
+    for one, worlds in zip(code, counted(code, edges, Groups(), moved), strict=True):
         for groups in (groups for groups in worlds if groups.working):
             if arrives(one) and (groups.open or (groups.flying and not groups.ready)):
                 faults.append(f"{one}: gives back what wgmma may read with {groups}")
@@ -219,6 +261,35 @@ def release_faults(code: Code, edges: Edges) -> list[str]:
 
 def arrives(one: Instruction) -> bool:
     return one.name.startswith("SYNCS.ARRIVE") and "A1T0" in one.modifiers
+
+
+def cluster_faults(code: Code, edges: Edges) -> list[str]:
+    """Accesses to other blocks' shared memory but between two barriers of the cluster, and ends but behind the second.
+
+    Of a kernel with such accesses, which are TMA's multicasts and arrivals by address in the cluster (SYNCS.ARRIVE
+    with RED). A barrier is UCGABAR_ARV, then UCGABAR_WAIT; under a guard it counts for nothing.
+    """
+    if not any(reaches_other_blocks(one) for one in code):
+        return []
+
+    def moved(one: Instruction, barriers: tuple[int, bool]) -> tuple[int, bool]:
+        count, arrived = barriers
+        if one.guard or one.opcode not in ("UCGABAR_ARV", "UCGABAR_WAIT"):
+            return barriers
+        return (count, True) if one.opcode == "UCGABAR_ARV" else (min(MANY, count + arrived), False)
+
+    faults = []
+    for one, worlds in zip(code, counted(code, edges, (0, False), moved), strict=True):
+        for count, arrived in worlds:
+            if reaches_other_blocks(one) and (count != 1 or arrived):
+                faults.append(f"{one}: another block's memory behind {count} barriers of the cluster")
+            if one.opcode == "EXIT" and count != 2:
+                faults.append(f"{one}: the end behind {count} barriers of the cluster")
+    return faults
+
+
+def reaches_other_blocks(one: Instruction) -> bool:
+    return "MULTICAST" in one.modifiers or (arrives(one) and "RED" in one.modifiers)
 
 
 WAIT = "ACQBULK"  # griddepcontrol.wait

@@ -12,6 +12,7 @@ Range = tuple[int, int]  # the least and the most of a 32-bit signed integer; of
 Values = Mapping[str, Range]  # by name, such as R4, UR6, P0; what is missing is unknown
 
 MOST = 2**31 - 1
+IS_CLUSTER = "c[0x0][0x140]"  # where cluster barriers look whether a kernel was launched in clusters, as it must be
 COMPARISONS = {"LT", "LE", "GT", "GE", "EQ", "NE"}
 
 
@@ -79,10 +80,13 @@ def result(values: Values, one: Instruction) -> Range | None:
         if chosen is not None:
             return known[1] if chosen else known[2]
         return join_ranges(known[1], known[2]) if known[1] and known[2] else None
-    if one.opcode in ("ISETP", "UISETP") and len(one.modifiers) == 2 and len(operands) == 5:
-        comparison, combined = one.modifiers
+    if one.name == "LDC" and operands[1] == IS_CLUSTER:
+        return 1, 1
+    if one.opcode in ("ISETP", "UISETP") and len(one.modifiers) in (2, 3) and len(operands) == 5:
+        comparison, *unsigned, combined = one.modifiers
         left, right = known[2:4]
-        holds = compared(comparison, left, right) if left and right and comparison in COMPARISONS else None
+        comparable = left and right and comparison in COMPARISONS and (not unsigned or min(left[0], right[0]) >= 0)
+        holds = compared(comparison, left, right) if left and right and comparable else None
         decided = {"AND": (0, 0), "OR": (1, 1)}.get(combined)  # by either side; otherwise it takes both
         if decided and decided in (holds, known[4]):
             return decided

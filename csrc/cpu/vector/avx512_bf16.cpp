@@ -1,11 +1,12 @@
-// The hot loops for AVX-512 with BF16 dot products (Cooper Lake, Sapphire Rapids, Zen 4 and later).
+// The hot loops for AVX-512 with BF16 dot products and those of bytes, VNNI (Cooper Lake, Sapphire Rapids, Zen 4 and
+// later).
 #if defined(__x86_64__)
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx2,fma,f16c"))), \
+#pragma clang attribute push(__attribute__((target("avx512bf16,avx512vnni,avx512f,avx512bw,avx512vl,avx2,fma,f16c"))), \
                              apply_to = function)
 #else
-#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx2,fma,f16c")
+#pragma GCC target("avx512bf16,avx512vnni,avx512f,avx512bw,avx512vl,avx2,fma,f16c")
 #endif
 // GCC 12's own AVX-512 header reads an undefined register on purpose and warns about it (GCC bug 105593).
 #if defined(__GNUC__) && !defined(__clang__)
@@ -15,6 +16,7 @@
 #define MOE_EXT_ISA avx512_bf16
 #define MOE_EXT_ISA_AVX512
 #define MOE_EXT_ISA_AVX512_BF16
+#define MOE_EXT_BYTE_VNNI
 #include "cpu/vector/loops_inl.h"
 #if defined(__clang__)
 #pragma clang attribute pop

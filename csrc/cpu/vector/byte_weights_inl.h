@@ -1,6 +1,6 @@
-// int8 and fp8 weights with a scale a row, multiplied by a few activation rows as they lie: the tiles of tile_inl.h
-// read them as they read bfloat16 ones, and nothing is stored. The numbers and their order are those of unpacked rows:
-// the same bits.
+// int8 weights, and without AVX2 fp8 with a scale a row, multiplied by a few activation rows as they lie: the tiles of
+// tile_inl.h read them as they read bfloat16 ones, and nothing is stored. The numbers and their order are those of
+// unpacked rows: the same bits.
 #pragma once
 
 #include "cpu/vector/dot.h"
@@ -36,15 +36,13 @@ static inline Vec load_bytes(const Int8* p) {
 #endif
 }
 
+#if !defined(MOE_EXT_ISA_AVX2)  // which has packed_tile_avx2_inl.h
 static inline Vec load_bytes(const Float8* p) {
-#if defined(MOE_EXT_ISA_AVX2)
-  return floats_of_fp8(&p->bits);
-#else
   Vec r;
   for (int i = 0; i < Vec::kLanes; ++i) r.v[i] = to_float(p[i]);
   return r;
-#endif
 }
+#endif
 
 template <typename W>
 struct DotOfBytes {
@@ -57,8 +55,10 @@ struct DotOfBytes {
 };
 template <>
 struct DotOf<float, Int8> : DotOfBytes<Int8> {};
+#if !defined(MOE_EXT_ISA_AVX2)
 template <>
 struct DotOf<float, Float8> : DotOfBytes<Float8> {};
+#endif
 
 // M activation rows, in chunks of kChunk columns; a few weight rows from end to end, while the next few are fetched.
 template <int M, typename W, int64_t kChunk>
@@ -94,8 +94,10 @@ static bool multiply_few_rows_of_bytes(const Product& p) {
     constexpr int kHeight = decltype(height)::value;
     if (format.type == WeightType::kInt8) {
       few_rows_of_bytes<kHeight, Int8, kChunk>(p);
+#if !defined(MOE_EXT_ISA_AVX2)
     } else {
       few_rows_of_bytes<kHeight, Float8, kChunk>(p);
+#endif
     }
   });
   return true;

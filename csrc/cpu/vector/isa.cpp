@@ -28,7 +28,9 @@ bool has_avx512() {
 #endif
 
 const Variant kVariants[kIsaCount] = {
-    MOE_EXT_X86("avx512_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), &kAvx512Bf16Loops),
+    MOE_EXT_X86("avx512_bf16",
+                has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"),
+                &kAvx512Bf16Loops),
     MOE_EXT_X86("avx512", has_avx512(), &kAvx512Loops),
     MOE_EXT_X86("avx2",
                 __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),

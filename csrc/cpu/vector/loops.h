@@ -9,6 +9,7 @@
 
 #include <stdint.h>
 
+#include "cpu/vector/byte_rows.h"
 #include "moe.h"
 
 namespace moe_ext::cpu {
@@ -58,6 +59,7 @@ struct Product {
   int64_t transposed;              // 0; or, of a transposed weight matrix (k, transposed), the elements of its rows
   const QuantisedRows* quantised;  // null: weights of the model's dtype
   void* unpacked;                  // kUnpackedBytes of the thread's own, where weights are quantised
+  bool byte_rows = false;          // rows are byte_blocks(k) ByteBlocks, of Loops::quantise
 };
 
 // What of y (row_count, kBlockColumns) Loops::gate reads for column i < columns: gate y[r, i], up y[r, columns + i]; or
@@ -117,6 +119,9 @@ struct Loops {
   // sums[r] = y[r, :] . g[r, :]   over `columns` elements of each, in float64, for r < row_count; y with kBlockColumns
   // columns, g with stride g_stride.
   void (*project)(const float* y, const float* g, int64_t g_stride, int64_t row_count, int64_t columns, double* sums);
+
+  // blocks = the row of k floats in 8 bits, for weights of the type; zeros: whether they have zero points.
+  void (*quantise)(WeightType type, bool zeros, const float* row, int64_t k, ByteBlock* blocks);
 
   DType operand(DType dtype) const {
     return bfloat16_operands && dtype == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat32;

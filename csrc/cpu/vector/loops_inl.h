@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/vector/activation_inl.h"
+#include "cpu/vector/byte_rows_inl.h"
 #include "cpu/vector/conversion_inl.h"
 #include "cpu/vector/energy_inl.h"
 #include "cpu/vector/gram_inl.h"
@@ -13,6 +14,7 @@
 
 namespace moe_ext::cpu::MOE_EXT_ISA {
 
-static constexpr Loops kLoops = {kBFloat16Operands, widen, multiply, gate, energy, scatter, narrow, gram, project};
+static constexpr Loops kLoops = {kBFloat16Operands, widen,  multiply, gate,    energy,
+                                 scatter,           narrow, gram,     project, quantise};
 
 }  // namespace moe_ext::cpu::MOE_EXT_ISA

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "cpu/numeric.h"
+#include "cpu/vector/byte_rows_inl.h"
 #include "cpu/vector/loops.h"
 #include "cpu/vector/product_inl.h"
 #if defined(MOE_EXT_ISA_AVX512)
@@ -32,7 +33,9 @@ static void multiply(DType dtype, const Product& p) {
   with_type(dtype, [&](auto* type) {
     using W = Pointee<decltype(type)>;
     using A = std::conditional_t<kBFloat16Operands && std::is_same_v<W, BFloat16>, BFloat16, float>;
-    if (p.quantised != nullptr) {
+    if (p.byte_rows) {
+      multiply_bytes(p);
+    } else if (p.quantised != nullptr) {
 #if defined(MOE_EXT_ISA_AVX512_BF16)
       if constexpr (std::is_same_v<A, float>) return kAvx512Loops.multiply(dtype, p);  // which has the same
 #endif

@@ -29,6 +29,41 @@ struct Fetch {
 // step.
 struct NoRowAhead {};
 
+// y[m, n] = or += the lanes of acc[m][n], and the `left` elements that follow at a and b: whole vectors of them are
+// added to the lanes first.
+template <int M, int N, typename A, typename W>
+[[gnu::always_inline]] static inline void finish_tile(Vec (&acc)[M][N], const A* a, int64_t a_stride, const W* b,
+                                                      int64_t b_stride, int64_t left, bool add, float* y) {
+  using Dot = DotOf<A, W>;
+  for (; left >= Dot::kStep; left -= Dot::kStep, a += Dot::kStep, b += Dot::kStep) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const typename Dot::Weight bv = Dot::load_weight(b + n * b_stride);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[m][n] = Dot::add(acc[m][n], Dot::load_row(a + m * a_stride), bv);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    float sums[N];
+    if constexpr (N % 4 == 0) {
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n += 4) sums_of(acc[m][n], acc[m][n + 1], acc[m][n + 2], acc[m][n + 3], sums + n);
+    } else {
+      for (int n = 0; n < N; ++n) sums[n] = acc[m][n].sum();
+    }
+    for (int64_t j = 0; j < left; ++j) {
+      for (int n = 0; n < N; ++n) sums[n] += to_float(a[m * a_stride + j]) * to_float(b[n * b_stride + j]);
+    }
+    float* out = y + m * kBlockColumns;
+    if (add) {
+      for (int n = 0; n < N; ++n) out[n] += sums[n];
+    } else {
+      for (int n = 0; n < N; ++n) out[n] = sums[n];
+    }
+  }
+}
+
 // y[m, n] = or += a[m] . b[n] over k elements; a_stride, b_stride: elements from row to row.
 template <int M, int N, typename A, typename W, typename RowAhead>
 static inline void dot_tile(const A* a, int64_t a_stride, const W* b, int64_t b_stride, int64_t k, bool add, float* y,
@@ -70,26 +105,7 @@ static inline void dot_tile(const A* a, int64_t a_stride, const W* b, int64_t b_
   }
 #pragma GCC unroll 4
   for (; i < steps; ++i) step();
-  const int64_t rest = k % Dot::kStep;
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-    float sums[N];
-    if constexpr (N % 4 == 0) {
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n += 4) sums_of(acc[m][n], acc[m][n + 1], acc[m][n + 2], acc[m][n + 3], sums + n);
-    } else {
-      for (int n = 0; n < N; ++n) sums[n] = acc[m][n].sum();
-    }
-    for (int64_t j = 0; j < rest; ++j) {
-      for (int n = 0; n < N; ++n) sums[n] += to_float(a[m * a_stride + j]) * to_float(b[n * b_stride + j]);
-    }
-    float* out = y + m * kBlockColumns;
-    if (add) {
-      for (int n = 0; n < N; ++n) out[n] += sums[n];
-    } else {
-      for (int n = 0; n < N; ++n) out[n] = sums[n];
-    }
-  }
+  finish_tile(acc, a, a_stride, b, b_stride, k % Dot::kStep, add, y);
 }
 
 }  // namespace moe_ext::cpu::MOE_EXT_ISA

@@ -34,6 +34,11 @@ constexpr E4M3Values e4m3_values() {
 }
 constexpr E4M3Values kE4M3 = e4m3_values();
 
+// Of so many columns from a row's first.
+static inline int64_t packed_bytes(const WeightFormat& format, int64_t columns) {
+  return format.type == WeightType::kInt4 || format.type == WeightType::kMxfp4 ? columns / 2 : columns;
+}
+
 static inline float scale_at(ScaleType type, const void* scales, int64_t index) {
   switch (type) {
     case ScaleType::kBFloat16:
@@ -58,7 +63,7 @@ struct QuantisedRow {
   int64_t first_scale;   // of the row
   const uint8_t* zeros;  // of the row, or null
 
-  static QuantisedRow at(const QuantisedRows& q, const WeightRows& weights, int64_t n) {
+  [[gnu::always_inline]] static QuantisedRow at(const QuantisedRows& q, const WeightRows& weights, int64_t n) {
     const bool first = n < weights.split;
     const int64_t number = first ? weights.first_row + n : weights.second_row + n - weights.split;
     const int64_t from = first ? n : n - weights.split;

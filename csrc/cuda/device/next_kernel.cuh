@@ -34,20 +34,28 @@ bool can_overlap() {
 }
 
 // Launches kKernel after the kernel before it on the stream, overlapping with its end where the device can; throws
-// std::runtime_error that names `name` if CUDA refuses.
-template <auto kKernel, typename... Arguments>
+// std::runtime_error that names `name` if CUDA refuses. From sm_90 on, kClusterBlocks neighbouring blocks, which divide
+// `blocks`, can be a cluster.
+template <auto kKernel, unsigned kClusterBlocks = 1, typename... Arguments>
 void launch_next(const char* name, unsigned blocks, unsigned threads, int shared_bytes, cudaStream_t stream,
                  const Arguments&... arguments) {
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (can_overlap<kKernel>()) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if constexpr (kClusterBlocks > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {kClusterBlocks, 1, 1};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = can_overlap<kKernel>() ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   check(cudaLaunchKernelEx(&config, kKernel, arguments...), name);
 }
 

@@ -6,7 +6,8 @@
 //   four bits (128 columns a line)   step s: columns 32 s + 8 t + 0..7, t = lane % 4: chunk 4 s + t
 //   eight bits (64 columns)          step s: columns 16 t + 8 s + 0..7:               chunk 2 t + s
 // Values come out as they are stored, without scales: all of them are exact in bf16 and fp16, and products with
-// activations are exact in float32. Scales are applied to sums, in float32.
+// activations are exact in float32. Scales are applied to sums, in float32, but for those of groups where wgmma reads
+// the weights (gemm_wgmma_packed.cu).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -62,6 +63,13 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   return bits;
 }
 
+// (a & b) | c in one instruction also where b and c are constants, for which the compiler makes two.
+__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t bits;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(bits) : "r"(a), "r"(b), "r"(c));
+  return bits;
+}
+
 // 128 + n in bf16 (n < 128), 1024 + n in fp16 (n < 1024), in both elements of a pair: n is the lowest bits.
 template <typename T>
 inline constexpr uint32_t kIntegers = std::is_same_v<T, __nv_bfloat16> ? 0x43004300u : 0x64006400u;
@@ -75,7 +83,7 @@ __device__ __forceinline__ uint32_t zero_pair(uint32_t zero) {
 // Bits 0 to 3, and 16 to 19, as integers minus the zero point.
 template <typename T>
 __device__ __forceinline__ uint32_t int4_pair(uint32_t bits, uint32_t zero) {
-  return subtract_pairs<T>((bits & 0x000f000fu) | kIntegers<T>, zero);
+  return subtract_pairs<T>(and_or(bits, 0x000f000fu, kIntegers<T>), zero);
 }
 
 // Bits 12 to 15, and 28 to 31, as e2m1: exponent and mantissa move to where T has its lowest bits of the exponent, and

@@ -6,12 +6,15 @@
 // Every block finds the active experts itself from the P expert indices; (expert, group of rows of weights) are the
 // units of work, and block b takes the b-th share of them, so that the grid depends on the device only and a block
 // stays with an expert, whose tokens it stages in shared memory once. A group is four m16 tiles of rows (gate_up: 8
-// gate rows and the 8 up rows of the same columns each). The block's eight warps share the rows and take every eighth
-// piece of k each, 64 bytes of a row: a block reads 512 neighbouring bytes of it. Weights go from global memory to
-// registers, 16 bytes a load, 8 loads in flight a thread, and are the first operand of mma.m16n8k16, the tokens the
-// second; k is permuted in both alike, so that a thread's 16 bytes are its fragment. The warps' sums meet in shared
-// memory in a fixed order. A unit goes through produce (activations), load and multiply (of what a kernel is made
-// with: small_batch.cu, small_batch_packed.cu), leave and reduce (the warps' sums), store.
+// gate rows and the 8 up rows of the same columns each). A warp has one of the tiles and every second piece of k, 256
+// bytes of each of its 16 rows (128 of four-bit weights). An H100 reads at three quarters of its memory's rate that way
+// (benchmarks/results, gpu).
+// Weights go from global memory to registers, 16 bytes a load, and are the first operand of mma.m16n8k16, the tokens
+// the second; k is permuted in both alike, so that a thread's 16 bytes are its fragment. As soon as registers are
+// multiplied, those bytes of the next piece, which may be the next unit's, are sent for; down's first piece even before
+// gate_up has ended. The sums of a tile's two warps meet in shared memory in a fixed order. A unit goes through produce
+// (activations), load and multiply (of what a kernel is made with: small_batch.cu, small_batch_packed.cu), leave and
+// reduce (the warps' sums), store.
 //
 // Where energies of channels are observed, a warp reduces the sums of one m16 tile for all tokens of a pass, adds up
 // g^2 h^2 of a column over its lanes, and adds that to the channel: an expert's columns are one block's, so that nobody
@@ -41,25 +44,29 @@ namespace moe_ext::cuda::small_batch {
 
 inline constexpr int kWarps = kSmallBatchWarps;
 inline constexpr int kThreads = kWarps * kWarpSize;
-inline constexpr int kTiles = 4;                   // m16 tiles of a group
-inline constexpr int kGateUpColumns = kTiles * 8;  // of h, a group
-inline constexpr int kDownColumns = kTiles * 16;   // of y, a group
+inline constexpr int kTiles = 4;                 // m16 tiles of a group
+inline constexpr int kParts = kSmallBatchParts;  // warps that share a tile, and take its pieces of k in turn
+inline constexpr int kGateUpColumns = kSmallBatchColumns / 2;  // of h, a group: their rows of gate and of up
+inline constexpr int kDownColumns = kSmallBatchColumns;        // of y, a group
 template <Product kProduct>
 inline constexpr int kColumns = kProduct == Product::kGateUp ? kGateUpColumns : kDownColumns;
-static_assert(kDownColumns == kSmallBatchColumns);
-inline constexpr int kAtOnce = 8;  // parts of y that a thread of combine_group reads at once
+static_assert(kSmallBatchColumns == kTiles * 16 && kWarps == kTiles * kParts);
+inline constexpr int kAtOnce = 4;  // parts of y that a thread of combine_group reads at once
 
 // Elements of k of one token that fit when `tokens` are staged.
 template <typename Weights>
 constexpr int staged_elements(int64_t staged_bytes, int tokens) {
-  constexpr int kRound = kWarps * Weights::kPiece;
+  constexpr int kRound = kParts * Weights::kPiece;
   return (static_cast<int>(staged_bytes) / tokens - Weights::kPadding) / 2 / kRound * kRound;
 }
 
-constexpr int64_t sums_bytes(int token_tiles) { return int64_t{kWarps} * kTiles * token_tiles * kWarpSize * 16; }
+constexpr int64_t sums_bytes(int token_tiles) { return int64_t{kWarps} * token_tiles * kWarpSize * 16; }
 
 // Which row of an m16 tile of weights this lane loads, and the one eight on; also the token of a token tile.
 __device__ __forceinline__ int row_of_lane() { return threadIdx.x % kWarpSize / 4; }
+// The warp's tile of the group, and which of its pieces the warp takes.
+__device__ __forceinline__ int tile_of_warp() { return threadIdx.x / kWarpSize % kTiles; }
+__device__ __forceinline__ int part_of_warp() { return threadIdx.x / kWarpSize / kTiles; }
 
 // out[t, columns of the group] of all tokens, and the group's part of every ||y||^2. A thread has four columns of a
 // token and reads kAtOnce parts of y before it adds the first. All threads call.
@@ -152,28 +159,24 @@ __device__ __forceinline__ void produce(const SmallBatchParams& p, const int* sl
   ptx::copy_async_commit();
 }
 
-// Leaves this warp's sums in shared memory, (warps, tiles, token tiles, lanes), beside those of the others.
+// Leaves this warp's sums in shared memory, (parts, tiles, token tiles, lanes), beside those of the others.
 template <int kTokenTiles>
-__device__ __forceinline__ void leave(const float (&acc)[kTiles][kTokenTiles][4], float4* sums) {
+__device__ __forceinline__ void leave(const float (&acc)[kTokenTiles][4], float4* sums) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-    for (int token_tile = 0; token_tile < kTokenTiles; ++token_tile) {
-      const float (&c)[4] = acc[tile][token_tile];
-      sums[((warp * kTiles + tile) * kTokenTiles + token_tile) * kWarpSize + lane] =
-          make_float4(c[0], c[1], c[2], c[3]);
-    }
+  for (int token_tile = 0; token_tile < kTokenTiles; ++token_tile) {
+    const float (&c)[4] = acc[token_tile];
+    sums[(warp * kTokenTiles + token_tile) * kWarpSize + lane] = make_float4(c[0], c[1], c[2], c[3]);
   }
 }
 
-// Number i of (tiles, token tiles, lanes), added over the warps in their order.
+// Number i of (tiles, token tiles, lanes), added over the parts in their order.
 template <int kTokenTiles>
 __device__ __forceinline__ float4 reduce(const float4* sums, int i) {
   float4 sum = sums[i];
 #pragma unroll
-  for (int other = 1; other < kWarps; ++other) {
-    const float4 more = sums[other * kTiles * kTokenTiles * kWarpSize + i];
+  for (int part = 1; part < kParts; ++part) {
+    const float4 more = sums[part * kTiles * kTokenTiles * kWarpSize + i];
     sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
   }
   return sum;
@@ -265,67 +268,69 @@ __device__ __forceinline__ void finish(const SmallBatchParams& p, int group, int
   if (last) combine_group<T>(p, group, lists);
 }
 
-// Blocks that registers have to leave room for. No block waits for another: with fewer they run one after the other.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-template <typename Weights>
-constexpr int kResidentBlocks = Weights::kManyRegisters ? 1 : kSmallBatchBlocksPerMultiprocessor;
-#else
-template <typename Weights>
-constexpr int kResidentBlocks = kSmallBatchBlocksPerMultiprocessor;
-#endif
-
 // kTokenTiles: tiles of 8 tokens that a pass over an expert's weights multiplies. kEnergies: those of channels are
-// observed if there are any. Weights is what a unit multiplies with, made for a group and a split of an expert:
+// observed if there are any. Weights is what a warp multiplies with:
 //   Element, kProduct  of activations
 //   kPiece             elements of k that a warp multiplies at a time
 //   kPadding           bytes between staged rows
-//   kSharedBytes       of shared memory, of its own
-//   kManyRegisters     whether ptxas for sm_100 and later spills where two blocks share a multiprocessor's registers
-//   begin(k)           a round begins at k, of the whole product
-//   load(k, here)      sends the warp's piece at k for registers, of which elements up to `here` are there
-//   share()            leaves what other warps need: whether all threads have to meet before the piece is multiplied
-//   multiply()         acc += the piece * the staged tokens
-//   advance(length)    moves k = 0
+//   Piece              registers of a piece
+//   begin(...)         the pieces to come are those of a group of rows of an expert, from k on
+//   load_early()       sends half of the first of them for registers, and
+//   load_rest()        the other half: what comes between has registers of its own
+//   multiply()         acc += the piece * the staged tokens, and sends the next piece for the same registers; half of
+//                      it where it is another pass's
+//   scale()            acc *= what a whole row of weights is multiplied by, once all pieces are
 template <typename Weights, int kTokenTiles, bool kEnergies>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<Weights>) small_batch_kernel(SmallBatchParams p) {
+__global__ void __launch_bounds__(kThreads, kSmallBatchBlocksPerMultiprocessor) small_batch_kernel(SmallBatchParams p) {
   using T = typename Weights::Element;
   constexpr Product kProduct = Weights::kProduct;
   constexpr bool kGateUp = kProduct == Product::kGateUp;
-  constexpr int kRound = kWarps * Weights::kPiece;
+  constexpr int kRound = kParts * Weights::kPiece;
   static_assert(kRound == small_batch_round(Weights::kType) &&
                 Weights::kPadding == small_batch_padding(Weights::kType));
   constexpr int kTokens = kTokenTiles * 8;
   extern __shared__ __align__(16) char shared[];
   const ExpertsParams& e = p.experts;
   const int slots = static_cast<int>(e.tokens * e.top_k);
-  float4* sums = reinterpret_cast<float4*>(shared);  // (warps, tiles, token tiles, lanes)
-  const Lists lists = lists_at(shared + sums_bytes(kTokenTiles), slots, e.num_experts);
-  char* of_weights = shared + sums_bytes(kTokenTiles) + lists_bytes(slots, e.num_experts);
-  char* staged = of_weights + Weights::kSharedBytes;
+  float4* sums = reinterpret_cast<float4*>(shared);  // (parts, tiles, token tiles, lanes)
+  char* staged = shared + sums_bytes(kTokenTiles);
+  const Lists lists = lists_at(staged + static_cast<int>(p.staged_bytes), slots, e.num_experts);
 
   const int inner = static_cast<int>(kGateUp ? e.hidden : e.intermediate);
   const int columns = static_cast<int>(kGateUp ? e.intermediate : e.hidden);  // of the result
-  const int groups = (columns + kColumns<kProduct> - 1) / kColumns<kProduct>;
-  const int first_of_warp = threadIdx.x / kWarpSize * Weights::kPiece;  // k of a round
+  const int groups = kGateUp ? p.gate_up_groups : p.down_groups;
+  const int first_of_warp = part_of_warp() * Weights::kPiece;  // k of a round
 
-  const int active = find_active<kThreads>(e, slots, lists);  // from the call's input, which no kernel of it writes
-  ptx::wait_for_previous_kernel();
-  ptx::let_next_kernel_start();
-  prepare<T, kProduct>(p, active);
+  // From the call's input, which no kernel of it writes, as the weights are.
+  __shared__ int active;
+  if (const int found = find_active<kThreads>(e, slots, lists); threadIdx.x == 0) active = found;
+  __syncthreads();
 
   // Split s takes k in [s, s + 1) * split_length. A block stays with an expert and a split for all groups that it can.
   const int splits = kGateUp ? 1 : static_cast<int>(p.splits);
   const int split_length = kGateUp ? inner : static_cast<int>(p.split_length);
   const int64_t units = int64_t{active} * splits * groups;
+  const int begin = static_cast<int>(units * blockIdx.x / gridDim.x);
   const int end = static_cast<int>(units * (blockIdx.x + 1) / gridDim.x);
+  Weights weights(p, inner, columns);
+  typename Weights::Piece piece;
+  const auto begin_unit = [&](int unit) {
+    const int first_k = unit / groups % splits * split_length;
+    weights.begin(lists.active[unit / groups / splits], unit % groups * kColumns<kProduct>, first_k + first_of_warp,
+                  min(inner, first_k + split_length));
+  };
+  if (begin < end) begin_unit(begin), weights.load_early(piece);
+
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_start();
+  prepare<T, kProduct>(p, active);
+
   int current = -1, count = 0;          // expert and split under way, and the expert's slots
-  int expert = 0;                       // of `current`
   int staged_from = -1, staged_k = -1;  // first slot of the list, and first k, of what is staged
-  for (int unit = static_cast<int>(units * blockIdx.x / gridDim.x); unit < end; ++unit) {
+  for (int unit = begin; unit < end; ++unit) {
     if (unit / groups != current) {
       current = unit / groups;
-      expert = lists.active[current / splits];
-      count = find_slots<kThreads>(expert, slots, lists);
+      count = find_slots<kThreads>(lists.active[current / splits], slots, lists);
       staged_from = -1;
     }
     const int first_column = unit % groups * kColumns<kProduct>;
@@ -334,14 +339,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Weights>) small_batc
 
     for (int from = 0; from < count; from += kTokens) {
       const int tokens = min(kTokens, count - from);
-      Weights weights(p, expert, first_column, inner, columns, first_k, of_weights);
       // As many elements of k as fit; all of them, and then they stay for the next group, if that is possible.
-      constexpr int kWhole = Weights::kPiece > 64 ? Weights::kPiece : 64;
-      const int length =
-          min(staged_elements<Weights>(p.staged_bytes, tokens), (last_k - first_k + kWhole - 1) / kWhole * kWhole);
+      const int pieces = (last_k - first_k + Weights::kPiece - 1) / Weights::kPiece;
+      const int length = min(staged_elements<Weights>(p.staged_bytes, tokens), pieces * Weights::kPiece);
       const int row_bytes = length * 2 + Weights::kPadding;
+      const int following = from + kTokens < count ? unit : unit + 1;  // whose pieces are multiplied after this pass
 
-      float acc[kTiles][kTokenTiles][4] = {};
+      float acc[kTokenTiles][4] = {};
+      weights.load_rest(piece);
       for (int k_begin = first_k; k_begin < last_k; k_begin += length) {
         if (staged_from != from || staged_k != k_begin) {
           __syncthreads();  // what is staged is not read any more
@@ -349,20 +354,22 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<Weights>) small_batc
           staged_from = from;
           staged_k = k_begin;
         }
+        ptx::copy_async_wait<0>();
+        __syncthreads();                                 // the activations are there, and sums are not read any more
         const int here = min(last_k - k_begin, length);  // elements of k in what is staged
-        for (int k_all = 0; k_all < here; k_all += kRound) {
-          const int k = k_all + first_of_warp;
-          weights.begin(k_begin + k_all);
-          weights.load(k, here);
-          const bool meet = weights.share();
-          if (k_all == 0) ptx::copy_async_wait<0>();  // weights are on their way while the activations arrive
-          if (k_all == 0 || meet) __syncthreads();
-          if (k >= here) break;
-          weights.multiply(acc, staged, row_bytes, tokens, k, k_begin);
+        for (int k = first_of_warp; k < here; k += kRound) {
+          const bool last = k_begin + k + kRound >= last_k;
+          if (last && following < end) begin_unit(following);
+          weights.multiply(acc, piece, staged, row_bytes, tokens, k, last);
         }
-        weights.advance(here);
+      }
+      if (first_k + first_of_warp >= last_k && following < end) {  // the warp has no piece of this pass
+        begin_unit(following);
+        weights.load_early(piece);
       }
 
+      const int expert = lists.active[current / splits];
+      weights.scale(acc, expert, first_column);
       leave(acc, sums);
       __syncthreads();
       if (kEnergies && e.channels != nullptr) {
@@ -382,11 +389,9 @@ void launch(const SmallBatchParams& p, cudaStream_t stream) {
   constexpr bool kGateUp = Weights::kProduct == Product::kGateUp;
   const ExpertsParams& e = p.experts;
   const int64_t slots = e.tokens * e.top_k;
-  const int64_t groups =
-      kGateUp ? (e.intermediate + kGateUpColumns - 1) / kGateUpColumns : small_batch_groups(e.hidden);
-  const int64_t units = std::max<int64_t>(1, std::min(slots, e.num_experts) * groups * (kGateUp ? 1 : p.splits));
-  const int bytes = static_cast<int>(sums_bytes(kTokenTiles) + lists_bytes(slots, e.num_experts) +
-                                     Weights::kSharedBytes + p.staged_bytes);
+  const int64_t groups = kGateUp ? p.gate_up_groups : p.down_groups * p.splits;
+  const int64_t units = std::max<int64_t>(1, std::min(slots, e.num_experts) * groups);
+  const int bytes = static_cast<int>(sums_bytes(kTokenTiles) + lists_bytes(slots, e.num_experts) + p.staged_bytes);
   allow_shared(small_batch_kernel<Weights, kTokenTiles, kEnergies>, static_cast<int>(p.shared_limit));
   const unsigned blocks = grid_size(std::min(units, p.blocks));
   if constexpr (kGateUp) {

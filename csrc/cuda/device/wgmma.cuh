@@ -12,10 +12,11 @@
 namespace moe_ext::cuda::ptx {
 
 // d (64, n) = a (64, 16) * b (16, n), plus d if `accumulate`; float32 accumulators, n a multiple of 16 up to 192.
-// a and b are described by wgmma_operand(): a's rows are rows, b's rows are columns. Of a warpgroup, warp w has rows
-// 16 w to 16 w + 15: with g = lane / 4 and t = lane % 4, d[4 j..4 j + 3] are row g columns 8 j + 2 t and the next, then
-// row g + 8. The accumulators must not be touched until wgmma_wait() has waited for the group.
-template <int kColumns, typename T>
+// a and b are described by wgmma_operand(): a's rows are rows (kTransposed: the columns of a), b's rows are columns. Of
+// a warpgroup, warp w has rows 16 w to 16 w + 15: with g = lane / 4 and t = lane % 4, d[4 j..4 j + 3] are row g columns
+// 8 j + 2 t and the next, then row g + 8. The accumulators must not be touched until wgmma_wait() has waited for the
+// group.
+template <int kColumns, typename T, bool kTransposed = false>
 __device__ __forceinline__ void wgmma(float* d, uint64_t a, uint64_t b, int accumulate) {
 #define MOE_EXT_8(i)                                                                                          \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
@@ -44,36 +45,36 @@ __device__ __forceinline__ void wgmma(float* d, uint64_t a, uint64_t b, int accu
 #define MOE_EXT_P160 MOE_EXT_P144 ", %72, %73, %74, %75, %76, %77, %78, %79"
 #define MOE_EXT_P176 MOE_EXT_P160 ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define MOE_EXT_P192 MOE_EXT_P176 ", %88, %89, %90, %91, %92, %93, %94, %95"
-// `a_at`, `b_at`, `p_at`: numbers of the operands after the accumulators.
-#define MOE_EXT_WGMMA(n, type, a_at, b_at, p_at)                                                 \
+// `a_at`, `b_at`, `p_at`, `t_at`: numbers of the operands after the accumulators.
+#define MOE_EXT_WGMMA(n, type, a_at, b_at, p_at, t_at)                                           \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_at                                        \
                ", 0;\n"                                                                          \
                "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" MOE_EXT_P##n \
-               "}, %" #a_at ", %" #b_at ", p, 1, 1, 0, 0;\n}"                                    \
+               "}, %" #a_at ", %" #b_at ", p, 1, 1, %" #t_at ", 0;\n}"                           \
                : MOE_EXT_D##n                                                                    \
-               : "l"(a), "l"(b), "r"(accumulate)                                                 \
+               : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposed ? 1 : 0)                       \
                : "memory")
-#define MOE_EXT_WGMMA_OF(n, a_at, b_at, p_at)         \
-  if constexpr (kColumns == n) {                      \
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) { \
-      MOE_EXT_WGMMA(n, "bf16", a_at, b_at, p_at);     \
-    } else {                                          \
-      MOE_EXT_WGMMA(n, "f16", a_at, b_at, p_at);      \
-    }                                                 \
+#define MOE_EXT_WGMMA_OF(n, a_at, b_at, p_at, t_at)     \
+  if constexpr (kColumns == n) {                        \
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {   \
+      MOE_EXT_WGMMA(n, "bf16", a_at, b_at, p_at, t_at); \
+    } else {                                            \
+      MOE_EXT_WGMMA(n, "f16", a_at, b_at, p_at, t_at);  \
+    }                                                   \
   }
   static_assert(kColumns % 16 == 0 && 0 < kColumns && kColumns <= 192);
-  MOE_EXT_WGMMA_OF(16, 8, 9, 10)
-  MOE_EXT_WGMMA_OF(32, 16, 17, 18)
-  MOE_EXT_WGMMA_OF(48, 24, 25, 26)
-  MOE_EXT_WGMMA_OF(64, 32, 33, 34)
-  MOE_EXT_WGMMA_OF(80, 40, 41, 42)
-  MOE_EXT_WGMMA_OF(96, 48, 49, 50)
-  MOE_EXT_WGMMA_OF(112, 56, 57, 58)
-  MOE_EXT_WGMMA_OF(128, 64, 65, 66)
-  MOE_EXT_WGMMA_OF(144, 72, 73, 74)
-  MOE_EXT_WGMMA_OF(160, 80, 81, 82)
-  MOE_EXT_WGMMA_OF(176, 88, 89, 90)
-  MOE_EXT_WGMMA_OF(192, 96, 97, 98)
+  MOE_EXT_WGMMA_OF(16, 8, 9, 10, 11)
+  MOE_EXT_WGMMA_OF(32, 16, 17, 18, 19)
+  MOE_EXT_WGMMA_OF(48, 24, 25, 26, 27)
+  MOE_EXT_WGMMA_OF(64, 32, 33, 34, 35)
+  MOE_EXT_WGMMA_OF(80, 40, 41, 42, 43)
+  MOE_EXT_WGMMA_OF(96, 48, 49, 50, 51)
+  MOE_EXT_WGMMA_OF(112, 56, 57, 58, 59)
+  MOE_EXT_WGMMA_OF(128, 64, 65, 66, 67)
+  MOE_EXT_WGMMA_OF(144, 72, 73, 74, 75)
+  MOE_EXT_WGMMA_OF(160, 80, 81, 82, 83)
+  MOE_EXT_WGMMA_OF(176, 88, 89, 90, 91)
+  MOE_EXT_WGMMA_OF(192, 96, 97, 98, 99)
 #undef MOE_EXT_8
 #undef MOE_EXT_D16
 #undef MOE_EXT_D32
