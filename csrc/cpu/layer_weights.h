@@ -2,6 +2,7 @@
 // are transposed.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/numeric.h"
@@ -47,12 +48,19 @@ inline LayerParams only_expert(const LayerParams& p, int64_t expert) {
 class QuantisedLayer {
  public:
   explicit QuantisedLayer(const LayerParams& p)
-      : quantised_(p.format.quantised()), gate_up_(rows_of(p, p.hidden)), down_(rows_of(p, p.intermediate)) {}
+      : quantised_(p.format.quantised()), gate_up_(rows_of(p, p.hidden)), down_(rows_of(p, p.intermediate)) {
+    if (!quantised_) return;
+    unpacked_bytes_ = kUnpackedBytes;
+    if (!p.int8_activations) return;
+    const int64_t groups = std::max(gate_up_.groups, down_.groups);
+    unpacked_bytes_ =
+        std::max<int64_t>(unpacked_bytes_, kByteTileColumns * widened_scales(groups) * element_size(DType::kFloat32));
+  }
 
   const QuantisedRows* gate_up() const { return quantised_ ? &gate_up_ : nullptr; }
   const QuantisedRows* down() const { return quantised_ ? &down_ : nullptr; }
   // Of each thread.
-  int64_t unpacked_bytes() const { return quantised_ ? kUnpackedBytes : 0; }
+  int64_t unpacked_bytes() const { return unpacked_bytes_; }
 
  private:
   static QuantisedRows rows_of(const LayerParams& p, int64_t columns) {
@@ -61,6 +69,7 @@ class QuantisedLayer {
 
   bool quantised_;
   QuantisedRows gate_up_, down_;
+  int64_t unpacked_bytes_ = 0;
 };
 
 // Those of some columns of h, `count` from `first` on: gate rows and then as many up rows, or both in turn, or up

@@ -14,10 +14,10 @@ namespace moe_ext::cpu {
 struct ByteBlock {
   static constexpr int64_t kColumns = 128;
 
-  int8_t values[kColumns];  // in the order in which a line of packed weights comes apart (byte_position)
-  // With four-bit weights, whose numbers are read as 0 to 15 or 24: of the values of columns [0, 32), [64, 96), [32,
-  // 64) and [96, 128) times what those numbers are too large by, or times 1 where zero points say it; then zeros.
-  int32_t sums[8];
+  int8_t values[kColumns];  // in the order in which the variant takes a line of packed weights apart (byte_position)
+  // Of the values of every 32 columns (sum_position), times what the weights' numbers are read too large by, or times 1
+  // where zero points say it, negated; then zeros.
+  int32_t corrections[8];
   float scale;
   int32_t unused[7];  // a block is three cache lines
 };
@@ -27,19 +27,32 @@ static_assert(sizeof(ByteBlock) == 192);
   return (columns + ByteBlock::kColumns - 1) / ByteBlock::kColumns;
 }
 
-// Where the value of a block's column lies. A line of four-bit weights has columns j, j + 32, j + 64 and j + 96 in 16
-// bits (packing.cpp); 32 bytes of it, even bytes first in each half and then the odd ones, are 32 columns in their low
-// bits and 32 in their high ones.
-[[gnu::always_inline]] constexpr int64_t byte_position(bool four_bits, int64_t column) {
-  if (!four_bits) return column;
-  const int64_t span = column / 32, word = column % 32;
-  return (word / 16 * 2 + span % 2) * 32 + word % 16 / 8 * 16 + span / 2 * 8 + word % 8;
+// Most weight rows of a tile, and floats that Product::unpacked must have for the scales of each: a line of groups
+// more.
+inline constexpr int64_t kByteTileColumns = 4;
+[[gnu::always_inline]] constexpr int64_t widened_scales(int64_t groups) { return groups + 4; }
+
+// What numbers are read as more than they are, in steps of a mxfp4 number's half; of four bits, without zero points.
+[[gnu::always_inline]] constexpr int32_t excess_of(WeightType type) {
+  return type == WeightType::kInt8 ? 128 : type == WeightType::kMxfp4 ? 12 : 8;
 }
 
-// Where the sum of columns [32 span, 32 span + 32) lies.
-[[gnu::always_inline]] constexpr int64_t sum_position(int64_t span) { return span % 2 * 2 + span / 2; }
+inline constexpr int64_t kByteLine = 64;  // bytes of a line of packed weights
 
-// What four-bit numbers are read as more than they are, in steps of a mxfp4 number's half; without zero points.
-[[gnu::always_inline]] constexpr int32_t excess_of(WeightType type) { return type == WeightType::kMxfp4 ? 12 : 8; }
+// M activation rows that are multiplied by some weight rows.
+struct ByteTile {
+  const ByteBlock* rows;  // the first activation row's
+  int64_t blocks;         // of a row
+  int64_t k;
+};
+
+// A weight row of a tile.
+struct ByteColumn {
+  const uint8_t* weights;    // packed
+  const uint8_t* next;       // bytes to be fetched meanwhile, or null
+  const uint8_t* zeros;      // of the row's groups, or null
+  const uint8_t* exponents;  // plain ones of the row's groups, or null
+  const float* scales;       // of the row's groups, if there are no exponents; of int8 its one
+};
 
 }  // namespace moe_ext::cpu

@@ -58,7 +58,7 @@ struct Product {
   WeightRows bias;                 // `columns` elements that are added to every row of y, or none
   int64_t transposed;              // 0; or, of a transposed weight matrix (k, transposed), the elements of its rows
   const QuantisedRows* quantised;  // null: weights of the model's dtype
-  void* unpacked;                  // kUnpackedBytes of the thread's own, where weights are quantised
+  void* unpacked;                  // QuantisedLayer::unpacked_bytes() of the thread's own, where weights are quantised
   bool byte_rows = false;          // rows are byte_blocks(k) ByteBlocks, of Loops::quantise
 };
 
