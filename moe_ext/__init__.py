@@ -32,6 +32,7 @@ from moe_ext.quantisation.in_memory import quantize
 from moe_ext.reconstruction.result import LayerLosses, SearchResult
 from moe_ext.reconstruction.search import search
 from moe_ext.runtime.compiled_decoding import compile_decoding
+from moe_ext.runtime.memory_nodes import Placement, place_on_nodes
 from moe_ext.runtime.patching import patch, unpatch
 from moe_ext.runtime.skipping import count_skips
 from moe_ext.version import __version__
@@ -45,6 +46,7 @@ __all__ = [
     "ExpertStatistics",
     "LayerLosses",
     "Perplexity",
+    "Placement",
     "PrunedCheckpoint",
     "PruningPlan",
     "QuantisedCheckpoint",
@@ -62,6 +64,7 @@ __all__ = [
     "from_pretrained",
     "patch",
     "perplexity",
+    "place_on_nodes",
     "plan",
     "prune",
     "prune_checkpoint",

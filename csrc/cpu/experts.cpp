@@ -11,7 +11,8 @@
 // While a thread multiplies a block of weights it fetches the one that comes next, so that memory and arithmetic
 // overlap. Then the observed norms are summed per expert in position order, and where pairs are observed g ||f_e||
 // times the same of the token's other slots in token order, in float64. Every element is computed by one thread in a
-// fixed order, so the result depends neither on the number of threads nor on the rest of the batch.
+// fixed order, so the result depends neither on the number of threads nor on the rest of the batch. Where memory has
+// several nodes a thread multiplies the rows on its own first (nodes.h).
 //
 // With int8_activations the rows of x and of h are rounded to 8 bits before they are multiplied (vector/byte_rows.h);
 // channels are those of h before.
@@ -137,7 +138,9 @@ class ExpertsRun {
     const int64_t workers = product_workers();
     h_ = Buffer(slots_.positions() * p_.intermediate * element_size(operand_));
     const Buffer products(workers * busiest_ * kBlockColumns * sizeof(float));
-    for_each_task_ahead(threads_, workers, tasks.size(), [&](int64_t index, int64_t next, int64_t worker) {
+    const int nodes = node_count();
+    const auto node_of = [&](int64_t index) { return node_of_row(tasks[index].first_column, p_.intermediate, nodes); };
+    for_each_task_by_node(threads_, workers, tasks.size(), node_of, [&](int64_t index, int64_t next, int64_t worker) {
       const GateUpTask& task = tasks[index];
       const int64_t first = slots_.first[task.expert], count = slots_.count(task.expert);
       float* y = products.floats() + worker * busiest_ * kBlockColumns;
@@ -167,7 +170,9 @@ class ExpertsRun {
     const Buffer sums(workers * p_.tokens * kBlockColumns * sizeof(float));
     const Buffer h = multiplied(std::move(h_), p_.intermediate);
     if (p_.moments != nullptr) squares_.resize(tasks * slots_.positions());
-    for_each_task_ahead(threads_, workers, tasks, [&](int64_t task, int64_t next, int64_t worker) {
+    const int nodes = node_count();
+    const auto node_of = [&](int64_t task) { return node_of_row(task * width, p_.hidden, nodes); };
+    for_each_task_by_node(threads_, workers, tasks, node_of, [&](int64_t task, int64_t next, int64_t worker) {
       const int64_t first_column = task * width;
       const int64_t columns = std::min(width, p_.hidden - first_column);
       float* y = products.floats() + worker * busiest_ * kBlockColumns;

@@ -5,10 +5,35 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
+#include "cpu/nodes.h"
 #include "moe.h"
 
 namespace moe_ext::cpu {
+
+// Tasks [next, end), handed out one by one.
+struct TaskQueue {
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
+  int64_t claimed_early = 0;  // of the tasks before this one the thread claims the one after
+
+  void set(int64_t first, int64_t last, int64_t workers) {
+    next = first;
+    end = last;
+    claimed_early = last - 2 * workers;
+  }
+  // Calls task(index, next) for what is left.
+  template <typename Task>
+  void drain(const Task& task) {
+    for (int64_t index = next.fetch_add(1), following = end; index < end; index = following) {
+      const bool early = index < claimed_early;
+      if (early) following = next.fetch_add(1);
+      task(index, early && following < end ? following : -1);
+      if (!early) following = next.fetch_add(1);
+    }
+  }
+};
 
 // Calls task(index, next, worker) for every index < tasks. worker < workers identifies the calling thread's private
 // memory. `next` is the task that the same thread will run after this one, so that it can fetch what that needs, or -1
@@ -22,21 +47,51 @@ void for_each_task_ahead(const Threads& threads, int64_t workers, int64_t tasks,
   }
   struct Shared {
     const Task& task;
-    int64_t tasks;
-    int64_t last_claimed_early;
-    std::atomic<int64_t> next_task{0};
+    TaskQueue queue{};
     std::atomic<int64_t> next_worker{0};
 
     void work() {
       const int64_t worker = next_worker.fetch_add(1);
-      for (int64_t index = next_task.fetch_add(1), next; index < tasks; index = next) {
-        const bool early = index < last_claimed_early;
-        if (early) next = next_task.fetch_add(1);
-        task(index, early && next < tasks ? next : -1, worker);
-        if (!early) next = next_task.fetch_add(1);
+      queue.drain([&](int64_t index, int64_t next) { task(index, next, worker); });
+    }
+  } shared{task};
+  shared.queue.set(0, tasks, workers);
+  threads.run(workers, [](void* context) { static_cast<Shared*>(context)->work(); }, &shared);
+}
+
+// The same where tasks read weights that lie on memory nodes: a thread runs those of its own node first, then the
+// others'. node_of(index) is the node of a task.
+template <typename NodeOf, typename Task>
+void for_each_task_by_node(const Threads& threads, int64_t workers, int64_t tasks, const NodeOf& node_of,
+                           const Task& task) {
+  const int nodes = node_count();
+  workers = std::min(workers, tasks);
+  if (nodes == 1 || workers <= 1) return for_each_task_ahead(threads, workers, tasks, task);
+  std::vector<int64_t> order;  // tasks, node by node
+  order.reserve(tasks);
+  struct Shared {
+    const Task& task;
+    const std::vector<int64_t>& order;
+    int nodes;
+    TaskQueue queues[kMostNodes]{};
+    std::atomic<int64_t> next_worker{0};
+
+    void work() {
+      const int64_t worker = next_worker.fetch_add(1);
+      const int own = node_of_thread(worker);
+      for (int i = 0; i < nodes; ++i) {
+        queues[(own + i) % nodes].drain(
+            [&](int64_t at, int64_t next) { task(order[at], next < 0 ? -1 : order[next], worker); });
       }
     }
-  } shared{task, tasks, tasks - 2 * workers};
+  } shared{task, order, nodes};
+  for (int node = 0; node < nodes; ++node) {
+    const auto first = static_cast<int64_t>(order.size());
+    for (int64_t index = 0; index < tasks; ++index) {
+      if (node_of(index) == node) order.push_back(index);
+    }
+    shared.queues[node].set(first, static_cast<int64_t>(order.size()), workers);
+  }
   threads.run(workers, [](void* context) { static_cast<Shared*>(context)->work(); }, &shared);
 }
 

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/nodes.h"
 #include "moe.h"
 
 namespace {
@@ -44,6 +45,17 @@ std::string cuda_kernels([[maybe_unused]] int64_t tokens, [[maybe_unused]] int64
 #endif
 }
 
+// (bytes of whole pages, bytes of those on their memory node) of weights at an address.
+std::pair<int64_t, int64_t> place_rows(uintptr_t address, int64_t matrices, int64_t rows, int64_t row_bytes,
+                                       const std::string& order) {
+  using moe_ext::cpu::RowOrder;
+  const RowOrder found = order == "halves"       ? RowOrder::kHalves
+                         : order == "transposed" ? RowOrder::kTransposed
+                                                 : RowOrder::kPlain;
+  const auto placed = moe_ext::cpu::place_rows(reinterpret_cast<void*>(address), matrices, rows, row_bytes, found);
+  return {placed.bytes, placed.there};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -56,6 +68,10 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("num_experts"), pybind11::arg("top_k"), pybind11::arg("dtype"), pybind11::arg("weights"),
         "Which CUDA kernels `experts` takes on the current device, and why. Raises RuntimeError where there are none.");
   m.def("cpu_variants", &cpu_variants, "(name, runs on this processor) of the compiled CPU variants, best first.");
+  m.def("memory_nodes", &moe_ext::cpu::node_count, "Memory nodes (NUMA) that this process may use.");
+  m.def("place_rows", &place_rows, pybind11::arg("address"), pybind11::arg("matrices"), pybind11::arg("rows"),
+        pybind11::arg("row_bytes"), pybind11::arg("order"),
+        "Moves pages of weights to the memory node of their rows. Raises RuntimeError if the system refuses.");
   m.def(
       "active_cpu_variant", [] { return std::string(moe_ext::cpu::isa_name(moe_ext::cpu::active_isa())); },
       "The CPU variant in use. Raises RuntimeError if MOE_EXT_ISA names one that is unknown or does not run here.");
