@@ -392,16 +392,24 @@ LAYER = "4096, 14336, 8, 2"
 
 
 def quantised_summary(result: Mapping[str, Any], link: str) -> str:
+    """Of a processor with AVX-512 BF16, and of one without AVX-512."""
+    other = newest("quantised-avx2")
+    other_result = json.loads(other.read_text(encoding="utf-8"))
+    other_link = f"[{other.name}]({os.path.relpath(other, README.parent)})"
+    return (
+        "Quantised experts of Mixtral-8x7B's layer for 1 to 8 tokens, over the bfloat16 operator: with AVX-512 "
+        f"{quantised_gains(result)} ({result['date']}, {result['machine']}, {result['variant']}; {link}); with AVX2 "
+        f"{quantised_gains(other_result)} ({other_result['date']}, {other_result['machine']}; {other_link})."
+    )
+
+
+def quantised_gains(result: Mapping[str, Any]) -> str:
     gains: dict[str, list[float]] = {}
     for row in result["rows"]:
         if row["H, I, E, K"] == LAYER and row["T"] <= 8 and row["weights"] != "bfloat16":
             gains.setdefault(row["weights"], []).append(row["bfloat16 / this"])
     means = {name: statistics.geometric_mean(found) for name, found in gains.items()}
-    shown = ", ".join(f"{name.replace(', ', ' with ')} {mean:.2f}x" for name, mean in means.items())
-    return (
-        f"Quantised experts of Mixtral-8x7B's layer for 1 to 8 tokens, over the bfloat16 operator: {shown} "
-        f"({result['date']}, {result['machine']}, {result['variant']}; {link})."
-    )
+    return ", ".join(f"{name.replace(', ', ' with ')} {mean:.2f}x" for name, mean in means.items())
 
 
 def calibration_table(result: Mapping[str, Any], link: str) -> str:
@@ -500,7 +508,7 @@ QUANTISATION = ROOT / "docs" / "quantisation.md"
 PLACES: list[tuple[Path, str, Callable[[Mapping[str, Any], str], str]]] = [
     (README, "demo-summary", demo_summary),
     (README, "decode-summary", decode_summary),
-    (README, "quantised-summary", quantised_summary),
+    (README, "quantised-avx512-summary", quantised_summary),
     (README, "gpu-decode-summary", gpu_decode_summary),
     (README, "families-summary", families_summary),
     (SUPPORT, "families", families_table),
@@ -508,7 +516,9 @@ PLACES: list[tuple[Path, str, Callable[[Mapping[str, Any], str], str]]] = [
     (BENCHMARKS, "cpu-summary", cpu_summary),
     (BENCHMARKS, "cpu", cpu_table),
     (BENCHMARKS, "decode", decode_table),
-    (BENCHMARKS, "quantised", quantised_table),
+    (BENCHMARKS, "quantised-avx512", quantised_table),
+    (BENCHMARKS, "quantised-avx2", quantised_table),
+    (BENCHMARKS, "whole-model", rows_table),
     (BENCHMARKS, "llamacpp", rows_table),
     (BENCHMARKS, "calibration", calibration_table),
     (BENCHMARKS, "search", search_tables),

@@ -41,15 +41,15 @@ DEMO_MULTIPLE = 32
 """Of the demo model's widths: int4 groups of so many."""
 
 
-def ready(model: Any, weights: str, skip: Tensor | None, group_size: int | None = None) -> Any:
-    """The model with experts of so many bits, patched, in place."""
-    kind, _, activations = weights.partition(", ")
+def quantised(model: Any, kind: str, group_size: int | None = None) -> Any:
+    """The model with experts of so many bits, in place."""
     if kind == "bfloat16":
-        return moe_ext.patch(model, skip=skip)
-    size = group_size if kind == "int4" else None
-    return moe_ext.patch(
-        moe_ext.quantize(model, kind, group_size=size), skip=skip, activations="int8" if activations else None
-    )
+        return model
+    return moe_ext.quantize(model, kind, group_size=group_size if kind == "int4" else None)
+
+
+def run_with(model: Any, skip: Tensor | None, eight_bits: bool) -> Any:
+    return moe_ext.patch(model, skip=skip, activations="int8" if eight_bits else None)
 
 
 def treated(
@@ -78,7 +78,8 @@ def demo_perplexities(folder: Path, weights: list[str]) -> dict[tuple[str, Treat
     for treatment in TREATMENTS:
         model, thresholds = treated(demo.model, treatment, demo.statistics, thin)
         for each in weights:
-            patched = ready(copy.deepcopy(model), each, thresholds, DEMO_MULTIPLE)
+            kind, _, activations = each.partition(", ")
+            patched = run_with(quantised(copy.deepcopy(model), kind, DEMO_MULTIPLE), thresholds, bool(activations))
             quality = perplexity(patched, demo.texts, demo.tokenizer, window=WINDOW, stride=STRIDE, batch_size=16)
             found[each, treatment] = quality.mean
     return found
@@ -107,25 +108,34 @@ def main() -> None:
     def thin(size: float) -> Any:
         return thinned(whole, round(size * options.intermediate))
 
+    # Activations in 8 bits are a way to run the same weights: a kind of weights is in memory once.
+    kinds = list(dict.fromkeys(each.partition(", ")[0] for each in options.weights))
     models: dict[tuple[str, Treatment], Any] = {}
+    skips: dict[Treatment, Tensor | None] = {}
+    for treatment in TREATMENTS:
+        model, skips[treatment] = treated(whole, treatment, statistics_of, thin)
+        for kind in kinds:
+            models[kind, treatment] = quantised(model if kind == kinds[-1] else copy.deepcopy(model), kind)
+
+    def running(each: str, treatment: Treatment) -> Any:
+        kind, _, activations = each.partition(", ")
+        return run_with(models[kind, treatment], skips[treatment], bool(activations))
+
+    names = [(each, treatment) for treatment in TREATMENTS for each in options.weights]
     arguments: dict[tuple[str, Treatment], dict[str, Any]] = {}
     skipped: dict[tuple[str, Treatment], float] = {}
-    for treatment in TREATMENTS:
-        model, thresholds = treated(whole, treatment, statistics_of, thin)
-        for each in options.weights:
-            last = each == options.weights[-1]
-            name = each, treatment
-            models[name] = ready(model if last else copy.deepcopy(model), each, thresholds)
-            with count_skips(models[name]) as count:  # before anything is compiled, which cannot be counted
-                rate(models[name], options.tokens, {})
-            skipped[name] = count.rate()
-            arguments[name] = {}
-            if options.compiled:
-                arguments[name] = moe_ext.compile_decoding(models[name], length=PROMPT + options.tokens + 1)
-    rates: dict[tuple[str, Treatment], list[float]] = {name: [] for name in models}
+    for name in names:
+        model = running(*name)
+        with count_skips(model) as count:  # before anything is compiled, which cannot be counted
+            rate(model, options.tokens, {})
+        skipped[name] = count.rate()
+        arguments[name] = {}
+        if options.compiled:
+            arguments[name] = moe_ext.compile_decoding(model, length=PROMPT + options.tokens + 1)
+    rates: dict[tuple[str, Treatment], list[float]] = {name: [] for name in names}
     for _ in range(options.rounds):
-        for name, model in models.items():
-            rates[name].append(rate(model, options.tokens, arguments[name]))
+        for name in names:
+            rates[name].append(rate(running(*name), options.tokens, arguments[name]))
     base = rates[options.weights[0], "whole"]
     rows = [
         {
@@ -133,7 +143,7 @@ def main() -> None:
             "variant": treatment,
             "tokens/s": statistics.median(found),
             "/ first row": statistics.median(one / other for one, other in zip(found, base, strict=True)),
-            "MB a token": bytes_read(models[each, treatment], skipped[each, treatment])[1] / 1e6,
+            "MB a token": bytes_read(models[each.partition(", ")[0], treatment], skipped[each, treatment])[1] / 1e6,
             "slots skipped": skipped[each, treatment],
             "demo model's perplexity": quality[each, treatment],
         }

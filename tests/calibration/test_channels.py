@@ -16,8 +16,8 @@ from moe_ext.calibration.statistics import ExpertStatistics
 from moe_ext.models.blocks import expert_tensors, moe_blocks
 from moe_ext.models.expert_width import width_of
 from moe_ext.runtime.formulas import experts_layer
-from tests.support.families import ALL, STOCK_ONLY, build, experts_case_of, on_experts
-from tests.support.reference import DEVICES, ExpertsCase, between
+from tests.support.families import ALL, STOCK_ONLY, build, experts_case_of, on_devices, on_experts
+from tests.support.reference import ExpertsCase, between
 
 FAMILIES = [name for name in ALL if name not in STOCK_ONLY]
 
@@ -88,8 +88,7 @@ def gram_of(model: PreTrainedModel, text: list[dict[str, Tensor]], layer: int, e
     return gram
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "device"), on_devices(FAMILIES))
 def test_errors_of_channels_equal_float64_brute_force(family: str, device: str) -> None:
     model = build(family)
     expected = brute_force(model, batches())

@@ -30,11 +30,12 @@ from tests.support.families import (
     keep_of,
     logits_of,
     mask_routers,
+    on_devices,
     on_experts,
     plan_for,
     reloaded,
 )
-from tests.support.reference import DEVICES, expert_output
+from tests.support.reference import expert_output
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*left on transformers:UserWarning")
 
@@ -54,8 +55,7 @@ def test_every_family_with_a_record_is_tested_here() -> None:
     assert set(FIELDS) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "device"), on_devices(ALL))
 def test_patched_logits_equal_unpatched(name: str, device: str) -> None:
     model = build(name).to(device)
     model.set_experts_implementation("eager")
@@ -66,9 +66,9 @@ def test_patched_logits_equal_unpatched(name: str, device: str) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=32 * 2.0**-22 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, torch.bfloat16) for name in ALL), *((name, torch.float16) for name in MODELS)]
+    ("name", "device", "dtype"),
+    [*((*case, torch.bfloat16) for case in on_devices(ALL)), *((*case, torch.float16) for case in on_devices(MODELS))],
 )
 def test_patched_layers_equal_unpatched_in_half_precision(name: str, dtype: torch.dtype, device: str) -> None:
     """Layer by layer on the same inputs: between layers a rounding can change which experts are chosen. The stock
@@ -168,8 +168,7 @@ def brute_force(model: Any) -> list[dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "device"), on_devices(MODELS))
 def test_calibrate_equals_float64_brute_force(name: str, device: str) -> None:
     model = build(name).to(device)
     stats = moe_ext.calibrate(model, batches(), progress=False, outputs=True, strict=name not in STOCK_ONLY)
@@ -206,8 +205,7 @@ def test_statistics_say_what_the_routing_weight_is(name: str, gate: str) -> None
 # ---- prune
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "device"), on_devices(ALL))
 def test_a_pruned_model_equals_the_stock_model_with_a_masked_router(name: str, device: str) -> None:
     pruned, masked = build(name).to(device), build(name).to(device)
     keep = keep_of(pruned, name)
@@ -271,8 +269,7 @@ def skip_by_the_rule(model: Any, thresholds: Tensor) -> list[int]:
     return skipped
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "device"), on_devices(ALL))
 def test_skipping_equals_the_rule_on_the_stock_model(name: str, device: str) -> None:
     model, stock = build(name).to(device), build(name).to(device)
     stats = moe_ext.calibrate(model, batches(), progress=False, strict=name not in STOCK_ONLY)

@@ -12,8 +12,7 @@ import moe_ext
 from moe_ext import ops
 from moe_ext.models.blocks import moe_blocks
 from tests.support.batches import random_tokens
-from tests.support.families import STOCK_ONLY, build, keep_of, logits_of, plan_for, reloaded
-from tests.support.reference import DEVICES
+from tests.support.families import STOCK_ONLY, build, keep_of, logits_of, on_devices, plan_for, reloaded
 
 NAMES = ["mixtral", "qwen3_moe", "deepseek_v3", "ernie4_5_moe", "jamba", "gpt_oss"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*left on transformers:UserWarning")
@@ -51,9 +50,8 @@ def with_constant_experts(model: Any, keep: tuple[tuple[int, ...], ...], stats: 
     return model
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("patched", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "device"), on_devices(NAMES))
 def test_a_removed_expert_gives_its_mean_output(name: str, patched: bool, device: str) -> None:
     model = build(name).to(device)
     stats = calibrated(model, name)

@@ -124,9 +124,14 @@ def eager(model: MixtralForCausalLM) -> MixtralForCausalLM:
 # ---- exactness
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-@pytest.mark.parametrize("num_experts", [4, 5, 6, 7, 8])
+# On a GPU three of them: layers of 8 experts take its kernels through hundreds of subsets.
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "device"),
+    [(num_experts, top_k, "cpu") for num_experts in (4, 5, 6, 7, 8) for top_k in (1, 2, 3)]
+    + [(4, 1, device) for device in DEVICES[1:]]
+    + [(5, 3, device) for device in DEVICES[1:]]
+    + [(6, 2, device) for device in DEVICES[1:]],
+)
 def test_layerwise_equals_float64_brute_force(
     tiny_mixtral: MixtralFactory, device: str, num_experts: int, top_k: int
 ) -> None:

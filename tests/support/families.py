@@ -1,6 +1,6 @@
 """Tiny random models of every family in ``moe_ext.models.families.FAMILIES``, from their real config classes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from moe_ext.decision.kept_channels import KeptChannels
 from moe_ext.decision.pruning_plan import PruningPlan
 from moe_ext.models.blocks import input_device, model_type_of, moe_blocks, prunable_blocks
 from moe_ext.models.expert_width import width_of
-from tests.support.reference import ExpertsCase
+from tests.support.reference import DEVICES, ExpertsCase
 
 # Fields that the families share; a config without one of them takes its own instead.
 SHARED = {
@@ -131,6 +131,15 @@ number."""
 
 MODELS = list(FIELDS)
 ALL = [*FIELDS, *UNRECORDED]
+
+# Softmax, shared experts, groups and biases of choice, biases and other layouts: what the operators, whose tests run on
+# every device, are given by a family.
+ON_CUDA = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss")
+
+
+def on_devices(names: Iterable[str]) -> list[tuple[str, str]]:
+    """(name, device): every family on the CPU, those of :data:`ON_CUDA` on a GPU, too."""
+    return [(name, device) for name in names for device in DEVICES if device == "cpu" or name in ON_CUDA]
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:

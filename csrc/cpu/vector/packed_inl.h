@@ -34,11 +34,11 @@ struct Later {
 
 // y of activation rows [row, row + M) and weight rows [n, n + N), over `columns` columns from `first` on, which are
 // unpacked at `weights`. A function of its own: products of every packing share it.
-template <int M, int N, typename A>
+template <int M, int N, typename A, typename RowAhead>
 [[gnu::noinline]] static void unpacked_tile(const Product& p, int64_t row, int64_t n, int64_t first, int64_t columns,
-                                            const A* weights) {
+                                            const A* weights, RowAhead row_ahead) {
   dot_tile<M, N>(static_cast<const A*>(p.rows) + row * p.k + first, p.k, weights, kUnpackedRow<A>, columns, first > 0,
-                 p.y + row * kBlockColumns + n, Fetch<A>(), NoRowAhead());
+                 p.y + row * kBlockColumns + n, Fetch<A>(), row_ahead);
 }
 
 // A weight row as unpack_inl.h has it, for scales that are not of the usual kind.
@@ -128,7 +128,7 @@ struct PackedBlock {
     }
     A* unpacked = static_cast<A*>(p.unpacked);
     for (int i = 0; i < N; ++i) unpack_row(n + i, first, unpacked + i * kUnpackedRow<A>);
-    unpacked_tile<M, N>(p, row, n, first, chunk_at(first), unpacked);
+    unpacked_tile<M, N>(p, row, n, first, chunk_at(first), unpacked, NoRowAhead());
   }
 
   // ---- orders of tiles
@@ -168,6 +168,7 @@ struct PackedBlock {
     }
   }
 
+  template <bool kAhead>
   void many_rows() const {
     A* unpacked = static_cast<A*>(p.unpacked);
     for (int64_t first = 0; first < p.k; first += kChunk) {
@@ -175,7 +176,15 @@ struct PackedBlock {
       for_each_tile([&](int64_t row, auto height, int64_t n, auto width, int64_t t, int64_t count) {
         constexpr int kHeight = decltype(height)::value, kWidth = decltype(width)::value;
         this->fetch(this->chunk_ahead(n, first), kWidth, t, count);
-        unpacked_tile<kHeight, kWidth>(p, row, n, first, this->chunk_at(first), unpacked + n * kUnpackedRow<A>);
+        const A* weights = unpacked + n * kUnpackedRow<A>;
+        if constexpr (kAhead) {
+          const int64_t ahead = row + kHeight + n / kTileColumns;  // a row of the next tile with every tile of columns
+          const A* rows = static_cast<const A*>(p.rows) + first;
+          unpacked_tile<kHeight, kWidth>(p, row, n, first, this->chunk_at(first), weights,
+                                         rows + (ahead < p.row_count ? ahead : row) * p.k);
+        } else {
+          unpacked_tile<kHeight, kWidth>(p, row, n, first, this->chunk_at(first), weights, NoRowAhead());
+        }
       });
     }
   }
@@ -193,8 +202,10 @@ struct PackedBlock {
   }
 
   void run() const {
-    if (p.row_count > kSomeRows) {
-      many_rows();
+    if (p.row_count > kRowsInL2) {
+      many_rows<true>();
+    } else if (p.row_count > kSomeRows) {
+      many_rows<false>();
     } else if (p.row_count > kTileRows) {
       some_rows();
     } else {
