@@ -3,8 +3,8 @@
 // One instruction (vpdpbusd) adds 64 products of numbers without sign, the weights', and with sign, the activations',
 // to 16 sums, which begin as the block's corrections: int8 weights are read as 128 more, four-bit numbers as 0 to 15,
 // or mxfp4's twice, plus 12, from a table. A tile of M by N rows takes 2 such instructions for each of its M N blocks
-// of 128 columns, a conversion and one (int8), two (groups of 64 and 128) or four (32) products with scales; and for
-// each of its N weight rows 4 (int8) to 6 instructions, for each of its M activation rows 4.
+// of 128 columns, a conversion (two in groups of 32) and one (int8), two (groups of 64 and 128) or four (32) products
+// with scales; beside loads, each of its N weight rows 2 (int8) to 10 (mxfp4) instructions, each activation row 4.
 #pragma once
 
 #include <immintrin.h>
