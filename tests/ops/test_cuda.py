@@ -130,7 +130,13 @@ def test_plain_kernels_take_any_size(dtype: torch.dtype, data: st.DataObject, ac
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize(
     ("rows", "dtype"),  # in turn: tiles have the same edges in both
-    zip([1, 8, 9, 15, 16, 17, 32, 33, 63, 64, 65, 127, 128, 129, 192, 193, 257], itertools.cycle(HALVES), strict=False),
+    list(
+        zip(
+            [1, 8, 9, 15, 16, 17, 32, 33, 63, 64, 65, 127, 128, 129, 192, 193, 257],
+            itertools.cycle(HALVES),
+            strict=False,
+        )
+    ),
 )
 def test_rows_of_an_expert_around_the_edges_of_tiles(kernels: str, rows: int, dtype: torch.dtype) -> None:
     case = experts_case(rows + 3, 3, 1, 40, 72, dtype=dtype, seed=rows)

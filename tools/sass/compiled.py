@@ -3,6 +3,7 @@
 Needs nvcc, and cuobjdump from the CUDA toolkit or from the triton that comes with torch's CUDA build.
 """
 
+import functools
 import importlib.util
 import re
 import shutil
@@ -27,6 +28,7 @@ class Kernel:
     branch_tables: dict[int, list[int]]  # targets of each indirect branch, by its address
     remarks: list[str]  # of ptxas: fences that it had to add to wgmmas, or that it made them wait for each other
 
+    @functools.cached_property
     def loops(self) -> list[list[str]]:
         """Instructions of every loop (a branch back to a lower address), the shortest first."""
         found = []
@@ -38,7 +40,7 @@ class Kernel:
 
     def conversion_loop(self) -> list[str]:
         """The innermost loop that copies lines of weights and stores what they are converted to: a line's."""
-        for loop in self.loops():
+        for loop in self.loops:
             if count(loop, "LDGSTS") and count(loop, r"STS\.128"):
                 return loop
         return []
@@ -47,7 +49,7 @@ class Kernel:
         """The innermost loop that multiplies and copies weights; of wgmma that of the widest product."""
         widest = {"hopper_gemm_kernel": 192, "hopper_packed_gemm_kernel": 128}.get(self.name.split("<")[0])
         needed = ("HMMA", "LDG") if widest is None else (rf"HGMMA\.64x{widest}x16\b",)
-        for loop in self.loops():
+        for loop in self.loops:
             if all(count(loop, name) for name in needed):
                 return loop
         return []

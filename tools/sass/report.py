@@ -145,6 +145,11 @@ def conversion_row(kernel: Kernel) -> dict[str, Any]:
     }
 
 
+def examined(source: Path, arch: str, folder: Path) -> list[tuple[Kernel, list[str]]]:
+    """The kernels of a file, each with the rules that it breaks."""
+    return [(kernel, faults_of(kernel)) for kernel in compile_one(source, arch, folder)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", help="such as 90a; default: all of setup.py's list")
@@ -152,10 +157,12 @@ def main() -> None:
     options = parser.parse_args()
     archs = options.arch or default_archs()
 
+    # Processes: to read the code of large kernels takes about as long as to compile them.
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        work = [pool.submit(compile_one, source, arch, Path(folder)) for source in sources for arch in archs]
-        kernels = [kernel for future in work for kernel in future.result()]
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        work = [pool.submit(examined, source, arch, Path(folder)) for source in sources for arch in archs]
+        results = [result for future in work for result in future.result()]
+    kernels = [kernel for kernel, _ in results]
 
     rows: dict[str, dict[str, Any]] = {}
     for kernel in kernels:
@@ -165,7 +172,7 @@ def main() -> None:
         row[f"sm_{kernel.arch}"] = kernel.registers
     print(table(list(rows.values())))
 
-    faults = [f"sm_{k.arch} {k.name}: {fault}" for k in kernels for fault in faults_of(k)]
+    faults = [f"sm_{kernel.arch} {kernel.name}: {fault}" for kernel, broken in results for fault in broken]
     multiplying = [
         k for k in kernels if k.name.startswith(("grouped_gemm_kernel", "packed_gemm_kernel", "small_batch_kernel"))
     ]
