@@ -111,7 +111,7 @@ def tensor_core_shapes(draw: st.DrawFn) -> dict[str, Any]:
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("dtype", HALVES)
 @given(shape=tensor_core_shapes(), activation=st.sampled_from(ACTIVATIONS))
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_all_kernels_equal_float64_brute_force(
     kernels: str, dtype: torch.dtype, shape: dict[str, Any], activation: str
 ) -> None:
@@ -120,7 +120,7 @@ def test_all_kernels_equal_float64_brute_force(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data(), activation=st.sampled_from(ACTIVATIONS))
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_plain_kernels_take_any_size(dtype: torch.dtype, data: st.DataObject, activation: str) -> None:
     shape = data.draw(tensor_core_shapes())
     shape["hidden"], shape["intermediate"] = (data.draw(st.integers(1, 100)) for _ in range(2))
@@ -235,8 +235,13 @@ def test_many_slots_a_batch(tokens: int, num_experts: int, top_k: int) -> None:
     assert_equals_brute_force(case, "narrow")
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("num_experts", [33, 1025, 8192])
+@pytest.mark.parametrize(
+    ("kernels", "num_experts"),
+    [
+        *((kernels, 1025) for kernels in KERNELS),
+        *((kernels, count) for kernels in ("small_batch", "narrow") for count in (33, 8192)),
+    ],
+)
 def test_many_experts(kernels: str, num_experts: int) -> None:
     case = experts_case(9, num_experts, 4, 16, 8, dtype=torch.bfloat16)
     case.experts[0] = torch.tensor([0, num_experts - 1, num_experts, 31])
@@ -368,7 +373,7 @@ def gram_by(kernels: str, case: ExpertsCase) -> Tensor:
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("dtype", HALVES)
 @given(shape=tensor_core_shapes(), activation=st.sampled_from(ACTIVATIONS))
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_gram_by_all_kernels_equals_float64_brute_force(
     kernels: str, dtype: torch.dtype, shape: dict[str, Any], activation: str
 ) -> None:
@@ -764,7 +769,7 @@ def test_a_small_batch_that_cannot_list_its_slots_is_refused() -> None:
 
 
 # In a process of its own: a failed assertion in a kernel makes CUDA unusable for the rest of a process.
-@pytest.mark.parametrize(("tokens", "index"), [(5, 5), (40, -1), (2100, 2**32)])
+@pytest.mark.parametrize(("tokens", "index"), [(5, 5), (2100, 2**32)])
 def test_an_expert_index_out_of_range_stops_the_kernel(tokens: int, index: int) -> None:
     code = f"""
 import torch
