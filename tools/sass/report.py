@@ -157,11 +157,15 @@ def main() -> None:
     options = parser.parse_args()
     archs = options.arch or default_archs()
 
-    # Processes: to read the code of large kernels takes about as long as to compile them.
+    # Processes: to read the code of large kernels takes about as long as to compile them. The longest files come first.
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-        work = [pool.submit(examined, source, arch, Path(folder)) for source in sources for arch in archs]
-        results = [result for future in work for result in future.result()]
+        work = {
+            (source, arch): pool.submit(examined, source, arch, Path(folder))
+            for source in sorted(sources, key=lambda source: -source.stat().st_size)
+            for arch in archs
+        }
+        results = [result for source in sources for arch in archs for result in work[source, arch].result()]
     kernels = [kernel for kernel, _ in results]
 
     rows: dict[str, dict[str, Any]] = {}
