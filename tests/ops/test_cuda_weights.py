@@ -67,10 +67,10 @@ def assert_all_equal_brute_force(case: QuantisedCase, kernels: str = "", *, ever
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_every_way_equals_float64_brute_force(kernels: str, name: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        if not takes(kernels, name, dtype):
+        if not takes(kernels, name, dtype) or (kernels == "plain" and dtype == torch.bfloat16):  # odd sizes, below
             continue
         case = quantised_case(FORMATS[name], 13, 3, 2, 152, 72, dtype=dtype, sentinels=0.2)
-        assert_all_equal_brute_force(case, kernels, every_expert=dtype == torch.bfloat16)
+        assert_all_equal_brute_force(case, kernels, every_expert=dtype == torch.bfloat16 or kernels == "plain")
 
 
 @hopper
