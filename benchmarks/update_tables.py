@@ -29,6 +29,12 @@ def newest(name: str) -> Path:
     return files[-1]
 
 
+def result_for(page: Path, name: str) -> tuple[Any, str]:
+    """The newest result of a name, and a link to it from a page."""
+    source = newest(name)
+    return json.loads(source.read_text(encoding="utf-8")), f"[{source.name}]({os.path.relpath(source, page.parent)})"
+
+
 def demo_table(result: Mapping[str, Any], link: str) -> str:
     domains = list(result["rows"][0]["perplexity"])
     header = columns_of(domains)
@@ -290,11 +296,17 @@ def gpu_table(result: Mapping[str, Any], link: str) -> str:
     )
 
 
-def gpu_weights_table(result: Mapping[str, Any], link: str) -> str:
-    """A shape and number of tokens a row, a type of weights a column."""
+def by_weights(result: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Mapping[str, Any]]]:
+    """Rows by (shape, tokens) and type of weights."""
     found: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
     for row in result["rows"]:
         found.setdefault((row["H, I, E, K"], row["T"]), {})[row["weights"]] = row
+    return found
+
+
+def gpu_weights_table(result: Mapping[str, Any], link: str) -> str:
+    """A shape and number of tokens a row, a type of weights a column."""
+    found = by_weights(result)
     rows = [
         {
             "H, I, E, K": shape,
@@ -367,9 +379,7 @@ def gpu_decode_summary(result: Mapping[str, Any], link: str) -> str:
 
 def quantised_table(result: Mapping[str, Any], link: str) -> str:
     """A shape and number of tokens a row, a type of weights a column."""
-    found: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
-    for row in result["rows"]:
-        found.setdefault((row["H, I, E, K"], row["T"]), {})[row["weights"]] = row
+    found = by_weights(result)
     rows = []
     for (shape, tokens), weights in found.items():
         cells: dict[str, Any] = {"H, I, E, K": shape, "T": tokens}
@@ -393,9 +403,7 @@ LAYER = "4096, 14336, 8, 2"
 
 def quantised_summary(result: Mapping[str, Any], link: str) -> str:
     """Of a processor with AVX-512 BF16, and of one without AVX-512."""
-    other = newest("quantised-avx2")
-    other_result = json.loads(other.read_text(encoding="utf-8"))
-    other_link = f"[{other.name}]({os.path.relpath(other, README.parent)})"
+    other_result, other_link = result_for(README, "quantised-avx2")
     return (
         "Quantised experts of Mixtral-8x7B's layer for 1 to 8 tokens, over the bfloat16 operator: with AVX-512 "
         f"{quantised_gains(result)} ({result['date']}, {result['machine']}, {result['variant']}; {link}); with AVX2 "
@@ -539,9 +547,7 @@ def updated(path: Path, text: str) -> str:
     for page, name, render in PLACES:
         if page != path:
             continue
-        source = newest(name.removesuffix("-summary"))
-        link = f"[{source.name}]({os.path.relpath(source, page.parent)})"
-        rendered = render(json.loads(source.read_text(encoding="utf-8")), link)
+        rendered = render(*result_for(page, name.removesuffix("-summary")))
         begin, end = f"<!-- {name} table -->\n", f"<!-- end of {name} table -->"
         if text.count(begin) != 1 or text.count(end) != 1:
             raise SystemExit(f"{path} has no place for the {name} table")

@@ -41,6 +41,12 @@ DEMO_MULTIPLE = 32
 """Of the demo model's widths: int4 groups of so many."""
 
 
+def kind_of(weights: str) -> tuple[str, bool]:
+    """What the experts are stored as, and whether activations are multiplied in 8 bits."""
+    kind, _, activations = weights.partition(", ")
+    return kind, bool(activations)
+
+
 def quantised(model: Any, kind: str, group_size: int | None = None) -> Any:
     """The model with experts of so many bits, in place."""
     if kind == "bfloat16":
@@ -78,8 +84,8 @@ def demo_perplexities(folder: Path, weights: list[str]) -> dict[tuple[str, Treat
     for treatment in TREATMENTS:
         model, thresholds = treated(demo.model, treatment, demo.statistics, thin)
         for each in weights:
-            kind, _, activations = each.partition(", ")
-            patched = run_with(quantised(copy.deepcopy(model), kind, DEMO_MULTIPLE), thresholds, bool(activations))
+            kind, eight_bits = kind_of(each)
+            patched = run_with(quantised(copy.deepcopy(model), kind, DEMO_MULTIPLE), thresholds, eight_bits)
             quality = perplexity(patched, demo.texts, demo.tokenizer, window=WINDOW, stride=STRIDE, batch_size=16)
             found[each, treatment] = quality.mean
     return found
@@ -109,7 +115,7 @@ def main() -> None:
         return thinned(whole, round(size * options.intermediate))
 
     # Activations in 8 bits are a way to run the same weights: a kind of weights is in memory once.
-    kinds = list(dict.fromkeys(each.partition(", ")[0] for each in options.weights))
+    kinds = list(dict.fromkeys(kind_of(each)[0] for each in options.weights))
     models: dict[tuple[str, Treatment], Any] = {}
     skips: dict[Treatment, Tensor | None] = {}
     for treatment in TREATMENTS:
@@ -118,8 +124,8 @@ def main() -> None:
             models[kind, treatment] = quantised(model if kind == kinds[-1] else copy.deepcopy(model), kind)
 
     def running(each: str, treatment: Treatment) -> Any:
-        kind, _, activations = each.partition(", ")
-        return run_with(models[kind, treatment], skips[treatment], bool(activations))
+        kind, eight_bits = kind_of(each)
+        return run_with(models[kind, treatment], skips[treatment], eight_bits)
 
     names = [(each, treatment) for treatment in TREATMENTS for each in options.weights]
     arguments: dict[tuple[str, Treatment], dict[str, Any]] = {}
@@ -143,7 +149,7 @@ def main() -> None:
             "variant": treatment,
             "tokens/s": statistics.median(found),
             "/ first row": statistics.median(one / other for one, other in zip(found, base, strict=True)),
-            "MB a token": bytes_read(models[each.partition(", ")[0], treatment], skipped[each, treatment])[1] / 1e6,
+            "MB a token": bytes_read(models[kind_of(each)[0], treatment], skipped[each, treatment])[1] / 1e6,
             "slots skipped": skipped[each, treatment],
             "demo model's perplexity": quality[each, treatment],
         }

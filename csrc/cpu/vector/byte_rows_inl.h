@@ -155,6 +155,7 @@ static void multiply_byte_tile(const Product& p, const ByteBlock* rows, int64_t 
 template <int M, WeightType kType, int kGroup, bool kZeros>
 static void multiply_byte_rows(const Product& p, const ByteBlock* rows, float* y) {
   constexpr int kColumns = byte_tile_columns(M, kType, kGroup);
+  static_assert(kColumns <= kByteTileColumns, "p.unpacked has room for the scales of so many rows");
   const QuantisedRows& q = *p.quantised;
   float* scales = static_cast<float*>(p.unpacked);
   // What is fetched meanwhile: as many rows on as make kFetchedBytes, for a short row is over before the next is there.

@@ -178,10 +178,8 @@ struct PackedBlock {
         this->fetch(this->chunk_ahead(n, first), kWidth, t, count);
         const A* weights = unpacked + n * kUnpackedRow<A>;
         if constexpr (kAhead) {
-          const int64_t ahead = row + kHeight + n / kTileColumns;  // a row of the next tile with every tile of columns
-          const A* rows = static_cast<const A*>(p.rows) + first;
           unpacked_tile<kHeight, kWidth>(p, row, n, first, this->chunk_at(first), weights,
-                                         rows + (ahead < p.row_count ? ahead : row) * p.k);
+                                         this->block().row_ahead(row, row + kHeight, n, first));
         } else {
           unpacked_tile<kHeight, kWidth>(p, row, n, first, this->chunk_at(first), weights, NoRowAhead());
         }

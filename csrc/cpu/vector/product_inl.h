@@ -62,6 +62,12 @@ struct Block {
     return {weight_row(weights, n, p.k) + first + from * (kLineBytes / static_cast<int64_t>(sizeof(W))), count};
   }
 
+  // The chunk at `first` of a row of the tile after [row, end): with every tile of columns the next one.
+  const A* row_ahead(int64_t row, int64_t end, int64_t n, int64_t first) const {
+    const int64_t ahead = end + n / kTileColumns;
+    return static_cast<const A*>(p.rows) + first + (ahead < p.row_count ? ahead : row) * p.k;
+  }
+
   // Rows [row, row + M) against columns [n, n + N), over the chunk at `first`.
   template <int M, int N, typename RowAhead>
   void tile(int64_t row, int64_t n, int64_t first, Fetch<W> fetch, RowAhead row_ahead) const {
@@ -128,10 +134,7 @@ struct Block {
             const Fetch<W> fetch = this->fetch_of(next, n, next_first, from, count);
             constexpr int kHeight = decltype(height)::value, kWidth = decltype(width)::value;
             if constexpr (kAhead) {
-              const int64_t ahead = end + n / kTileColumns;  // a row of the next tile with every tile of columns
-              const A* rows = static_cast<const A*>(p.rows) + first;
-              this->template tile<kHeight, kWidth>(row, n, first, fetch,
-                                                   rows + (ahead < p.row_count ? ahead : row) * p.k);
+              this->template tile<kHeight, kWidth>(row, n, first, fetch, this->row_ahead(row, end, n, first));
             } else {
               this->template tile<kHeight, kWidth>(row, n, first, fetch, NoRowAhead());
             }
